@@ -1,0 +1,107 @@
+"""Write files whole or not at all, and find out early whether they can be written."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from vbp.errors import InputError, OutputError
+
+
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let `write` fill a temporary file, then put it in the place of `path` in one step.
+
+    Raises:
+        OutputError: The disk is full or cannot be written. The earlier file of that name stays whole.
+    """
+    temporary: Path | None = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private by default; what we leave behind follows the user's umask.
+        temporary.chmod(0o666 & ~_umask())
+        temporary.replace(path)
+    except BaseException as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+        # torch.save reports a failed write as RuntimeError of its zip writer.
+        if isinstance(error, OSError | RuntimeError):
+            raise OutputError(
+                f"{path} could not be written ({error}); earlier files are whole; free space or choose another folder"
+            ) from error
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write bytes whole or not at all."""
+    write_atomically(path, lambda file: file.write(content))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write readable JSON whole or not at all."""
+    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
+    """Find out before any work whether results can be written into a folder, and whether they may.
+
+    Args:
+        folder: Created if missing; probed by writing.
+        overwrite: Whether results of another run may be there.
+        needed_bytes: What is going to be written.
+
+    Raises:
+        InputError: The folder holds results of another run, cannot be written, or lacks space.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.") as probe:
+            probe.write(b"0" * 4096)
+            probe.flush()
+        free = shutil.disk_usage(folder).free
+        present = sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise InputError(
+            f"save_dir must be a folder that can be written, got {folder} ({error}); choose another --save_dir"
+        ) from error
+    if free < needed_bytes:
+        raise InputError(
+            f"save_dir needs about {needed_bytes / 2**20:.0f} MiB, got {free / 2**20:.0f} MiB free in {folder}; "
+            "free some space or choose another --save_dir"
+        )
+    if present and not overwrite:
+        raise InputError(
+            f"save_dir must be empty or new, got {folder} with {', '.join(present[:5])}; choose another --save_dir "
+            "or pass --overwrite to replace the results in it"
+        )
+
+
+def clear_folder(folder: Path, names: Iterable[str]) -> None:
+    """Remove the results of an earlier run, so that no file of it is taken for one of this run.
+
+    Raises:
+        OutputError: One could not be removed.
+    """
+    for name in names:
+        try:
+            (folder / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise OutputError(f"{folder / name} could not be removed ({error}); choose another folder") from error

@@ -1,0 +1,145 @@
+"""Which images a split holds and which class each belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from vbp.errors import InputError
+from vbp.image_folder import check_same_classes, scan_split
+from vbp.image_index import Listing, Source, read_index, write_index
+from vbp.sample_pickle import read_samples
+
+logger = logging.getLogger(__name__)
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class ImageList:
+    """Images and their labels, in a fixed order.
+
+    Attributes:
+        root: the data folder.
+        paths: image files, relative to `root` where they lie inside it, with forward slashes.
+        labels: index of the class in the model's output, one for each path.
+    """
+
+    root: Path
+    paths: tuple[str, ...]
+    labels: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        if len(self.paths) != len(self.labels):
+            raise InputError(
+                f"an image list needs one label for each path, got {len(self.paths)} paths "
+                f"and {len(self.labels)} labels"
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def file(self, index: int) -> Path:
+        """Where the image lies on disk."""
+        return self.root / self.paths[index]
+
+    def select(self, indices: Sequence[int]) -> ImageList:
+        """The images at these places, in this order; `range(rank, len(images), world_size)` gives a shard."""
+        return ImageList(self.root, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
+        digest = hashlib.sha256()
+        for path, label in zip(self.paths, self.labels, strict=True):
+            # A zero byte cannot occur in a path, so no two lists give the same bytes.
+            digest.update(f"{label}\0{path}\0".encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+
+def list_images(data_path: Path, split: Split, num_classes: int) -> ImageList:
+    """List the images of `data_path/<split>/<class>/`, or of `data_path/<split>_samples.pkl` if there is one.
+
+    A model with 1,000 classes and folders named by ImageNet synsets: a label is the synset's place among
+    the 1,000, even where folders are missing. Otherwise there must be one folder for each class, and labels
+    follow the sorted folder names, which `train` and `val` must share.
+
+    The list is kept in `data_path/<split>_index.tsv` and made anew when the folder changes.
+
+    Raises:
+        InputError: a folder is missing or empty, the classes do not fit the model, or a samples file is bad.
+    """
+    if split not in get_args(Split):
+        raise InputError(f"split must be train or val, got {split!r}")
+    if num_classes < 1:
+        raise InputError(f"num_classes must be 1 or more, got {num_classes}")
+    try:
+        listing = _listing(data_path, split, num_classes)
+    except OSError as error:
+        raise InputError(
+            f"the images of {data_path} must be readable, got {error.strerror} for {error.filename}"
+        ) from error
+    images = ImageList(data_path, listing.paths, listing.labels)
+    logger.info(
+        "%s: %d images of %d of the model's %d classes",
+        split,
+        len(images),
+        len(set(images.labels)),
+        num_classes,
+    )
+    return images
+
+
+def balanced_subset(images: ImageList, count: int, seed: int) -> ImageList:
+    """Draw `count` images so that the classes' shares differ by at most one image.
+
+    A class that has too few gives all it has, and the others fill its place evenly. The drawn images keep
+    their order. 0, or a count not below the number of images, gives all of them.
+
+    Raises:
+        InputError: `count` is negative.
+    """
+    if count < 0:
+        raise InputError(f"the number of images must be 0 (all of them) or more, got {count}")
+    if count == 0 or count >= len(images):
+        return images
+    generator = torch.Generator().manual_seed(seed)
+    classes = sorted(set(images.labels))
+    # The order of the classes decides which of them give the one image more.
+    turn = dict(zip(classes, torch.randperm(len(classes), generator=generator).tolist(), strict=True))
+    drawn: Counter[int] = Counter()
+    queue: list[tuple[int, int, int]] = []
+    for index in torch.randperm(len(images), generator=generator).tolist():
+        label = images.labels[index]
+        queue.append((drawn[label], turn[label], index))
+        drawn[label] += 1
+    # Sorted by round, then by turn: each round takes one image from every class that still has one.
+    queue.sort()
+    return images.select(sorted(index for _, _, index in queue[:count]))
+
+
+def _listing(data_path: Path, split: str, num_classes: int) -> Listing:
+    if not data_path.is_dir():
+        found = "is no folder" if data_path.exists() else "does not exist"
+        raise InputError(
+            f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {found}"
+        )
+    samples = data_path / f"{split}_samples.pkl"
+    source = Source.of(samples, num_classes)
+    if source.samples_file is None:
+        check_same_classes(data_path, num_classes)
+    listing = read_index(data_path, split, source)
+    if listing is None:
+        logger.info("listing the images of %s", data_path / split if source.samples_file is None else samples)
+        if source.samples_file is None:
+            listing = scan_split(data_path, split, source)
+        else:
+            listing = read_samples(samples, source)
+        write_index(data_path, split, listing)
+    return listing

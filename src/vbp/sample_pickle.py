@@ -1,0 +1,85 @@
+"""A pickled list of samples, read without ever loading code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+from vbp.errors import InputError
+from vbp.image_index import Listing, Source
+
+
+def read_samples(file: Path, source: Source) -> Listing:
+    """Read a pickled list of `(path, label)`; paths are absolute or relative to the file's folder.
+
+    Raises:
+        InputError: the file is damaged, asks for code, is no such list, or names images that do not exist.
+    """
+    samples = _load_plain_pickle(file)
+    if not isinstance(samples, list) or not samples:
+        got = "an empty list" if isinstance(samples, list) else _kind(samples)
+        raise InputError(f"{file} must hold a list of (path, label), got {got}; write it anew")
+    root = file.parent
+    prefixes = [f"{folder}{os.sep}" for folder in (root, root.absolute(), root.resolve())]
+    paths: list[str] = []
+    labels: list[int] = []
+    for place, sample in enumerate(samples):
+        path, label = _checked_sample(file, place, sample, source.num_classes)
+        inside = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
+        paths.append(path.removeprefix(inside).replace(os.sep, "/"))
+        labels.append(label)
+    missing = [path for path in paths if not (root / path).is_file()]
+    if missing:
+        raise InputError(
+            f"the images named in {file} must exist, {len(missing)} of {len(paths)} do not, the first is "
+            f"{missing[0]}; correct the paths (absolute, or relative to {root}) or remove the file"
+        )
+    return Listing(tuple(paths), tuple(labels), source)
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings and containers only: a pickle that may name a function may run any code."""
+
+    def find_class(self, module_name: str, global_name: str, /) -> Any:
+        raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and code is never loaded")
+
+    def persistent_load(self, pid: Any, /) -> Any:
+        raise pickle.UnpicklingError("it refers to objects outside the file")
+
+
+def _load_plain_pickle(file: Path) -> object:
+    try:
+        with file.open("rb") as stream:
+            return _PlainUnpickler(stream).load()
+    except (
+        # What the unpickler raises on damaged bytes depends on where the damage lies.
+        *(OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
+        *(OverflowError, MemoryError, RecursionError),
+    ) as error:
+        raise InputError(
+            f"{file} must be a pickled list of (path, label) with plain strings and whole numbers, "
+            f"but cannot be read: {error or type(error).__name__}; write it anew or remove it"
+        ) from error
+
+
+def _checked_sample(file: Path, place: int, sample: object, num_classes: int) -> tuple[str, int]:
+    if not isinstance(sample, (list, tuple)) or len(sample) != 2:
+        raise InputError(f"each entry of {file} must be (path, label), got {_kind(sample)} at {place}")
+    path, label = sample
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise InputError(f"each path in {file} must be a text, got {_kind(path)} at entry {place}")
+    if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:
+        raise InputError(
+            f"each label in {file} must be a whole number from 0 to {num_classes - 1}, as the model has "
+            f"{num_classes} classes, got {_kind(label)} at entry {place}"
+        )
+    return path, label
+
+
+def _kind(value: object) -> str:
+    # The value comes from a file of unknown origin: its own text may be endless.
+    if isinstance(value, str) or value is None or (isinstance(value, int) and value.bit_length() < 64):
+        return repr(value) if len(str(value)) <= 80 else "a very long text"
+    return f"a {type(value).__name__}"

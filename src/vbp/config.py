@@ -1,0 +1,179 @@
+"""The configuration of a run: every default and every help text, in one place."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from vbp.errors import InputError
+
+ModelType = Literal["vit", "convnext", "swin", "auto"]
+Compensation = Literal["mean", "none"]
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Prune a trained image classifier by activation variance and fine-tune it."""
+
+    data_path: Path
+    """Folder with train/<class>/ and val/<class>/."""
+
+    # Model
+    model_type: ModelType = "vit"
+    """Family that the model must belong to (vit includes DeiT); auto checks nothing."""
+    model_name: str = "google/vit-base-patch16-224"
+    """A folder with a Hugging Face model, a hub id (with /), or a timm name."""
+    checkpoint: Path | None = None
+    """Weights for a timm model (.safetensors, .pth, .pt) in the place of a download."""
+    convnext_checkpoint: Path | None = None
+    """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
+    allow_random_init: bool = False
+    """Allow weights that no file provides to stay at random."""
+    img_size: int | None = None
+    """Override the model's preprocessing: height and width of the input, in pixels."""
+    crop_pct: float | None = None
+    """Override the model's preprocessing: share of the resized image that the centre crop keeps."""
+    interpolation: str | None = None
+    """Override the model's preprocessing: bicubic, bilinear or nearest."""
+    mean: tuple[float, ...] | None = None
+    """Override the model's preprocessing: mean of each colour, for pixels in 0..1."""
+    std: tuple[float, ...] | None = None
+    """Override the model's preprocessing: standard deviation of each colour, for pixels in 0..1."""
+
+    # Data
+    train_batch_size: int = 64
+    """Images in a fine-tuning batch."""
+    val_batch_size: int = 128
+    """Images in a calibration or evaluation batch."""
+    num_workers: int = 4
+    """Processes that read images; 0 reads in the main process."""
+    calib_samples: int = 0
+    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all."""
+    limit_val: int = 0
+    """Validation images, chosen class-balanced by the seed; 0 takes all."""
+
+    # Pruning
+    keep_ratio: float = 0.65
+    """Share of the hidden MLP channels to keep, in (0, 1]."""
+    global_pruning: bool = False
+    """Rank the channels of all layers together; otherwise every layer keeps the same share."""
+    norm_per_layer: bool = False
+    """Divide the variances of a layer by their mean before ranking."""
+    compensation: Compensation = "mean"
+    """What stands in for removed channels: their mean in the next bias (mean), or nothing (none)."""
+    round_to: int = 1
+    """Keep channel counts at multiples of this; 8 or 64 suit most hardware."""
+    min_keep_ratio: float = 0.02
+    """Floor: no layer keeps a smaller share than this."""
+    bottleneck: bool = False
+    """Prune attention too (not built yet: refused)."""
+    stats_path: Path | None = None
+    """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
+
+    # Fine-tuning
+    epochs_ft: int = 10
+    """Epochs of fine-tuning; 0 only prunes."""
+    lr_ft: float = 1.5e-5
+    """Peak learning rate of AdamW, down to 0 by a cosine over all steps."""
+    use_kd: bool = False
+    """Distil from the unpruned model."""
+    kd_alpha: float = 0.7
+    """With --use_kd: weight of the cross-entropy."""
+    kd_beta: float = 0.3
+    """With --use_kd: weight of the divergence from the teacher."""
+    kd_T: float = 2.0  # noqa: N815 (the published flag)
+    """With --use_kd: temperature."""
+
+    # Run
+    save_dir: Path = Path("./output/vbp")
+    """Where log, checkpoints and report go."""
+    overwrite: bool = False
+    """Replace the results of another run in save_dir."""
+    seed: int = 0
+    """Seed of subsets, order and augmentation."""
+    device: str = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
+    disable_ddp: bool = False
+    """Run as one plain process, without torchrun."""
+    local_rank: Annotated[int | None, tyro.conf.arg(help="Accepted and ignored: older launchers pass it.")] = None
+    compare_uncompensated: bool = False
+    """Also evaluate the pruned model without compensation, for the report."""
+
+    # For programs alone: the command lines do not show these.
+    model_kwargs: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    hflip: Annotated[bool, tyro.conf.Suppress] = True
+    crop_scale: Annotated[tuple[float, float], tyro.conf.Suppress] = (0.08, 1.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON data from which the run can be repeated."""
+        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+
+    @staticmethod
+    def from_dict(value: dict[str, Any]) -> RunConfig:
+        """Read what `to_dict` gave.
+
+        Raises:
+            InputError: A name is unknown or the data path is missing.
+        """
+        fields = {field.name: field for field in dataclasses.fields(RunConfig)}
+        unknown = sorted(set(value) - set(fields))
+        if unknown or "data_path" not in value:
+            raise InputError(
+                f"a run's configuration must hold data_path and known names, got unknown {unknown}; "
+                "use the config.json of a run of this version"
+            )
+        paths = {"data_path", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir"}
+        read: dict[str, Any] = {
+            name: Path(item)
+            if name in paths and item is not None
+            else (tuple(item) if isinstance(item, list) else item)
+            for name, item in value.items()
+        }
+        return RunConfig(**read)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_config(config: RunConfig) -> None:
+    """Check the values that need no file, before any work.
+
+    Raises:
+        InputError: A value is out of range, or flags contradict each other.
+    """
+    if config.bottleneck:
+        raise InputError("--bottleneck (pruning inside attention) is not built yet; leave it out")
+    for name in ("train_batch_size", "val_batch_size"):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; 64 is usual")
+    for name in ("num_workers", "calib_samples", "limit_val", "epochs_ft", "seed"):
+        if getattr(config, name) < 0:
+            raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
+    if not 0 < config.lr_ft < 1:
+        raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
+    _check_effect(config)
+    if config.convnext_checkpoint is not None and config.checkpoint is not None:
+        raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
+
+
+def _check_effect(config: RunConfig) -> None:
+    """Refuse flags that would change nothing: whoever gives them expects something else."""
+    if config.norm_per_layer and not config.global_pruning:
+        raise InputError(
+            "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
+            "add --global_pruning or leave --norm_per_layer out"
+        )
+    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    idle = [name for name in ("kd_alpha", "kd_beta", "kd_T") if getattr(config, name) != defaults[name]]
+    if idle and not config.use_kd:
+        raise InputError(
+            f"{', '.join(idle)} change nothing without distillation, got them without use_kd; add --use_kd or leave "
+            "them out"
+        )

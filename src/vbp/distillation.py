@@ -1,0 +1,53 @@
+"""The fine-tuning loss: cross-entropy, blended with distillation from the unpruned model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vbp.errors import InputError
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """`alpha * CE(student, labels) + beta * T^2 * KL(teacher/T || student/T)`.
+
+    Attributes:
+        alpha: Weight of the cross-entropy with the labels.
+        beta: Weight of the divergence from the teacher; `T^2` keeps its gradient's size at any temperature.
+        temperature: T, softens both distributions.
+
+    Source: VBP paper, section 4.1; Hinton, Vinyals, Dean (2015).
+    """
+
+    alpha: float = 0.7
+    beta: float = 0.3
+    temperature: float = 2.0
+
+    def __post_init__(self) -> None:
+        """Check the weights."""
+        if self.temperature <= 0:
+            raise InputError(f"kd_T must be above 0, got {self.temperature}; the paper uses 2.0")
+        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
+            raise InputError(
+                f"kd_alpha and kd_beta must be at least 0 and not both 0, got {self.alpha} and {self.beta}; "
+                "the paper uses 0.7 and 0.3"
+            )
+
+    def __call__(
+        self,
+        student: Float[Tensor, "batch classes"],
+        teacher: Float[Tensor, "batch classes"],
+        labels: Int[Tensor, "batch"],
+    ) -> Float[Tensor, ""]:
+        """Give the loss, averaged over the batch."""
+        divergence = F.kl_div(
+            F.log_softmax(student / self.temperature, dim=1),
+            F.log_softmax(teacher / self.temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return self.alpha * F.cross_entropy(student, labels) + self.beta * self.temperature**2 * divergence

@@ -1,0 +1,67 @@
+"""Top-1 and top-5 accuracy, by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of `images` had the right class first, and among the first five."""
+
+    correct1: int
+    correct5: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        """Give the top-1 accuracy in percent."""
+        return 100 * self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Give the top-5 accuracy in percent."""
+        return 100 * self.correct5 / self.images
+
+
+def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
+    """Give the logits of a model's output: the tensor itself, or a Hugging Face output's `logits`."""
+    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if not isinstance(logits, Tensor):
+        raise InputError(
+            f"a classifier must return a tensor or an output with .logits, got {type(output).__name__}; "
+            "wrap the model"
+        )
+    return logits
+
+
+def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Accuracy:
+    """Count the right answers of a model in evaluation mode; with fewer than five classes top-5 takes them all.
+
+    Raises:
+        InputError: No image came.
+    """
+    training = model.training
+    model.eval()
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    images = 0
+    with torch.inference_mode():
+        for pixels, labels in batches:
+            logits = logits_of(model(pixels.to(device, non_blocking=True)))
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = best == labels.to(device, non_blocking=True)[:, None]
+            hits += torch.stack((right[:, 0].sum(), right.sum()))
+            images += labels.shape[0]
+    model.train(training)
+    if images == 0:
+        raise InputError("evaluation needs at least one image, got none; check the validation images")
+    first, among_five = hits.tolist()
+    return Accuracy(first, among_five, images)

@@ -1,0 +1,325 @@
+"""The whole story: a trained classifier and its data in, a pruned, fine-tuned, reported one out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vbp.artifacts import installed_versions, save_pruned
+from vbp.config import RunConfig, check_config
+from vbp.cost import count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
+from vbp.distillation import DistillationLoss
+from vbp.distributed import check_single_process
+from vbp.errors import InputError
+from vbp.evaluation import evaluate
+from vbp.files import check_folder, clear_folder, write_bytes, write_json
+from vbp.finetune import Trainer
+from vbp.fingerprints import json_fingerprint, model_fingerprint
+from vbp.models import Classifier, load_classifier
+from vbp.plan import PruningPlan, check_ratios, make_plan
+from vbp.preprocessing import evaluation_transform, training_transform
+from vbp.ranking import variance_scores
+from vbp.report import Measured, RunReport
+from vbp.run_log import run_log
+from vbp.sites import Site, find_sites
+from vbp.statistics import Statistics, collect_statistics
+from vbp.surgery import prune_
+
+_log = logging.getLogger(__name__)
+
+LOG, CONFIG, STATISTICS, PLAN = "vbp_imagenet.log", "config.json", "statistics.safetensors", "plan.json"
+METRICS, BEST, FINAL, SUMMARY = "metrics.jsonl", "vbp_best.pth", "vbp_final.pth", "summary.json"
+_FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a run works on, checked and ready."""
+
+    config: RunConfig
+    device: torch.device
+    classifier: Classifier
+    sites: tuple[Site, ...]
+    calibration: ImageList
+    train: ImageList
+    val: ImageList
+    example: Tensor
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("calibration", "planning", "surgery", "finetune", "evaluation"), 0.0)
+    )
+
+    @property
+    def model(self) -> nn.Module:
+        return self.classifier.model
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] += time.perf_counter() - start
+
+
+def run(config: RunConfig) -> RunReport:
+    """Prune a classifier, fine-tune it, and leave log, checkpoints and report in `config.save_dir`.
+
+    Everything that the configuration names is checked before any work is done and before anything is written.
+
+    Raises:
+        InputError: Something in the configuration or behind its paths is wrong.
+        OutputError: A file could not be written; those before it are whole.
+
+    Source: VBP paper (arXiv 2507.12988), section 3.
+    """
+    with run_log() as log:
+        job = _prepare(config)
+        clear_folder(config.save_dir, _FILES)
+        log.open(config.save_dir / LOG)
+        write_json(config.save_dir / CONFIG, config.to_dict())
+        torch.manual_seed(config.seed)
+
+        base = _measure(job, job.model)
+        _log.info("dense: %s", _figures(base))
+        statistics = _statistics(job)
+        plan = _plan(job, statistics)
+        dense = copy.deepcopy(job.model)
+        uncompensated = _uncompensated(job, plan)
+        with job.timed("surgery"):
+            prune_(job.model, plan, statistics.means if config.compensation == "mean" else None)
+        pruned = _measure(job, job.model)
+        _log.info("pruned: %s", _figures(pruned))
+        latency = measure_latency_ms({"base": dense, "pruned": job.model}, _latency_batch(job))
+        base = replace(base, latency_ms=latency["base"])
+        pruned = replace(pruned, latency_ms=latency["pruned"], epoch=0)
+        best, final = _finetune(job, plan, dense if config.use_kd else None, pruned)
+        report = _report(job, plan, statistics, base, pruned, best, final, uncompensated)
+        write_json(config.save_dir / SUMMARY, report.to_dict())
+        _log.info("results in %s\n%s", config.save_dir, report.table())
+    return report
+
+
+def _prepare(config: RunConfig) -> _Job:
+    """Check everything and load the model; nothing is written."""
+    check_config(config)
+    check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to)
+    DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
+    check_single_process()
+    device = _device(config.device)
+    for folder in (config.data_path, config.data_path / "train", config.data_path / "val"):
+        if not folder.is_dir():
+            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {folder}")
+    if config.stats_path is not None:
+        Statistics.load(config.stats_path)
+    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
+    classifier = load_classifier(
+        config.model_name,
+        model_type=config.model_type,
+        checkpoint=config.checkpoint,
+        convnext_checkpoint=config.convnext_checkpoint,
+        allow_random_init=config.allow_random_init,
+        model_kwargs=config.model_kwargs,
+        img_size=config.img_size,
+        crop_pct=config.crop_pct,
+        interpolation=config.interpolation,
+        mean=config.mean,
+        std=config.std,
+    )
+    _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
+    size = sum(value.numel() * value.element_size() for value in classifier.model.state_dict().values())
+    # Two checkpoints, one more while one of them is replaced, and the small files.
+    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=3 * size + 2**24)
+    train = list_images(config.data_path, "train", classifier.num_classes)
+    val = list_images(config.data_path, "val", classifier.num_classes)
+    model = classifier.model.to(device)
+    example = torch.zeros(1, len(classifier.preprocessing.mean), *classifier.preprocessing.img_size, device=device)
+    return _Job(
+        config,
+        device,
+        classifier,
+        find_sites(model, example),
+        balanced_subset(train, config.calib_samples, config.seed),
+        train,
+        balanced_subset(val, config.limit_val, config.seed),
+        example,
+    )
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N and present, got {name!r} ({error})") from error
+    return device
+
+
+def _evaluation_loader(job: _Job, images: ImageList) -> ImageLoader:
+    return make_loader(
+        images,
+        evaluation_transform(job.classifier.preprocessing),
+        batch_size=job.config.val_batch_size,
+        num_workers=job.config.num_workers,
+        pin_memory=job.device.type == "cuda",
+    )
+
+
+def _bar(loader: ImageLoader, label: str) -> Any:
+    return tqdm(loader, desc=label, unit="batch", leave=False, disable=None, dynamic_ncols=True)
+
+
+def _measure(job: _Job, model: nn.Module) -> Measured:
+    with job.timed("evaluation"):
+        accuracy = evaluate(model, _bar(_evaluation_loader(job, job.val), "evaluation"), job.device)
+    return Measured(accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model))
+
+
+def _figures(model: Measured) -> str:
+    return (
+        f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {model.macs / 1e9:.3f} GMACs, "
+        f"{model.params / 1e6:.2f} M parameters"
+    )
+
+
+def _statistics(job: _Job) -> Statistics:
+    data = json_fingerprint([job.calibration.fingerprint(), job.classifier.preprocessing.to_dict()])
+    path = job.config.stats_path
+    with job.timed("calibration"):
+        if path is None:
+            loader = _bar(_evaluation_loader(job, job.calibration), "statistics")
+            statistics = collect_statistics(job.model, job.sites, loader, device=job.device, data=data)
+        else:
+            statistics = Statistics.load(path)
+            statistics.check_made_for(model_fingerprint(job.model), data, path)
+    statistics.save(job.config.save_dir / STATISTICS)
+    _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
+    return statistics
+
+
+def _plan(job: _Job, statistics: Statistics) -> PruningPlan:
+    config = job.config
+    with job.timed("planning"):
+        plan = make_plan(
+            job.sites,
+            variance_scores(statistics, norm_per_layer=config.norm_per_layer),
+            keep_ratio=config.keep_ratio,
+            scope="global" if config.global_pruning else "per_layer",
+            round_to=config.round_to,
+            min_keep_ratio=config.min_keep_ratio,
+        )
+    plan.save(config.save_dir / PLAN)
+    _log.info("%s", format_plan(plan, plan_cost(job.model, plan, job.example)))
+    return plan
+
+
+def _uncompensated(job: _Job, plan: PruningPlan) -> Measured | None:
+    if not job.config.compare_uncompensated:
+        return None
+    model = copy.deepcopy(job.model)
+    prune_(model, plan)
+    measured = _measure(job, model)
+    _log.info("pruned without compensation: %s", _figures(measured))
+    return measured
+
+
+def _latency_batch(job: _Job) -> Tensor:
+    return job.example.repeat(min(32, job.config.val_batch_size), 1, 1, 1)
+
+
+def _finetune(job: _Job, plan: PruningPlan, teacher: nn.Module | None, pruned: Measured) -> tuple[Measured, Measured]:
+    """Fine-tune and keep the best and the last checkpoint; the pruned model counts as epoch 0."""
+    config, preprocessing = job.config, job.classifier.preprocessing
+    best = final = pruned
+    rows: list[dict[str, Any]] = [{"epoch": 0, "top1": pruned.top1, "top5": pruned.top5}]
+    _write_rows(job, rows)
+    _save(job, BEST, plan, best)
+    if config.epochs_ft > 0:
+        loader = make_loader(
+            job.train,
+            training_transform(preprocessing, hflip=config.hflip, scale=config.crop_scale),
+            batch_size=config.train_batch_size,
+            num_workers=config.num_workers,
+            shuffle=True,
+            seed=config.seed,
+            pin_memory=job.device.type == "cuda",
+        )
+        trainer = Trainer.of(
+            job.model,
+            steps=config.epochs_ft * len(loader),
+            learning_rate=config.lr_ft,
+            device=job.device,
+            teacher=teacher,
+            loss=DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T),
+        )
+    for epoch in range(1, config.epochs_ft + 1):
+        with job.timed("finetune"):
+            result = trainer.train_epoch(loader, epoch, partial(_bar, label=f"epoch {epoch}/{config.epochs_ft}"))
+        final = replace(_measure(job, job.model), epoch=epoch)
+        _log.info("epoch %d/%d: loss %.4f; %s", epoch, config.epochs_ft, result.loss, _figures(final))
+        rows.append({
+            "epoch": epoch, "top1": final.top1, "top5": final.top5, "train_loss": result.loss,
+            "train_top1": result.top1, "lr": result.learning_rate, "images": result.images,
+            "seconds": result.seconds,
+        })  # fmt: skip
+        _write_rows(job, rows)
+        if final.top1 > best.top1:
+            best = final
+            _save(job, BEST, plan, best)
+    _save(job, FINAL, plan, final)
+    return best, final
+
+
+def _write_rows(job: _Job, rows: list[dict[str, Any]]) -> None:
+    write_bytes(job.config.save_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def _save(job: _Job, name: str, plan: PruningPlan, measured: Measured) -> None:
+    save_pruned(
+        job.model,
+        job.config.save_dir / name,
+        plans=plan,
+        source=job.classifier.source,
+        preprocessing=job.classifier.preprocessing,
+        metrics={"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5},
+    )
+
+
+def _report(
+    job: _Job,
+    plan: PruningPlan,
+    statistics: Statistics,
+    base: Measured,
+    pruned: Measured,
+    best: Measured,
+    final: Measured,
+    uncompensated: Measured | None,
+) -> RunReport:
+    folder: Path = job.config.save_dir
+    return RunReport(
+        base=base,
+        pruned=pruned,
+        best=best,
+        final=final,
+        uncompensated=uncompensated,
+        sites=plan.widths,
+        seconds=job.seconds,
+        images={"calibration": statistics.images, "val": len(job.val)},
+        latency_batch=len(_latency_batch(job)),
+        device=str(job.device),
+        versions=installed_versions(),
+        config=job.config.to_dict(),
+        files={name: str(folder / name) for name in _FILES},
+    )

@@ -1,0 +1,125 @@
+"""What a run found: plain data, a JSON summary and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One model of a run.
+
+    Attributes:
+        top1: Top-1 accuracy in percent.
+        top5: Top-5 accuracy in percent.
+        macs: Multiply-accumulates of one image.
+        params: Number of parameters.
+        latency_ms: Median time of one batch in milliseconds, where it was measured.
+        epoch: Epochs of fine-tuning behind it, where that applies.
+    """
+
+    top1: float
+    top5: float
+    macs: int
+    params: int
+    latency_ms: float | None = None
+    epoch: int | None = None
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything that a run measured.
+
+    Attributes:
+        base: The dense model.
+        pruned: Right after pruning, with the compensation that was asked for.
+        best: The checkpoint with the highest validation accuracy; the pruned model counts as epoch 0.
+        final: The last checkpoint.
+        uncompensated: Right after pruning without compensation, if asked for.
+        sites: Site name -> [kept, total] channels.
+        seconds: Wall-clock seconds of each stage.
+        images: Number of calibration and validation images.
+        latency_batch: Images in the batch whose latency was measured.
+        files: Name -> path of each file left behind.
+    """
+
+    base: Measured
+    pruned: Measured
+    best: Measured
+    final: Measured
+    uncompensated: Measured | None
+    sites: Mapping[str, tuple[int, int]]
+    seconds: Mapping[str, float]
+    images: Mapping[str, int]
+    latency_batch: int
+    device: str
+    versions: Mapping[str, str]
+    config: Mapping[str, Any]
+    files: Mapping[str, str]
+
+    @property
+    def keep_ratio(self) -> float:
+        """Give the share of hidden channels that was kept in fact."""
+        return sum(kept for kept, _ in self.sites.values()) / sum(total for _, total in self.sites.values())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give the plain JSON data of `summary.json`."""
+        models = {name: _measured(getattr(self, name)) for name in ("base", "pruned", "best", "final")}
+        if self.uncompensated is not None:
+            models["uncompensated"] = _measured(self.uncompensated)
+        return {
+            **models,
+            "keep_ratio": self.keep_ratio,
+            "sites": {name: list(widths) for name, widths in self.sites.items()},
+            "seconds": dict(self.seconds),
+            "images": dict(self.images),
+            "latency_batch": self.latency_batch,
+            "device": self.device,
+            "versions": dict(self.versions),
+            "config": dict(self.config),
+            "files": dict(self.files),
+        }
+
+    def table(self) -> str:
+        """Give the steps of the run as a table for the terminal."""
+        compensated = self.config["compensation"] != "none"
+        rows = [("dense", self.base)]
+        if self.uncompensated is not None:
+            rows.append(("pruned, no compensation", self.uncompensated))
+        rows.append(("pruned, mean shift" if compensated else "pruned, no compensation", self.pruned))
+        if self.final.epoch:
+            rows.append((f"fine-tuned, best (epoch {self.best.epoch})", self.best))
+            rows.append((f"fine-tuned, final (epoch {self.final.epoch})", self.final))
+        width = max(len(label) for label, _ in rows)
+        heading = f"{'':<{width}}  {'top-1 %':>8}  {'top-5 %':>8}  {'MACs':>9}  {'params':>9}  {'latency':>10}"
+        lines = [heading, *(_row(label, model, width) for label, model in rows)]
+        ratio = f"kept {self.keep_ratio:.1%} of the hidden channels"
+        speed = ""
+        if self.base.latency_ms and self.pruned.latency_ms:
+            speed = (
+                f"; {self.base.latency_ms / self.pruned.latency_ms:.2f}x as fast at batch {self.latency_batch} "
+                f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
+            )
+        lines.append(f"{ratio}{speed}; {self.images['val']} validation images")
+        return "\n".join(lines)
+
+
+def _measured(model: Measured) -> dict[str, Any]:
+    return {name: value for name, value in asdict(model).items() if value is not None}
+
+
+def _row(label: str, model: Measured, width: int) -> str:
+    latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
+    return (
+        f"{label:<{width}}  {model.top1:>8.2f}  {model.top5:>8.2f}  {_count(model.macs):>9}  "
+        f"{_count(model.params):>9}  {latency:>10}"
+    )
+
+
+def _count(number: int) -> str:
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)

@@ -1,0 +1,62 @@
+"""The log file of a run: whole, from the first line, but not written before the run may write."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from logging.handlers import MemoryHandler
+from pathlib import Path
+
+_LINE = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class RunLog:
+    """Collects the program's log records, first in memory, then in a file."""
+
+    def __init__(self) -> None:
+        # Never flushed by itself: until `open`, a run that is refused must leave earlier results untouched.
+        self._memory = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
+        self._file: logging.FileHandler | None = None
+        self._logger = logging.getLogger("vbp")
+
+    def open(self, path: Path) -> None:
+        """Write what was collected to a new file, and all that follows."""
+        self._file = logging.FileHandler(path, mode="w", encoding="utf-8")
+        self._file.setFormatter(_LINE)
+        self._memory.setTarget(self._file)
+        self._memory.flush()
+        self._logger.removeHandler(self._memory)
+        self._logger.addHandler(self._file)
+
+    def start(self) -> None:
+        """Begin to collect."""
+        self._logger.addHandler(self._memory)
+
+    def close(self) -> None:
+        """Stop collecting and close the file."""
+        self._logger.removeHandler(self._memory)
+        if self._file is not None:
+            self._logger.removeHandler(self._file)
+            self._file.close()
+
+
+@contextmanager
+def run_log() -> Iterator[RunLog]:
+    """Collect log records for the length of a run; an error that ends it is the last line of the file."""
+    logger = logging.getLogger("vbp")
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    log = RunLog()
+    log.start()
+    try:
+        yield log
+    except BaseException as error:
+        # The caller shows the error to the user; here it is kept with the run.
+        if log._file is not None:
+            record = logger.makeRecord("vbp", logging.ERROR, "", 0, "stopped: %s", (repr(error),), None)
+            log._file.emit(record)
+        raise
+    finally:
+        log.close()
+        logger.setLevel(level)

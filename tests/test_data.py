@@ -219,7 +219,7 @@ def test_bad_arguments_are_refused(data: Path, split: Any, classes: int) -> None
 
 
 def count_scans(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    import vbp.image_list as module
+    import vbp.data.image_list as module
 
     scans: Counter[str] = Counter()
     for name in ("scan_split", "read_samples"):
@@ -604,9 +604,7 @@ def test_the_random_transform_depends_on_the_place_not_on_the_batch(data: Path) 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_loading_leaves_the_programs_random_stream_alone(data: Path, num_workers: int) -> None:
-    loader = make_loader(
-        list_images(data, "train", 3), TRAINING, batch_size=2, num_workers=num_workers, shuffle=True
-    )
+    loader = make_loader(list_images(data, "train", 3), TRAINING, batch_size=2, num_workers=num_workers, shuffle=True)
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
@@ -706,9 +704,7 @@ def test_too_many_unreadable_images_stop_the_run(data: Path) -> None:
         epoch_of(make_loader(images, EVALUATION, batch_size=2, num_workers=0))
     with pytest.raises(InputError, match="at most 0 of 9"):
         epoch_of(make_loader(images, EVALUATION, batch_size=2, num_workers=0, max_unreadable=0))
-    assert (
-        len(epoch_of(make_loader(images, EVALUATION, batch_size=9, num_workers=0, max_unreadable=0.4))) == 1
-    )
+    assert len(epoch_of(make_loader(images, EVALUATION, batch_size=9, num_workers=0, max_unreadable=0.4))) == 1
 
 
 def test_no_readable_image_stops_the_run(data: Path) -> None:

@@ -36,9 +36,7 @@ def random_image(width: int = 57, height: int = 41, seed: int = 0) -> Image.Imag
 @pytest.mark.parametrize("crop_mode", CROP_MODES)
 @pytest.mark.parametrize("interpolation", INTERPOLATIONS)
 @pytest.mark.parametrize("img_size", [(32, 32), (24, 40)])
-def test_evaluation_equals_timm_bit_for_bit(
-    crop_mode: str, interpolation: str, img_size: tuple[int, int]
-) -> None:
+def test_evaluation_equals_timm_bit_for_bit(crop_mode: str, interpolation: str, img_size: tuple[int, int]) -> None:
     preprocessing = replace(
         IMAGENET, crop_mode=crop_mode, interpolation=interpolation, img_size=img_size, crop_pct=0.9
     )

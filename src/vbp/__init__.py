@@ -1,3 +1,79 @@
-"""Variance-Based Pruning (VBP) for PyTorch image classifiers."""
+"""Variance-Based Pruning (VBP) for PyTorch image classifiers.
+
+    model + data -> sites -> statistics -> plan -> surgery -> fine-tune -> artefact + report
+
+`vbp.run(config)` does it all; the functions below are its steps, each usable by itself.
+
+Source: Berisha, Mehnert, Condurache, "Variance-Based Pruning for Accelerating and Compressing Trained Networks",
+ICCV 2025, arXiv 2507.12988.
+"""
+
+from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_pruned
+from vbp.compensation import mean_shift
+from vbp.config import RunConfig
+from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
+from vbp.distillation import DistillationLoss
+from vbp.errors import InputError, OutputError
+from vbp.evaluation import Accuracy, evaluate
+from vbp.finetune import EpochResult, Trainer
+from vbp.models import Classifier, ModelSource, build_model, load_classifier
+from vbp.moments import ChannelMoments, channel_moments
+from vbp.plan import PruningPlan, SitePlan, make_plan
+from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
+from vbp.ranking import variance_scores
+from vbp.recipe import run
+from vbp.report import Measured, RunReport
+from vbp.sites import Site, find_sites
+from vbp.statistics import Statistics, collect_statistics
+from vbp.surgery import prune_
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "Accuracy",
+    "ChannelMoments",
+    "Classifier",
+    "DistillationLoss",
+    "EpochResult",
+    "ImageList",
+    "ImageLoader",
+    "InputError",
+    "Measured",
+    "ModelSource",
+    "OutputError",
+    "PlanCost",
+    "Preprocessing",
+    "PrunedArtifact",
+    "PruningPlan",
+    "RunConfig",
+    "RunReport",
+    "Site",
+    "SitePlan",
+    "Statistics",
+    "Trainer",
+    "balanced_subset",
+    "build_model",
+    "channel_moments",
+    "collect_statistics",
+    "count_macs",
+    "count_parameters",
+    "evaluate",
+    "evaluation_transform",
+    "find_sites",
+    "format_plan",
+    "list_images",
+    "load_classifier",
+    "load_pruned",
+    "make_loader",
+    "make_plan",
+    "mean_shift",
+    "measure_latency_ms",
+    "plan_cost",
+    "prune_",
+    "read_artifact",
+    "run",
+    "save_pruned",
+    "training_transform",
+    "variance_scores",
+]

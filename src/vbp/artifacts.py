@@ -12,10 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbp.classifier import ModelSource
 from vbp.errors import InputError
 from vbp.files import write_atomically
 from vbp.models import build_model
+from vbp.models.classifier import ModelSource
 from vbp.plan import PruningPlan
 from vbp.preprocessing import Preprocessing
 from vbp.surgery import prune_

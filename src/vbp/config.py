@@ -90,7 +90,7 @@ class RunConfig:
 
     # Run
     save_dir: Path = Path("./output/vbp")
-    """Where log, checkpoints and report go."""
+    """Where log, checkpoints and report go: ./output/vbp unless told otherwise."""
     overwrite: bool = False
     """Replace the results of another run in save_dir."""
     seed: int = 0

@@ -30,9 +30,13 @@ def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | No
     """
     for entry in plan.sites:
         _check_fits(model, entry, means)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     for entry in plan.sites:
         if len(entry.keep) < entry.site.hidden:
             _prune_site_(model, entry, None if means is None else means[entry.site.name])
+    for name in frozen:
+        # Torch-Pruning makes new parameters, which would learn.
+        model.get_parameter(name).requires_grad_(False)
 
 
 def _check_fits(model: nn.Module, entry: SitePlan, means: Mapping[str, Tensor] | None) -> None:

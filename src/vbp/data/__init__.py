@@ -16,8 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from vbp.data.image_list import ImageList, Split, balanced_subset, list_images
 from vbp.errors import InputError
-from vbp.image_list import ImageList, Split, balanced_subset, list_images
 from vbp.preprocessing import Transform
 
 __all__ = ["ImageList", "ImageLoader", "Split", "balanced_subset", "list_images", "make_loader"]

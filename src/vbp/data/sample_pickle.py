@@ -7,8 +7,8 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+from vbp.data.image_index import Listing, Source
 from vbp.errors import InputError
-from vbp.image_index import Listing, Source
 
 
 def read_samples(file: Path, source: Source) -> Listing:

@@ -12,10 +12,10 @@ from typing import Literal, get_args
 
 import torch
 
+from vbp.data.image_folder import check_same_classes, scan_split
+from vbp.data.image_index import Listing, Source, read_index, write_index
+from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
-from vbp.image_folder import check_same_classes, scan_split
-from vbp.image_index import Listing, Source, read_index, write_index
-from vbp.sample_pickle import read_samples
 
 logger = logging.getLogger(__name__)
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from timm.data.imagenet_info import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from vbp.data.image_index import Listing, Source
 from vbp.errors import InputError
-from vbp.image_index import Listing, Source
 
 logger = logging.getLogger(__name__)
 

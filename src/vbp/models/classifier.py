@@ -1,0 +1,105 @@
+"""A classifier with what belongs to it: how it is built again, and how its images are prepared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from vbp.errors import InputError
+from vbp.models.checkpoints import one_line
+from vbp.preprocessing import Preprocessing
+
+Library = Literal["timm", "transformers"]
+Family = Literal["vit", "convnext", "swin", "other"]
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """What builds the same dense architecture again, untrained and without network; plain JSON types.
+
+    Attributes:
+        library: who builds it.
+        name: timm's architecture name without tag, or the class name of the transformers model.
+        arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
+            the attention implementation included.
+    """
+
+    library: Library
+    name: str
+    arguments: dict[str, Any]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; `from_dict` reads them back."""
+        return {"library": self.library, "name": self.name, "arguments": dict(self.arguments)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
+        """Read back what `to_dict` wrote.
+
+        Raises:
+            InputError: a name is missing or unknown, or a value is of the wrong type.
+        """
+        if set(values) != {"library", "name", "arguments"}:
+            raise InputError(
+                "a model source must hold library, name and arguments, got "
+                f"{', '.join(sorted(values)) or 'nothing'}; save the file again with this version of vbp"
+            )
+        library, name, arguments = values["library"], values["name"], values["arguments"]
+        if library not in get_args(Library):
+            raise InputError(f"library must be one of {', '.join(get_args(Library))}, got {library!r}")
+        if not isinstance(name, str) or not isinstance(arguments, Mapping):
+            raise InputError(
+                f"a model source must hold a name (text) and arguments (a table), got {name!r} and {arguments!r}"
+            )
+        return cls(library, name, dict(arguments))
+
+
+@dataclass(frozen=True)
+class Classifier:
+    """A network in evaluation mode on the CPU, and what travels with it.
+
+    Attributes:
+        model: takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
+        source: builds the same dense architecture again.
+        preprocessing: the model's own, with the user's overrides.
+        num_classes: the logits per image.
+        family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
+    """
+
+    model: nn.Module
+    source: ModelSource
+    preprocessing: Preprocessing
+    num_classes: int
+    family: Family
+
+
+def check_takes_images(classifier: Classifier) -> None:
+    """One blank image through the network, so that a wrong size stops the run at its start.
+
+    Raises:
+        InputError: the network does not take images of this size, or gives another number of logits.
+    """
+    preprocessing = classifier.preprocessing
+    height, width = preprocessing.img_size
+    channels = len(preprocessing.mean)
+    image = torch.zeros(1, channels, height, width)
+    try:
+        with torch.inference_mode():
+            output = classifier.model(image)
+    except (RuntimeError, ValueError, AssertionError, IndexError) as error:
+        raise InputError(
+            f"{classifier.source.name} does not take images of {channels} x {height} x {width} (channels, "
+            f"height, width): {one_line(error)}; give the img_size that the weights were trained with, and one "
+            "mean and std for each input channel"
+        ) from error
+    logits = getattr(output, "logits", output)
+    shape = tuple(getattr(logits, "shape", ()))
+    if shape != (1, classifier.num_classes):
+        raise InputError(
+            f"{classifier.source.name} must return {classifier.num_classes} logits for one image, got "
+            f"{list(shape) if shape else type(logits).__name__}; only image classifiers can be used"
+        )

@@ -1,0 +1,193 @@
+"""Classifiers built by transformers, from a local folder or the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vbp.errors import InputError
+from vbp.models.checkpoints import describe_mismatch, one_line
+from vbp.models.classifier import Classifier, Family, ModelSource
+from vbp.models.huggingface_preprocessing import LOADING_ERRORS, processor_preprocessing
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: dict[str, Family] = {
+    "vit": "vit",
+    "deit": "vit",
+    "convnext": "convnext",
+    "convnextv2": "convnext",
+    "swin": "swin",
+    "swinv2": "swin",
+}
+# Saved with some backbones, but no part of a classifier's weights.
+HARMLESS = ("pooler.", "relative_position_index", "relative_coords_table", "position_ids")
+WEIGHT_FILES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+
+
+def load_huggingface(
+    model_name: str,
+    allow_random_init: bool,
+    overrides: Mapping[str, Any],
+    check_family: Callable[[Family], None],
+) -> Classifier:
+    """A transformers classifier; `check_family` is called before any weight is read or fetched.
+
+    Raises:
+        InputError: the folder or the id is wrong, a weight or the preprocessing is missing, or the files
+            cannot be fetched.
+    """
+    config = _config(model_name)
+    family = FAMILIES.get(config.model_type, "other")
+    check_family(family)
+    preprocessing = processor_preprocessing(model_name, overrides)
+    folder = Path(model_name)
+    if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHT_FILES):
+        model = _without_weights(model_name, config, allow_random_init)
+    else:
+        model = _with_weights(model_name, allow_random_init)
+    source = ModelSource("transformers", type(model).__name__, _arguments(model))
+    return Classifier(model.eval(), source, preprocessing, int(config.num_labels), family)
+
+
+def build_huggingface(source: ModelSource) -> nn.Module:
+    """The untrained architecture of `source`, in evaluation mode and float32.
+
+    Raises:
+        InputError: the installed transformers does not know the configuration, or builds another class.
+    """
+    from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
+
+    try:
+        config = CONFIG_MAPPING[source.arguments["model_type"]].from_dict(dict(source.arguments))
+    except (*LOADING_ERRORS, ImportError) as error:
+        raise InputError(
+            f"transformers cannot read the configuration of {source.name}: {one_line(error)}; install the "
+            f"version that it was saved with ({source.arguments.get('transformers_version', 'unknown')})"
+        ) from error
+    model = _from_config(config)
+    if type(model).__name__ != source.name:
+        raise InputError(f"the configuration must give a {source.name}, got a {type(model).__name__}")
+    return model.eval()
+
+
+def _config(model_name: str) -> Any:
+    from transformers import AutoConfig
+
+    folder = Path(model_name)
+    if folder.is_dir():
+        _check_folder(folder)
+    try:
+        config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(model_name, error) from error
+    if config.model_type == "timm_wrapper":
+        raise InputError(f"{model_name} is a timm model, give it as hf-hub:{model_name}")
+    return config
+
+
+def _check_folder(folder: Path) -> None:
+    file = folder / "config.json"
+    if not file.is_file():
+        raise InputError(
+            f"a local model folder must hold config.json as save_pretrained writes it, got {folder} without one"
+        )
+    try:
+        values = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is no readable JSON ({error}); save the model again") from error
+    if isinstance(values, dict) and "model_type" not in values and "architecture" in values:
+        raise InputError(
+            f"{folder} holds a timm model, and only folders of transformers are read; give --model_name "
+            f"{values['architecture']} --checkpoint {folder / 'model.safetensors'}"
+        )
+
+
+def _cannot_load(model_name: str, error: BaseException) -> InputError:
+    if Path(model_name).is_dir():
+        return InputError(
+            f"transformers cannot load an image classifier from the folder {model_name}: {one_line(error)}; "
+            "save it again by save_pretrained, or fetch its files again"
+        )
+    return InputError(
+        f"the weights of {model_name} could not be fetched from the Hugging Face hub (no local folder has this "
+        f"name): {one_line(error)}; check the name and the connection, or give a local Hugging Face folder, or "
+        "a timm model name with --checkpoint FILE"
+    )
+
+
+def _without_weights(model_name: str, config: Any, allow_random_init: bool) -> nn.Module:
+    if not allow_random_init:
+        raise InputError(
+            f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
+            "--allow_random_init starts from random weights"
+        )
+    logger.warning("%s starts from random weights: the folder holds none", model_name)
+    return _from_config(config)
+
+
+def _from_config(config: Any) -> nn.Module:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        auto: Any = AutoModelForImageClassification  # untyped in transformers
+        model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except LOADING_ERRORS as error:
+        raise InputError(f"transformers cannot build an image classifier: {one_line(error)}") from error
+    return model
+
+
+def _with_weights(model_name: str, allow_random_init: bool) -> nn.Module:
+    from transformers import AutoModelForImageClassification
+
+    try:
+        model, info = AutoModelForImageClassification.from_pretrained(
+            model_name,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that all are listed, below
+        )
+    except LOADING_ERRORS as error:
+        raise _cannot_load(model_name, error) from error
+    _check_complete(model_name, model, info, allow_random_init)
+    loaded: nn.Module = model
+    return loaded
+
+
+def _check_complete(model_name: str, model: Any, info: Mapping[str, Any], allow_random_init: bool) -> None:
+    shapes = sorted(info["mismatched_keys"])
+    missing = sorted(set(info["missing_keys"]) - {name for name, *_ in shapes})
+    unexpected = sorted(name for name in info["unexpected_keys"] if not any(part in name for part in HARMLESS))
+    random = [*missing, *(name for name, *_ in shapes)]
+    if not random and not unexpected:
+        return
+    head_only = not any(name.startswith(f"{model.base_model_prefix}.") for name in random)
+    fault = describe_mismatch(missing, unexpected, shapes)
+    if head_only and not unexpected and allow_random_init:
+        logger.warning("the head of %s starts from random weights: %s", model_name, fault)
+        return
+    remedy = (
+        "--allow_random_init leaves the head at random" if head_only and not unexpected else "save the model again"
+    )
+    raise InputError(f"the weights of {model_name} do not fit {type(model).__name__}: {fault}; {remedy}")
+
+
+def _arguments(model: Any) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads(model.config.to_json_string(use_diff=False))
+    values.pop("_name_or_path", None)  # where it was read from is no part of the architecture
+    # Left out by transformers, but it decides the last bits of the logits.
+    values["attn_implementation"] = model.config._attn_implementation
+    values["architectures"] = [type(model).__name__]
+    return values

@@ -1,0 +1,201 @@
+"""Classifiers built by timm: weights from the hub, from a file, or from Facebook's ConvNeXt files."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+from safetensors import SafetensorError
+from timm.data.config import resolve_data_config
+from timm.models import (
+    convnext,
+    model_entrypoint,
+    swin_transformer,
+    swin_transformer_v2,
+    swin_transformer_v2_cr,
+    vision_transformer,
+)
+from torch import nn
+
+from vbp.errors import InputError
+from vbp.models.checkpoints import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
+from vbp.models.classifier import Classifier, Family, ModelSource
+from vbp.models.facebook import check_facebook_layout, with_facebook_tag
+from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
+from vbp.preprocessing import Preprocessing
+
+logger = logging.getLogger(__name__)
+
+FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
+    ("vit", (vision_transformer.VisionTransformer,)),  # DeiT is one, distilled or not
+    ("convnext", (convnext.ConvNeXt,)),
+    (
+        "swin",
+        (
+            swin_transformer.SwinTransformer,
+            swin_transformer_v2.SwinTransformerV2,
+            swin_transformer_v2_cr.SwinTransformerV2Cr,
+        ),
+    ),
+)
+# What a constructor raises for arguments that it cannot use.
+BUILDING_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file to load; `facebook` marks the original ConvNeXt layout."""
+
+    path: Path
+    facebook: bool = False
+
+
+def load_timm(
+    model_name: str,
+    file: WeightFile | None,
+    allow_random_init: bool,
+    model_kwargs: Mapping[str, Any],
+    overrides: Mapping[str, Any],
+    check_family: Callable[[Family], None],
+) -> Classifier:
+    """A timm classifier; `check_family` is called before any weight is read or fetched.
+
+    Raises:
+        InputError: the name, an argument or the weight file is wrong, or the weights cannot be fetched.
+    """
+    if file is not None and file.facebook:
+        model_name = with_facebook_tag(model_name, file.path)
+    without_network = file is not None or allow_random_init
+    architecture = resolve(model_name, model_kwargs, overrides["img_size"], without_network=without_network)
+    preprocessing = _preprocessing(architecture).override(**overrides)
+    model = _build(architecture.name, architecture.arguments)
+    family = family_of(model)
+    check_family(family)
+    if file is not None:
+        model, architecture = _from_file(model, architecture, file, fixed="num_classes" in model_kwargs)
+    elif allow_random_init:
+        logger.warning("%s starts from random weights: nothing was loaded", architecture.name)
+    else:
+        model = _from_hub(model, architecture)
+    num_classes = int(getattr(model, "num_classes", 0))
+    if num_classes < 1:
+        raise InputError(
+            f"{model_name} has no classifier head (num_classes {num_classes}); give a model fine-tuned for "
+            "classification, or num_classes in the model arguments with a checkpoint that has a head"
+        )
+    source = ModelSource("timm", architecture.name, {**architecture.arguments, "num_classes": num_classes})
+    return Classifier(model.eval(), source, preprocessing, num_classes, family)
+
+
+def build_timm(source: ModelSource) -> nn.Module:
+    """The untrained architecture of `source`, in evaluation mode.
+
+    Raises:
+        InputError: the installed timm does not know the name or the arguments.
+    """
+    check_known(source.name)
+    return _build(source.name, source.arguments).eval()
+
+
+def family_of(model: nn.Module) -> Family:
+    """The family that timm's class belongs to."""
+    return next((family for family, classes in FAMILIES if isinstance(model, classes)), "other")
+
+
+def _preprocessing(architecture: Architecture) -> Preprocessing:
+    resolve_config: Any = resolve_data_config  # untyped in timm
+    config = resolve_config(pretrained_cfg=architecture.cfg or {"input_size": (3, 224, 224)})
+    height, width = config["input_size"][-2:]
+    size = architecture.arguments.get("img_size", [height, width])
+    return Preprocessing(
+        img_size=(size, size) if isinstance(size, int) else tuple(size),
+        crop_pct=float(config["crop_pct"]),
+        interpolation=config["interpolation"],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        crop_mode=config["crop_mode"],
+    )
+
+
+def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+    try:
+        model: nn.Module = timm.create_model(name, **arguments)
+    except BUILDING_ERRORS as error:
+        raise InputError(
+            f"timm cannot build {name} from {dict(arguments)}: {one_line(error)}; check the model arguments "
+            "and img_size"
+        ) from error
+    return model
+
+
+def _from_hub(model: nn.Module, architecture: Architecture) -> nn.Module:
+    own, wanted = architecture.cfg.get("num_classes"), getattr(model, "num_classes", None)
+    if own != wanted:
+        # timm would leave out the pretrained head and say nothing.
+        raise InputError(
+            f"the pretrained weights of {architecture.requested} are for {own} classes, got num_classes "
+            f"{wanted} in the model arguments: the head would be random; give --checkpoint FILE with a fitting "
+            "head"
+        )
+    try:
+        pretrained: nn.Module = timm.create_model(architecture.requested, pretrained=True, **architecture.arguments)
+    except OSError as error:
+        raise cannot_fetch(architecture.requested, error) from error
+    except (RuntimeError, SafetensorError) as error:
+        raise InputError(
+            f"the pretrained weights of {architecture.requested} could not be loaded: {one_line(error)}; leave "
+            "out the model arguments, choose another tag, or give --checkpoint FILE"
+        ) from error
+    return pretrained
+
+
+def _from_file(
+    model: nn.Module, architecture: Architecture, file: WeightFile, *, fixed: bool
+) -> tuple[nn.Module, Architecture]:
+    """Load the file; its head decides the number of classes unless the model arguments do (`fixed`)."""
+    weights = read_weights(file.path)
+    if file.facebook:
+        check_facebook_layout(model, architecture.name, weights, file.path)
+    conversion = _conversion(architecture.name)
+    converted = convert(weights, conversion, model, file.path)
+    rows = _head_rows(converted, architecture.cfg)
+    if not fixed and rows is not None and rows != getattr(model, "num_classes", rows):
+        logger.info("%s has a head of %d classes; the model is built with it", file.path, rows)
+        architecture = replace(architecture, arguments={**architecture.arguments, "num_classes": rows})
+        model = _build(architecture.name, architecture.arguments)
+        converted = convert(weights, conversion, model, file.path)
+    load_strictly_(model, converted, file.path)
+    return model, architecture
+
+
+def _conversion(name: str) -> Conversion | None:
+    """The conversion that timm has for older and foreign files, and for another image size."""
+    module = sys.modules[model_entrypoint(name).__module__]
+    conversion = getattr(module, "checkpoint_filter_fn", None)
+    if conversion is None:
+        return None
+    if "adapt_layer_scale" in inspect.signature(conversion).parameters:
+        conversion = partial(conversion, adapt_layer_scale=True)  # as timm does for DeiT III
+    result: Conversion = conversion
+    return result
+
+
+def _head_rows(weights: StateDict, cfg: Mapping[str, Any]) -> int | None:
+    names = cfg.get("classifier") or "head"
+    weight = weights.get(f"{names if isinstance(names, str) else names[0]}.weight")
+    return None if weight is None or weight.ndim < 2 else int(weight.shape[0])

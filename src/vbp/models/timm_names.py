@@ -1,0 +1,132 @@
+"""What a timm model name stands for: the architecture, its complete arguments, the record of its weights."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import timm
+from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
+
+from vbp.errors import InputError
+from vbp.models.checkpoints import one_line
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+# Set here or by the caller's other options: as model arguments they would go behind their back.
+RESERVED = (
+    "cache_dir",
+    "checkpoint_path",
+    "features_only",
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A timm architecture and the weights that its name stands for.
+
+    Attributes:
+        requested: the name as timm's factory takes it to find the pretrained weights.
+        name: the architecture's, without tag.
+        cfg: timm's record of the pretrained weights: sizes, normalisation, head.
+        arguments: of `create_model`, plain JSON types.
+    """
+
+    requested: str
+    name: str
+    cfg: dict[str, Any]
+    arguments: dict[str, Any]
+
+
+def hub_repository(model_name: str) -> str | None:
+    """The hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
+    for prefix in HUB_PREFIXES:
+        if model_name.startswith(prefix):
+            return model_name.removeprefix(prefix)
+    return model_name if model_name.startswith("timm/") else None
+
+
+def resolve(
+    model_name: str, model_kwargs: Mapping[str, Any], img_size: int | None, *, without_network: bool
+) -> Architecture:
+    """What `model_name` stands for; a hub repository's configuration is fetched, unless `without_network`.
+
+    Raises:
+        InputError: the name, its tag or an argument is wrong, or the configuration cannot be fetched.
+    """
+    kwargs = _plain_arguments(model_kwargs)
+    repository = hub_repository(model_name)
+    if repository is not None and not without_network:
+        requested = f"hf-hub:{repository}"
+        try:
+            cfg, name, own_arguments = load_model_config_from_hf(repository)
+        except OSError as error:
+            raise cannot_fetch(model_name, error) from error
+        kwargs = {**_plain_arguments(own_arguments or {}), **kwargs}
+        check_known(name)
+    else:
+        requested = model_name if repository is None else repository.partition("@")[0].rpartition("/")[2]
+        name = split_model_name_tag(requested)[0]
+        check_known(name)
+        cfg = _registered_cfg(requested, name)
+    arguments = {"in_chans": cfg.get("input_size", (3,))[0], **kwargs}
+    if cfg.get("fixed_input_size"):
+        size = kwargs.get("img_size")
+        if img_size is not None and size not in (None, img_size, [img_size, img_size]):
+            raise InputError(f"img_size is given twice: {img_size}, and {size} in the model arguments; give one")
+        arguments["img_size"] = img_size or size or list(cfg["input_size"][-2:])
+    return Architecture(requested, name, cfg, arguments)
+
+
+def _plain_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    reserved = sorted(set(model_kwargs) & set(RESERVED))
+    if reserved:
+        raise InputError(
+            f"the model arguments must describe the architecture only, got {', '.join(reserved)}; use the "
+            "model name and the checkpoint for the weights"
+        )
+    try:
+        plain: dict[str, Any] = json.loads(json.dumps(dict(model_kwargs), allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"the model arguments must be numbers, texts, lists and tables, got {dict(model_kwargs)!r} ({error})"
+        ) from error
+    return plain
+
+
+def check_known(name: str) -> None:
+    """Stop if timm has no architecture `name` (without tag).
+
+    Raises:
+        InputError: it has none; close names are listed.
+    """
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), n=5)
+        remedy = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
+        raise InputError(
+            f"model name must be a local folder, a Hugging Face id (OWNER/NAME) or a timm model, got {name!r}; "
+            f"{remedy}"
+        )
+
+
+def _registered_cfg(requested: str, name: str) -> dict[str, Any]:
+    try:
+        cfg: Any = get_pretrained_cfg(requested)
+    except RuntimeError as error:
+        tags = ", ".join(timm.list_models(f"{name}.*", include_tags=True)) or "none"
+        raise InputError(f"unknown tag in the model name {requested!r}; timm has {tags}") from error
+    return {} if cfg is None else dict(cfg.to_dict())
+
+
+def cannot_fetch(model_name: str, error: BaseException) -> InputError:
+    """The error for weights or a configuration that the hub does not give."""
+    return InputError(
+        f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); "
+        "check the name and the connection, or give --checkpoint FILE with a timm model name, or a local "
+        "Hugging Face folder"
+    )

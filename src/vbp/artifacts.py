@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.files import write_atomically
 from vbp.models import build_model
+from vbp.models.checkpoints import one_line
 from vbp.models.classifier import ModelSource
 from vbp.plan import PruningPlan
 from vbp.preprocessing import Preprocessing
@@ -103,7 +104,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
         raise InputError(
-            f"{file} is damaged or no file of a pruned model ({str(error).splitlines()[0]}); copy or make it again"
+            f"{file} is damaged or no file of a pruned model ({one_line(error)}); copy or make it again"
         ) from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         found = content.get("format") if isinstance(content, dict) else type(content).__name__

@@ -137,26 +137,40 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
             f"  asked for {plan.requested}: {plan.kept - plan.requested:+d} through round_to {plan.round_to} "
             f"and min_keep_ratio {plan.min_keep_ratio}"
         )
-    for label, (before, after), unit, scale in (
-        ("MACs", cost.macs, "G", 1e9),
-        ("parameters", cost.params, "M", 1e6),
-    ):
-        saved = 1 - after / before
-        rows.append(f"  {label} {before / scale:.2f} {unit} -> {after / scale:.2f} {unit} ({saved:.1%} saved)")
+    for label, (before, after) in (("MACs", cost.macs), ("parameters", cost.params)):
+        rows.append(f"  {label} {format_count(before)} -> {format_count(after)} ({1 - after / before:.1%} saved)")
     return f"plan ({plan.scope}, keep_ratio {plan.keep_ratio}):\n" + "\n".join(rows)
 
 
+def format_count(number: int) -> str:
+    """Give a number of MACs or parameters as people read it: 1.26 G, 5.72 M."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)
+
+
 def measure_latency_ms(
-    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 3
+    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 3, budget_s: float = 20
 ) -> dict[str, float]:
     """Time one forward pass of each model, taking turns so that a drift of the machine meets all alike.
+
+    Args:
+        models: In evaluation mode, on the device of `example`.
+        example: The batch.
+        rounds: Timed passes of each model.
+        warmup: Passes of each model before them.
+        budget_s: Seconds after which no further round begins; three are timed in any case.
 
     Returns:
         Model name -> median milliseconds for the whole batch.
     """
     times: dict[str, list[float]] = {name: [] for name in models}
+    begin = time.perf_counter()
     with torch.inference_mode():
         for turn in range(warmup + rounds):
+            if turn >= warmup + 3 and time.perf_counter() - begin > budget_s:
+                break
             for name, model in models.items():
                 _synchronize(example.device)
                 start = time.perf_counter()

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from vbp.artifacts import installed_versions, save_pruned
 from vbp.config import RunConfig, check_config
-from vbp.cost import count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.cost import count_macs, count_parameters, format_count, format_plan, measure_latency_ms, plan_cost
 from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
 from vbp.distillation import DistillationLoss
 from vbp.distributed import check_single_process
@@ -55,8 +55,10 @@ class _Job:
     sites: tuple[Site, ...]
     calibration: ImageList
     train: ImageList
-    val: ImageList
+    val: ImageLoader
     example: Tensor
+    data: str  # fingerprint of the calibration images and their preprocessing
+    given: Statistics | None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibration", "planning", "surgery", "finetune", "evaluation"), 0.0)
     )
@@ -120,8 +122,7 @@ def _prepare(config: RunConfig) -> _Job:
     for folder in (config.data_path, config.data_path / "train", config.data_path / "val"):
         if not folder.is_dir():
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {folder}")
-    if config.stats_path is not None:
-        Statistics.load(config.stats_path)
+    given = None if config.stats_path is None else Statistics.load(config.stats_path)
     check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
     classifier = load_classifier(
         config.model_name,
@@ -142,18 +143,15 @@ def _prepare(config: RunConfig) -> _Job:
     check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=3 * size + 2**24)
     train = list_images(config.data_path, "train", classifier.num_classes)
     val = list_images(config.data_path, "val", classifier.num_classes)
+    calibration = balanced_subset(train, config.calib_samples, config.seed)
+    data = json_fingerprint([calibration.fingerprint(), classifier.preprocessing.to_dict()])
+    if given is not None and config.stats_path is not None:
+        given.check_made_for(model_fingerprint(classifier.model), data, config.stats_path)
     model = classifier.model.to(device)
     example = torch.zeros(1, len(classifier.preprocessing.mean), *classifier.preprocessing.img_size, device=device)
-    return _Job(
-        config,
-        device,
-        classifier,
-        find_sites(model, example),
-        balanced_subset(train, config.calib_samples, config.seed),
-        train,
-        balanced_subset(val, config.limit_val, config.seed),
-        example,
-    )
+    sites = find_sites(model, example)
+    val_loader = _evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
+    return _Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
 
 
 def _device(name: str) -> torch.device:
@@ -167,13 +165,13 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _evaluation_loader(job: _Job, images: ImageList) -> ImageLoader:
+def _evaluation_loader(classifier: Classifier, images: ImageList, config: RunConfig) -> ImageLoader:
     return make_loader(
         images,
-        evaluation_transform(job.classifier.preprocessing),
-        batch_size=job.config.val_batch_size,
-        num_workers=job.config.num_workers,
-        pin_memory=job.device.type == "cuda",
+        evaluation_transform(classifier.preprocessing),
+        batch_size=config.val_batch_size,
+        num_workers=config.num_workers,
+        pin_memory=True,
     )
 
 
@@ -183,27 +181,25 @@ def _bar(loader: ImageLoader, label: str) -> Any:
 
 def _measure(job: _Job, model: nn.Module) -> Measured:
     with job.timed("evaluation"):
-        accuracy = evaluate(model, _bar(_evaluation_loader(job, job.val), "evaluation"), job.device)
+        accuracy = evaluate(model, _bar(job.val, "evaluation"), job.device)
     return Measured(accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model))
 
 
 def _figures(model: Measured) -> str:
     return (
-        f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {model.macs / 1e9:.3f} GMACs, "
-        f"{model.params / 1e6:.2f} M parameters"
+        f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {format_count(model.macs)} MACs, "
+        f"{format_count(model.params)} parameters"
     )
 
 
 def _statistics(job: _Job) -> Statistics:
-    data = json_fingerprint([job.calibration.fingerprint(), job.classifier.preprocessing.to_dict()])
-    path = job.config.stats_path
-    with job.timed("calibration"):
-        if path is None:
-            loader = _bar(_evaluation_loader(job, job.calibration), "statistics")
-            statistics = collect_statistics(job.model, job.sites, loader, device=job.device, data=data)
-        else:
-            statistics = Statistics.load(path)
-            statistics.check_made_for(model_fingerprint(job.model), data, path)
+    statistics = job.given
+    if statistics is None:
+        loader = _evaluation_loader(job.classifier, job.calibration, job.config)
+        with job.timed("calibration"):
+            statistics = collect_statistics(
+                job.model, job.sites, _bar(loader, "statistics"), device=job.device, data=job.data
+            )
     statistics.save(job.config.save_dir / STATISTICS)
     _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
     return statistics
@@ -254,7 +250,7 @@ def _finetune(job: _Job, plan: PruningPlan, teacher: nn.Module | None, pruned: M
             num_workers=config.num_workers,
             shuffle=True,
             seed=config.seed,
-            pin_memory=job.device.type == "cuda",
+            pin_memory=True,
         )
         trainer = Trainer.of(
             job.model,
@@ -308,6 +304,7 @@ def _report(
     uncompensated: Measured | None,
 ) -> RunReport:
     folder: Path = job.config.save_dir
+    images = len(job.val.images) - len(job.val.unreadable)
     return RunReport(
         base=base,
         pruned=pruned,
@@ -316,7 +313,7 @@ def _report(
         uncompensated=uncompensated,
         sites=plan.widths,
         seconds=job.seconds,
-        images={"calibration": statistics.images, "val": len(job.val)},
+        images={"calibration": statistics.images, "val": images},
         latency_batch=len(_latency_batch(job)),
         device=str(job.device),
         versions=installed_versions(),

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from vbp.cost import format_count
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -113,13 +115,6 @@ def _measured(model: Measured) -> dict[str, Any]:
 def _row(label: str, model: Measured, width: int) -> str:
     latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
     return (
-        f"{label:<{width}}  {model.top1:>8.2f}  {model.top5:>8.2f}  {_count(model.macs):>9}  "
-        f"{_count(model.params):>9}  {latency:>10}"
+        f"{label:<{width}}  {model.top1:>8.2f}  {model.top5:>8.2f}  {format_count(model.macs):>9}  "
+        f"{format_count(model.params):>9}  {latency:>10}"
     )
-
-
-def _count(number: int) -> str:
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return str(number)

@@ -1,0 +1,247 @@
+"""The whole job on the embedded digits: what a run leaves behind, and what it refuses before it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+import vbp.recipe as recipe
+from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, evaluate, load_pruned, read_artifact
+from vbp.data import list_images, make_loader
+from vbp.demo import DemoConfig, demo_run_config
+from vbp.digits import PREPROCESSING, write_digits
+from vbp.preprocessing import evaluation_transform
+from vbp.recipe import run
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the digits in it."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_digits(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def config(demo_folder: Path) -> RunConfig:
+    """Give the demo's configuration, cut to one epoch."""
+    return demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=1))
+
+
+@pytest.fixture(scope="session")
+def report(config: RunConfig) -> RunReport:
+    """Give the report of one whole run."""
+    return run(config)
+
+
+@pytest.fixture
+def quick(config: RunConfig, tmp_path: Path) -> RunConfig:
+    """Give a run of a few images, without fine-tuning, into its own folder."""
+    return dataclasses.replace(
+        config,
+        epochs_ft=0,
+        calib_samples=40,
+        limit_val=40,
+        use_kd=False,
+        compare_uncompensated=False,
+        save_dir=tmp_path / "run",
+        overwrite=False,
+    )
+
+
+def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
+    names = {
+        "vbp_imagenet.log", "vbp_best.pth", "vbp_final.pth", "config.json", "plan.json", "statistics.safetensors",
+        "metrics.jsonl", "summary.json",
+    }  # fmt: skip
+    assert {entry.name for entry in config.save_dir.iterdir()} == names
+    summary = json.loads((config.save_dir / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(report.to_dict()))
+    for model in ("base", "pruned", "best", "final"):
+        assert {"top1", "top5", "macs", "params"} <= set(summary[model])
+    assert summary["images"] == {"calibration": 901, "val": 896}
+    assert set(summary["seconds"]) == {"calibration", "planning", "surgery", "finetune", "evaluation"}
+    assert all(seconds > 0 for seconds in summary["seconds"].values())
+    assert summary["config"] == config.to_dict() == json.loads((config.save_dir / "config.json").read_text())
+    rows = [json.loads(line) for line in (config.save_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1]
+    assert rows[1]["top1"] == summary["final"]["top1"]
+
+
+def test_the_demo_shows_a_drop_beyond_chance_and_the_steps_after_it(report: RunReport) -> None:
+    assert report.uncompensated is not None
+    dense, dropped = report.base.top1 / 100, report.uncompensated.top1 / 100
+    variance = dense * (1 - dense) + dropped * (1 - dropped)
+    assert dense - dropped > 3 * (variance / report.images["val"]) ** 0.5
+    assert report.keep_ratio == 0.5
+    assert report.base.macs > report.pruned.macs == report.final.macs
+    table = report.table()
+    for step in ("dense", "no compensation", "mean shift", "fine-tuned", "MACs", "params", "latency"):
+        assert step in table
+
+
+def test_the_log_is_whole(config: RunConfig, report: RunReport) -> None:
+    text = (config.save_dir / "vbp_imagenet.log").read_text()
+    for part in ("32x32 pixels", "901 images", "dense: top-1", "plan (global", "epoch 1/1", report.table()):
+        assert part in text
+    assert logging.getLogger("vbp").level == logging.NOTSET
+
+
+@pytest.mark.parametrize("name", ["best", "final"])
+def test_checkpoints_have_the_accuracy_of_the_summary(config: RunConfig, report: RunReport, name: str) -> None:
+    file = config.save_dir / f"vbp_{name}.pth"
+    torch.load(file, weights_only=True)
+    images = list_images(config.data_path, "val", 10)
+    transform = evaluation_transform(PREPROCESSING)
+    loader = make_loader(images, transform, batch_size=config.val_batch_size, num_workers=0)
+    accuracy = evaluate(load_pruned(file), loader, "cpu")
+    measured = getattr(report, name)
+    assert (accuracy.top1, accuracy.top5) == (measured.top1, measured.top5)
+    assert read_artifact(file).metrics == {"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5}
+
+
+def test_a_run_can_be_repeated_from_its_report(report: RunReport, tmp_path: Path) -> None:
+    again = dataclasses.replace(RunConfig.from_dict(dict(report.config)), save_dir=tmp_path / "again")
+    repeated = run(again)
+    assert (repeated.best, repeated.final.top1) == (
+        dataclasses.replace(report.best, latency_ms=repeated.best.latency_ms),
+        report.final.top1,
+    )
+    first = torch.load(report.files["vbp_final.pth"], weights_only=True)["state_dict"]
+    second = torch.load(repeated.files["vbp_final.pth"], weights_only=True)["state_dict"]
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_without_epochs_both_checkpoints_are_the_pruned_model(quick: RunConfig) -> None:
+    found = run(quick)
+    assert found.pruned == found.best == found.final
+    assert found.images == {"calibration": 40, "val": 40}
+    best, final = (load_pruned(quick.save_dir / f"vbp_{name}.pth") for name in ("best", "final"))
+    images = torch.randn(3, 3, 32, 32)
+    assert torch.equal(best(images), final(images))
+
+
+def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_path: Path) -> None:
+    first = run(quick)
+    stored = quick.save_dir / "statistics.safetensors"
+    reusing = dataclasses.replace(quick, stats_path=stored, save_dir=tmp_path / "second")
+
+    def no_pass(*_: object, **__: object) -> Statistics:
+        raise AssertionError("the data were read again")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recipe, "collect_statistics", no_pass)
+        second = run(reusing)
+    assert second.sites == first.sites
+    assert PruningPlan.load(tmp_path / "second/plan.json") == PruningPlan.load(quick.save_dir / "plan.json")
+    for change in ({"calib_samples": 41}, {"seed": 1}, {"crop_pct": 0.9}):
+        other = dataclasses.replace(reusing, **change, save_dir=tmp_path / "third")
+        with pytest.raises(InputError, match="must hold statistics of this data"):
+            run(other)
+    assert not list((tmp_path / "third").glob("*"))
+
+
+def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp_path: Path) -> None:
+    def widths(**changes: object) -> list[int]:
+        folder = tmp_path / "-".join(f"{name}={value}" for name, value in changes.items())
+        found = run(dataclasses.replace(quick, save_dir=folder, **changes))
+        return [kept for kept, _ in found.sites.values()]
+
+    assert widths(global_pruning=False) == [128] * 4
+    plain, normed = widths(keep_ratio=0.6), widths(keep_ratio=0.6, norm_per_layer=True)
+    assert sum(plain) == sum(normed) == round(1024 * 0.6)
+    assert plain != normed
+    assert all(width % 16 == 0 for width in widths(round_to=16))
+    assert min(widths(keep_ratio=0.25, min_keep_ratio=0.2)) >= 0.2 * 256
+
+
+def test_compensation_none_differs_from_the_mean(quick: RunConfig, tmp_path: Path) -> None:
+    shifted = run(dataclasses.replace(quick, compare_uncompensated=True, limit_val=0))
+    bare = run(dataclasses.replace(quick, compensation="none", limit_val=0, save_dir=tmp_path / "none"))
+    assert shifted.uncompensated is not None
+    assert bare.pruned.top1 == shifted.uncompensated.top1 != shifted.pruned.top1
+
+
+def test_results_of_another_run_are_kept_unless_told_otherwise(quick: RunConfig) -> None:
+    run(quick)
+    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()}
+    with pytest.raises(InputError, match=r"must be empty or new, got .* pass --overwrite"):
+        run(quick)
+    wrong = dataclasses.replace(quick, overwrite=True, checkpoint=Path("absent.pth"))
+    with pytest.raises(InputError, match=r"absent\.pth"):
+        run(wrong)
+    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()} == before
+    (quick.save_dir / "notes.txt").write_text("mine")
+    run(dataclasses.replace(quick, overwrite=True))
+    assert (quick.save_dir / "notes.txt").read_text() == "mine"
+
+
+def test_a_disk_that_fills_is_one_error_and_leaves_earlier_files_whole(
+    quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = recipe.save_pruned
+
+    def fills_at_the_last_checkpoint(model: torch.nn.Module, path: Path, **arguments: object) -> None:
+        if path.name == "vbp_final.pth":
+            monkeypatch.setattr(torch, "save", _no_space)
+        real(model, path, **arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(recipe, "save_pruned", fills_at_the_last_checkpoint)
+    with pytest.raises(OSError, match=r"vbp_final\.pth could not be written .*No space left"):
+        run(quick)
+    assert {entry.name for entry in quick.save_dir.iterdir()} == {
+        "vbp_imagenet.log", "config.json", "statistics.safetensors", "plan.json", "metrics.jsonl", "vbp_best.pth",
+    }  # fmt: skip
+    load_pruned(quick.save_dir / "vbp_best.pth")
+    assert "stopped: OutputError" in (quick.save_dir / "vbp_imagenet.log").read_text()
+
+
+def _no_space(content: object, file: object) -> None:
+    file.write(b"part")  # type: ignore[attr-defined]
+    raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"keep_ratio": 0.0}, r"keep_ratio must be in \(0, 1\], got 0.0"),
+        ({"keep_ratio": 1.3}, r"keep_ratio must be in \(0, 1\], got 1.3"),
+        ({"min_keep_ratio": 0.9}, "min_keep_ratio must not exceed keep_ratio"),
+        ({"data_path": Path("absent")}, "data_path must hold train/<class>/ and val/<class>/, got no folder absent"),
+        ({"model_name": "vit_of_nobody"}, "vit_of_nobody"),
+        ({"model_type": "swin"}, "swin"),
+        ({"checkpoint": Path("absent.safetensors")}, "absent.safetensors"),
+        ({"model_kwargs": {}, "allow_random_init": True, "checkpoint": None}, "1000"),
+        ({"device": "cuda:99"}, "device must be auto, cpu, cuda"),
+        ({"device": "abacus"}, "device must be auto, cpu, cuda"),
+        ({"stats_path": Path("absent")}, "statistics file must exist"),
+        ({"bottleneck": True}, "--bottleneck"),
+        ({"val_batch_size": 0}, "val_batch_size must be at least 1, got 0"),
+        ({"kd_T": 0.0, "use_kd": True}, "kd_T must be above 0"),
+    ],
+)
+def test_bad_input_is_refused_before_any_work(quick: RunConfig, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        run(dataclasses.replace(quick, **changes))
+    assert not quick.save_dir.exists() or not list(quick.save_dir.iterdir())
+
+
+def test_several_processes_are_refused(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="one process is supported so far, got WORLD_SIZE=2"):
+        run(quick)
+
+
+def test_corrupt_images_are_named_and_left_out(quick: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    write_digits(data)
+    victim = sorted((data / "val/3").iterdir())[0]
+    victim.write_bytes(victim.read_bytes()[:30])
+    found = run(dataclasses.replace(quick, data_path=data, limit_val=0))
+    assert found.images["val"] == 895
+    assert victim.name in (quick.save_dir / "vbp_imagenet.log").read_text()

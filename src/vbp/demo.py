@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Final, get_args
 
 from vbp.config import RunConfig
+from vbp.data import ImageLoader, Split, list_images, make_loader
 from vbp.digits import CROP_SCALE, HFLIP, MODEL_KWARGS, MODEL_NAME, PREPROCESSING, WEIGHTS, write_digits
+from vbp.models import Classifier, load_classifier
+from vbp.preprocessing import evaluation_transform
 from vbp.recipe import run
 from vbp.report import RunReport
+
+PREPROCESSING_OVERRIDES: Final[Mapping[str, Any]] = {
+    "crop_pct": PREPROCESSING.crop_pct,
+    "interpolation": PREPROCESSING.interpolation,
+    "mean": PREPROCESSING.mean,
+    "std": PREPROCESSING.std,
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +47,7 @@ def demo_run_config(demo: DemoConfig) -> RunConfig:
         model_name=MODEL_NAME,
         model_kwargs=dict(MODEL_KWARGS),
         checkpoint=WEIGHTS,
-        crop_pct=PREPROCESSING.crop_pct,
-        interpolation=PREPROCESSING.interpolation,
-        mean=PREPROCESSING.mean,
-        std=PREPROCESSING.std,
+        **PREPROCESSING_OVERRIDES,
         keep_ratio=demo.keep_ratio,
         global_pruning=True,
         compare_uncompensated=True,
@@ -54,6 +63,24 @@ def demo_run_config(demo: DemoConfig) -> RunConfig:
         save_dir=demo.folder / "run",
         overwrite=True,
     )
+
+
+def load_demo(folder: Path | str) -> tuple[Classifier, ImageLoader, ImageLoader]:
+    """Give the demo's classifier, its calibration images and its validation images, to try the library with.
+
+    Args:
+        folder: Where the digits are written.
+    """
+    write_digits(Path(folder))
+    classifier = load_classifier(MODEL_NAME, checkpoint=WEIGHTS, model_kwargs=MODEL_KWARGS, **PREPROCESSING_OVERRIDES)
+    transform = evaluation_transform(classifier.preprocessing)
+    train, val = (
+        make_loader(
+            list_images(Path(folder), split, classifier.num_classes), transform, batch_size=128, num_workers=0
+        )
+        for split in get_args(Split)
+    )
+    return classifier, train, val
 
 
 def run_demo(demo: DemoConfig) -> RunReport:

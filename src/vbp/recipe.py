@@ -148,7 +148,7 @@ def _prepare(config: RunConfig) -> _Job:
     if given is not None and config.stats_path is not None:
         given.check_made_for(model_fingerprint(classifier.model), data, config.stats_path)
     model = classifier.model.to(device)
-    example = torch.zeros(1, len(classifier.preprocessing.mean), *classifier.preprocessing.img_size, device=device)
+    example = classifier.example_input().to(device)
     sites = find_sites(model, example)
     val_loader = _evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
     return _Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.models.checkpoints import one_line
@@ -76,6 +77,10 @@ class Classifier:
     num_classes: int
     family: Family
 
+    def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
+        """Give blank images of the size that the model takes, on the CPU."""
+        return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
+
 
 def check_takes_images(classifier: Classifier) -> None:
     """One blank image through the network, so that a wrong size stops the run at its start.
@@ -86,10 +91,9 @@ def check_takes_images(classifier: Classifier) -> None:
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size
     channels = len(preprocessing.mean)
-    image = torch.zeros(1, channels, height, width)
     try:
         with torch.inference_mode():
-            output = classifier.model(image)
+            output = classifier.model(classifier.example_input())
     except (RuntimeError, ValueError, AssertionError, IndexError) as error:
         raise InputError(
             f"{classifier.source.name} does not take images of {channels} x {height} x {width} (channels, "

@@ -1,0 +1,102 @@
+"""Every command and example of the documents runs or parses, and every flag in them exists."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from vbp import RunConfig
+from vbp.cli import parse_config
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = ("README.md", "benchmarks/vbp/README.md")
+
+
+def blocks(document: str, language: str) -> list[str]:
+    """Give the fenced blocks of one language."""
+    return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Give every shell command of the documents, continuation lines joined, comments dropped."""
+    found = []
+    for document in DOCUMENTS:
+        for block in blocks(document, "sh"):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words:
+                    found.append((document, words))
+    return found
+
+
+@pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: str(value)[:60])
+def test_commands_parse(document: str, words: list[str]) -> None:
+    if words[0] == "make":
+        assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
+        return
+    if words[0] == "torchrun":
+        assert words[1] == "--nproc_per_node=1"
+        del words[:2]
+    elif words[0] == "python":
+        del words[:1]
+    script, *arguments = words
+    assert (ROOT / script).is_file()
+    if script == "benchmarks/vbp/vbp_imagenet.py":
+        parse_config(arguments, prog=script)
+
+
+def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    example = blocks("README.md", "python")[0]
+    assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
+    (tmp_path / "output").mkdir()
+    exec(compile(example, "README.md", "exec"), {})
+    assert (tmp_path / "output/pruned.pth").is_file()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_other_examples_use_names_that_exist(document: str) -> None:
+    import vbp
+
+    for block in blocks(document, "python"):
+        compile(block, document, "exec")
+        for name in re.findall(r"\bvbp\.(\w+)", block):
+            assert hasattr(vbp, name) or name in ("demo",), name
+
+
+def test_the_table_of_arguments_is_the_parsers() -> None:
+    text = (ROOT / "benchmarks/vbp/README.md").read_text()
+    section = text[text.index("## Arguments") : text.index("## How it works")]
+    rows = [line for line in section.splitlines() if line.startswith("| `--")]
+    documented = {name.replace("-", "_") for row in rows for name in re.findall(r"`--([\w-]+)`", row.split("|")[1])}
+    hidden = {"model_kwargs", "hflip", "crop_scale"}
+    assert documented == {field.name for field in dataclasses.fields(RunConfig)} - hidden
+
+
+def test_the_table_of_defaults_is_the_parsers() -> None:
+    fields = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    text = (ROOT / "benchmarks/vbp/README.md").read_text()
+    section = text[text.index("## Arguments") : text.index("## How it works")]
+    checked = 0
+    for name, cell in re.findall(r"^\| `--(\w+)` \| ([^|]*) \|", section, re.MULTILINE):
+        default = fields[name]
+        shown = cell.strip().strip("`")
+        if default is None:
+            assert shown == "none", name
+        elif isinstance(default, bool):
+            assert shown == "off", name
+        elif isinstance(default, Path):
+            assert Path(shown) == default, name
+        elif isinstance(default, int | float):
+            assert float(shown) == default, name
+        elif isinstance(default, str):
+            assert shown == default, name
+        else:
+            assert shown == "required", name
+            continue
+        checked += 1
+    assert checked > 20

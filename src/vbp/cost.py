@@ -151,7 +151,7 @@ def format_count(number: int) -> str:
 
 
 def measure_latency_ms(
-    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 3, budget_s: float = 20
+    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 2, budget_s: float = 20
 ) -> dict[str, float]:
     """Time one forward pass of each model, taking turns so that a drift of the machine meets all alike.
 

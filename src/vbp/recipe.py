@@ -42,6 +42,7 @@ _log = logging.getLogger(__name__)
 
 LOG, CONFIG, STATISTICS, PLAN = "vbp_imagenet.log", "config.json", "statistics.safetensors", "plan.json"
 METRICS, BEST, FINAL, SUMMARY = "metrics.jsonl", "vbp_best.pth", "vbp_final.pth", "summary.json"
+_CPU_LATENCY_MACS = 20_000_000_000
 _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
 
@@ -102,11 +103,12 @@ def run(config: RunConfig) -> RunReport:
             prune_(job.model, plan, statistics.means if config.compensation == "mean" else None)
         pruned = _measure(job, job.model)
         _log.info("pruned: %s", _figures(pruned))
-        latency = measure_latency_ms({"base": dense, "pruned": job.model}, _latency_batch(job))
+        batch = _latency_batch(job)
+        latency = measure_latency_ms({"base": dense, "pruned": job.model}, batch)
         base = replace(base, latency_ms=latency["base"])
         pruned = replace(pruned, latency_ms=latency["pruned"], epoch=0)
         best, final = _finetune(job, plan, dense if config.use_kd else None, pruned)
-        report = _report(job, plan, statistics, base, pruned, best, final, uncompensated)
+        report = _report(job, plan, statistics, len(batch), base, pruned, best, final, uncompensated)
         write_json(config.save_dir / SUMMARY, report.to_dict())
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
@@ -232,7 +234,11 @@ def _uncompensated(job: _Job, plan: PruningPlan) -> Measured | None:
 
 
 def _latency_batch(job: _Job) -> Tensor:
-    return job.example.repeat(min(32, job.config.val_batch_size), 1, 1, 1)
+    """Give the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
+    size = job.config.val_batch_size
+    if job.device.type == "cpu":
+        size = min(size, 32, max(1, _CPU_LATENCY_MACS // count_macs(job.model, job.example)))
+    return job.example.repeat(size, 1, 1, 1)
 
 
 def _finetune(job: _Job, plan: PruningPlan, teacher: nn.Module | None, pruned: Measured) -> tuple[Measured, Measured]:
@@ -297,6 +303,7 @@ def _report(
     job: _Job,
     plan: PruningPlan,
     statistics: Statistics,
+    latency_batch: int,
     base: Measured,
     pruned: Measured,
     best: Measured,
@@ -314,7 +321,7 @@ def _report(
         sites=plan.widths,
         seconds=job.seconds,
         images={"calibration": statistics.images, "val": images},
-        latency_batch=len(_latency_batch(job)),
+        latency_batch=latency_batch,
         device=str(job.device),
         versions=installed_versions(),
         config=job.config.to_dict(),

@@ -12,6 +12,7 @@ import tyro
 from vbp.config import RunConfig
 from vbp.distributed import check_launch
 from vbp.errors import InputError, OutputError
+from vbp.recipe import run
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -61,9 +62,6 @@ def main() -> int:
 
 
 def _run(config: RunConfig) -> None:
-    # torch, timm and transformers take seconds to import: not for --help.
-    from vbp.recipe import run
-
     run(config)
 
 

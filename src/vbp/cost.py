@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan
 from vbp.sites import Site, input_channels, output_channels
 from vbp.tracing import channel_dim
@@ -33,18 +34,13 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         model: Counted in evaluation mode; left as it was.
         example: An input batch "batch channels height width" on the model's device.
     """
-    training = model.training
-    model.eval()
     norms: dict[Any, Callable[..., int]] = {
         torch.ops.aten.native_layer_norm: _layer_norm_flops,
         torch.ops.aten.native_group_norm: _group_norm_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=norms)
-    try:
-        with torch.no_grad(), counter:
-            model(example)
-    finally:
-        model.train(training)
+    with evaluation_mode(model), torch.no_grad(), counter:
+        model(example)
     return round(counter.get_total_flops() / 2 / example.shape[0])
 
 
@@ -84,13 +80,10 @@ def channel_costs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> d
         return hook
 
     handles = [model.get_submodule(site.consumer).register_forward_pre_hook(observe(site.name)) for site in sites]
-    training = model.training
-    model.eval()
     try:
-        with torch.no_grad():
+        with evaluation_mode(model), torch.no_grad():
             model(example)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {site.name: _channel_cost(model, site, positions[site.name]) for site in sites}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch.nn.functional as F
@@ -29,11 +30,12 @@ class DistillationLoss:
 
     def __post_init__(self) -> None:
         """Check the weights."""
-        if self.temperature <= 0:
-            raise InputError(f"kd_T must be above 0, got {self.temperature}; the paper uses 2.0")
-        if self.alpha < 0 or self.beta < 0 or self.alpha + self.beta == 0:
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"kd_T must be above 0 and finite, got {self.temperature}; the paper uses 2.0")
+        weights = (self.alpha, self.beta)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
             raise InputError(
-                f"kd_alpha and kd_beta must be at least 0 and not both 0, got {self.alpha} and {self.beta}; "
+                f"kd_alpha and kd_beta must be at least 0, finite and not both 0, got {self.alpha} and {self.beta}; "
                 "the paper uses 0.7 and 0.3"
             )
 

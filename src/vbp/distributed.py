@@ -8,8 +8,15 @@ from vbp.errors import InputError
 
 
 def world_size() -> int:
-    """Give the number of processes of this job, as torchrun says it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Give the number of processes of this job, as torchrun says it.
+
+    Raises:
+        InputError: The environment variable WORLD_SIZE is no positive number.
+    """
+    value = os.environ.get("WORLD_SIZE", "1")
+    if not value.isdecimal() or int(value) < 1:
+        raise InputError(f"WORLD_SIZE must be a positive number, got {value!r}; unset it, or start with torchrun")
+    return int(value)
 
 
 def check_single_process() -> None:

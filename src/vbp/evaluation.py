@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
+from vbp.modes import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -49,18 +50,15 @@ def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device:
     Raises:
         InputError: No image came.
     """
-    training = model.training
-    model.eval()
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     images = 0
-    with torch.inference_mode():
+    with evaluation_mode(model), torch.inference_mode():
         for pixels, labels in batches:
             logits = logits_of(model(pixels.to(device, non_blocking=True)))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             right = best == labels.to(device, non_blocking=True)[:, None]
             hits += torch.stack((right[:, 0].sum(), right.sum()))
             images += labels.shape[0]
-    model.train(training)
     if images == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
     first, among_five = hits.tolist()

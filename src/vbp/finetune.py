@@ -103,13 +103,14 @@ class Trainer:
         for pixels, labels in progress(loader):
             sums += self._step(pixels.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
             images += labels.shape[0]
+        if images == 0:
+            raise InputError("fine-tuning needs at least one image, got none; check the training images")
         loss, correct = sums.tolist()
         if not math.isfinite(loss):
             raise InputError(
                 f"fine-tuning diverged: the loss of epoch {epoch} is {loss} at a learning rate of "
                 f"{learning_rate:.3g}; lower --lr_ft; the checkpoints written so far are whole"
             )
-        images = max(images, 1)
         seconds = time.perf_counter() - start
         return EpochResult(epoch, loss / images, 100 * correct / images, learning_rate, images, seconds)
 

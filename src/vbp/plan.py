@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
+import numpy.typing as npt
 from torch import Tensor
 
+from vbp.allocation import Bounds, global_counts, per_layer_counts
 from vbp.errors import InputError
 from vbp.files import write_json
 from vbp.sites import Site
@@ -83,13 +84,25 @@ class PruningPlan:
         Raises:
             InputError: The data is no plan, or of another format.
         """
-        if value.get("format") != _FORMAT:
-            raise InputError(f"a plan must have format {_FORMAT}, got {value.get('format')!r}; make it again")
+        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        if found != _FORMAT:
+            raise InputError(f"a plan must have format {_FORMAT}, got {found!r}; make it again")
         try:
-            sites = tuple(_site_plan(entry) for entry in value["sites"])
-            return PruningPlan(sites, value["keep_ratio"], value["scope"], value["round_to"], value["min_keep_ratio"])
+            plan = PruningPlan(
+                tuple(_site_plan(entry) for entry in value["sites"]),
+                _typed(value["keep_ratio"], int, float),
+                _typed(value["scope"], str),
+                _typed(value["round_to"], int),
+                _typed(value["min_keep_ratio"], int, float),
+            )
         except (KeyError, TypeError) as error:
             raise InputError(f"the plan is damaged: {error!r}; make it again") from error
+        if plan.scope not in get_args(Scope) or len(plan.widths) != len(plan.sites):
+            raise InputError(
+                f"the plan is damaged: scope {plan.scope!r}, {len(plan.sites)} sites with {len(plan.widths)} names; "
+                "make it again"
+            )
+        return plan
 
     def save(self, path: Path) -> None:
         """Write JSON that `load` reads, whole or not at all."""
@@ -109,14 +122,24 @@ class PruningPlan:
 
 
 def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
-    site = Site(tuple(entry["site"]["producers"]), entry["site"]["consumer"], entry["site"]["hidden"])
-    keep = tuple(entry["keep"])
+    described = entry["site"]
+    producers = tuple(_typed(name, str) for name in _typed(described["producers"], list))
+    site = Site(producers, _typed(described["consumer"], str), _typed(described["hidden"], int))
+    keep = tuple(_typed(index, int) for index in _typed(entry["keep"], list))
+    if not producers:
+        raise InputError(f"the plan of the site before {site.consumer} names no producer; make the plan again")
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= site.hidden:
         raise InputError(
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
     return SitePlan(site, keep)
+
+
+def _typed(value: Any, *types: type) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in types)}")
+    return value
 
 
 def check_ratios(keep_ratio: float, min_keep_ratio: float, round_to: int) -> None:
@@ -150,7 +173,7 @@ def make_plan(
 
     Channels of equal score go in the order of site, then index. With `round_to` above 1 a site that loses channels
     keeps a multiple of it, and a site narrower than `round_to` stays whole. `per_layer` gives each site the same
-    share, to within one step, so that the total is exact too.
+    share as nearly as the total allows: to within one step, further off only where floors or narrow sites bind.
 
     Args:
         sites: From `find_sites`.
@@ -166,17 +189,15 @@ def make_plan(
     Source: VBP paper, section 3.2.
     """
     check_ratios(keep_ratio, min_keep_ratio, round_to)
+    if scope not in get_args(Scope):
+        raise InputError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
     ranked = [_removal_order(site, scores) for site in sites]
-    total = sum(site.hidden for site in sites)
-    target = round(total * keep_ratio)
-    steps = [_Steps.of(site.hidden, round_to, min_keep_ratio) for site in sites]
-    most = sum(step.most for step in steps)
-    if target == total or total - target < target - most:
-        counts = [site.hidden for site in sites]
-    elif scope == "global":
-        counts = _global_counts(ranked, steps, target)
+    target = round(sum(site.hidden for site in sites) * keep_ratio)
+    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in sites]
+    if scope == "global":
+        counts = global_counts([order.scores for order in ranked], bounds, round_to, target)
     else:
-        counts = _per_layer_counts([site.hidden * keep_ratio for site in sites], steps, target)
+        counts = per_layer_counts(keep_ratio, bounds, round_to, target)
     entries = tuple(
         SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
         for site, order, count in zip(sites, ranked, counts, strict=True)
@@ -188,8 +209,8 @@ def make_plan(
 class _Ranked:
     """Channels of one site in the order in which they go, and their scores in that order."""
 
-    channels: np.ndarray[Any, np.dtype[np.int64]]
-    scores: np.ndarray[Any, np.dtype[np.float64]]
+    channels: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
 
 
 def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> _Ranked:
@@ -203,58 +224,3 @@ def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> _Ranked:
         )
     order = np.argsort(score, kind="stable")
     return _Ranked(order, score[order])
-
-
-@dataclass(frozen=True)
-class _Steps:
-    """The channel counts that a site may have besides all: least, least + step, ..., most."""
-
-    least: int
-    most: int
-    step: int
-
-    @staticmethod
-    def of(hidden: int, step: int, min_keep_ratio: float) -> _Steps:
-        most = hidden // step * step
-        if most == 0:
-            return _Steps(hidden, hidden, step)
-        # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and must ask for 7 channels.
-        floor = max(1, math.ceil(hidden * min_keep_ratio - 1e-9))
-        return _Steps(min(math.ceil(floor / step) * step, most), most, step)
-
-
-def _global_counts(ranked: Sequence[_Ranked], steps: Sequence[_Steps], target: int) -> list[int]:
-    """Remove whole steps in the order of their mean score, over all sites together."""
-    means: list[np.ndarray[Any, np.dtype[np.float64]]] = []
-    for order, step in zip(ranked, steps, strict=True):
-        odd = len(order.scores) - step.most
-        removable = order.scores[odd : odd + step.most - step.least]
-        means.append(removable.reshape(-1, step.step).mean(1) if len(removable) else removable)
-    site_of = np.repeat(np.arange(len(means)), [len(mean) for mean in means])
-    surplus = sum(step.most for step in steps) - target
-    gone = min(len(site_of), max(0, math.ceil(surplus / steps[0].step - 0.5)))
-    # A stable sort breaks ties by site order and, inside a site, by the order of removal.
-    removed = site_of[np.argsort(np.concatenate(means), kind="stable")[:gone]]
-    lost = np.bincount(removed, minlength=len(steps))
-    return [step.most - int(number) * step.step for step, number in zip(steps, lost, strict=True)]
-
-
-def _per_layer_counts(quotas: Sequence[float], steps: Sequence[_Steps], target: int) -> list[int]:
-    """Give each site the count nearest to its quota such that the total comes out (largest remainders)."""
-    counts = [
-        min(max(int(quota // step.step) * step.step, step.least), step.most)
-        for quota, step in zip(quotas, steps, strict=True)
-    ]
-    while True:
-        missing = target - sum(counts)
-        step = steps[0].step
-        sign = 1 if missing > 0 else -1
-        movable = [
-            index
-            for index, (count, bounds) in enumerate(zip(counts, steps, strict=True))
-            if bounds.least <= count + sign * step <= bounds.most
-        ]
-        # Half a step too many is as near as half a step too few: then nothing moves.
-        if not movable or 2 * abs(missing) <= step:
-            return counts
-        counts[max(movable, key=lambda index: (sign * (quotas[index] - counts[index]), -index))] += sign * step

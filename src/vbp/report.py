@@ -88,11 +88,13 @@ class RunReport:
         """Give the steps of the run as a table for the terminal."""
         compensated = self.config["compensation"] != "none"
         rows = [("dense", self.base)]
-        if self.uncompensated is not None:
+        if self.uncompensated is not None and compensated:
             rows.append(("pruned, no compensation", self.uncompensated))
         rows.append(("pruned, mean shift" if compensated else "pruned, no compensation", self.pruned))
         if self.final.epoch:
-            rows.append((f"fine-tuned, best (epoch {self.best.epoch})", self.best))
+            # Where tuning helped at no epoch, the pruned model above is the best.
+            if self.best.epoch:
+                rows.append((f"fine-tuned, best (epoch {self.best.epoch})", self.best))
             rows.append((f"fine-tuned, final (epoch {self.final.epoch})", self.final))
         width = max(len(label) for label, _ in rows)
         heading = f"{'':<{width}}  {'top-1 %':>8}  {'top-5 %':>8}  {'MACs':>9}  {'params':>9}  {'latency':>10}"

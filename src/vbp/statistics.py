@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.files import write_bytes
 from vbp.fingerprints import model_fingerprint
+from vbp.modes import evaluation_mode
 from vbp.moments import ChannelMoments, channel_moments
 from vbp.sites import Site
 from vbp.tracing import channel_dim
@@ -144,15 +145,12 @@ class _Observer:
 def _observing(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _Observer]]:
     observers = {site.name: _Observer() for site in sites}
     handles = [model.get_submodule(site.consumer).register_forward_pre_hook(observers[site.name]) for site in sites]
-    training = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        yield observers
+        with evaluation_mode(model):
+            yield observers
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
 
 
 def collect_statistics(

@@ -19,6 +19,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 from torch.utils.weak import WeakIdKeyDictionary
 
+from vbp.modes import evaluation_mode
+
 # Functions of one channel's value alone, by the name that Python, torch and torch.nn.functional share.
 ACTIVATIONS = frozenset(
     "celu elu elu_ erf exp gelu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu "
@@ -159,17 +161,13 @@ def trace_flows(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> T
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = _FlowTracer(model)
-    training = {module: module.training for module in model.modules()}
     handles = tracer.attach()
-    model.eval()
     try:
-        with torch.no_grad(), tracer:
+        with evaluation_mode(model), torch.no_grad(), tracer:
             tracer.mark_input(inputs)
             output = model(*inputs)
         tracer.close(output)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     return Trace(tuple(tracer.flows), tracer.calls)

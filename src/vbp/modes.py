@@ -1,0 +1,23 @@
+"""Run a model in evaluation mode and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module in evaluation mode, and each back into its own mode afterwards.
+
+    `model.train(mode)` would thaw a BatchNorm that its user keeps frozen in a training model.
+    """
+    training = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

@@ -8,9 +8,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Values handled at a time: small enough to stay in a CPU's second-level cache, since the pass over the data
+# Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
-_CPU_CHUNK = 2**18
+_CPU_CHUNK = 2**20
 _GPU_CHUNK = 2**25
 
 

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import TextIO
 
 import pytest
 import torch
@@ -199,6 +200,22 @@ def test_a_disk_that_fills_is_one_error_and_leaves_earlier_files_whole(
     }  # fmt: skip
     load_pruned(quick.save_dir / "vbp_best.pth")
     assert "stopped: OutputError" in (quick.save_dir / "vbp_imagenet.log").read_text()
+
+
+def test_a_log_that_cannot_be_written_is_the_same_one_error(
+    quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_after_the_plan(handler: logging.StreamHandler[TextIO], record: logging.LogRecord) -> None:
+        if "plan (" in record.getMessage():
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                handler.handleError(record)
+
+    monkeypatch.setattr(logging.FileHandler, "emit", full_after_the_plan)
+    with pytest.raises(OSError, match=r"vbp_imagenet\.log could not be written .*No space left"):
+        run(quick)
+    assert PruningPlan.load(quick.save_dir / "plan.json").kept == 512
 
 
 def _no_space(content: object, file: object) -> None:

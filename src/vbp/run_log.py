@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
+from vbp.errors import OutputError
+
 _LINE = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+class _LogFile(logging.FileHandler):
+    """Ends the run when a line cannot be written, instead of printing a traceback for every line to come."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the name is logging's)
+        error = sys.exc_info()[1]
+        raise OutputError(f"{self.baseFilename} could not be written ({error}); earlier files are whole") from error
 
 
 class RunLog:
@@ -21,8 +33,15 @@ class RunLog:
         self._logger = logging.getLogger("vbp")
 
     def open(self, path: Path) -> None:
-        """Write what was collected to a new file, and all that follows."""
-        self._file = logging.FileHandler(path, mode="w", encoding="utf-8")
+        """Write what was collected to a new file, and all that follows.
+
+        Raises:
+            OutputError: The file cannot be written, now or at a later line.
+        """
+        try:
+            self._file = _LogFile(path, mode="w", encoding="utf-8")
+        except OSError as error:
+            raise OutputError(f"{path} could not be written ({error}); choose another folder") from error
         self._file.setFormatter(_LINE)
         self._memory.setTarget(self._file)
         self._memory.flush()
@@ -55,7 +74,8 @@ def run_log() -> Iterator[RunLog]:
         # The caller shows the error to the user; here it is kept with the run.
         if log._file is not None:
             record = logger.makeRecord("vbp", logging.ERROR, "", 0, "stopped: %s", (repr(error),), None)
-            log._file.emit(record)
+            with contextlib.suppress(OutputError):
+                log._file.emit(record)
         raise
     finally:
         log.close()

@@ -49,6 +49,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "mean": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "std": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "local_rank": (None, ["3"], 3),
+    "attn_keep_ratio": (None, ["0.8"], 0.8),
 }
 SWITCHES = (
     "bottleneck",
@@ -234,7 +235,7 @@ def test_the_library_command_needs_no_launcher(ran: list[RunConfig], type_: Call
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--bottleneck"], "--bottleneck (pruning inside attention) is not built yet"),
+        (["--attn_keep_ratio", "0.8"], "attn_keep_ratio changes nothing unless attention is pruned"),
         (["--norm_per_layer"], "norm_per_layer changes nothing"),
         (["--kd_T", "4"], "kd_T change nothing without distillation"),
         (["--keep_ratio", "1.3"], "keep_ratio must be in (0, 1], got 1.3"),

@@ -35,6 +35,7 @@ REPORT = RunReport(
     best=Measured(70.86, 90.2, 1_010_000_000, 4_480_000, epoch=7),
     final=Measured(70.5, 90.1, 1_010_000_000, 4_480_000, epoch=10),
     uncompensated=None,
+    keep_ratio=0.55,
     sites={"blocks.0.mlp.fc1": (30, 40), "blocks.1.mlp.fc1": (25, 60)},
     seconds=dict.fromkeys(STAGES, 1.5),
     images={"calibration": 1000, "val": 1300},

@@ -166,6 +166,8 @@ def _add_missing_biases_(model: nn.Module, artifact: PrunedArtifact) -> None:
     """Give consumers the biases that they gained through compensation."""
     for plan in artifact.plans:
         for entry in plan.sites:
+            if not entry.site.consumer:
+                continue
             consumer = model.get_submodule(entry.site.consumer)
             bias = artifact.weights.get(f"{entry.site.consumer}.bias")
             if consumer.bias is None and bias is not None:

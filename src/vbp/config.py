@@ -70,7 +70,9 @@ class RunConfig:
     min_keep_ratio: float = 0.02
     """Floor: no layer keeps a smaller share than this."""
     bottleneck: bool = False
-    """Prune attention too (not built yet: refused)."""
+    """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
+    attn_keep_ratio: float | None = None
+    """With --bottleneck: share of the channels of every head to keep; keep_ratio unless given."""
     stats_path: Path | None = None
     """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
 
@@ -148,8 +150,6 @@ def check_config(config: RunConfig) -> None:
     Raises:
         InputError: A value is out of range, or flags contradict each other.
     """
-    if config.bottleneck:
-        raise InputError("--bottleneck (pruning inside attention) is not built yet; leave it out")
     for name in ("train_batch_size", "val_batch_size"):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; 64 is usual")
@@ -169,6 +169,11 @@ def _check_effect(config: RunConfig) -> None:
         raise InputError(
             "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
             "add --global_pruning or leave --norm_per_layer out"
+        )
+    if config.attn_keep_ratio is not None and not config.bottleneck:
+        raise InputError(
+            "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
+            "or leave --attn_keep_ratio out"
         )
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     idle = [name for name in ("kd_alpha", "kd_beta", "kd_T") if getattr(config, name) != defaults[name]]

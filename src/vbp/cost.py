@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import statistics as stats
 import time
@@ -15,8 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan
-from vbp.sites import Site, input_channels, output_channels
-from vbp.tracing import channel_dim
+from vbp.surgery import prune_
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -55,50 +55,6 @@ def _group_norm_flops(shape: Sequence[int], weight: Sequence[int] | None, *_: An
 
 
 @dataclass(frozen=True)
-class ChannelCost:
-    """What one hidden channel of a site costs: MACs an image, and parameters."""
-
-    macs: int
-    params: int
-
-
-def channel_costs(model: nn.Module, sites: Sequence[Site], example: Tensor) -> dict[str, ChannelCost]:
-    """Measure, by one forward pass, what a hidden channel of each site costs.
-
-    Args:
-        model: The dense model; run in evaluation mode and left as it was.
-        sites: From `find_sites`.
-        example: An input batch on the model's device.
-    """
-    positions: dict[str, int] = {}
-
-    def observe(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            hidden = args[0].shape[channel_dim(module)]
-            positions[name] = args[0].numel() // hidden // example.shape[0]
-
-        return hook
-
-    handles = [model.get_submodule(site.consumer).register_forward_pre_hook(observe(site.name)) for site in sites]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            model(example)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return {site.name: _channel_cost(model, site, positions[site.name]) for site in sites}
-
-
-def _channel_cost(model: nn.Module, site: Site, positions: int) -> ChannelCost:
-    weights, params = output_channels(model.get_submodule(site.consumer)), 0
-    for name in site.producers:
-        producer = model.get_submodule(name)
-        weights += input_channels(producer)
-        params += int(producer.bias is not None)
-    return ChannelCost(positions * weights, weights + params)
-
-
-@dataclass(frozen=True)
 class PlanCost:
     """MACs and parameters of a model before and after a plan."""
 
@@ -107,13 +63,15 @@ class PlanCost:
 
 
 def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
-    """Say what a plan saves, before it is applied to the (dense) model."""
-    costs = channel_costs(model, [entry.site for entry in plan.sites], example)
-    gone = {entry.site.name: entry.site.hidden - len(entry.keep) for entry in plan.sites}
-    macs, params = count_macs(model, example), count_parameters(model)
+    """Say what a plan saves, before it is applied: measured on a copy of the (dense) model.
+
+    Raises:
+        InputError: The plan does not fit the model.
+    """
+    pruned = copy.deepcopy(model)
+    prune_(pruned, plan)
     return PlanCost(
-        (macs, macs - sum(costs[name].macs * number for name, number in gone.items())),
-        (params, params - sum(costs[name].params * number for name, number in gone.items())),
+        (count_macs(model, example), count_macs(pruned, example)), (count_parameters(model), count_parameters(pruned))
     )
 
 
@@ -124,7 +82,8 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
         f"  {name:<{width}}  {kept:>6} of {total:<6} {kept / total:6.1%}"
         for name, (kept, total) in plan.widths.items()
     ]
-    rows.append(f"  {'all':<{width}}  {plan.kept:>6} of {plan.total:<6} {plan.kept / plan.total:6.1%}")
+    label = "all" if plan.attn_keep_ratio is None else "all MLPs"
+    rows.append(f"  {label:<{width}}  {plan.kept:>6} of {plan.total:<6} {plan.kept / plan.total:6.1%}")
     if plan.kept != plan.requested:
         rows.append(
             f"  asked for {plan.requested}: {plan.kept - plan.requested:+d} through round_to {plan.round_to} "
@@ -132,7 +91,8 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
         )
     for label, (before, after) in (("MACs", cost.macs), ("parameters", cost.params)):
         rows.append(f"  {label} {format_count(before)} -> {format_count(after)} ({1 - after / before:.1%} saved)")
-    return f"plan ({plan.scope}, keep_ratio {plan.keep_ratio}):\n" + "\n".join(rows)
+    attention = "" if plan.attn_keep_ratio is None else f", attn_keep_ratio {plan.attn_keep_ratio}"
+    return f"plan ({plan.scope}, keep_ratio {plan.keep_ratio}{attention}):\n" + "\n".join(rows)
 
 
 def format_count(number: int) -> str:

@@ -38,6 +38,11 @@ class ChannelMoments:
             raise ValueError(f"a variance needs at least 2 samples, got {self.count}; give more images")
         return self.m2 / (self.count - 1)
 
+    @property
+    def second_moment(self) -> Float[Tensor, "hidden"]:
+        """Give the mean square of each channel."""
+        return self.m2 / self.count + self.mean.square()
+
     def merge(self, other: ChannelMoments) -> ChannelMoments:
         """Give the moments of both sets of samples together.
 

@@ -40,11 +40,12 @@ class PruningPlan:
     """Which hidden channels of a model stay.
 
     Attributes:
-        sites: One entry a site, in the order in which the sites run.
-        keep_ratio: The share that was asked for.
-        scope: Whether channels compete across sites (`global`) or each site keeps the same share (`per_layer`).
-        round_to: Channels of a site come in multiples of this.
+        sites: One entry a site, in the order in which the sites were found.
+        keep_ratio: The share of MLP channels that was asked for.
+        scope: Whether MLP channels compete across sites (`global`) or each site keeps the same share (`per_layer`).
+        round_to: Channels of a site (of a head, in attention) come in multiples of this.
         min_keep_ratio: No site keeps a smaller share than this.
+        attn_keep_ratio: The share of every head's channels that was asked for; None without attention sites.
     """
 
     sites: tuple[SitePlan, ...]
@@ -52,20 +53,21 @@ class PruningPlan:
     scope: Scope
     round_to: int = 1
     min_keep_ratio: float = 0.0
+    attn_keep_ratio: float | None = None
 
     @property
     def total(self) -> int:
-        """Give the number of hidden channels of the dense model."""
-        return sum(entry.site.hidden for entry in self.sites)
+        """Give the number of MLP channels of the dense model."""
+        return sum(entry.site.hidden for entry in self.sites if entry.site.kind == "mlp")
 
     @property
     def kept(self) -> int:
-        """Give the number of hidden channels that stay."""
-        return sum(len(entry.keep) for entry in self.sites)
+        """Give the number of MLP channels that stay."""
+        return sum(len(entry.keep) for entry in self.sites if entry.site.kind == "mlp")
 
     @property
     def requested(self) -> int:
-        """Give the number of hidden channels that `keep_ratio` asks for."""
+        """Give the number of MLP channels that `keep_ratio` asks for."""
         return round(self.total * self.keep_ratio)
 
     @property
@@ -94,6 +96,7 @@ class PruningPlan:
                 _typed(value["scope"], str),
                 _typed(value["round_to"], int),
                 _typed(value["min_keep_ratio"], int, float),
+                _typed(value.get("attn_keep_ratio"), int, float, type(None)),
             )
         except (KeyError, TypeError) as error:
             raise InputError(f"the plan is damaged: {error!r}; make it again") from error
@@ -123,17 +126,35 @@ class PruningPlan:
 
 def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
     described = entry["site"]
-    producers = tuple(_typed(name, str) for name in _typed(described["producers"], list))
-    site = Site(producers, _typed(described["consumer"], str), _typed(described["hidden"], int))
+    site = Site(
+        tuple(_typed(name, str) for name in _typed(described["producers"], list)),
+        _typed(described["consumer"], str),
+        _typed(described["hidden"], int),
+        _typed(described.get("kind", "mlp"), str),
+        tuple(_typed(offset, int) for offset in _typed(described.get("offsets", []), list)),
+        tuple(_typed(name, str) for name in _typed(described.get("inner", []), list)),
+        tuple(_typed(name, str) for name in _typed(described.get("parameters", []), list)),
+        _typed(described.get("heads", 1), int),
+        bool(described.get("exact", True)),
+        bool(described.get("implicit_scale", False)),
+    )
     keep = tuple(_typed(index, int) for index in _typed(entry["keep"], list))
-    if not producers:
-        raise InputError(f"the plan of the site before {site.consumer} names no producer; make the plan again")
+    if not site.producers or (site.offsets and len(site.offsets) != len(site.producers)):
+        raise InputError(
+            f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
+        )
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= site.hidden:
         raise InputError(
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
+    if site.heads < 1 or site.hidden % site.heads or len(set(np.bincount(_heads_of(site, keep)))) > 1:
+        raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
     return SitePlan(site, keep)
+
+
+def _heads_of(site: Site, channels: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(0), np.asarray(channels) // (site.hidden // site.heads)]).astype(np.int64)
 
 
 def _typed(value: Any, *types: type) -> Any:
@@ -142,14 +163,17 @@ def _typed(value: Any, *types: type) -> Any:
     return value
 
 
-def check_ratios(keep_ratio: float, min_keep_ratio: float, round_to: int) -> None:
+def check_ratios(
+    keep_ratio: float, min_keep_ratio: float, round_to: int, attn_keep_ratio: float | None = None
+) -> None:
     """Check the numbers that a plan is made from.
 
     Raises:
         InputError: One is out of range.
     """
-    if not 0 < keep_ratio <= 1:
-        raise InputError(f"keep_ratio must be in (0, 1], got {keep_ratio}; 0.65 keeps 65 % of the channels")
+    for name, ratio in (("keep_ratio", keep_ratio), ("attn_keep_ratio", attn_keep_ratio)):
+        if ratio is not None and not 0 < ratio <= 1:
+            raise InputError(f"{name} must be in (0, 1], got {ratio}; 0.65 keeps 65 % of the channels")
     if not 0 <= min_keep_ratio <= 1:
         raise InputError(f"min_keep_ratio must be in [0, 1], got {min_keep_ratio}; 0.02 is the default")
     if min_keep_ratio > keep_ratio:
@@ -168,6 +192,7 @@ def make_plan(
     scope: Scope = "global",
     round_to: int = 1,
     min_keep_ratio: float = 0.02,
+    attn_keep_ratio: float | None = None,
 ) -> PruningPlan:
     """Keep the best `round(total * keep_ratio)` channels, or the nearest count that rounding and floors allow.
 
@@ -182,27 +207,46 @@ def make_plan(
         scope: `global` or `per_layer`.
         round_to: Step of the channel counts.
         min_keep_ratio: Floor of each site, as a share of its channels; at least one channel stays in any case.
+        attn_keep_ratio: Share of its channels that every head of an attention keeps, to the nearest multiple of
+            `round_to`, in queries, keys and values alike, for the tensors stay rectangular; by default `keep_ratio`.
 
     Raises:
         InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
 
     Source: VBP paper, section 3.2.
     """
-    check_ratios(keep_ratio, min_keep_ratio, round_to)
+    check_ratios(keep_ratio, min_keep_ratio, round_to, attn_keep_ratio)
     if scope not in get_args(Scope):
         raise InputError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
-    ranked = [_removal_order(site, scores) for site in sites]
-    target = round(sum(site.hidden for site in sites) * keep_ratio)
-    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in sites]
+    mlps = [site for site in sites if site.kind == "mlp"]
+    ranked = [_removal_order(site, scores) for site in mlps]
+    target = round(sum(site.hidden for site in mlps) * keep_ratio)
+    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     if scope == "global":
         counts = global_counts([order.scores for order in ranked], bounds, round_to, target)
     else:
         counts = per_layer_counts(keep_ratio, bounds, round_to, target)
-    entries = tuple(
-        SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
-        for site, order, count in zip(sites, ranked, counts, strict=True)
+    entries = {
+        site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
+        for site, order, count in zip(mlps, ranked, counts, strict=True)
+    }
+    attention = [site for site in sites if site.kind != "mlp"]
+    attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
+    for site in attention:
+        assert attn_ratio is not None
+        entries[site] = _plan_heads(site, scores, attn_ratio, Bounds.of(site.hidden // site.heads, round_to, 0.0))
+    return PruningPlan(
+        tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
     )
-    return PruningPlan(entries, keep_ratio, scope, round_to, min_keep_ratio)
+
+
+def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: Bounds) -> SitePlan:
+    """Keep the best channels of every head, as many in each."""
+    size = site.hidden // site.heads
+    count = min(bounds.counts, key=lambda count: abs(count - size * keep_ratio))
+    order = _removal_order(site, scores).channels
+    heads = [order[order // size == head] for head in range(site.heads)]
+    return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))
 
 
 @dataclass(frozen=True)

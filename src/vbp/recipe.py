@@ -36,7 +36,7 @@ from vbp.report import Measured, RunReport
 from vbp.run_log import run_log
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
-from vbp.surgery import prune_
+from vbp.surgery import check_prunable, prune_
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +117,7 @@ def run(config: RunConfig) -> RunReport:
 def _prepare(config: RunConfig) -> _Job:
     """Check everything and load the model; nothing is written."""
     check_config(config)
-    check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to)
+    check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to, config.attn_keep_ratio)
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
     check_single_process()
     device = _device(config.device)
@@ -151,7 +151,8 @@ def _prepare(config: RunConfig) -> _Job:
         given.check_made_for(model_fingerprint(classifier.model), data, config.stats_path)
     model = classifier.model.to(device)
     example = classifier.example_input().to(device)
-    sites = find_sites(model, example)
+    sites = find_sites(model, example, attention=config.bottleneck)
+    check_prunable(model, sites, example)
     val_loader = _evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
     return _Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
 
@@ -217,6 +218,7 @@ def _plan(job: _Job, statistics: Statistics) -> PruningPlan:
             scope="global" if config.global_pruning else "per_layer",
             round_to=config.round_to,
             min_keep_ratio=config.min_keep_ratio,
+            attn_keep_ratio=config.attn_keep_ratio,
         )
     plan.save(config.save_dir / PLAN)
     _log.info("%s", format_plan(plan, plan_cost(job.model, plan, job.example)))
@@ -318,6 +320,7 @@ def _report(
         best=best,
         final=final,
         uncompensated=uncompensated,
+        keep_ratio=plan.kept / plan.total,
         sites=plan.widths,
         seconds=job.seconds,
         images={"calibration": statistics.images, "val": images},

@@ -40,6 +40,7 @@ class RunReport:
         best: The checkpoint with the highest validation accuracy; the pruned model counts as epoch 0.
         final: The last checkpoint.
         uncompensated: Right after pruning without compensation, if asked for.
+        keep_ratio: Share of the MLP channels that was kept in fact.
         sites: Site name -> [kept, total] channels.
         seconds: Wall-clock seconds of each stage.
         images: Number of calibration and validation images.
@@ -52,6 +53,7 @@ class RunReport:
     best: Measured
     final: Measured
     uncompensated: Measured | None
+    keep_ratio: float
     sites: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
     images: Mapping[str, int]
@@ -60,11 +62,6 @@ class RunReport:
     versions: Mapping[str, str]
     config: Mapping[str, Any]
     files: Mapping[str, str]
-
-    @property
-    def keep_ratio(self) -> float:
-        """Give the share of hidden channels that was kept in fact."""
-        return sum(kept for kept, _ in self.sites.values()) / sum(total for _, total in self.sites.values())
 
     def to_dict(self) -> dict[str, Any]:
         """Give the plain JSON data of `summary.json`."""

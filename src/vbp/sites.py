@@ -1,22 +1,42 @@
-"""Find the sites of a model: the hidden layers that can lose channels."""
+"""Find the sites of a model: the hidden channels that can be removed."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from vbp.channels import Owner
 from vbp.errors import InputError
-from vbp.tracing import Flow, Trace, trace_flows
+from vbp.tracing import Attention, Trace, trace_model
 
 _log = logging.getLogger(__name__)
+
+SiteKind = Literal["mlp", "value", "query_key"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """A hidden layer `h = act(producer(x)); y = consumer(h)`, by dotted module names.
+    """Hidden channels `h`, made by the producers and read by the consumer, by dotted module names.
+
+    Channel `j` is row `offsets[i] + j` of producer `i`: one producer in an MLP, a gate and its value in a gated one
+    (two layers, or one layer twice), queries and keys in an attention site without consumer.
+
+    Attributes:
+        producers: Layers whose output rows make the channels.
+        consumer: The layer whose input columns are the channels; empty for query/key channels.
+        hidden: Number of channels.
+        kind: `mlp`, `value` (of an attention) or `query_key`.
+        offsets: First row of the site in each producer; empty means 0 everywhere.
+        inner: Norms and depthwise convolutions that the channels pass.
+        parameters: Bare parameters with one element a channel.
+        heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
+        exact: Whether the way from producer to consumer treats each channel by itself; behind a norm over channels
+            removal also changes the channels that stay.
+        implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
 
     Source: VBP paper (arXiv 2507.12988), section 3.
     """
@@ -24,11 +44,27 @@ class Site:
     producers: tuple[str, ...]
     consumer: str
     hidden: int
+    kind: SiteKind = "mlp"
+    offsets: tuple[int, ...] = ()
+    inner: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    heads: int = 1
+    exact: bool = True
+    implicit_scale: bool = False
 
     @property
     def name(self) -> str:
-        """Give the key of this site in statistics, plans and reports: the layer whose outputs are pruned."""
-        return self.producers[0]
+        """Give the key of this site in statistics, plans and reports.
+
+        The layer whose outputs are pruned; for an attention's values, whose layer often makes queries and keys too,
+        the layer that reads them.
+        """
+        return self.consumer if self.kind == "value" else self.producers[0]
+
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """Give each producer with the site's first row in it."""
+        return tuple(zip(self.producers, self.offsets or (0,) * len(self.producers), strict=True))
 
 
 def output_channels(layer: nn.Module) -> int:
@@ -49,29 +85,34 @@ def input_channels(layer: nn.Module) -> int:
     raise TypeError(f"layer must be Linear or Conv2d, got {type(layer).__name__}")
 
 
-def find_sites(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> tuple[Site, ...]:
-    """Find all pairs of linear or 1x1-convolution layers around an activation, in the order in which they run.
+def find_sites(
+    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, attention: bool = False
+) -> tuple[Site, ...]:
+    """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
 
-    The pairs are found by following one forward pass, so names and nesting of the modules do not matter. A pair
-    is left out, with a log line saying why, where its hidden channels are used anywhere else.
+    The channels are followed through one forward pass, so names and nesting of the modules do not matter. Between
+    the two layers there may be activations, gates, norms, depthwise convolutions and changes of shape. What is used
+    in any other way is left out, with a log line saying why.
 
     Args:
         model: Any image classifier.
         example_inputs: An input of the model, "1 channels height width", on the model's device.
+        attention: Also find the value, and the query and key, channels inside attention.
 
     Raises:
-        InputError: The model has no such pair.
+        InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
     """
-    trace = trace_flows(model, example_inputs)
-    sites = []
-    for flow in trace.flows:
-        if not (flow.consumers and flow.activated):
-            continue
-        if reason := _why_unfit(flow, trace):
-            _log.info("%s -> %s is not a site: %s", flow.producer, flow.consumers[0], reason)
-            continue
-        hidden = output_channels(model.get_submodule(flow.producer))
-        sites.append(Site((flow.producer,), flow.consumers[0], hidden))
+    finder = _Finder(model, trace_model(model, example_inputs))
+    sites = list(finder.mlps())
+    if attention:
+        inside = [site for call in finder.trace.attentions for site in finder.attention(call)]
+        if not inside:
+            raise InputError(
+                f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
+                "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
+                "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            )
+        sites += inside
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
@@ -81,12 +122,103 @@ def find_sites(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> tu
     return tuple(sites)
 
 
-def _why_unfit(flow: Flow, trace: Trace) -> str:
-    if flow.leaks:
-        return f"its hidden channels are also used by {', '.join(sorted(set(flow.leaks)))}"
-    if len(flow.consumers) > 1:
-        return f"its hidden channels are read by {', '.join(flow.consumers)}"
-    repeated = [name for name in (flow.producer, flow.consumers[0]) if trace.calls[name] > 1]
-    if repeated:
-        return f"{', '.join(repeated)} runs more than once in a forward pass"
-    return ""
+class _Finder:
+    """Reads sites off a trace."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model, self.trace = model, trace
+        self._classes = trace.channels.classes()
+
+    def mlps(self) -> Iterator[Site]:
+        attended = {
+            identity
+            for call in self.trace.attentions
+            if call.value is not None
+            for identity in self._members(call.value.flatten().tolist())
+        }
+        for read in self.trace.reads:
+            ids = read.ids.tolist()
+            members = self._members(ids)
+            if not members & self.trace.channels.activated or members & attended:
+                continue
+            site = self._site(ids, read.layer, "mlp", 1)
+            if isinstance(site, Site):
+                yield site
+            else:
+                _log.info("the input of %s is no site: %s", read.layer, site)
+
+    def attention(self, call: Attention) -> list[Site]:
+        """Give the value site and the query/key site of one attention, or none if either cannot be pruned."""
+        reads = [] if call.value is None else self._reads_of(call.value)
+        label = self.trace.channels.owner_of(int(call.query[0, 0])).name
+        if len(reads) != 1 or call.value is None:
+            _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
+            return []
+        heads = call.value.shape[0]
+        value = self._site(call.value.flatten().tolist(), reads[0], "value", heads)
+        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        if call.query.shape != call.value.shape:
+            pair = "queries and values have different numbers of channels"
+        for site in (value, pair):
+            if isinstance(site, str):
+                _log.info("the attention behind %s is no site: %s", label, site)
+        return (
+            [site for site in (value, pair) if isinstance(site, Site)]
+            if not (isinstance(value, str) or isinstance(pair, str))
+            else []
+        )
+
+    def _reads_of(self, ids: Tensor) -> list[str]:
+        wanted = ids.flatten().tolist()
+        return [read.layer for read in self.trace.reads if read.ids.tolist() == wanted]
+
+    def _members(self, ids: list[int]) -> set[int]:
+        channels = self.trace.channels
+        return {member for root in {channels.root(identity) for identity in ids} for member in self._classes[root]}
+
+    def _site(
+        self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
+    ) -> Site | str:
+        """Give the site of these channels, or the reason why they are none."""
+        channels = self.trace.channels
+        groups = [self._classes[channels.root(identity)] for identity in ids]
+        if reason := self._why_unfit(groups, consumer):
+            return reason
+        owners: list[tuple[Owner, int]] = []
+        for place, first in enumerate(sorted(groups[0])):
+            owner = channels.owner_of(first)
+            rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
+            if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
+                return f"its channels are scattered over the rows of {owner.name}"
+            owners.append((owner, first - owner.first))
+        layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
+        offsets = tuple(offset for _, offset in layers)
+        return Site(
+            tuple(name for name, _ in layers),
+            consumer,
+            len(ids),
+            kind,
+            offsets if any(offsets) else (),
+            tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
+            tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
+            heads,
+            not any(member in channels.mixed for group in groups for member in group),
+            implicit_scale,
+        )
+
+    def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:
+        channels = self.trace.channels
+        members = {member for group in groups for member in group}
+        if leaks := {channels.leaks[member] for member in members if member in channels.leaks}:
+            return f"its channels are also used by {', '.join(sorted(leaks))}"
+        readers = set().union(*(channels.readers.get(member, set()) for member in members))
+        if readers - {consumer}:
+            return f"its channels are also read by {', '.join(sorted(readers - {consumer}))}"
+        if len({id(group) for group in groups}) != len(groups):
+            return "some of its channels are bound together"
+        names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
+            return f"{', '.join(repeated)} runs more than once in a forward pass"
+        if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
+            return f"{consumer} has other inputs too"
+        return ""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
 from vbp.files import write_bytes
@@ -23,6 +24,8 @@ from vbp.sites import Site
 from vbp.tracing import channel_dim
 
 _FORMAT = "vbp-statistics/1"
+# No module name holds this sign, so no other site has these names.
+QUERY, KEY = "#query", "#key"
 
 
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class Statistics:
     """Moments of the value that reaches each consumer, keyed by site name.
 
     Attributes:
-        moments: Site name -> moments of its hidden channels after the activation.
+        moments: Site name -> moments of its hidden channels where the consumer reads them; of query/key channels,
+            which no layer reads, `<name>#query` and `<name>#key` -> moments where they are made.
         images: Calibration images seen.
         model: Fingerprint of the model that was observed.
         data: Fingerprint of the images and their preprocessing; empty if the caller gave none.
@@ -129,22 +133,44 @@ class Statistics:
 
 
 class _Observer:
-    """Running moments of one site, fed by a pre-hook on its consumer."""
+    """Running moments of what one layer reads, or of some of the channels that it makes."""
 
     def __init__(self) -> None:
         self.moments: ChannelMoments | None = None
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        values = args[0].movedim(channel_dim(module), -1)
+    def see(self, values: Tensor) -> None:
         seen = self.moments
         batch = channel_moments(values, None if seen is None else seen.mean)
         self.moments = batch if seen is None else seen.merge(batch)
 
+    def watch_input(self, layer: nn.Module) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self.see(args[0].movedim(channel_dim(module), -1))
+
+        return layer.register_forward_pre_hook(hook)
+
+    def watch_output(self, layer: nn.Module, first: int, channels: int) -> RemovableHandle:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            self.see(output.movedim(channel_dim(module), -1)[..., first : first + channels])
+
+        return layer.register_forward_hook(hook)
+
+
+def observed_names(site: Site) -> tuple[str, ...]:
+    """Give the names under which statistics of a site are kept: its own, or one for queries and one for keys."""
+    return (site.name + QUERY, site.name + KEY) if site.kind == "query_key" else (site.name,)
+
 
 @contextmanager
 def _observing(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _Observer]]:
-    observers = {site.name: _Observer() for site in sites}
-    handles = [model.get_submodule(site.consumer).register_forward_pre_hook(observers[site.name]) for site in sites]
+    observers = {name: _Observer() for site in sites for name in observed_names(site)}
+    handles = []
+    for site in sites:
+        if site.kind == "query_key":
+            for name, (layer, first) in zip(observed_names(site), site.rows, strict=True):
+                handles.append(observers[name].watch_output(model.get_submodule(layer), first, site.hidden))
+        else:
+            handles.append(observers[site.name].watch_input(model.get_submodule(site.consumer)))
     try:
         with evaluation_mode(model):
             yield observers

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
+from vbp.attributes import update_attributes_
 from vbp.compensation import mean_shift
 from vbp.errors import InputError
+from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan, SitePlan
-from vbp.sites import input_channels, output_channels
+from vbp.sites import Site, input_channels, output_channels
 
 
 def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | None = None) -> None:
@@ -28,55 +32,155 @@ def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | No
 
     Source: VBP paper, sections 3.2 and 3.3.
     """
-    for entry in plan.sites:
-        _check_fits(model, entry, means)
+    _check_fits(model, plan, means)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
-    for entry in plan.sites:
-        if len(entry.keep) < entry.site.hidden:
-            _prune_site_(model, entry, None if means is None else means[entry.site.name])
+    entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
+    for entry in entries:
+        if means is not None and entry.site.consumer:
+            consumer = model.get_submodule(entry.site.consumer)
+            assert isinstance(consumer.weight, Tensor)
+            mean = means[entry.site.name]
+            _add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
+        if entry.site.implicit_scale:
+            _keep_softmax_scale_(model, entry)
+    _cut_(model, entries)
+    for entry in entries:
+        if entry.site.kind != "mlp":
+            update_attributes_(model, entry)
     for name in frozen:
         # Torch-Pruning makes new parameters, which would learn.
         model.get_parameter(name).requires_grad_(False)
 
 
-def _check_fits(model: nn.Module, entry: SitePlan, means: Mapping[str, Tensor] | None) -> None:
-    site = entry.site
+def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
+    """Try on a copy whether the model still runs with half of the channels of every site.
+
+    Some models write a width into their code, where no look at their layers shows it.
+
+    Raises:
+        InputError: It does not run; the sites that break it are named. The model is untouched.
+    """
+    if _breaks(model, sites, example) is None:
+        return
+    # One trial for the sites of each block: what one call makes and reads stands or falls together.
+    blocks: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        blocks[site.producers[0].rpartition(".")[0]].append(site)
+    reasons = {block: reason for block, group in blocks.items() if (reason := _breaks(model, group, example))}
+    raise InputError(
+        f"{type(model).__name__} does not run with fewer channels in "
+        f"{', '.join(reasons) or 'all its sites together'}: "
+        f"{next(iter(reasons.values()), 'each alone does')}; its code needs that width. Leave attention "
+        "(--bottleneck) out, or give vbp.prune_ a plan without these sites"
+    )
+
+
+def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
+    trial = copy.deepcopy(model)
+    entries = []
+    for site in sites:
+        size = site.hidden // site.heads
+        kept = [head * size + index for head in range(site.heads) for index in range(max(1, size // 2))]
+        entries.append(SitePlan(site, tuple(kept)))
     try:
-        widths = [output_channels(model.get_submodule(name)) for name in site.producers]
-        widths.append(input_channels(model.get_submodule(site.consumer)))
-    except (AttributeError, TypeError) as error:
-        raise InputError(
-            f"the plan's site {site.name} does not exist in {type(model).__name__} ({error}); "
-            "give the model that the plan was made for"
-        ) from error
-    if any(width != site.hidden for width in widths):
-        raise InputError(
-            f"the plan's site {site.name} must have {site.hidden} channels, got widths {widths}; give the dense "
-            "model that the plan was made for"
-        )
-    if means is not None and (site.name not in means or means[site.name].shape != (site.hidden,)):
-        raise InputError(
-            f"means of site {site.name} must be {site.hidden} numbers, got "
-            f"{tuple(means[site.name].shape) if site.name in means else 'none'}; collect its statistics"
-        )
+        prune_(trial, PruningPlan(tuple(entries), 0.5, "per_layer"))
+        with evaluation_mode(trial), torch.no_grad():
+            trial(example)
+    except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
 
 
-def _prune_site_(model: nn.Module, entry: SitePlan, mean: Tensor | None) -> None:
-    consumer = model.get_submodule(entry.site.consumer)
-    removed = list(entry.removed)
-    if mean is not None:
-        assert isinstance(consumer.weight, Tensor)
-        _add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(removed)))
-    for name in entry.site.producers:
-        producer = model.get_submodule(name)
-        if isinstance(producer, nn.Conv2d):
-            tp.prune_conv_out_channels(producer, removed)
+def _check_fits(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | None) -> None:
+    claimed: dict[str, int] = defaultdict(int)
+    for entry in plan.sites:
+        for name in entry.site.producers:
+            claimed[name] += entry.site.hidden
+    for entry in plan.sites:
+        site = entry.site
+        try:
+            widths = [(output_channels(model.get_submodule(name)), claimed[name]) for name in site.producers]
+            if site.consumer:
+                widths.append((input_channels(model.get_submodule(site.consumer)), site.hidden))
+            for name in site.inner:
+                model.get_submodule(name)
+            widths += [(model.get_parameter(name).numel(), site.hidden) for name in site.parameters]
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"the plan's site {site.name} does not exist in {type(model).__name__} ({error}); "
+                "give the model that the plan was made for"
+            ) from error
+        if any(width != wanted for width, wanted in widths):
+            raise InputError(
+                f"the plan's site {site.name} must have {site.hidden} channels, got widths "
+                f"{[width for width, _ in widths]} where {[wanted for _, wanted in widths]} belong; give the dense "
+                "model that the plan was made for"
+            )
+        if means is not None and site.consumer:
+            found = tuple(means[site.name].shape) if site.name in means else "none"
+            if found != (site.hidden,):
+                raise InputError(
+                    f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
+                )
+
+
+def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
+    """Cut all rows and columns, each layer once: one layer may make the channels of several sites."""
+    rows: dict[str, set[int]] = defaultdict(set)
+    for entry in entries:
+        for name, first in entry.site.rows:
+            rows[name].update(first + index for index in entry.removed)
+    for name, removed in rows.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            tp.prune_conv_out_channels(layer, sorted(removed))
         else:
-            tp.prune_linear_out_channels(producer, removed)
-    if isinstance(consumer, nn.Conv2d):
-        tp.prune_conv_in_channels(consumer, removed)
+            tp.prune_linear_out_channels(layer, sorted(removed))
+    for entry in entries:
+        for name in entry.site.inner:
+            _cut_inner_(model.get_submodule(name), list(entry.removed))
+        for name in entry.site.parameters:
+            _cut_parameter_(model, name, entry)
+        if entry.site.consumer:
+            consumer = model.get_submodule(entry.site.consumer)
+            if isinstance(consumer, nn.Conv2d):
+                tp.prune_conv_in_channels(consumer, list(entry.removed))
+            else:
+                tp.prune_linear_in_channels(consumer, list(entry.removed))
+
+
+def _cut_inner_(module: nn.Module, removed: list[int]) -> None:
+    if isinstance(module, nn.Conv2d):
+        tp.prune_depthwise_conv_out_channels(module, removed)
+    elif isinstance(module, nn.LayerNorm):
+        tp.prune_layernorm_out_channels(module, removed)
+    elif isinstance(module, nn.GroupNorm):
+        tp.prune_groupnorm_out_channels(module, removed)
     else:
-        tp.prune_linear_in_channels(consumer, removed)
+        tp.prune_batchnorm_out_channels(module, removed)
+
+
+def _cut_parameter_(model: nn.Module, name: str, entry: SitePlan) -> None:
+    parent, _, attribute = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    dim = parameter.shape.index(entry.site.hidden)
+    kept = parameter.detach().index_select(dim, torch.tensor(entry.keep, device=parameter.device))
+    setattr(model.get_submodule(parent), attribute, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+
+
+def _keep_softmax_scale_(model: nn.Module, entry: SitePlan) -> None:
+    """Scale the queries so that the softmax keeps the scale of the original head dimension.
+
+    Fused attention divides by the root of the number of query channels that it finds.
+    """
+    site = entry.site
+    name, first = site.rows[0]
+    layer = model.get_submodule(name)
+    factor = (len(entry.keep) / site.hidden) ** 0.5
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            if isinstance(parameter, Tensor):
+                parameter[first : first + site.hidden] *= factor
 
 
 def _add_to_bias_(layer: nn.Module, shift: Tensor) -> None:

@@ -19,7 +19,8 @@ from vbp.evaluation import Accuracy, evaluate
 from vbp.finetune import EpochResult, Trainer
 from vbp.models import Classifier, ModelSource, build_model, load_classifier
 from vbp.moments import ChannelMoments, channel_moments
-from vbp.plan import PruningPlan, SitePlan, make_plan
+from vbp.plan import PruningPlan, SitePlan
+from vbp.planning import make_plan
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
 from vbp.ranking import variance_scores
 from vbp.recipe import run
@@ -27,6 +28,10 @@ from vbp.report import Measured, RunReport
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
+from vbp.torch_pruning import install as _install_in_torch_pruning
+
+# Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
+_install_in_torch_pruning()
 
 __version__ = "0.1.0"
 

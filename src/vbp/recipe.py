@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,25 +15,22 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from vbp.artifacts import installed_versions, save_pruned
-from vbp.config import RunConfig, check_config
+from vbp.config import RunConfig
 from vbp.cost import count_macs, count_parameters, format_count, format_plan, measure_latency_ms, plan_cost
-from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
+from vbp.data import ImageLoader, make_loader
 from vbp.distillation import DistillationLoss
-from vbp.distributed import check_single_process
-from vbp.errors import InputError
 from vbp.evaluation import evaluate
-from vbp.files import check_folder, clear_folder, write_bytes, write_json
+from vbp.files import clear_folder, write_bytes, write_json
 from vbp.finetune import Trainer
-from vbp.fingerprints import json_fingerprint, model_fingerprint
-from vbp.models import Classifier, load_classifier
-from vbp.plan import PruningPlan, check_ratios, make_plan
-from vbp.preprocessing import evaluation_transform, training_transform
+from vbp.job import Job, evaluation_loader, prepare
+from vbp.plan import PruningPlan
+from vbp.planning import make_plan
+from vbp.preprocessing import training_transform
 from vbp.ranking import variance_scores
 from vbp.report import Measured, RunReport
 from vbp.run_log import run_log
-from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
-from vbp.surgery import check_prunable, prune_
+from vbp.surgery import prune_
 
 _log = logging.getLogger(__name__)
 
@@ -44,35 +38,6 @@ LOG, CONFIG, STATISTICS, PLAN = "vbp_imagenet.log", "config.json", "statistics.s
 METRICS, BEST, FINAL, SUMMARY = "metrics.jsonl", "vbp_best.pth", "vbp_final.pth", "summary.json"
 _CPU_LATENCY_MACS = 20_000_000_000
 _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
-
-
-@dataclass(frozen=True)
-class _Job:
-    """What a run works on, checked and ready."""
-
-    config: RunConfig
-    device: torch.device
-    classifier: Classifier
-    sites: tuple[Site, ...]
-    calibration: ImageList
-    train: ImageList
-    val: ImageLoader
-    example: Tensor
-    data: str  # fingerprint of the calibration images and their preprocessing
-    given: Statistics | None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("calibration", "planning", "surgery", "finetune", "evaluation"), 0.0)
-    )
-
-    @property
-    def model(self) -> nn.Module:
-        return self.classifier.model
-
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] += time.perf_counter() - start
 
 
 def run(config: RunConfig) -> RunReport:
@@ -87,7 +52,7 @@ def run(config: RunConfig) -> RunReport:
     Source: VBP paper (arXiv 2507.12988), section 3.
     """
     with run_log() as log:
-        job = _prepare(config)
+        job = prepare(config)
         clear_folder(config.save_dir, _FILES)
         log.open(config.save_dir / LOG)
         write_json(config.save_dir / CONFIG, config.to_dict())
@@ -114,75 +79,11 @@ def run(config: RunConfig) -> RunReport:
     return report
 
 
-def _prepare(config: RunConfig) -> _Job:
-    """Check everything and load the model; nothing is written."""
-    check_config(config)
-    check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to, config.attn_keep_ratio)
-    DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
-    check_single_process()
-    device = _device(config.device)
-    for folder in (config.data_path, config.data_path / "train", config.data_path / "val"):
-        if not folder.is_dir():
-            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {folder}")
-    given = None if config.stats_path is None else Statistics.load(config.stats_path)
-    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
-    classifier = load_classifier(
-        config.model_name,
-        model_type=config.model_type,
-        checkpoint=config.checkpoint,
-        convnext_checkpoint=config.convnext_checkpoint,
-        allow_random_init=config.allow_random_init,
-        model_kwargs=config.model_kwargs,
-        img_size=config.img_size,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-        mean=config.mean,
-        std=config.std,
-    )
-    _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
-    size = sum(value.numel() * value.element_size() for value in classifier.model.state_dict().values())
-    # Two checkpoints, one more while one of them is replaced, and the small files.
-    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=3 * size + 2**24)
-    train = list_images(config.data_path, "train", classifier.num_classes)
-    val = list_images(config.data_path, "val", classifier.num_classes)
-    calibration = balanced_subset(train, config.calib_samples, config.seed)
-    data = json_fingerprint([calibration.fingerprint(), classifier.preprocessing.to_dict()])
-    if given is not None and config.stats_path is not None:
-        given.check_made_for(model_fingerprint(classifier.model), data, config.stats_path)
-    model = classifier.model.to(device)
-    example = classifier.example_input().to(device)
-    sites = find_sites(model, example, attention=config.bottleneck)
-    check_prunable(model, sites, example)
-    val_loader = _evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
-    return _Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N and present, got {name!r} ({error})") from error
-    return device
-
-
-def _evaluation_loader(classifier: Classifier, images: ImageList, config: RunConfig) -> ImageLoader:
-    return make_loader(
-        images,
-        evaluation_transform(classifier.preprocessing),
-        batch_size=config.val_batch_size,
-        num_workers=config.num_workers,
-        pin_memory=True,
-    )
-
-
 def _bar(loader: ImageLoader, label: str) -> Any:
     return tqdm(loader, desc=label, unit="batch", leave=False, disable=None, dynamic_ncols=True)
 
 
-def _measure(job: _Job, model: nn.Module) -> Measured:
+def _measure(job: Job, model: nn.Module) -> Measured:
     with job.timed("evaluation"):
         accuracy = evaluate(model, _bar(job.val, "evaluation"), job.device)
     return Measured(accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model))
@@ -195,10 +96,10 @@ def _figures(model: Measured) -> str:
     )
 
 
-def _statistics(job: _Job) -> Statistics:
+def _statistics(job: Job) -> Statistics:
     statistics = job.given
     if statistics is None:
-        loader = _evaluation_loader(job.classifier, job.calibration, job.config)
+        loader = evaluation_loader(job.classifier, job.calibration, job.config)
         with job.timed("calibration"):
             statistics = collect_statistics(
                 job.model, job.sites, _bar(loader, "statistics"), device=job.device, data=job.data
@@ -208,7 +109,7 @@ def _statistics(job: _Job) -> Statistics:
     return statistics
 
 
-def _plan(job: _Job, statistics: Statistics) -> PruningPlan:
+def _plan(job: Job, statistics: Statistics) -> PruningPlan:
     config = job.config
     with job.timed("planning"):
         plan = make_plan(
@@ -225,7 +126,7 @@ def _plan(job: _Job, statistics: Statistics) -> PruningPlan:
     return plan
 
 
-def _uncompensated(job: _Job, plan: PruningPlan) -> Measured | None:
+def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:
     if not job.config.compare_uncompensated:
         return None
     model = copy.deepcopy(job.model)
@@ -235,7 +136,7 @@ def _uncompensated(job: _Job, plan: PruningPlan) -> Measured | None:
     return measured
 
 
-def _latency_batch(job: _Job) -> Tensor:
+def _latency_batch(job: Job) -> Tensor:
     """Give the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
     size = job.config.val_batch_size
     if job.device.type == "cpu":
@@ -243,7 +144,7 @@ def _latency_batch(job: _Job) -> Tensor:
     return job.example.repeat(size, 1, 1, 1)
 
 
-def _finetune(job: _Job, plan: PruningPlan, teacher: nn.Module | None, pruned: Measured) -> tuple[Measured, Measured]:
+def _finetune(job: Job, plan: PruningPlan, teacher: nn.Module | None, pruned: Measured) -> tuple[Measured, Measured]:
     """Fine-tune and keep the best and the last checkpoint; the pruned model counts as epoch 0."""
     config, preprocessing = job.config, job.classifier.preprocessing
     best = final = pruned
@@ -286,11 +187,11 @@ def _finetune(job: _Job, plan: PruningPlan, teacher: nn.Module | None, pruned: M
     return best, final
 
 
-def _write_rows(job: _Job, rows: list[dict[str, Any]]) -> None:
+def _write_rows(job: Job, rows: list[dict[str, Any]]) -> None:
     write_bytes(job.config.save_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _save(job: _Job, name: str, plan: PruningPlan, measured: Measured) -> None:
+def _save(job: Job, name: str, plan: PruningPlan, measured: Measured) -> None:
     save_pruned(
         job.model,
         job.config.save_dir / name,
@@ -302,7 +203,7 @@ def _save(job: _Job, name: str, plan: PruningPlan, measured: Measured) -> None:
 
 
 def _report(
-    job: _Job,
+    job: Job,
     plan: PruningPlan,
     statistics: Statistics,
     latency_batch: int,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from vbp.channels import Owner
 from vbp.errors import InputError
-from vbp.tracing import Attention, Trace, trace_model
+from vbp.flow import Attention, Trace
+from vbp.tracing import trace_model
 
 _log = logging.getLogger(__name__)
 

@@ -1,0 +1,247 @@
+"""What each torch function does to the channels of the tensors that it receives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakIdKeyDictionary
+
+from vbp.channels import Channels, columns, compact, distinct, present, respread, varying_dims
+from vbp.operations import ACTIVATIONS, ELEMENTWISE, POSITIONAL, PRODUCTS, REDUCTIONS, RESHAPES, SAME, VIEWS
+
+
+@dataclass(frozen=True)
+class Read:
+    """A linear layer's input: the channel at each of its columns."""
+
+    layer: str
+    ids: Tensor
+
+
+@dataclass
+class Attention:
+    """One attention call: the channels of queries, keys and values, "heads head_dim" each.
+
+    Attributes:
+        implicit_scale: The softmax scale follows from the number of query channels that are left.
+        value: None if the values' channels could not be followed.
+    """
+
+    query: Tensor
+    key: Tensor
+    implicit_scale: bool
+    value: Tensor | None = None
+
+
+@dataclass
+class Trace:
+    """What one forward pass shows."""
+
+    channels: Channels = field(default_factory=Channels)
+    reads: list[Read] = field(default_factory=list)
+    attentions: list[Attention] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+
+
+class ChannelFlow:
+    """Keeps a tensor of channel ids beside every tensor whose channels are known.
+
+    Attributes:
+        ids: Tensor -> compact ids of the same shape.
+        mixtures: Tensor computed across channels -> the set of those channels.
+        from_image: Tensors computed from the model's input.
+        trace: What has been learnt so far.
+    """
+
+    def __init__(self, parameters: Mapping[nn.Parameter, str]) -> None:
+        self._parameters = parameters
+        self.ids: Any = WeakIdKeyDictionary()
+        self.mixtures: Any = WeakIdKeyDictionary()
+        self.from_image: Any = WeakIdKeyDictionary()
+        self.trace = Trace()
+
+    def follow(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
+    ) -> None:
+        """Give the output of a function its ids, or note that the function uses channels in an unknown way."""
+        if any(operand in self.ids for operand in operands):
+            if not self._follow(func, name, args, kwargs, operands, output):
+                self.leak(operands, name or "an unnamed operation")
+        elif any(operand in self.mixtures for operand in operands):
+            self._follow_mixture(name, operands, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+
+    def _follow(
+        self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
+    ) -> bool:
+        """Give the output its ids; False if the operation is none that keeps channels apart."""
+        if name in PRODUCTS:
+            return self._follow_product(name, args, kwargs, output)
+        if name in VIEWS or name == "__get__":
+            return self._follow_view(func, args, kwargs, output)
+        if not isinstance(output, Tensor):
+            return False
+        tagged = [operand for operand in operands if operand in self.ids]
+        ids = self.ids[tagged[0]]
+        if name in RESHAPES:
+            self.ids[output] = compact(ids.reshape(output.shape))
+            return True
+        if name in SAME and len(tagged) == 1:
+            self.ids[output] = ids
+            return True
+        if name in POSITIONAL and len(tagged) == 1:
+            after = respread(ids, tuple(output.shape))
+            if after is not None:
+                self.ids[output] = after
+            return after is not None
+        if name in REDUCTIONS and len(tagged) == 1:
+            return self._follow_reduction(ids, args, kwargs, output)
+        return name in ELEMENTWISE and self._follow_elementwise(name, operands, output)
+
+    def _follow_view(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> bool:
+        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if any(leaf not in self.ids and leaf in self.from_image for leaf in leaves):
+            return False
+
+        def swap(leaf: Any) -> Any:
+            return self.ids[leaf] if isinstance(leaf, Tensor) and leaf in self.ids else leaf
+
+        try:
+            views = func(*tree_map(swap, args), **tree_map(swap, kwargs))
+        except (RuntimeError, TypeError):
+            return False
+        for leaf, ids in zip(tree_leaves(output), tree_leaves(views), strict=True):
+            if isinstance(leaf, Tensor):
+                if not isinstance(ids, Tensor) or ids.shape != leaf.shape or ids.dtype != torch.int32:
+                    return False
+                self.ids[leaf] = compact(ids)
+        return True
+
+    def _follow_reduction(self, ids: Tensor, args: Any, kwargs: Any, output: Tensor) -> bool:
+        """Reduce over positions, or, across channels, to a mixture that must come back to the same channels."""
+        after = respread(ids, tuple(output.shape))
+        if after is None and output.ndim < ids.ndim:
+            kept = [dim for dim in range(ids.ndim) if dim not in _reduced_dims(args, kwargs, ids.ndim)]
+            if set(varying_dims(ids)) <= set(kept):
+                narrow = distinct(ids)
+                after = narrow.reshape([narrow.shape[dim] for dim in kept]).expand(output.shape)
+        if after is not None:
+            self.ids[output] = after
+        else:
+            self.mixtures[output] = set(present(ids))
+        return True
+
+    def _follow_elementwise(self, name: str, operands: list[Tensor], output: Tensor) -> bool:
+        channels = self.trace.channels
+        with_ids = [self.ids[operand] for operand in operands if operand in self.ids]
+        if any(ids.ndim != output.ndim for ids in with_ids):
+            return False
+        main = max(with_ids, key=lambda ids: distinct(ids).numel())
+        spread = respread(main, tuple(output.shape))
+        if spread is None:
+            return False
+        for operand in operands:
+            if operand in self.ids:
+                ids = self.ids[operand]
+                if bool((distinct(ids) != distinct(main)).any()):
+                    # A product of two layers' channels is a gate: they stay or go together. A sum is a residual.
+                    if name not in ("mul", "mul_", "multiply"):
+                        return False
+                    channels.couple(ids, main)
+            elif operand in self.mixtures:
+                if not self.mixtures[operand] <= set(present(main)):
+                    return False
+                channels.mixed.update(self.mixtures[operand])
+            elif not self._neutral(operand, main):
+                return False
+        if name in ACTIVATIONS:
+            channels.activated.update(present(main))
+        self.ids[output] = spread
+        return True
+
+    def _neutral(self, operand: Tensor, ids: Tensor) -> bool:
+        """Say whether an operand treats all channels alike, or is a parameter with one element a channel."""
+        if operand.numel() == 1:
+            return True
+        aligned = operand.reshape((1,) * (ids.ndim - operand.ndim) + tuple(operand.shape))
+        varying = varying_dims(ids)
+        if all(aligned.shape[dim] == 1 for dim in varying):
+            return True
+        source = operand if operand in self._parameters else getattr(operand, "_base", None)
+        name = self._parameters.get(source) if isinstance(source, nn.Parameter) else None
+        if name is None or len(varying) != 1 or operand.numel() != ids.shape[varying[0]]:
+            return False
+        found = columns(ids, varying[0])
+        if found is None:
+            return False
+        owner = self.trace.channels.add("parameter", name, operand.numel())
+        self.trace.channels.couple(found, torch.arange(owner.first, owner.first + owner.channels, dtype=torch.int32))
+        return True
+
+    def _follow_product(self, name: str, args: Any, kwargs: Any, output: Any) -> bool:
+        """Note `softmax(q k) v`, whether fused or written out as two products."""
+        if name == "scaled_dot_product_attention":
+            given = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3]
+            query, key, value = (self.ids.get(tensor) for tensor in given)
+            if query is None or key is None or value is None:
+                return False
+            noted = self._note_attention(query, key.transpose(-2, -1), implicit_scale=kwargs.get("scale") is None)
+            return noted and self._mix_positions(value, output)
+        left, right = (self.ids.get(tensor) for tensor in args[:2])
+        if left is not None and right is not None:
+            return self._note_attention(left, right, implicit_scale=False)
+        if right is not None and right.ndim == output.ndim:
+            return self._mix_positions(right, output)
+        return False
+
+    def _mix_positions(self, value: Tensor, output: Tensor) -> bool:
+        """The weights of attention mix positions; the channels of the values stay apart."""
+        after = respread(value, tuple(output.shape))
+        if after is None or value.ndim - 2 in varying_dims(value):
+            return False
+        self.ids[output] = after
+        heads = self._heads(value)
+        if self.trace.attentions and self.trace.attentions[-1].value is None:
+            self.trace.attentions[-1].value = heads
+        return True
+
+    def _note_attention(self, query: Tensor, key: Tensor, *, implicit_scale: bool) -> bool:
+        queries, keys = self._heads(query), self._heads(key.transpose(-2, -1))
+        if queries is None or keys is None or queries.shape != keys.shape:
+            return False
+        self.trace.channels.couple(queries, keys)
+        self.trace.attentions.append(Attention(queries, keys, implicit_scale))
+        return True
+
+    def _heads(self, ids: Tensor) -> Tensor | None:
+        """Give the channels of "batch heads tokens head_dim" as "heads head_dim", if they are so."""
+        if ids.ndim != 4 or not set(varying_dims(ids)) <= {1, 3}:
+            return None
+        return ids[0, :, 0, :]
+
+    def _follow_mixture(self, name: str, operands: list[Tensor], outputs: list[Tensor]) -> None:
+        mixed: set[int] = set().union(*(self.mixtures.get(operand, set()) for operand in operands))
+        if name in ELEMENTWISE | RESHAPES | REDUCTIONS | SAME:
+            for output in outputs:
+                self.mixtures[output] = mixed
+        else:
+            self.leak(operands, name)
+
+    def leak(self, tensors: Iterable[Tensor], reason: str) -> None:
+        """Note that the channels of these tensors are used in a way that pruning would break."""
+        for tensor in tensors:
+            if tensor in self.ids:
+                self.trace.channels.leak(self.ids[tensor], reason)
+            for identity in self.mixtures.get(tensor, ()):
+                self.trace.channels.leaks.setdefault(identity, reason)
+
+
+def _reduced_dims(args: Any, kwargs: Any, ndim: int) -> set[int]:
+    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    if dims is None:
+        return set(range(ndim))
+    return {dim % ndim for dim in (dims if isinstance(dims, tuple | list) else (dims,))}

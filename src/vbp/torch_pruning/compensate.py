@@ -1,0 +1,114 @@
+"""Move what pruned channels contributed on average into the layers that read them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from vbp.compensation import grouped_mean_shift
+from vbp.torch_pruning.groups import Coupling
+from vbp.torch_pruning.means import ChannelMeans
+
+_log = logging.getLogger(__name__)
+
+
+def compensate_(
+    coupling: Coupling, means: ChannelMeans, following: Mapping[nn.Module, _BatchNorm], names: Mapping[nn.Module, str]
+) -> None:
+    """Add the mean shift of a group's channels to each consumer, before the channels are cut out.
+
+    The shift goes into the bias. A consumer without one whose output goes into a BatchNorm alone hands it to the
+    running mean instead: the same function in evaluation; in training the batch mean takes a constant away either
+    way, and the running mean fits what it will see. Any other consumer without bias gains one.
+
+    Args:
+        coupling: The channels that go.
+        means: Means at the consumers' inputs.
+        following: Consumer -> the BatchNorm that alone reads its output.
+        names: Layer -> dotted name, for messages.
+
+    Raises:
+        InputError: A mean is missing or of the wrong width; nothing is changed then.
+
+    Source: VBP paper, section 3.3.
+    """
+    shifts: list[tuple[nn.Module, Tensor]] = []
+    for edge in coupling.consumers:
+        layer = edge.layer
+        if getattr(layer, "transposed", False):
+            continue
+        assert isinstance(layer.weight, Tensor)
+        mean = means.at(edge, coupling, names[layer]).to(layer.weight.device)
+        groups = layer.groups if isinstance(layer, nn.modules.conv._ConvNd) else 1
+        shifts.append((layer, grouped_mean_shift(layer.weight, mean, edge.channels.to(mean.device), groups)))
+    for layer, shift in shifts:
+        norm = following.get(layer)
+        if layer.bias is None and norm is not None:
+            if norm.running_mean is not None:
+                _subtract_(norm.running_mean, shift)
+        else:
+            _add_to_bias_(layer, shift)
+
+
+def _add_to_bias_(layer: nn.Module, shift: Float[Tensor, "out"]) -> None:
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    if bias is None:
+        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+        return
+    assert isinstance(bias, Tensor)
+    _subtract_(bias, -shift)
+
+
+def _subtract_(values: Tensor, shift: Float[Tensor, "out"]) -> None:
+    with torch.no_grad():
+        # One rounding to the tensor's own precision, not two.
+        values.copy_(values.double() - shift.to(values.device))
+
+
+@contextmanager
+def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
+    """Note, while the body runs the model, which BatchNorm takes the output of which layer as it is.
+
+    Yields:
+        Layer -> BatchNorm; filled when the body is done. A layer or norm that runs more than once is left out.
+    """
+    written: dict[int, tuple[nn.Module, Tensor]] = {}
+    readers: dict[nn.Module, _BatchNorm] = {}
+    calls: dict[nn.Module, int] = {}
+    following: dict[nn.Module, _BatchNorm] = {}
+
+    def wrote(module: nn.Module, args: object, output: Tensor) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        written[id(output)] = (module, output)  # the tensor is kept alive, so that its id is its own
+
+    def reads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        calls[module] = calls.get(module, 0) + 1
+        if args and id(args[0]) in written and isinstance(module, _BatchNorm):
+            readers[written[id(args[0])][0]] = module
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
+            handles.append(module.register_forward_hook(wrote))
+        elif isinstance(module, _BatchNorm):
+            handles.append(module.register_forward_pre_hook(reads))
+    try:
+        yield following
+    finally:
+        for handle in handles:
+            handle.remove()
+        written.clear()
+    following.update({layer: norm for layer, norm in readers.items() if calls[layer] == calls[norm] == 1})
+
+
+def only_read_by_norm(graph: object, layer: nn.Module) -> bool:
+    """Say whether the graph shows one reader of a layer's output."""
+    node = graph.module2node.get(layer)  # type: ignore[attr-defined]
+    return node is not None and len(node.outputs) == 1

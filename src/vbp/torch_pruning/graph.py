@@ -1,0 +1,174 @@
+"""Trace a model with Torch-Pruning and leave it as it was; every failure is one readable error."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+from torch_pruning import ops
+from torch_pruning.dependency import index_mapping
+
+from vbp.errors import InputError
+
+_log = logging.getLogger(__name__)
+
+
+@contextmanager
+def logged_warnings(model: nn.Module) -> Iterator[None]:
+    """Send Torch-Pruning's warnings to the log."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for message in dict.fromkeys(str(warning.message) for warning in caught):
+        _log.info("Torch-Pruning on %s: %s", type(model).__name__, message)
+
+
+@contextmanager
+def tracing(model: nn.Module) -> Iterator[None]:
+    """Prepare a model for Torch-Pruning's tracer, and give it back unchanged.
+
+    The tracer follows autograd, so gradients are on and frozen parameters count for its time; the training flags,
+    which it would leave at evaluation, come back. Its warnings go to the log.
+
+    Raises:
+        InputError: The body failed: the model cannot be traced.
+    """
+    if torch.is_inference_mode_enabled():
+        raise InputError("Torch-Pruning traces gradients, got torch.inference_mode(); call this outside of it")
+    training = {module: module.training for module in model.modules()}
+    frozen = [
+        parameter for parameter in model.parameters() if not parameter.requires_grad and parameter.is_floating_point()
+    ]
+    try:
+        with logged_warnings(model), torch.enable_grad():
+            for parameter in frozen:
+                parameter.requires_grad_(True)
+            yield
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"Torch-Pruning could not trace {type(model).__name__}: {_first_line(error)}; the forward pass must run "
+            "on example_inputs and compute tensors with gradients (no torch.no_grad inside, no torch.jit), otherwise "
+            "give a forward_fn"
+        ) from error
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        for module, mode in training.items():
+            module.training = mode
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def run_model(model: nn.Module, example_inputs: Any) -> Any:
+    """Call a model with a tensor, the sequence of its positional arguments, or the dict of its named ones.
+
+    Torch-Pruning's own call spreads a lone tensor over its batch dimension first.
+    """
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    return model(**example_inputs) if isinstance(example_inputs, dict) else model(*example_inputs)
+
+
+def build_graph(model: nn.Module, example_inputs: Any) -> Any:
+    """Build a `tp.DependencyGraph` and leave the model as it was.
+
+    Args:
+        model: Any model that Torch-Pruning can trace.
+        example_inputs: A tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
+
+    Raises:
+        InputError: The model cannot be traced.
+    """
+    with tracing(model):
+        graph = tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=run_model)
+        correct_graph_(graph)
+    return graph
+
+
+def correct_graph_(graph: Any) -> None:
+    """Mend how a fresh dependency graph follows channels through reshapes and splits.
+
+    Torch-Pruning 1.6.1 guesses from the whole model whether a reshape flattens feature maps, since it looks for sizes
+    under a name that PyTorch no longer uses; on a channels-last model such as torchvision's Swin it then never comes
+    to an end. Here a reshape flattens only if its own input has feature maps of that many positions.
+    """
+    for node in graph.module2node.values():
+        sizes = _input_sizes(node)
+        if node.type != ops.OPTYPE.RESHAPE or len(sizes) in (0, 2):
+            continue
+        strides = {mapping._stride for mapping in _flattenings(node)}
+        positions = sizes[2] * sizes[3] if len(sizes) == 4 else 0
+        if positions != 1 and strides != {positions}:
+            _forget_flatten(node)
+    pair_gates_(graph)
+
+
+def _input_sizes(node: Any) -> tuple[int, ...]:
+    return tuple(int(size) for size in getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
+
+
+def _flattenings(node: Any) -> list[Any]:
+    neighbours = [(node, other) for other in node.inputs] + [(other, node) for other in node.inputs]
+    found = [
+        dependency.index_mapping[0]
+        for source, target in neighbours
+        for dependency in source.dependencies
+        if dependency.target is target
+    ]
+    return [mapping for mapping in found if isinstance(mapping, index_mapping._FlattenIndexMapping)]
+
+
+def _forget_flatten(node: Any) -> None:
+    """Let channel numbers pass a reshape unchanged, for good."""
+    node.type = ops.OPTYPE.ELEMENTWISE
+    for other in [*node.inputs, *node.outputs]:
+        for source, target in ((node, other), (other, node)):
+            for dependency in source.dependencies:
+                mapping = dependency.index_mapping[0]
+                if dependency.target is target and isinstance(mapping, index_mapping._FlattenIndexMapping):
+                    dependency.index_mapping[0] = None
+
+
+def pair_gates_(graph: Any) -> None:
+    """Teach a dependency graph that a channel-last `chunk` or `split` cuts the channels into parts.
+
+    Torch-Pruning follows splits of dimension 1 alone. After a packed gate (SwiGLU: one Linear whose output is cut
+    into gate and value along the last dimension) it takes the channel numbers of the whole for those of a part, and
+    the pruned model fails. Call it again after each pruning: Torch-Pruning leaves the offsets where they were.
+    """
+    for node in graph.module2node.values():
+        if node.type != ops.OPTYPE.SPLIT or not node.module.split_sizes:
+            continue
+        offsets = [0]
+        for size in node.module.split_sizes:
+            offsets.append(offsets[-1] + size)
+        node.module.offsets = offsets
+        if _cuts_last_of_three(node):
+            for part, output in enumerate(node.outputs):
+                bounds = offsets[part : part + 2]
+                _map(node, output, index_mapping._SplitIndexMapping(bounds, reverse=False))
+                _map(output, node, index_mapping._SplitIndexMapping(bounds, reverse=True))
+
+
+def _cuts_last_of_three(node: Any) -> bool:
+    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+    dim = getattr(node.grad_fn, "_saved_dim", 1)
+    # Autograd keeps a negative dimension as an unsigned 64-bit number.
+    last = dim in (len(sizes) - 1, 2**64 - 1, -1)
+    return len(sizes) != 4 and last and len(sizes) > 2 and len(node.outputs) == len(node.module.split_sizes)
+
+
+def _map(source: Any, target: Any, mapping: Any) -> None:
+    for dependency in source.dependencies:
+        if dependency.target is target:
+            dependency.index_mapping[0] = mapping

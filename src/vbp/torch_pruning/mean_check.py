@@ -1,0 +1,126 @@
+"""Measure how far pruning moves the output mean of the layers that read the pruned channels."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
+
+from vbp.modes import evaluation_mode
+from vbp.moments import ChannelMoments, channel_moments
+from vbp.torch_pruning.groups import Coupling, channel_axis
+from vbp.torch_pruning.means import without
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MeanMovement:
+    """How far a layer's output mean moved.
+
+    Attributes:
+        absolute: Mean over output channels of the distance, in the units of the output.
+        relative: Euclidean length of the movement over that of the output's standard deviations before.
+    """
+
+    absolute: float
+    relative: float
+
+
+class MeanCheck:
+    """The reference: one forward pass before pruning; `finish` repeats it afterwards on the same images.
+
+    Where a BatchNorm took the shift into its running mean, the output counts from that running mean.
+    """
+
+    def __init__(
+        self, model: nn.Module, following: Mapping[nn.Module, _BatchNorm], example_inputs: Any, forward: Any
+    ) -> None:
+        """Watch a model.
+
+        Args:
+            model: The model.
+            following: Layer -> the BatchNorm that alone reads its output.
+            example_inputs: Reference images if the model is not run before it is pruned.
+            forward: Called as `forward(model, example_inputs)`.
+        """
+        self._model, self._following = model, following
+        self._example_inputs, self._forward = example_inputs, forward
+        self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+        self._before: dict[nn.Module, ChannelMoments] = {}
+        self._readers: set[nn.Module] = set()
+        self._handle = model.register_forward_pre_hook(self._reference, with_kwargs=True)
+
+    def ensure_reference(self) -> None:
+        """Run the example inputs if no forward pass came yet."""
+        if self._call is None:
+            with evaluation_mode(self._model), torch.no_grad():
+                self._forward(self._model, self._example_inputs)
+
+    def cut_(self, coupling: Coupling) -> None:
+        """Follow the pruning of a group."""
+        self._readers.update(edge.layer for edge in coupling.consumers)
+        for edge in coupling.producers:
+            if edge.layer in self._before:
+                seen = self._before[edge.layer]
+                mean, m2 = without(seen.mean, edge.channels), without(seen.m2, edge.channels)
+                self._before[edge.layer] = ChannelMoments(seen.count, mean, m2)
+
+    def finish(self, names: Mapping[nn.Module, str]) -> dict[str, MeanMovement]:
+        """Run the reference again, and report the layers that lost input channels."""
+        self._handle.remove()
+        if self._call is None or not self._readers:
+            return {}
+        after = self._moments()
+        report = {}
+        for layer, before in self._before.items():
+            if layer not in self._readers or layer not in after:
+                continue
+            moved = after[layer].mean - before.mean
+            spread = (before.m2 / before.count).sqrt().norm()
+            relative = float(moved.norm() / spread.clamp(min=torch.finfo(torch.float64).tiny))
+            report[names[layer]] = MeanMovement(float(moved.abs().mean()), relative)
+            _log.info(
+                "output mean of %s moved by %.3g (%.3g relative)", names[layer], *vars(report[names[layer]]).values()
+            )
+        return report
+
+    def _reference(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._call is None:
+            self._handle.remove()
+            self._call = tree_map_only(Tensor, Tensor.clone, (args, kwargs))
+            self._before = self._moments()
+
+    def _moments(self) -> dict[nn.Module, ChannelMoments]:
+        assert self._call is not None
+        args, kwargs = self._call
+        with evaluation_mode(self._model), torch.no_grad(), self._observing() as seen:
+            self._model(*args, **kwargs)
+        return {layer: moments.to("cpu") for layer, moments in seen.items()}
+
+    @contextmanager
+    def _observing(self) -> Iterator[dict[nn.Module, ChannelMoments]]:
+        seen: dict[nn.Module, ChannelMoments] = {}
+
+        def record(layer: nn.Module, args: object, output: Tensor) -> None:
+            norm = self._following.get(layer)
+            if layer.bias is None and norm is not None and norm.running_mean is not None:
+                centre = norm.running_mean
+                output = (output.movedim(channel_axis(layer), -1) - centre).movedim(-1, channel_axis(layer))
+            moments = channel_moments(output.movedim(channel_axis(layer), -1))
+            seen[layer] = seen[layer].merge(moments) if layer in seen else moments
+
+        layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
+        handles = [layer.register_forward_hook(record) for layer in layers]
+        try:
+            yield seen
+        finally:
+            for handle in handles:
+                handle.remove()

@@ -1,0 +1,90 @@
+"""The means that compensation needs, keyed by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.torch_pruning.groups import Coupling, Edge, input_width
+
+
+class ChannelMeans(dict[nn.Module, Tensor]):
+    """Mean of each output channel by producer, as it reaches the layers that read it.
+
+    A plain dict of that form serves as well; it lacks `inputs`, which differ from it where several consumers read
+    a channel at different places, or one reads it at several positions (flatten).
+
+    Attributes:
+        inputs: Mean of each input channel by consumer.
+    """
+
+    def __init__(
+        self, producers: Mapping[nn.Module, Tensor], inputs: Mapping[nn.Module, Tensor] | None = None
+    ) -> None:
+        super().__init__(producers)
+        self.inputs: dict[nn.Module, Tensor] = dict(inputs or {})
+
+    @staticmethod
+    def copy_of(means: Mapping[nn.Module, Tensor]) -> ChannelMeans:
+        """Copy a mapping, with its inputs where it has them; the tensors are shared."""
+        return ChannelMeans(means, getattr(means, "inputs", None))
+
+    def at(self, edge: Edge, coupling: Coupling, name: str) -> Float[Tensor, "hidden"]:
+        """Give the mean of each input channel of a consumer; those outside the edge are 0.
+
+        Args:
+            edge: One of the coupling's consumers.
+            coupling: The group.
+            name: The consumer's name, for the message.
+
+        Raises:
+            InputError: There is no mean, or it has another width.
+        """
+        found = torch.zeros(input_width(edge.layer), dtype=torch.float64)
+        values = self.inputs.get(edge.layer)
+        if values is None:
+            values = self._from_producers(edge, coupling)
+            where = edge.channels if values is None else torch.arange(len(edge.channels))
+        else:
+            where = edge.channels
+        if values is None:
+            raise InputError(
+                f"mean_dict must hold the producer of every pruned channel, got none for the input of {name}; give "
+                "imp.means of an importance that collected its statistics on this very model object"
+            )
+        if len(where) and int(where.max()) >= len(values):
+            raise InputError(
+                f"means at the input of {name} must cover {len(found)} channels, got {len(values)}; they were "
+                "collected on a model of another width: collect them again"
+            )
+        found[edge.channels] = values.double().cpu()[where]
+        return found
+
+    def _from_producers(self, edge: Edge, coupling: Coupling) -> Tensor | None:
+        for producer in coupling.producers:
+            values = self.get(producer.layer)
+            if values is None or not len(producer.channels) or int(producer.channels.max()) >= len(values):
+                continue
+            size = 1 + max(int(edge.roots.max()), int(producer.roots.max()))
+            by_root = torch.zeros(size, dtype=torch.float64)
+            by_root[producer.roots] = values.double().cpu()[producer.channels]
+            return by_root[edge.roots]
+        return None
+
+    def cut_(self, coupling: Coupling) -> None:
+        """Drop the channels of a group that is about to be pruned."""
+        for entries, edges in ((self, coupling.producers), (self.inputs, coupling.consumers)):
+            for edge in edges:
+                if edge.layer in entries:
+                    entries[edge.layer] = without(entries[edge.layer], edge.channels)
+
+
+def without(values: Float[Tensor, "channels"], removed: Tensor) -> Float[Tensor, "kept"]:
+    """Give a vector without some of its entries."""
+    keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    keep[removed.to(values.device)] = False
+    return values[keep]

@@ -1,0 +1,249 @@
+"""`VBPPruner`: Torch-Pruning's pruner with exact counts and mean-shift compensation."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import logging
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.torch_pruning.attention import HeadChange, refresh_attention_
+from vbp.torch_pruning.compensate import compensate_, only_read_by_norm, watching_norms
+from vbp.torch_pruning.graph import correct_graph_, logged_warnings, pair_gates_, run_model, tracing
+from vbp.torch_pruning.groups import Coupling, read_group
+from vbp.torch_pruning.importance import VarianceImportance
+from vbp.torch_pruning.mean_check import MeanCheck, MeanMovement
+from vbp.torch_pruning.means import ChannelMeans
+from vbp.torch_pruning.options import check_options, own_containers
+from vbp.torch_pruning.planning import plan_step
+from vbp.torch_pruning.trial import Removal, check_removals
+
+_log = logging.getLogger(__name__)
+
+
+class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
+    """Prune by any importance, exactly as much as asked, and compensate what the channels contributed on average.
+
+    It takes all arguments of `tp.pruner.BasePruner`; docs/torch_pruning.md says where its policy differs.
+
+    Attributes:
+        mean_dict: Means of the channels as they are now; they follow the model through the pruner's steps.
+
+    Source: VBP paper, sections 3.2 and 3.3.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example_inputs: Any,
+        importance: Any,
+        *args: Any,
+        mean_dict: Mapping[nn.Module, Tensor] | None = None,
+        check: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        """Trace the model; nothing in it is changed.
+
+        Args:
+            model: The model to be pruned.
+            example_inputs: A tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
+            importance: `VarianceImportance`, or any other Torch-Pruning importance.
+            *args: As in the base class, from `global_pruning` on.
+            mean_dict: `imp.means`; needed for compensation. Or a dict: pruned layer -> mean of each output channel
+                as it reaches its consumers.
+            check: Before each step, prune a copy of the model and run it on the example inputs.
+            **kwargs: As in the base class.
+
+        Raises:
+            InputError: An argument is out of range, or the model cannot be traced.
+        """
+        bound = inspect.signature(tp.pruner.BasePruner.__init__).bind(
+            self, model, example_inputs, importance, *args, **kwargs
+        )
+        bound.apply_defaults()
+        options = own_containers(model, dict(bound.arguments))
+        check_options(options)
+        options.pop("self")
+        options["forward_fn"] = options["forward_fn"] or run_model
+        self.example_inputs, self.forward_fn, self.check = example_inputs, options["forward_fn"], check
+        with tracing(model), watching_norms(model) as following:
+            super().__init__(**options)
+        self._following = {layer: norm for layer, norm in following.items() if only_read_by_norm(self.DG, layer)}
+        self._names = {module: name for name, module in model.named_modules()}
+        self._initial_units: dict[nn.Module, tuple[int, int]] = {}
+        self._warned: set[str] = set()
+        self._mean_check: MeanCheck | None = None
+        self.mean_dict = None if mean_dict is None else ChannelMeans.copy_of(mean_dict)
+
+    @property
+    def DG(self) -> Any:  # noqa: N802  the base class's name
+        """Give the dependency graph."""
+        return self._graph
+
+    @DG.setter
+    def DG(self, graph: Any) -> None:  # noqa: N802
+        """Take the graph that the base class traced, before it is used."""
+        correct_graph_(graph)
+        self._graph = graph
+
+    def step(self, interactive: bool = False, enable_compensation: bool = True) -> Iterator[Any] | None:
+        """Prune up to the ratio of the next iterative step.
+
+        Args:
+            interactive: Give the groups instead of pruning them; each is compensated when its `prune()` is called.
+            enable_compensation: Add the mean shift to the consumers; needs `mean_dict`.
+
+        Raises:
+            InputError: The step would remove nothing, is one too many, or would break the model; nothing is changed
+                then and the step can be taken again.
+        """
+        if self.current_step >= self.iterative_steps:
+            raise InputError(
+                f"the pruner has iterative_steps={self.iterative_steps}, got step {self.current_step + 1}; "
+                "make a new pruner, or give more iterative_steps"
+            )
+        if enable_compensation and self.mean_dict is None:
+            raise InputError("compensation needs mean_dict, got none; give imp.means, or enable_compensation=False")
+        self.current_step += 1
+        try:
+            removals = self._plan(enable_compensation)
+        except BaseException:
+            self.current_step -= 1
+            raise
+        if self._mean_check is not None:
+            self._mean_check.ensure_reference()
+        groups = self._groups(removals, enable_compensation)
+        if interactive:
+            return groups
+        for group in groups:
+            group.prune()
+        return None
+
+    def enable_meancheck(self, model: nn.Module) -> None:
+        """Watch how far pruning moves the output mean of each layer that loses input channels.
+
+        The next forward pass is the reference; without one before `step`, the example inputs are.
+
+        Args:
+            model: The pruner's model.
+
+        Raises:
+            InputError: It is another model, or is watched already.
+        """
+        if model is not self.model:
+            raise InputError("enable_meancheck must get the pruner's own model, got another object")
+        if self._mean_check is not None:
+            raise InputError("the mean check is on already; call disable_meancheck first")
+        self._mean_check = MeanCheck(model, self._following, self.example_inputs, self.forward_fn)
+
+    def disable_meancheck(self) -> dict[str, MeanMovement]:
+        """Run the reference images through the model as it is now, log and give how far each output mean moved.
+
+        Returns:
+            Consumer name -> movement, for the layers that lost input channels.
+
+        Raises:
+            InputError: The check is not on.
+        """
+        if self._mean_check is None:
+            raise InputError("the mean check is not on; call enable_meancheck(model) first")
+        check, self._mean_check = self._mean_check, None
+        return check.finish(self._names)
+
+    def _plan(self, compensated: bool) -> list[Removal]:
+        with torch.no_grad(), logged_warnings(self.model):
+            removals = plan_step(self)
+        if not removals:
+            raise InputError(
+                f"step {self.current_step} must remove channels, got none to remove at pruning_ratio "
+                f"{self.per_step_pruning_ratio[self.current_step]:.4g}: raise pruning_ratio or max_pruning_ratio, "
+                "lower round_to or iterative_steps, or ignore fewer layers"
+            )
+        for removal in removals:
+            group = self._group_of(removal)
+            coupling = read_group(group)
+            if len(group[0].idxs) != len(removal.channels):
+                raise InputError(
+                    f"{self._names[removal.root]} must lose {len(removal.channels)} channels, got "
+                    f"{len(group[0].idxs)}, for its channels hang together (an attention?); give num_heads for it, "
+                    "or put it into ignored_layers"
+                )
+            if compensated:
+                assert self.mean_dict is not None
+                for edge in coupling.consumers:
+                    self.mean_dict.at(edge, coupling, self._names[edge.layer])
+                self._warn_inexact(coupling, removal)
+        if self.check:
+            check_removals(self.model, self.DG, removals, self.example_inputs, self.forward_fn)
+        return removals
+
+    def _warn_inexact(self, coupling: Coupling, removal: Removal) -> None:
+        for kind, names in (
+            ("a normalisation over the pruned channels", coupling.norms),
+            ("a layer that the mean shift cannot enter", coupling.opaque),
+            ("query and key channels", removal.attention.layers if removal.attention else ()),
+        ):
+            if names and kind not in self._warned:
+                self._warned.add(kind)
+                warnings.warn(
+                    f"compensation is inexact behind {kind}: {', '.join(names[:3])}{', ...' * (len(names) > 3)}; "
+                    "ignore the layers that write these channels to keep it exact",
+                    stacklevel=4,
+                )
+
+    def _group_of(self, removal: Removal) -> Any:
+        pair_gates_(self.DG)
+        with logged_warnings(self.model):
+            return self.DG.get_pruning_group(removal.root, removal.handler, removal.channels)
+
+    def _groups(self, removals: list[Removal], compensated: bool) -> Iterator[Any]:
+        for removal in removals:
+            # Made when its turn comes: groups before it may have shifted the indices behind a concatenation.
+            group = self._group_of(removal)
+            group.prune = functools.partial(self._prune_group, group, compensated, removal.attention)
+            yield group
+
+    def _prune_group(
+        self,
+        group: Any,
+        compensated: bool,
+        attention: HeadChange | None,
+        idxs: list[int] | None = None,
+        record_history: bool = True,
+    ) -> None:
+        """Stand in for `Group.prune`: compensate, prune, and let statistics and settings follow."""
+        if idxs is not None:
+            root = group[0].dep
+            pair_gates_(self.DG)
+            group, attention = self.DG.get_pruning_group(root.target.module, root.handler, idxs), None
+        coupling = read_group(group)
+        if compensated:
+            assert self.mean_dict is not None
+            with torch.no_grad():
+                compensate_(coupling, self.mean_dict, self._following, self._names)
+        frozen = [name for name, parameter in self.model.named_parameters() if not parameter.requires_grad]
+        tp.dependency.Group.prune(group, record_history=record_history)
+        for name in frozen:
+            # Torch-Pruning makes new parameters, which would learn.
+            self.model.get_parameter(name).requires_grad_(False)
+        self._follow(coupling, attention)
+
+    def _follow(self, coupling: Coupling, attention: HeadChange | None) -> None:
+        if self.mean_dict is not None:
+            self.mean_dict.cut_(coupling)
+        if isinstance(self.importance, VarianceImportance):
+            self.importance.cut_(coupling)
+        if self._mean_check is not None:
+            self._mean_check.cut_(coupling)
+        if attention is not None:
+            refresh_attention_(self.model, attention)
+            for name in attention.layers:
+                layer = self.model.get_submodule(name)
+                self.num_heads[layer] = self.out_channel_groups[layer] = attention.heads_left

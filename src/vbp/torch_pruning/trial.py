@@ -1,0 +1,105 @@
+"""Try a pruning on a copy of the model before the model itself is touched."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from vbp.errors import InputError
+from vbp.torch_pruning.attention import HeadChange, refresh_attention_
+from vbp.torch_pruning.graph import logged_warnings
+
+
+@dataclass(frozen=True, eq=False)
+class Removal:
+    """Channels of one group that are to go.
+
+    Attributes:
+        root: The layer by whose channels the group is counted.
+        handler: Torch-Pruning's function that prunes them.
+        channels: Their indices, ascending.
+        attention: What becomes of the heads, where the group belongs to an attention.
+    """
+
+    root: nn.Module
+    handler: Any
+    channels: list[int] = field(default_factory=list)
+    attention: HeadChange | None = None
+
+
+def check_removals(
+    model: nn.Module, graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any
+) -> None:
+    """Prune a copy and run it.
+
+    Args:
+        model: Left untouched; as much memory again is used for a moment.
+        graph: Its dependency graph.
+        removals: What is to be pruned.
+        example_inputs: What the model is run on.
+        forward: Called as `forward(model, example_inputs)`.
+
+    Raises:
+        InputError: The pruned copy fails, or gives outputs of another shape.
+    """
+    failure = _failure(model, graph, removals, example_inputs, forward)
+    if failure is None:
+        return
+    culprits = [one for one in removals if _failure(model, graph, [one], example_inputs, forward) is not None]
+    named = ", ".join(graph._module2name[one.root] for one in culprits) or "several layers together"
+    raise InputError(
+        f"pruning {named} must leave a {type(model).__name__} that runs, got {failure}; Torch-Pruning follows these "
+        "channels wrongly, or the model keeps their number elsewhere: put the layers into ignored_layers, or give "
+        "num_heads for an attention (nothing was modified)"
+    )
+
+
+def _failure(
+    model: nn.Module, graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any
+) -> str | None:
+    trial = copy.deepcopy(model).eval()
+    try:
+        with torch.no_grad():
+            expected = _shapes(forward(trial, example_inputs)) if len(removals) > 1 else None
+            prune_copy_(trial, graph, removals)
+            found = _shapes(forward(trial, example_inputs))
+    except Exception as error:  # noqa: BLE001  whatever a broken model raises
+        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+    return None if expected in (None, found) else f"outputs of shape {found} in place of {expected}"
+
+
+def _shapes(output: Any) -> list[tuple[int, ...]]:
+    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def prune_copy_(trial: nn.Module, graph: Any, removals: Sequence[Removal]) -> None:
+    """Apply removals to a copy of the graph's model, all at once; the graph stays as it was."""
+    gone: dict[tuple[str, str], tuple[Any, Any, set[int]]] = {}
+    for removal in removals:
+        with logged_warnings(trial):
+            group = graph.get_pruning_group(removal.root, removal.handler, removal.channels)
+        for dependency, indices in group.items:
+            target = dependency.target
+            name = graph._param_to_name.get(target.module) if isinstance(target.module, nn.Parameter) else None
+            name = name or graph._module2name.get(target.module)
+            if name is None:
+                continue  # an operation, not a layer
+            key = (name, getattr(dependency.handler, "__qualname__", str(dependency.handler)))
+            gone.setdefault(key, (dependency, target, set()))[2].update(indices)
+    for (name, _), (dependency, target, indices) in gone.items():
+        owner_name, _, attribute = name.rpartition(".")
+        dependency.handler.__self__.pruning_dim = target.pruning_dim
+        if isinstance(target.module, nn.Parameter):
+            owner = trial.get_submodule(owner_name)
+            setattr(owner, attribute, dependency.handler(getattr(owner, attribute), sorted(indices)))
+        else:
+            dependency.handler(trial.get_submodule(name), sorted(indices))
+    for removal in removals:
+        if removal.attention is not None:
+            refresh_attention_(trial, removal.attention)

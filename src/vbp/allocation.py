@@ -18,6 +18,11 @@ class Bounds:
 
     counts: tuple[int, ...]
 
+    @property
+    def is_gapless(self) -> bool:
+        """Say whether every count from the first to the last is allowed."""
+        return self.counts[0] - self.counts[-1] == len(self.counts) - 1
+
     @staticmethod
     def of(hidden: int, step: int, min_keep_ratio: float) -> Bounds:
         """Give the counts of a site; one narrower than `step` stays whole."""
@@ -28,16 +33,15 @@ class Bounds:
         return Bounds((hidden, *(count for count in multiples if count != hidden)))
 
 
-def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], step: int, target: int) -> list[int]:
-    """Remove the channels of lowest score over all sites.
+def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], target: int) -> list[int]:
+    """Remove the channels of lowest score over all sites; of equal ones the first, by site, then by order.
 
     Args:
-        scores: Of each site, ascending.
+        scores: Of each site's channels, ascending.
         bounds: Of each site.
-        step: What `bounds` were made with.
-        target: Channels to keep in all.
+        target: Channels to keep in all; the nearest reachable total is kept, the larger of two that are as near.
     """
-    if step > 1:
+    if not all(bound.is_gapless for bound in bounds):
         # What goes with each count of a site: its lowest scores, summed.
         sums = [np.concatenate(([0.0], np.cumsum(score))) for score in scores]
         return _allocate(
@@ -50,16 +54,16 @@ def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], step: int,
         )
     removable = [score[: bound.counts[0] - bound.counts[-1]] for score, bound in zip(scores, bounds, strict=True)]
     site_of = np.repeat(np.arange(len(bounds)), [len(score) for score in removable])
-    gone = sum(bound.counts[0] for bound in bounds) - target
+    gone = max(0, sum(bound.counts[0] for bound in bounds) - target)
     # A stable sort breaks ties by site order and, inside a site, by the order of removal.
     lost = np.bincount(site_of[np.argsort(np.concatenate(removable), kind="stable")[:gone]], minlength=len(bounds))
     return [bound.counts[0] - int(number) for bound, number in zip(bounds, lost, strict=True)]
 
 
-def per_layer_counts(keep_ratio: float, bounds: Sequence[Bounds], step: int, target: int) -> list[int]:
+def per_layer_counts(keep_ratio: float, bounds: Sequence[Bounds], target: int) -> list[int]:
     """Give every site the same share, as nearly as the total allows."""
     quotas = [bound.counts[0] * keep_ratio for bound in bounds]
-    if step > 1:
+    if not all(bound.is_gapless for bound in bounds):
         losses = [
             [(count - quota) ** 2 for count in bound.counts] for quota, bound in zip(quotas, bounds, strict=True)
         ]
@@ -89,7 +93,7 @@ def _allocate(bounds: Sequence[Bounds], losses: Sequence[Sequence[float]], targe
     wanted = (sum(bound.counts[0] for bound in bounds) - target) / unit
     # No reachable total further off than one step of one site can be the nearest.
     widest = max((max(np.diff(site)) for site in removals if len(site) > 1), default=0)
-    size = math.floor(wanted + widest / unit) + 1
+    size = max(1, math.floor(wanted + widest / unit) + 1)
     best = np.full(size, np.inf)
     best[0] = 0.0
     choices = []

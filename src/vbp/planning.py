@@ -76,9 +76,9 @@ def make_plan(
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
     bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     if scope == "global":
-        counts = global_counts([order.scores for order in ranked], bounds, round_to, target)
+        counts = global_counts([order.scores for order in ranked], bounds, target)
     else:
-        counts = per_layer_counts(keep_ratio, bounds, round_to, target)
+        counts = per_layer_counts(keep_ratio, bounds, target)
     entries = {
         site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
         for site, order, count in zip(mlps, ranked, counts, strict=True)

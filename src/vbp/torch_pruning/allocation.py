@@ -1,4 +1,4 @@
-"""Share a number of channels to remove among layers: exact, with floors and steps. Pure."""
+"""Share a number of channels to remove among layers, in units of one or several channels."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from vbp.allocation import Bounds, global_counts
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,63 +28,32 @@ class Stack:
     removable: int = 0
     step: int = 1
 
-    def chunk_sizes(self) -> list[int]:
-        """Give the numbers of units that go together, in order: first what is over a multiple of the step."""
+    def bounds(self) -> Bounds:
+        """Give the channel counts that the layer may have: all, then multiples of the step down to its floor."""
         units = len(self.scores)
-        odd, most = units % self.step, min(self.removable, units - self.step)
-        sizes, gone = [], 0
-        for size in ([odd] if odd else []) + [self.step] * (units // self.step):
-            if gone + size > most:
-                break
-            sizes.append(size)
-            gone += size
-        return sizes
+        least = max(units - self.removable, self.step)
+        multiples = range(units // self.step * self.step, least - 1, -self.step)
+        return Bounds(tuple(count * self.width for count in (units, *(m for m in multiples if m != units))))
 
 
 def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "gone"]], int]:
     """Choose the units to remove: the lowest scores over all stacks, `budget` channels in total.
 
     Equal scores go in the order of the stacks, then of the units. Where steps, widths or floors make the number
-    unreachable, the nearest number that the order reaches is taken, the smaller of two that are as near.
+    unreachable, the nearest one is taken, the smaller of two that are as near.
 
     Returns:
         Indices of the units that go, ascending, for each stack; and the number of channels they hold.
     """
     orders = [torch.argsort(stack.scores, stable=True) for stack in stacks]
-    sizes = [stack.chunk_sizes() for stack in stacks]
     scores = [
-        score
-        for stack, order, parts in zip(stacks, orders, sizes, strict=True)
-        for score in _means(stack, order, parts)
+        stack.scores.double()[order].repeat_interleave(stack.width).numpy()
+        for stack, order in zip(stacks, orders, strict=True)
     ]
-    owners = [index for index, parts in enumerate(sizes) for _ in parts]
-    taken, remaining = [0] * len(stacks), budget
-    closed: dict[int, int] = {}  # stack -> channels of its next chunk, which no longer fits
-    for chunk in torch.argsort(torch.tensor(scores, dtype=torch.float64), stable=True).tolist():
-        owner = owners[chunk]
-        if remaining <= 0:
-            break
-        if owner in closed:
-            continue
-        channels = sizes[owner][taken[owner]] * stacks[owner].width
-        if channels <= remaining:
-            taken[owner] += 1
-            remaining -= channels
-        else:
-            closed[owner] = channels
-    if remaining > 0 and closed:
-        nearest = min(closed, key=lambda owner: closed[owner])
-        if closed[nearest] < 2 * remaining:
-            taken[nearest] += 1
-            remaining -= closed[nearest]
-    counts = [sum(parts[:number]) for parts, number in zip(sizes, taken, strict=True)]
-    chosen = [order[:count].sort().values for order, count in zip(orders, counts, strict=True)]
-    return chosen, sum(count * stack.width for count, stack in zip(counts, stacks, strict=True))
-
-
-def _means(stack: Stack, order: Tensor, sizes: Sequence[int]) -> list[float]:
-    """Give the mean score of each chunk."""
-    ranked = stack.scores.double()[order]
-    if all(size == 1 for size in sizes):
-        return ranked[: len(sizes)].tolist()
-    return [float(part.mean()) for part in torch.split(ranked[: sum(sizes)], list(sizes))] if sizes else []
+    total = sum(len(channels) for channels in scores)
+    kept = global_counts(scores, [stack.bounds() for stack in stacks], total - max(budget, 0))
+    chosen = [
+        order[: len(stack.scores) - count // stack.width].sort().values
+        for stack, order, count in zip(stacks, orders, kept, strict=True)
+    ]
+    return chosen, total - sum(kept)

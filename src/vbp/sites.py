@@ -35,8 +35,8 @@ class Site:
         inner: Norms and depthwise convolutions that the channels pass.
         parameters: Bare parameters with one element a channel.
         heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
-        exact: Whether the way from producer to consumer treats each channel by itself; behind a norm over channels
-            removal also changes the channels that stay.
+        exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
+            for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
 
     Source: VBP paper (arXiv 2507.12988), section 3.
@@ -87,7 +87,11 @@ def input_channels(layer: nn.Module) -> int:
 
 
 def find_sites(
-    model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, attention: bool = False
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    attention: bool = False,
+    convolutions: bool = False,
 ) -> tuple[Site, ...]:
     """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
 
@@ -99,11 +103,13 @@ def find_sites(
         model: Any image classifier.
         example_inputs: An input of the model, "1 channels height width", on the model's device.
         attention: Also find the value, and the query and key, channels inside attention.
+        convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
+            the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
 
     Raises:
         InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
     """
-    finder = _Finder(model, trace_model(model, example_inputs))
+    finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
     sites = list(finder.mlps())
     if attention:
         inside = [site for call in finder.trace.attentions for site in finder.attention(call)]
@@ -118,7 +124,8 @@ def find_sites(
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
             "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
-            "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers"
+            "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
+            "larger kernels too: find_sites(..., convolutions=True)"
         )
     return tuple(sites)
 
@@ -203,7 +210,8 @@ class _Finder:
             tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
             tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
             heads,
-            not any(member in channels.mixed for group in groups for member in group),
+            not any(member in channels.mixed for group in groups for member in group)
+            and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
             implicit_scale,
         )
 
@@ -223,3 +231,12 @@ class _Finder:
         if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
             return f"{consumer} has other inputs too"
         return ""
+
+
+def _meets_zero_padding(consumer: nn.Module) -> bool:
+    return (
+        isinstance(consumer, nn.Conv2d)
+        and consumer.kernel_size != (1, 1)
+        and consumer.padding_mode == "zeros"
+        and consumer.padding not in ("valid", (0, 0))
+    )

@@ -24,10 +24,15 @@ from vbp.modes import evaluation_mode
 from vbp.operations import QUERIES
 
 
-def is_pointwise_linear(module: nn.Module) -> bool:
-    """Say whether a module is a linear map of channels at every position: `Linear`, or an ungrouped 1x1 `Conv2d`."""
+def mixes_channels(module: nn.Module, *, convolutions: bool) -> bool:
+    """Say whether a module is a linear map of all channels: `Linear`, or an ungrouped `Conv2d`.
+
+    Args:
+        module: Any module.
+        convolutions: Count kernels of any size; otherwise 1x1 kernels alone, which work at every position by itself.
+    """
     if isinstance(module, nn.Conv2d):
-        return module.kernel_size == (1, 1) and module.groups == 1
+        return module.groups == 1 and (convolutions or module.kernel_size == (1, 1))
     return isinstance(module, nn.Linear)
 
 
@@ -51,10 +56,10 @@ def channel_dim(module: nn.Module) -> int:
 class _Tracer(TorchFunctionMode):
     """Shows every linear layer, every norm and every torch function that runs to a `ChannelFlow`."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, *, convolutions: bool) -> None:
         super().__init__()
         named = list(model.named_modules())
-        self._linear = {module: name for name, module in named if is_pointwise_linear(module)}
+        self._linear = {module: name for name, module in named if mixes_channels(module, convolutions=convolutions)}
         self._inner = {module: name for name, module in named if is_depthwise(module) or is_channel_norm(module)}
         parameters = {parameter: name for name, parameter in model.named_parameters()}
         self._inside = 0
@@ -171,15 +176,16 @@ def _own_channels(module: nn.Module) -> int:
     return module.num_features
 
 
-def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...]) -> Trace:
+def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, convolutions: bool = False) -> Trace:
     """Run one forward pass in evaluation mode and report where each linear layer's channels go.
 
     Args:
         model: Left as it was: its training flags are restored and no hook stays behind.
         example_inputs: A tensor, or the positional arguments of `model.forward`, on the model's device.
+        convolutions: Follow the channels of convolutions with kernels of any size too.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    tracer = _Tracer(model)
+    tracer = _Tracer(model, convolutions=convolutions)
     handles = tracer.attach()
     try:
         with evaluation_mode(model), torch.no_grad(), tracer:

@@ -261,3 +261,16 @@ def test_allocation_is_exact_where_it_can_be(drawn: list[tuple[list[int], int, i
             assert stack.scores[gone].max() <= stack.scores.sort().values[len(gone) - 1]
     if step == 1 and all(stack.width == 1 for stack in given_stacks):
         assert removed == min(budget, sum(stack.removable for stack in given_stacks))
+
+
+def test_a_norm_keeps_the_order_of_its_channels() -> None:
+    """Torch-Pruning 1.6.1 permutes weight and bias where few channels of a wide LayerNorm stay."""
+    model = nn.Sequential(nn.Linear(3, 128), nn.LayerNorm(128), nn.Linear(128, 2))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.arange(128.0))
+        model[1].bias.copy_(-torch.arange(128.0))
+    scores = {model[0]: torch.rand(128, generator=torch.Generator().manual_seed(0))}
+    kept = scores[model[0]].argsort()[-6:].sort().values.float()
+    cut(pruner_of(model, scores, pruning_ratio=122 / 128))
+    assert torch.equal(model[1].weight, kept)
+    assert torch.equal(model[1].bias, -kept)

@@ -39,8 +39,10 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         torch.ops.aten.native_group_norm: _group_norm_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=norms)
+    # The counter wants to know where every input comes from; a bare parameter that a module is handed has no past.
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), torch.no_grad(), counter:
-        model(example)
+        torch.func.functional_call(model, weights, (example,))
     return round(counter.get_total_flops() / 2 / example.shape[0])
 
 

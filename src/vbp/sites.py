@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from vbp.channels import Owner
 from vbp.errors import InputError
 from vbp.flow import Attention, Trace
+from vbp.operations import PRODUCTS
 from vbp.tracing import trace_model
 
 _log = logging.getLogger(__name__)
@@ -112,14 +114,15 @@ def find_sites(
     finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
     sites = list(finder.mlps())
     if attention:
-        inside = [site for call in finder.trace.attentions for site in finder.attention(call)]
-        if not inside:
-            raise InputError(
-                f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
-                "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
-                "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
-            )
-        sites += inside
+        sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
+        finder.log_unfollowed_attention()
+    sites = _whole(model, sites)
+    if attention and all(site.kind == "mlp" for site in sites):
+        raise InputError(
+            f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
+            "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
+            "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+        )
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
@@ -128,6 +131,22 @@ def find_sites(
             "larger kernels too: find_sites(..., convolutions=True)"
         )
     return tuple(sites)
+
+
+def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Leave out sites that share a layer with rows of no site: the model's code cuts that layer at fixed places."""
+    while True:
+        claimed: dict[str, int] = defaultdict(int)
+        for site in sites:
+            for name in site.producers:
+                claimed[name] += site.hidden
+        partial = {name for name, rows in claimed.items() if rows != output_channels(model.get_submodule(name))}
+        if not partial:
+            return sites
+        for site in sites:
+            if shared := partial & set(site.producers):
+                _log.info("%s is no site: %s also makes channels that are none", site.name, ", ".join(sorted(shared)))
+        sites = [site for site in sites if not partial & set(site.producers)]
 
 
 class _Finder:
@@ -175,6 +194,15 @@ class _Finder:
             if not (isinstance(value, str) or isinstance(pair, str))
             else []
         )
+
+    def log_unfollowed_attention(self) -> None:
+        """Name the layers whose channels meet others of unknown origin in an attention."""
+        channels = self.trace.channels
+        ends = {channels.owner_of(one).name for one, reason in channels.leaks.items() if reason in PRODUCTS}
+        for name in sorted(ends):
+            _log.info(
+                "the attention behind %s is no site: not all of queries, keys and values come from layers", name
+            )
 
     def _reads_of(self, ids: Tensor) -> list[str]:
         wanted = ids.flatten().tolist()

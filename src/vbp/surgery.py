@@ -153,11 +153,26 @@ def _cut_inner_(module: nn.Module, removed: list[int]) -> None:
     if isinstance(module, nn.Conv2d):
         tp.prune_depthwise_conv_out_channels(module, removed)
     elif isinstance(module, nn.LayerNorm):
-        tp.prune_layernorm_out_channels(module, removed)
+        cut_layer_norm_(module, removed)
     elif isinstance(module, nn.GroupNorm):
         tp.prune_groupnorm_out_channels(module, removed)
     else:
         tp.prune_batchnorm_out_channels(module, removed)
+
+
+def cut_layer_norm_(norm: nn.LayerNorm, removed: Sequence[int]) -> None:
+    """Cut channels out of a norm over the last dimension, in place.
+
+    Torch-Pruning 1.6.1 takes the channels that stay in the order of a Python set: where few are left, it silently
+    permutes weight and bias.
+    """
+    gone = set(removed)
+    kept = [index for index in range(norm.normalized_shape[-1]) if index not in gone]
+    for name in ("weight", "bias"):
+        parameter = getattr(norm, name)
+        if parameter is not None:
+            setattr(norm, name, nn.Parameter(parameter.detach()[..., kept], requires_grad=parameter.requires_grad))
+    norm.normalized_shape = (*norm.normalized_shape[:-1], len(kept))
 
 
 def _cut_parameter_(model: nn.Module, name: str, entry: SitePlan) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,10 @@ import torch_pruning as tp
 from torch import Tensor, nn
 from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
+from torch_pruning.pruner import function
 
 from vbp.errors import InputError
+from vbp.surgery import cut_layer_norm_
 
 _log = logging.getLogger(__name__)
 
@@ -100,8 +102,10 @@ def correct_graph_(graph: Any) -> None:
 
     Torch-Pruning 1.6.1 guesses from the whole model whether a reshape flattens feature maps, since it looks for sizes
     under a name that PyTorch no longer uses; on a channels-last model such as torchvision's Swin it then never comes
-    to an end. Here a reshape flattens only if its own input has feature maps of that many positions.
+    to an end. Here a reshape flattens only if its own input has feature maps of that many positions. Norms are cut
+    in order.
     """
+    _mend_layer_norms_(graph)
     for node in graph.module2node.values():
         sizes = _input_sizes(node)
         if node.type != ops.OPTYPE.RESHAPE or len(sizes) in (0, 2):
@@ -111,6 +115,34 @@ def correct_graph_(graph: Any) -> None:
         if positions != 1 and strides != {positions}:
             _forget_flatten(node)
     pair_gates_(graph)
+
+
+class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
+    """Keeps the order of the channels that stay; see `cut_layer_norm_`."""
+
+    def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
+        cut_layer_norm_(layer, idxs)
+        return layer
+
+    prune_in_channels = prune_out_channels
+
+
+def _mend_layer_norms_(graph: Any) -> None:
+    """Make every later pruning of this graph's norms keep the order of their channels."""
+    faulty, mended = graph.REGISTERED_PRUNERS[ops.OPTYPE.LN], _LayerNormPruner()
+    if isinstance(faulty, _LayerNormPruner):
+        return
+    graph.REGISTERED_PRUNERS[ops.OPTYPE.LN] = mended
+    graph._in_channel_pruning_fn.add(mended.prune_in_channels)
+    graph._out_channel_pruning_fn.add(mended.prune_out_channels)
+    replaced = {
+        faulty.prune_in_channels: mended.prune_in_channels,
+        faulty.prune_out_channels: mended.prune_out_channels,
+    }
+    for node in graph.module2node.values():
+        for dependency in node.dependencies:
+            dependency.trigger = replaced.get(dependency.trigger, dependency.trigger)
+            dependency.handler = replaced.get(dependency.handler, dependency.handler)
 
 
 def _input_sizes(node: Any) -> tuple[int, ...]:

@@ -234,6 +234,7 @@ def _no_space(content: object, file: object) -> None:
         ({"model_type": "swin"}, "swin"),
         ({"checkpoint": Path("absent.safetensors")}, "absent.safetensors"),
         ({"model_kwargs": {}, "allow_random_init": True, "checkpoint": None}, "1000"),
+        ({"round_to": 1000}, "keep_ratio 0.5 with round_to 1000 .* removes none of 1024 channels"),
         ({"device": "cuda:99"}, "device must be auto, cpu, cuda"),
         ({"device": "abacus"}, "device must be auto, cpu, cuda"),
         ({"stats_path": Path("absent")}, "statistics file must exist"),

@@ -19,7 +19,7 @@ from vbp.errors import InputError
 from vbp.files import check_folder
 from vbp.fingerprints import json_fingerprint, model_fingerprint
 from vbp.models import Classifier, load_classifier
-from vbp.planning import check_ratios
+from vbp.planning import check_ratios, make_plan
 from vbp.preprocessing import evaluation_transform
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics
@@ -96,8 +96,28 @@ def prepare(config: RunConfig) -> Job:
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     check_prunable(model, sites, example)
+    _check_removes(config, sites)
     val_loader = evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
     return Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
+
+
+def _check_removes(config: RunConfig, sites: tuple[Site, ...]) -> None:
+    """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
+    plan = make_plan(
+        sites,
+        {site.name: torch.zeros(site.hidden) for site in sites},
+        keep_ratio=config.keep_ratio,
+        scope="global" if config.global_pruning else "per_layer",
+        round_to=config.round_to,
+        min_keep_ratio=config.min_keep_ratio,
+        attn_keep_ratio=config.attn_keep_ratio,
+    )
+    asked = min(config.keep_ratio, config.attn_keep_ratio or 1.0)
+    if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
+        raise InputError(
+            f"keep_ratio {config.keep_ratio} with round_to {config.round_to} and min_keep_ratio "
+            f"{config.min_keep_ratio} removes none of {plan.total} channels; lower keep_ratio or round_to"
+        )
 
 
 def _device(name: str) -> torch.device:

@@ -292,3 +292,25 @@ def test_distilled_and_registered_tokens_do_not_matter() -> None:
                               reg_tokens=3, num_classes=4)  # fmt: skip
     sites = find_sites(model, torch.zeros(1, 3, 32, 32), attention=True)
     assert [site.kind for site in sites] == ["mlp", "value", "query_key"]
+
+
+def test_a_model_of_attention_alone() -> None:
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, images = Only().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    sites = find_sites(model, images, attention=True)
+    scores = variance_scores(collect_statistics(model, sites, [images]))
+    for scope in ("global", "per_layer"):
+        plan = make_plan(sites, scores, keep_ratio=0.5, scope=scope)  # type: ignore[arg-type]
+        assert [len(entry.keep) for entry in plan.sites] == [4, 4]
+    expected = zeroed_logits(model, plan, images)
+    prune_(model, plan)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)

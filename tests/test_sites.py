@@ -66,6 +66,32 @@ def test_any_way_to_write_an_activation(kind: type[Block]) -> None:
     assert find_sites(kind(), torch.randn(2, 4)) == (Site(("up",), "down", 6),)
 
 
+class Normalised(Block):
+    """A division by the norm over the channels, written by hand."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        return self.down(hidden / (hidden.norm(2, -1, keepdim=True) + 1))
+
+
+class NormalisedWithoutDim(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        return self.down(hidden / (hidden.norm(2, -1)[:, None] + 1))
+
+
+class MeanOverPositions(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        return self.down((hidden - hidden.mean(0)[None]) / (hidden.norm(2, 0) + 1)[None])
+
+
+@pytest.mark.parametrize(("kind", "exact"), [(Normalised, False), (MeanOverPositions, True)])
+def test_a_norm_written_by_hand_is_followed(kind: type[Block], exact: bool) -> None:
+    (site,) = find_sites(kind(), torch.randn(2, 4))
+    assert (site.producers, site.consumer, site.exact) == (("up",), "down", exact)
+
+
 class NoActivation(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x))
@@ -126,6 +152,7 @@ class ScaledPerChannel(Block):
 @pytest.mark.parametrize(
     "kind",
     [
+        NormalisedWithoutDim,
         NoActivation,
         TwoConsumers,
         UsedElsewhere,

@@ -99,7 +99,7 @@ class ChannelFlow:
                 self.ids[output] = after
             return after is not None
         if name in REDUCTIONS and len(tagged) == 1:
-            return self._follow_reduction(ids, args, kwargs, output)
+            return self._follow_reduction(name, ids, args, kwargs, output)
         return name in ELEMENTWISE and self._follow_elementwise(name, operands, output)
 
     def _follow_view(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> bool:
@@ -121,12 +121,13 @@ class ChannelFlow:
                 self.ids[leaf] = compact(ids)
         return True
 
-    def _follow_reduction(self, ids: Tensor, args: Any, kwargs: Any, output: Tensor) -> bool:
+    def _follow_reduction(self, name: str, ids: Tensor, args: Any, kwargs: Any, output: Tensor) -> bool:
         """Reduce over positions, or, across channels, to a mixture that must come back to the same channels."""
         after = respread(ids, tuple(output.shape))
         if after is None and output.ndim < ids.ndim:
-            kept = [dim for dim in range(ids.ndim) if dim not in _reduced_dims(args, kwargs, ids.ndim)]
-            if set(varying_dims(ids)) <= set(kept):
+            kept = [dim for dim in range(ids.ndim) if dim not in _reduced_dims(name, args, kwargs, ids.ndim)]
+            same = [ids.shape[dim] for dim in kept] == list(output.shape)
+            if same and set(varying_dims(ids)) <= set(kept):
                 narrow = distinct(ids)
                 after = narrow.reshape([narrow.shape[dim] for dim in kept]).expand(output.shape)
         if after is not None:
@@ -240,8 +241,9 @@ class ChannelFlow:
                 self.trace.channels.leaks.setdefault(identity, reason)
 
 
-def _reduced_dims(args: Any, kwargs: Any, ndim: int) -> set[int]:
-    dims = kwargs.get("dim", args[1] if len(args) > 1 else None)
+def _reduced_dims(name: str, args: Any, kwargs: Any, ndim: int) -> set[int]:
+    place = 2 if "norm" in name else 1  # a norm takes its order first
+    dims = kwargs.get("dim", args[place] if len(args) > place else None)
     if dims is None:
         return set(range(ndim))
     return {dim % ndim for dim in (dims if isinstance(dims, tuple | list) else (dims,))}

@@ -75,9 +75,10 @@ def make_plan(
     ranked = [_removal_order(site, scores) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
     bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
-    if scope == "global":
+    counts: list[int] = []
+    if mlps and scope == "global":
         counts = global_counts([order.scores for order in ranked], bounds, target)
-    else:
+    elif mlps:
         counts = per_layer_counts(keep_ratio, bounds, target)
     entries = {
         site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))

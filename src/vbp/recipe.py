@@ -72,7 +72,9 @@ def run(config: RunConfig) -> RunReport:
         latency = measure_latency_ms({"base": dense, "pruned": job.model}, batch)
         base = replace(base, latency_ms=latency["base"])
         pruned = replace(pruned, latency_ms=latency["pruned"], epoch=0)
-        best, final = _finetune(job, plan, dense if config.use_kd else None, pruned)
+        teacher = dense if config.use_kd else None
+        del dense  # without distillation its memory is wanted for training
+        best, final = _finetune(job, plan, teacher, pruned)
         report = _report(job, plan, statistics, len(batch), base, pruned, best, final, uncompensated)
         write_json(config.save_dir / SUMMARY, report.to_dict())
         _log.info("results in %s\n%s", config.save_dir, report.table())
@@ -221,7 +223,7 @@ def _report(
         best=best,
         final=final,
         uncompensated=uncompensated,
-        keep_ratio=plan.kept / plan.total,
+        keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
         seconds=job.seconds,
         images={"calibration": statistics.images, "val": images},

@@ -234,3 +234,10 @@ def test_what_cannot_be_cleared_is_named(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match=r"plan\.json could not be removed"):
         clear_folder(tmp_path, ["plan.json"])
     assert (tmp_path / "plan.json").is_dir()
+
+
+def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
+    for name in ("best.pth", ".best.pth.x1.part", ".other.x1.part", "best.pth.part"):
+        (tmp_path / name).write_text(name)
+    clear_folder(tmp_path, ["best.pth"])
+    assert {entry.name for entry in tmp_path.iterdir()} == {".other.x1.part", "best.pth.part"}

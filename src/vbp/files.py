@@ -102,6 +102,8 @@ def clear_folder(folder: Path, names: Iterable[str]) -> None:
     """
     for name in names:
         try:
-            (folder / name).unlink(missing_ok=True)
+            # A killed run leaves the half of a file under its temporary name.
+            for file in (folder / name, *folder.glob(f".{name}.*.part")):
+                file.unlink(missing_ok=True)
         except OSError as error:
             raise OutputError(f"{folder / name} could not be removed ({error}); choose another folder") from error

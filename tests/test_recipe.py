@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import pickle
 from pathlib import Path
 from typing import TextIO
 
@@ -145,6 +146,27 @@ def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_
         with pytest.raises(InputError, match="must hold statistics of this data"):
             run(other)
     assert not list((tmp_path / "third").glob("*"))
+
+
+def test_statistics_without_attention_are_refused_for_it_before_anything_is_lost(quick: RunConfig) -> None:
+    run(quick)
+    stored = quick.save_dir / "statistics.safetensors"
+    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()}
+    with pytest.raises(InputError, match=r"must hold 64 channels of blocks\.0\.attn\.proj, got none"):
+        run(dataclasses.replace(quick, bottleneck=True, stats_path=stored, overwrite=True))
+    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()} == before
+
+
+def test_lists_of_samples_need_no_class_folders(quick: RunConfig, tmp_path: Path) -> None:
+    data = tmp_path / "lists"
+    data.mkdir()
+    for split in ("train", "val"):
+        images = list_images(quick.data_path, split, 10)
+        pairs = [(str(images.file(index).resolve()), images.labels[index]) for index in range(len(images))]
+        (data / f"{split}_samples.pkl").write_bytes(pickle.dumps(pairs))
+    found = run(dataclasses.replace(quick, data_path=data, limit_val=0))
+    assert found.images["val"] == 896
+    assert found.base.top1 > 95
 
 
 def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp_path: Path) -> None:

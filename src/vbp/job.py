@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from vbp.errors import InputError
 from vbp.files import check_folder
 from vbp.fingerprints import json_fingerprint, model_fingerprint
 from vbp.models import Classifier, load_classifier
+from vbp.plan import PruningPlan
 from vbp.planning import check_ratios, make_plan
 from vbp.preprocessing import evaluation_transform
 from vbp.sites import Site, find_sites
@@ -64,9 +66,7 @@ def prepare(config: RunConfig) -> Job:
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
     check_single_process()
     device = _device(config.device)
-    for folder in (config.data_path, config.data_path / "train", config.data_path / "val"):
-        if not folder.is_dir():
-            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {folder}")
+    _check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
     classifier = load_classifier(
@@ -95,23 +95,38 @@ def prepare(config: RunConfig) -> Job:
     model = classifier.model.to(device)
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
+    if given is not None and config.stats_path is not None:
+        given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
     _check_removes(config, sites)
     val_loader = evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
     return Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
 
 
-def _check_removes(config: RunConfig, sites: tuple[Site, ...]) -> None:
-    """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
-    plan = make_plan(
+def _check_data_path(data_path: Path) -> None:
+    """Find out before a model is loaded whether there are images; a list of samples needs no folder beside it."""
+    for split in ("train", "val"):
+        if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
+            missing = data_path / split if data_path.is_dir() else data_path
+            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")
+
+
+def plan_of(config: RunConfig, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> PruningPlan:
+    """Make the plan that a configuration asks for."""
+    return make_plan(
         sites,
-        {site.name: torch.zeros(site.hidden) for site in sites},
+        scores,
         keep_ratio=config.keep_ratio,
         scope="global" if config.global_pruning else "per_layer",
         round_to=config.round_to,
         min_keep_ratio=config.min_keep_ratio,
         attn_keep_ratio=config.attn_keep_ratio,
     )
+
+
+def _check_removes(config: RunConfig, sites: Sequence[Site]) -> None:
+    """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
+    plan = plan_of(config, sites, {site.name: torch.zeros(site.hidden) for site in sites})
     asked = min(config.keep_ratio, config.attn_keep_ratio or 1.0)
     if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
         raise InputError(

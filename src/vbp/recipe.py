@@ -22,9 +22,8 @@ from vbp.distillation import DistillationLoss
 from vbp.evaluation import evaluate
 from vbp.files import clear_folder, write_bytes, write_json
 from vbp.finetune import Trainer
-from vbp.job import Job, evaluation_loader, prepare
+from vbp.job import Job, evaluation_loader, plan_of, prepare
 from vbp.plan import PruningPlan
-from vbp.planning import make_plan
 from vbp.preprocessing import training_transform
 from vbp.ranking import variance_scores
 from vbp.report import Measured, RunReport
@@ -114,15 +113,7 @@ def _statistics(job: Job) -> Statistics:
 def _plan(job: Job, statistics: Statistics) -> PruningPlan:
     config = job.config
     with job.timed("planning"):
-        plan = make_plan(
-            job.sites,
-            variance_scores(statistics, norm_per_layer=config.norm_per_layer),
-            keep_ratio=config.keep_ratio,
-            scope="global" if config.global_pruning else "per_layer",
-            round_to=config.round_to,
-            min_keep_ratio=config.min_keep_ratio,
-            attn_keep_ratio=config.attn_keep_ratio,
-        )
+        plan = plan_of(config, job.sites, variance_scores(statistics, norm_per_layer=config.norm_per_layer))
     plan.save(config.save_dir / PLAN)
     _log.info("%s", format_plan(plan, plan_cost(job.model, plan, job.example)))
     return plan

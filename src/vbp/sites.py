@@ -186,14 +186,10 @@ class _Finder:
         pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
             pair = "queries and values have different numbers of channels"
-        for site in (value, pair):
-            if isinstance(site, str):
-                _log.info("the attention behind %s is no site: %s", label, site)
-        return (
-            [site for site in (value, pair) if isinstance(site, Site)]
-            if not (isinstance(value, str) or isinstance(pair, str))
-            else []
-        )
+        reasons = [reason for reason in (value, pair) if isinstance(reason, str)]
+        for reason in reasons:
+            _log.info("the attention behind %s is no site: %s", label, reason)
+        return [] if reasons else [site for site in (value, pair) if isinstance(site, Site)]
 
     def log_unfollowed_attention(self) -> None:
         """Name the layers whose channels meet others of unknown origin in an attention."""

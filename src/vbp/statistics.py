@@ -89,6 +89,21 @@ class Statistics:
                     "for (calibration images, seed and preprocessing count as data)"
                 )
 
+    def check_holds(self, sites: Sequence[Site], path: Path) -> None:
+        """Refuse statistics that lack a site, such as those of a run without attention.
+
+        Raises:
+            InputError: A site is missing, or has another number of channels.
+        """
+        for site in sites:
+            for name in observed_names(site):
+                found = len(self.moments[name].mean) if name in self.moments else "none"
+                if found != site.hidden:
+                    raise InputError(
+                        f"{path} must hold {site.hidden} channels of {name}, got {found}; leave --stats_path out to "
+                        "collect the statistics of these sites"
+                    )
+
     def save(self, path: Path) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
         tensors = {}

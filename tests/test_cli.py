@@ -15,6 +15,7 @@ import pytest
 
 from vbp import InputError, OutputError, RunConfig
 from vbp.cli import main, parse_config, run_benchmark
+from vbp.errors import Interrupted, PeerError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = "benchmarks/vbp/vbp_imagenet.py"
@@ -49,6 +50,21 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "mean": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "std": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "local_rank": (None, ["3"], 3),
+    "prefetch": (2, ["4"], 4),
+    "grad_accum": (1, ["2"], 2),
+    "weight_decay": (0.01, ["0.05"], 0.05),
+    "warmup_epochs": (0.0, ["0.5"], 0.5),
+    "clip_grad": (None, ["1"], 1.0),
+    "label_smoothing": (0.0, ["0.1"], 0.1),
+    "mixup": (0.0, ["0.8"], 0.8),
+    "cutmix": (0.0, ["1"], 1.0),
+    "ema_decay": (0.9998, ["0.999"], 0.999),
+    "amp": ("auto", ["bf16"], "bf16"),
+    "matmul_precision": ("high", ["highest"], "highest"),
+    "resume": (None, ["auto"], "auto"),
+    "checkpoint_minutes": (30.0, ["5"], 5.0),
+    "log_dir": (None, ["logs"], Path("logs")),
+    "timeout_minutes": (30.0, ["5"], 5.0),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
 }
 SWITCHES = (
@@ -60,6 +76,9 @@ SWITCHES = (
     "overwrite",
     "allow_random_init",
     "compare_uncompensated",
+    "ema",
+    "compile",
+    "grad_checkpointing",
 )
 FLAGS = VALUES | {name: (False, [], True) for name in SWITCHES}
 DATA = ["--data_path", "data"]
@@ -98,7 +117,7 @@ def parse(*words: str) -> RunConfig:
 
 def test_without_flags_the_defaults_are_the_published_ones() -> None:
     config = parse()
-    assert config == RunConfig(Path("data"))
+    assert config == RunConfig("data")
     assert {name: getattr(config, name) for name in FLAGS} == {
         name: default for name, (default, _, _) in FLAGS.items()
     }
@@ -107,7 +126,7 @@ def test_without_flags_the_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize("name", list(FLAGS))
 def test_a_flag_is_read_with_underscores_and_with_hyphens(name: str) -> None:
     default, words, value = FLAGS[name]
-    expected = RunConfig(Path("data"), **{name: value})
+    expected = RunConfig("data", **{name: value})
     assert value != default
     assert parse(f"--{name}", *words) == expected
     assert parse(f"--{name.replace('_', '-')}", *words) == expected
@@ -117,7 +136,7 @@ def test_a_flag_is_read_with_underscores_and_with_hyphens(name: str) -> None:
 
 def test_the_local_rank_of_older_launchers_changes_nothing_else() -> None:
     first = parse_config(["--local-rank=0", *DATA], prog=SCRIPT)
-    assert first == RunConfig(Path("data"), local_rank=0)
+    assert first == RunConfig("data", local_rank=0)
 
 
 def help_text(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) -> str:
@@ -181,7 +200,7 @@ def test_without_torchrun_the_script_says_what_to_type(
     error = capsys.readouterr().err
     assert error.startswith(f"error: {SCRIPT} must be started by torchrun or with --disable_ddp, got neither")
     assert f"python {SCRIPT} --disable_ddp" in error
-    assert f"torchrun --nproc_per_node=1 {SCRIPT}" in error
+    assert f"torchrun --nproc_per_node=4 {SCRIPT}" in error
     assert ran == []
 
 
@@ -196,21 +215,40 @@ def test_one_process_runs(
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     assert type_(*DATA, *words) == 0
-    assert ran == [RunConfig(Path("data"), disable_ddp=bool(words))]
+    assert ran == [RunConfig("data", disable_ddp=bool(words))]
 
 
-@pytest.mark.parametrize("words", [[], ["--disable_ddp"]])
-def test_several_processes_are_refused(
-    words: list[str],
-    ran: list[RunConfig],
+def test_several_processes_run_unless_told_to_be_one(
+    ran: list[RunConfig], type_: Callable[..., int], monkeypatch: pytest.MonkeyPatch, launched: list[int]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    assert type_(*DATA) == 0
+    assert ran == [RunConfig("data")]
+    type_(*DATA, "--disable_ddp")
+    assert launched == [1]
+    assert len(ran) == 1
+
+
+def test_the_demo_is_one_process(
     type_: Callable[..., int],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    launched: list[int],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert type_(*DATA, *words) == 1
-    assert "error: one process is supported so far, got WORLD_SIZE=2" in capsys.readouterr().err
-    assert ran == []
+    monkeypatch.setenv("RANK", "0")
+    type_("demo", entry=main)
+    assert launched == [1]
+    assert "error: the demo is one process" in capsys.readouterr().err
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Give the codes with which a process among others would have ended at once."""
+    codes: list[int] = []
+    monkeypatch.setattr("vbp.cli.os._exit", codes.append)
+    return codes
 
 
 @pytest.mark.parametrize("size", ["", "two"])
@@ -222,14 +260,16 @@ def test_a_world_size_that_is_no_count_is_one_clear_error(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setattr("vbp.cli.os._exit", lambda code: None)
     assert type_(*DATA) == 1
-    assert capsys.readouterr().err.startswith("error: ")
+    assert capsys.readouterr().err.startswith("error: WORLD_SIZE must be a whole number")
     assert ran == []
 
 
 def test_the_library_command_needs_no_launcher(ran: list[RunConfig], type_: Callable[..., int]) -> None:
     assert type_("run", *DATA, "--keep-ratio", "0.5", entry=main) == 0
-    assert ran == [RunConfig(Path("data"), keep_ratio=0.5)]
+    assert ran == [RunConfig("data", keep_ratio=0.5)]
 
 
 @pytest.mark.parametrize(
@@ -260,6 +300,8 @@ def test_a_refused_run_is_one_message_and_code_1(
         (InputError("no such model"), 1, "error: no such model\n"),
         (OutputError("disk full"), 1, "error: disk full\n"),
         (KeyboardInterrupt(), 130, "interrupted; files written so far are whole\n"),
+        (Interrupted(15, "stopped by SIGTERM"), 143, "stopped by SIGTERM\n"),
+        (PeerError("process 1 of 2 failed: bad"), 1, "stopped: process 1 of 2 failed: bad\n"),
     ],
 )
 def test_an_error_that_a_user_can_mend_has_no_traceback(

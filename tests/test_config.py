@@ -50,10 +50,20 @@ PUBLISHED: dict[str, Any] = {
     "interpolation": None,
     "mean": None,
     "std": None,
+    "weight_decay": 0.01,
+    "label_smoothing": 0.0,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema": False,
+    "warmup_epochs": 0.0,
+    "clip_grad": None,
+    "resume": None,
+    "amp": "auto",
+    "compile": False,
 }
 """Names and defaults that users and older commands rely on."""
 
-DATA = Path("data")
+DATA = "data"
 
 
 def test_the_defaults_are_the_published_ones() -> None:
@@ -77,7 +87,7 @@ paths = names.map(Path)
 colours = st.lists(st.floats(0, 1), min_size=1, max_size=3).map(tuple)
 configs = st.builds(
     RunConfig,
-    data_path=paths,
+    data_path=names,
     model_name=names,
     checkpoint=st.none() | paths,
     convnext_checkpoint=st.none() | paths,
@@ -154,6 +164,20 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"lr_ft": 1.5}, r"lr_ft must be in \(0, 1\), got 1.5"),
     ({"lr_ft": math.nan}, r"lr_ft must be in \(0, 1\), got nan"),
     ({"norm_per_layer": True}, "norm_per_layer changes nothing .* add --global_pruning"),
+    ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
+    ({"prefetch": 0}, "prefetch must be at least 1, got 0"),
+    ({"prefetch": 4, "num_workers": 0}, "prefetch changes nothing without num_workers"),
+    ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
+    ({"mixup": math.inf}, "mixup must be at least 0, got inf"),
+    ({"cutmix": -1.0}, "cutmix must be at least 0, got -1.0"),
+    ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+    ({"ema": True, "ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
+    ({"ema_decay": 0.5}, "ema_decay change nothing without a moving average"),
+    ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0"),
+    ({"timeout_minutes": 0.0}, "timeout_minutes must be above 0, got 0.0"),
+    ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be at least 0, got -1.0"),
+    ({"warmup_epochs": 10.0}, "warmup_epochs must be below epochs_ft, got 10.0 and 10"),
+    ({"resume": "auto", "overwrite": True}, "resume keeps what is in save_dir and overwrite replaces it"),
     ({"kd_alpha": 0.5}, "kd_alpha change nothing without distillation"),
     ({"kd_beta": 0.5, "kd_T": 4.0}, "kd_beta, kd_T change nothing without distillation"),
     (
@@ -175,6 +199,7 @@ def test_bad_values_and_flags_without_effect_are_named(changed: dict[str, Any], 
         {"norm_per_layer": True, "global_pruning": True},
         {"use_kd": True, "kd_alpha": 0.5, "kd_beta": 0.5, "kd_T": 4.0},
         {"num_workers": 0, "epochs_ft": 0},
+        {"calib_samples": "auto", "ema": True, "ema_decay": 0.99, "warmup_epochs": 0.5, "clip_grad": 1.0},
         {"checkpoint": Path("a")},
     ],
 )
@@ -202,12 +227,13 @@ def test_a_run_refuses_them_before_it_reads_or_writes_anything(
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     with pytest.raises(InputError, match=message):
-        run(RunConfig(tmp_path / "data", save_dir=tmp_path / "out", **changed))
+        run(RunConfig(str(tmp_path / "data"), save_dir=tmp_path / "out", **changed))
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_of_several_processes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launch_without_a_rank_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(InputError, match="one process is supported so far, got WORLD_SIZE=2"):
-        run(RunConfig(tmp_path / "data", save_dir=tmp_path / "out"))
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(InputError, match="RANK must be a whole number, got None; start with torchrun"):
+        run(RunConfig(str(tmp_path / "data"), save_dir=tmp_path / "out"))
     assert list(tmp_path.iterdir()) == []

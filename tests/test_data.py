@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import hashlib
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -24,7 +25,15 @@ from timm.data.imagenet_info import ImageNetInfo
 from torch import Tensor
 from torchvision.datasets import ImageFolder
 
-from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
+from vbp.data import (
+    ImageList,
+    ImageLoader,
+    balanced_order,
+    balanced_subset,
+    check_data_path,
+    list_images,
+    make_loader,
+)
 from vbp.errors import InputError
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
 
@@ -207,6 +216,25 @@ def test_unusable_folders_are_refused(data: Path, damage: Callable[[Path], None]
     damage(data)
     with pytest.raises(InputError, match=text):
         list_images(data, "val", 3)
+
+
+def test_a_text_is_a_folder_too_and_is_checked_without_a_model(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pairs(list_images(str(data), "val", 3)) == pairs(list_images(data, "val", 3))  # type: ignore[arg-type]
+    check_data_path(str(data))
+    monkeypatch.chdir(data)
+    check_data_path(".")
+    # A path object is a folder whatever its name.
+    make_data(Path("wds") / "pets", {"cat": 1})
+    assert len(list_images(Path("wds/pets"), "val", 1)) == 1
+    no_split(data)
+    with pytest.raises(InputError, match=r"got no folder .*val"):
+        check_data_path(data)
+    (data / "val_samples.pkl").touch()
+    check_data_path(data)
+    with pytest.raises(InputError, match=r"got no folder .*nowhere"):
+        check_data_path(data / "nowhere")
+    with pytest.raises(InputError, match=r"local files, got s3://bucket/x; copy it"):
+        check_data_path("s3://bucket/x")
 
 
 @pytest.mark.parametrize(("split", "classes"), [("test", 3), ("val", 0)])
@@ -525,6 +553,28 @@ def test_an_image_list_has_a_label_for_each_path() -> None:
         ImageList(Path(), ("a", "b"), (0,))
 
 
+def draw_by_rounds(labels: list[int], seed: int) -> list[int]:
+    """Order the images in the obvious way: in each round, every class that has one left gives one."""
+    generator = torch.Generator().manual_seed(seed)
+    classes = sorted(set(labels))
+    turns = torch.randperm(len(classes), generator=generator).tolist()
+    queues: dict[int, list[int]] = {label: [] for _, label in sorted(zip(turns, classes, strict=True))}
+    for index in torch.randperm(len(labels), generator=generator).tolist():
+        queues[labels[index]].append(index)
+    rounds = itertools.zip_longest(*queues.values())
+    return [index for each in rounds for index in each if index is not None]
+
+
+@given(labels=st.lists(st.integers(0, 5), min_size=1, max_size=60), seed=st.integers(0, 2**40))
+@settings(deadline=None)
+def test_each_beginning_of_the_balanced_order_is_a_balanced_subset(labels: list[int], seed: int) -> None:
+    images = ImageList(Path(), tuple(map(str, range(len(labels)))), tuple(labels))
+    order = balanced_order(images, seed)
+    assert list(order) == draw_by_rounds(labels, seed)
+    for count in range(1, len(labels) + 1):
+        assert balanced_subset(images, count, seed) == images.select(sorted(order[:count]))
+
+
 @given(labels=st.lists(st.integers(0, 5), max_size=60), count=st.integers(0, 70), seed=st.integers(0, 2**40))
 @settings(deadline=None)
 def test_subset_is_balanced(labels: list[int], count: int, seed: int) -> None:
@@ -622,13 +672,6 @@ def test_shuffling_gives_each_image_once(data: Path) -> None:
         assert Counter(labels) == Counter(images.labels)
         orders.append(tuple(labels))
     assert len(set(orders)) == 3
-
-
-def test_drop_last_leaves_out_the_part(data: Path) -> None:
-    images = list_images(data, "train", 3)
-    loader = make_loader(images, EVALUATION, batch_size=4, num_workers=0, drop_last=True)
-    assert len(loader) == 2
-    assert [len(labels) for _, labels in loader] == [4, 4]
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I;16", "palette with alpha"])
@@ -732,7 +775,11 @@ def test_an_error_of_the_transform_is_no_unreadable_image(data: Path) -> None:
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
         ({"num_workers": -1}, "num_workers must be 0 .* got -1"),
         ({"max_unreadable": 1.5}, r"max_unreadable must be a share in \[0, 1\], got 1.5"),
-        ({"batch_size": 10, "drop_last": True}, "got 9 images for a batch_size of 10"),
+        ({"prefetch": 0}, "prefetch must be 1 batch or more, got 0"),
+        ({"rank": 2, "world": 2}, "rank must be a number from 0 to world - 1, got rank 2 of world 2"),
+        ({"rank": -1}, "got rank -1 of world 1"),
+        ({"world": 0}, "got rank 0 of world 0"),
+        ({"world": 10, "shuffle": True}, "one image for each process at least, got 9 images for 10"),
     ],
 )
 def test_bad_loader_options_are_refused(data: Path, options: dict[str, Any], text: str) -> None:

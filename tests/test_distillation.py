@@ -114,3 +114,31 @@ def test_a_bad_temperature_is_named(temperature: float) -> None:
 def test_bad_weights_are_named(alpha: float, beta: float) -> None:
     with pytest.raises(InputError, match=f"kd_alpha and kd_beta must be .*got {alpha} and {beta}"):
         DistillationLoss(alpha, beta)
+
+
+@pytest.mark.parametrize("smoothing", [-0.1, 1.0, math.nan])
+def test_a_bad_label_smoothing_is_named(smoothing: float) -> None:
+    with pytest.raises(InputError, match=f"label_smoothing must be .*got {smoothing}"):
+        DistillationLoss(label_smoothing=smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+def test_labels_are_smoothed_in_the_cross_entropy_alone(smoothing: float) -> None:
+    student, teacher, labels = logits(5)
+    loss = DistillationLoss(label_smoothing=smoothing)
+    targets = (1 - smoothing) * F.one_hot(labels, 5).double() + smoothing / 5
+    expected = -(targets * student.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss.cross_entropy(student, labels), expected, rtol=1e-12, atol=1e-12)
+    change = loss(student, teacher, labels) - DistillationLoss()(student, teacher, labels)
+    plain = 0.7 * (expected - F.cross_entropy(student, labels))
+    torch.testing.assert_close(change, plain, rtol=1e-9, atol=1e-12)
+
+
+def test_shares_of_classes_are_taken_as_they_are() -> None:
+    student, teacher, _ = logits(6)
+    shares = torch.softmax(torch.arange(15, dtype=torch.float32).reshape(3, 5) / 4, dim=1)
+    loss = DistillationLoss(label_smoothing=0.3)
+    expected = -(shares.double() * student.log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss.cross_entropy(student, shares), expected, rtol=1e-12, atol=1e-12)
+    whole = loss(student, teacher, shares) - DistillationLoss(0.0, 0.3)(student, teacher, shares)
+    torch.testing.assert_close(whole, 0.7 * expected, rtol=1e-9, atol=1e-12)

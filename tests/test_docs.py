@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from vbp import RunConfig
 from vbp.cli import parse_config
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = ("README.md", "benchmarks/vbp/README.md")
+DOCUMENTS = ("README.md", "benchmarks/vbp/README.md", "docs/distributed.md", "docs/data.md")
 
 
 def blocks(document: str, language: str) -> list[str]:
@@ -39,14 +40,30 @@ def test_commands_parse(document: str, words: list[str]) -> None:
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
         return
     if words[0] == "torchrun":
-        assert words[1] == "--nproc_per_node=1"
-        del words[:2]
+        while words[1].startswith("--n") or words[1].startswith("--ma"):
+            del words[1]
+        del words[:1]
     elif words[0] == "python":
         del words[:1]
     script, *arguments = words
     assert (ROOT / script).is_file()
     if script == "benchmarks/vbp/vbp_imagenet.py":
         parse_config(arguments, prog=script)
+
+
+def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
+    script = ROOT / "examples/slurm.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text().replace("\\\n", " ")
+    (line,) = [line for line in text.splitlines() if "vbp_imagenet.py" in line]
+    words = shlex.split(line)
+    place = words.index("benchmarks/vbp/vbp_imagenet.py")
+    parse_config(words[place + 1 :], prog="vbp_imagenet.py")
+    from torch.distributed.run import get_args_parser
+
+    torchrun = [word.replace("$SLURM_JOB_NUM_NODES", "2").replace("${SLURM_GPUS_PER_NODE:-4}", "4") for word in words]
+    parsed = get_args_parser().parse_args(torchrun[2 : place + 1])
+    assert (parsed.nnodes, parsed.max_restarts, parsed.rdzv_backend) == ("2", 3, "c10d")
 
 
 def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vbp import Accuracy, InputError, evaluate
 from vbp.evaluation import logits_of
+from vbp.precision import Precision
 
 
 class Answers(nn.Module):
@@ -114,3 +115,14 @@ def test_logits_are_found_in_either_kind_of_output() -> None:
     logits = torch.zeros(1, 2)
     assert logits_of(logits) is logits
     assert logits_of(SimpleNamespace(logits=logits)) is logits
+
+
+def test_logits_come_from_a_pass_in_the_precision_asked_for() -> None:
+    torch.manual_seed(0)
+    model, kinds = nn.Linear(8, 8), []
+    model.register_forward_hook(lambda module, args, output: kinds.append(output.dtype))
+    batches = random_batches(0, 8, [4])
+    batches = [(pixels.float(), labels) for pixels, labels in batches]
+    for precision in (Precision(), Precision(torch.bfloat16)):
+        assert evaluate(model, batches, "cpu", precision=precision).images == 4
+    assert kinds == [torch.float32, torch.bfloat16]

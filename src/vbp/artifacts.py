@@ -56,7 +56,7 @@ def installed_versions() -> dict[str, str]:
 
 
 def save_pruned(
-    model: nn.Module,
+    model: nn.Module | Mapping[str, Tensor],
     path: Path | str,
     *,
     plans: PruningPlan | Sequence[PruningPlan],
@@ -67,7 +67,7 @@ def save_pruned(
     """Write a file that `load_pruned` and `torch.load(weights_only=True)` read, whole or not at all.
 
     Args:
-        model: The pruned model.
+        model: The pruned model, or its state.
         path: Usually ends in `.pth`.
         plans: The plan that was applied to the dense model, or several in their order.
         source: From `load_classifier`; without it, loading needs `model=`.
@@ -78,6 +78,7 @@ def save_pruned(
         OutputError: The file could not be written; an earlier one of that name stays whole.
     """
     entries = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
+    state = model.state_dict() if isinstance(model, nn.Module) else model
     content = {
         "format": _FORMAT,
         "source": None if source is None else source.to_dict(),
@@ -86,7 +87,7 @@ def save_pruned(
         "metrics": dict(metrics or {}),
         "versions": installed_versions(),
         # A plain dictionary of tensors of their own: no class and no view of a larger storage is stored.
-        "state_dict": {name: value.detach().cpu().clone() for name, value in model.state_dict().items()},
+        "state_dict": {name: value.detach().cpu().clone() for name, value in state.items()},
     }
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
@@ -146,15 +147,24 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
         )
     device = next(model.parameters()).device if model is not None else torch.device("cpu")
     pruned = model if model is not None else build_model(_known(artifact.source))
-    for plan in artifact.plans:
-        prune_(pruned, plan)
-    _add_missing_biases_(pruned, artifact)
     try:
-        # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
-        pruned.load_state_dict(dict(artifact.weights), strict=True, assign=True)
+        rebuild_(pruned, artifact.plans, artifact.weights)
     except RuntimeError as error:
         raise InputError(f"the weights of {path} do not fit {type(pruned).__name__}: {error}") from error
     return pruned.to(device).eval()
+
+
+def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
+    """Turn a dense model into the pruned one whose weights these are.
+
+    Raises:
+        RuntimeError: The weights do not fit.
+    """
+    for plan in plans:
+        prune_(model, plan)
+    _add_missing_biases_(model, plans, weights)
+    # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
+    model.load_state_dict(dict(weights), strict=True, assign=True)
 
 
 def _known(source: ModelSource | None) -> ModelSource:
@@ -162,13 +172,13 @@ def _known(source: ModelSource | None) -> ModelSource:
     return source
 
 
-def _add_missing_biases_(model: nn.Module, artifact: PrunedArtifact) -> None:
+def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Give consumers the biases that they gained through compensation."""
-    for plan in artifact.plans:
+    for plan in plans:
         for entry in plan.sites:
             if not entry.site.consumer:
                 continue
             consumer = model.get_submodule(entry.site.consumer)
-            bias = artifact.weights.get(f"{entry.site.consumer}.bias")
+            bias = weights.get(f"{entry.site.consumer}.bias")
             if consumer.bias is None and bias is not None:
                 consumer.bias = nn.Parameter(torch.zeros_like(bias))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 
 import tyro
 
 from vbp.config import RunConfig
-from vbp.distributed import check_launch
-from vbp.errors import InputError, OutputError
+from vbp.distributed import check_launch, launched
+from vbp.errors import InputError, Interrupted, OutputError, PeerError
 from vbp.recipe import run
 
 _USAGE = """usage: vbp COMMAND [flags]
@@ -68,6 +70,11 @@ def _run(config: RunConfig) -> None:
 def _demo(arguments: Sequence[str]) -> None:
     from vbp.demo import DemoConfig, run_demo
 
+    if launched().world > 1:
+        raise InputError(
+            f"the demo is one process, got torchrun with {launched().world}; start vbp demo without torchrun, or "
+            "vbp run under it"
+        )
     run_demo(
         tyro.cli(
             DemoConfig,
@@ -81,22 +88,60 @@ def _demo(arguments: Sequence[str]) -> None:
 
 def _guarded(job: Callable[[], None]) -> int:
     """Show the program's log on the terminal, and what a user can mend as one line without traceback."""
+    place = _place()
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    # One process of a job tells the story; the others speak up when something is wrong.
+    handler.setFormatter(logging.Formatter(f"{place}%(message)s"))
+    handler.setLevel(logging.WARNING if place else logging.NOTSET)
     logger = logging.getLogger("vbp")
     logger.addHandler(handler)
     try:
+        code = _code(job, place)
+    except Exception:
+        if not _among_others():
+            raise
+        traceback.print_exc()
+        code = 1
+    finally:
+        logger.removeHandler(handler)
+    if code and _among_others():
+        # Threads and handles of the process group could wait for processes that are gone.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def _code(job: Callable[[], None], place: str) -> int:
+    try:
         job()
     except (InputError, OutputError) as error:
-        sys.stderr.write(f"error: {error}\n")
+        sys.stderr.write(f"{place}error: {error}\n")
         return 1
+    except PeerError as error:
+        # One line a node: the process that failed has said it in full.
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            sys.stderr.write(f"{place}stopped: {error}\n")
+        return 1
+    except Interrupted as error:
+        if not place:
+            sys.stderr.write(f"{error}\n")
+        return 128 + error.signal
     except KeyboardInterrupt:
-        sys.stderr.write("interrupted; files written so far are whole\n")
-        return 130
+        sys.stderr.write(f"{place}interrupted; files written so far are whole\n")
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader of our output went away: nothing more can be said.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
         return 1
-    finally:
-        logger.removeHandler(handler)
     return 0
+
+
+def _place() -> str:
+    """Give the prefix of the lines of this process: nothing for the first one."""
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    return "" if rank == "0" else f"[process {rank}] "
+
+
+def _among_others() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") not in ("", "1")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,14 +14,16 @@ from vbp.errors import InputError
 
 ModelType = Literal["vit", "convnext", "swin", "auto"]
 Compensation = Literal["mean", "none"]
+Amp = Literal["auto", "off", "bf16", "fp16"]
+MatmulPrecision = Literal["highest", "high"]
 
 
 @dataclass(frozen=True)
 class RunConfig:
     """Prune a trained image classifier by activation variance and fine-tune it."""
 
-    data_path: Path
-    """Folder with train/<class>/ and val/<class>/."""
+    data_path: str
+    """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
 
     # Model
     model_type: ModelType = "vit"
@@ -46,13 +49,16 @@ class RunConfig:
 
     # Data
     train_batch_size: int = 64
-    """Images in a fine-tuning batch."""
+    """Images in a fine-tuning batch of one process."""
     val_batch_size: int = 128
-    """Images in a calibration or evaluation batch."""
+    """Images in a calibration or evaluation batch of one process."""
     num_workers: int = 4
-    """Processes that read images; 0 reads in the main process."""
-    calib_samples: int = 0
-    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all."""
+    """Processes that read images, for each process of the job; 0 reads in the process itself."""
+    prefetch: int = 2
+    """Batches that each of them reads ahead."""
+    calib_samples: int | Literal["auto"] = 0
+    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
+    has settled."""
     limit_val: int = 0
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
 
@@ -89,6 +95,44 @@ class RunConfig:
     """With --use_kd: weight of the divergence from the teacher."""
     kd_T: float = 2.0  # noqa: N815 (the published flag)
     """With --use_kd: temperature."""
+    grad_accum: int = 1
+    """Batches whose gradients make one step of the optimizer."""
+    weight_decay: float = 0.01
+    """Weight decay of AdamW."""
+    warmup_epochs: float = 0.0
+    """Epochs over which the learning rate rises from 0 to its peak."""
+    clip_grad: float | None = None
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread over all classes."""
+    mixup: float = 0.0
+    """Alpha of Mixup; 0 leaves it out."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 leaves it out."""
+    ema: bool = False
+    """Evaluate and save a moving average of the weights."""
+    ema_decay: float = 0.9998
+    """With --ema: what remains of the average at each step."""
+
+    # Speed and memory
+    amp: Amp = "auto"
+    """Autocast of statistics, evaluation and fine-tuning: bf16, fp16, off, or auto (bf16 where the GPU has it)."""
+    compile: bool = False
+    """Compile student and teacher for fine-tuning (torch.compile)."""
+    matmul_precision: MatmulPrecision = "high"
+    """Float32 products on a GPU: high uses TF32, highest does not."""
+    grad_checkpointing: bool = False
+    """Keep fewer activations in fine-tuning and compute them again: less memory, about a third slower."""
+
+    # Long runs
+    resume: str | None = None
+    """Go on from the last checkpoint in save_dir, if there is one (auto), or from a checkpoint or run folder."""
+    checkpoint_minutes: float = 30.0
+    """Besides one at the end of each epoch, write a checkpoint every so many minutes; 0 does not."""
+    log_dir: Path | None = None
+    """Folder for TensorBoard."""
+    timeout_minutes: float = 30.0
+    """Longest wait of one process for another before the job ends with an error."""
 
     # Run
     save_dir: Path = Path("./output/vbp")
@@ -98,7 +142,7 @@ class RunConfig:
     seed: int = 0
     """Seed of subsets, order and augmentation."""
     device: str = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N; under torchrun a GPU for each process."""
     disable_ddp: bool = False
     """Run as one plain process, without torchrun."""
     local_rank: Annotated[int | None, tyro.conf.arg(help="Accepted and ignored: older launchers pass it.")] = None
@@ -128,7 +172,7 @@ class RunConfig:
                 f"a run's configuration must hold data_path and known names, got unknown {unknown}; "
                 "use the config.json of a run of this version"
             )
-        paths = {"data_path", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir"}
+        paths = {"checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir"}
         read: dict[str, Any] = {
             name: Path(item)
             if name in paths and item is not None
@@ -150,17 +194,34 @@ def check_config(config: RunConfig) -> None:
     Raises:
         InputError: A value is out of range, or flags contradict each other.
     """
-    for name in ("train_batch_size", "val_batch_size"):
-        if getattr(config, name) < 1:
-            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; 64 is usual")
-    for name in ("num_workers", "calib_samples", "limit_val", "epochs_ft", "seed"):
-        if getattr(config, name) < 0:
-            raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
-    if not 0 < config.lr_ft < 1:
-        raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
+    _check_ranges(config)
     _check_effect(config)
     if config.convnext_checkpoint is not None and config.checkpoint is not None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
+    counts = ("num_workers", "limit_val", "epochs_ft", "seed", "weight_decay", "warmup_epochs", "mixup", "cutmix")
+    for name in (*counts, "checkpoint_minutes", *(("calib_samples",) if config.calib_samples != "auto" else ())):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
+    if not 0 < config.lr_ft < 1:
+        raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
+    for name, usual_share in (("label_smoothing", 0.1), ("ema_decay", 0.9998)):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name} must be in [0, 1), got {getattr(config, name)}; {usual_share} is usual")
+    for name in ("clip_grad", "timeout_minutes"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be above 0, got {value}; leave it out for the default")
+    if 0 < config.epochs_ft <= config.warmup_epochs:
+        raise InputError(
+            f"warmup_epochs must be below epochs_ft, got {config.warmup_epochs} and {config.epochs_ft}; warm up for "
+            "fewer epochs"
+        )
 
 
 def _check_effect(config: RunConfig) -> None:
@@ -170,15 +231,29 @@ def _check_effect(config: RunConfig) -> None:
             "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
             "add --global_pruning or leave --norm_per_layer out"
         )
+    if config.resume is not None and config.overwrite:
+        raise InputError(
+            "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
+        )
+    if config.prefetch != 2 and config.num_workers == 0:
+        raise InputError(
+            f"prefetch changes nothing without num_workers, got {config.prefetch} with num_workers 0; leave "
+            "--prefetch out or give --num_workers"
+        )
     if config.attn_keep_ratio is not None and not config.bottleneck:
         raise InputError(
             "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
             "or leave --attn_keep_ratio out"
         )
+    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
+    _check_idle(config, ("ema_decay",), "ema", "a moving average")
+
+
+def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    idle = [name for name in ("kd_alpha", "kd_beta", "kd_T") if getattr(config, name) != defaults[name]]
-    if idle and not config.use_kd:
+    idle = [name for name in names if getattr(config, name) != defaults[name]]
+    if idle and not getattr(config, switch):
         raise InputError(
-            f"{', '.join(idle)} change nothing without distillation, got them without use_kd; add --use_kd or leave "
+            f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "
             "them out"
         )

@@ -42,7 +42,7 @@ class DemoConfig:
 def demo_run_config(demo: DemoConfig) -> RunConfig:
     """Give the configuration of the run that the demo is."""
     return RunConfig(
-        data_path=demo.folder / "data",
+        data_path=str(demo.folder / "data"),
         model_type="vit",
         model_name=MODEL_NAME,
         model_kwargs=dict(MODEL_KWARGS),

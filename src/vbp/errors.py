@@ -9,3 +9,19 @@ class InputError(ValueError):
 
 class OutputError(OSError):
     """A file could not be written; the earlier file of that name, if any, is whole."""
+
+
+class PeerError(RuntimeError):
+    """Another process of the same job failed; the text is its word, or says that it left none."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was told to stop (SIGINT, SIGTERM) and has written what is needed to go on.
+
+    Attributes:
+        signal: Number of the signal.
+    """
+
+    def __init__(self, signal: int, text: str) -> None:
+        super().__init__(text)
+        self.signal = signal

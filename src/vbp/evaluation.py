@@ -10,8 +10,12 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.distributed import Processes
 from vbp.errors import InputError
 from vbp.modes import evaluation_mode
+from vbp.precision import Precision
+
+_OFF, _ALONE = Precision(), Processes()
 
 
 @dataclass(frozen=True)
@@ -44,22 +48,38 @@ def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
     return logits
 
 
-def evaluate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]], device: torch.device | str) -> Accuracy:
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    *,
+    precision: Precision = _OFF,
+    processes: Processes = _ALONE,
+) -> Accuracy:
     """Count the right answers of a model in evaluation mode; with fewer than five classes top-5 takes them all.
 
+    Args:
+        model: A classifier.
+        batches: Images and labels: this process's share, which may be none.
+        device: Where the model is.
+        precision: Of the forward pass.
+        processes: Whose counts are added up; all of them call this, and get the same.
+
     Raises:
-        InputError: No image came.
+        InputError: No image came, to any process.
     """
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     images = 0
     with evaluation_mode(model), torch.inference_mode():
         for pixels, labels in batches:
-            logits = logits_of(model(pixels.to(device, non_blocking=True)))
+            with precision.autocast():
+                logits = logits_of(model(pixels.to(device, non_blocking=True)))
             best = logits.topk(min(5, logits.shape[1]), dim=1).indices
             right = best == labels.to(device, non_blocking=True)[:, None]
             hits += torch.stack((right[:, 0].sum(), right.sum()))
             images += labels.shape[0]
-    if images == 0:
+    counts = torch.cat((hits, hits.new_tensor([images])))
+    first, among_five, total = processes.sum_(counts).tolist()
+    if total == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
-    first, among_five = hits.tolist()
-    return Accuracy(first, among_five, images)
+    return Accuracy(first, among_five, total)

@@ -8,42 +8,67 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
-from vbp.config import RunConfig, check_config
-from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
+from vbp.checkpoints import read_checkpoint
+from vbp.config import RunConfig
+from vbp.data import ImageLoader, Images, Split, balanced_subset, check_data_path, list_images, make_loader
 from vbp.distillation import DistillationLoss
-from vbp.distributed import check_single_process
+from vbp.distributed import Processes, restarts
 from vbp.errors import InputError
 from vbp.files import check_folder
 from vbp.fingerprints import json_fingerprint, model_fingerprint
+from vbp.memory import enable_gradient_checkpointing_
 from vbp.models import Classifier, load_classifier
 from vbp.plan import PruningPlan
 from vbp.planning import check_ratios, make_plan
+from vbp.precision import Precision, move_, set_matmul_precision
 from vbp.preprocessing import evaluation_transform
+from vbp.resume import check_same_settings, find_checkpoint
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics
 from vbp.surgery import check_prunable
+from vbp.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Found:
+    """A checkpoint that a run goes on from."""
+
+    path: Path
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Job:
-    """What a run works on, checked and ready."""
+    """What a run works on, checked and ready.
+
+    Attributes:
+        data: Fingerprint of the calibration images and their preprocessing.
+        given: Statistics from a file, in the place of a calibration pass.
+        settings: What must be the same when a checkpoint of this run is taken up again.
+        found: The checkpoint that this run goes on from.
+    """
 
     config: RunConfig
+    processes: Processes
     device: torch.device
+    precision: Precision
     classifier: Classifier
     sites: tuple[Site, ...]
-    calibration: ImageList
-    train: ImageList
+    calibration: Images
+    train: Images
     val: ImageLoader
     example: Tensor
-    data: str  # fingerprint of the calibration images and their preprocessing
+    data: str
     given: Statistics | None
+    settings: Mapping[str, Any]
+    found: Found | None
     seconds: dict[str, float] = field(
         default_factory=lambda: dict.fromkeys(("calibration", "planning", "surgery", "finetune", "evaluation"), 0.0)
     )
@@ -59,16 +84,83 @@ class Job:
         self.seconds[stage] += time.perf_counter() - start
 
 
-def prepare(config: RunConfig) -> Job:
+def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Job:
     """Check everything and load the model; nothing is written."""
-    check_config(config)
     check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to, config.attn_keep_ratio)
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
-    check_single_process()
-    device = _device(config.device)
-    _check_data_path(config.data_path)
+    precision = Precision.choose(config.amp, device)
+    set_matmul_precision(config.matmul_precision)
+    check_tracking(config.log_dir)
+    check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
-    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
+    found = _found(config, processes)
+    with processes.one_per_node_first():
+        classifier = _classifier(config)
+        train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
+    _check_space(config, processes, classifier.model)
+    samples = 0 if config.calib_samples == "auto" else config.calib_samples
+    calibration = balanced_subset(train, samples, config.seed)
+    data = json_fingerprint([calibration.fingerprint(), classifier.preprocessing.to_dict()])
+    model = move_(classifier.model, device)
+    settings = _settings(config, processes, device, precision, model, train, val)
+    processes.check_same("model, images and settings", json_fingerprint(settings))
+    if given is not None and config.stats_path is not None:
+        given.check_made_for(settings["model"], data, config.stats_path)
+    if found is not None:
+        check_same_settings(found.state["settings"], settings, found.path)
+    example = classifier.example_input().to(device)
+    sites = find_sites(model, example, attention=config.bottleneck)
+    if given is not None and config.stats_path is not None:
+        given.check_holds(sites, config.stats_path)
+    check_prunable(model, sites, example)
+    _check_removes(config, sites)
+    if config.grad_checkpointing:
+        enable_gradient_checkpointing_(model)
+    val_loader = make_loader(
+        balanced_subset(val, config.limit_val, config.seed),
+        evaluation_transform(classifier.preprocessing),
+        batch_size=config.val_batch_size,
+        rank=processes.rank,
+        world=processes.world,
+        **reading(config),
+    )
+    return Job(
+        config, processes, device, precision, classifier, sites, calibration, train, val_loader, example, data, given,
+        settings, found,
+    )  # fmt: skip
+
+
+def reading(config: RunConfig) -> dict[str, Any]:
+    """Give what all loaders of a run have in common."""
+    return {"num_workers": config.num_workers, "prefetch": config.prefetch, "pin_memory": True}
+
+
+def _found(config: RunConfig, processes: Processes) -> Found | None:
+    """Find the checkpoint to go on from: the main process chooses, all read the same."""
+    path = None
+    if processes.main:
+        path = find_checkpoint(
+            config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
+        )
+    path = processes.gather(path)[0]
+    if path is None:
+        return None
+    _log.info("going on from %s", path)
+    return Found(path, read_checkpoint(path))
+
+
+def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
+    """See that the disk holds what a run writes at most."""
+    if not processes.main:
+        return
+    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    # Best and final, one more while one of them is replaced. A checkpoint holds weights, two moments, the best
+    # weights and perhaps an average, and there are three of them for a moment.
+    copies = 3 + (3 * 5 if config.epochs_ft > 0 else 0)
+    check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
+
+
+def _classifier(config: RunConfig) -> Classifier:
     classifier = load_classifier(
         config.model_name,
         model_type=config.model_type,
@@ -83,32 +175,28 @@ def prepare(config: RunConfig) -> Job:
         std=config.std,
     )
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
-    size = sum(value.numel() * value.element_size() for value in classifier.model.state_dict().values())
-    # Two checkpoints, one more while one of them is replaced, and the small files.
-    check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=3 * size + 2**24)
-    train = list_images(config.data_path, "train", classifier.num_classes)
-    val = list_images(config.data_path, "val", classifier.num_classes)
-    calibration = balanced_subset(train, config.calib_samples, config.seed)
-    data = json_fingerprint([calibration.fingerprint(), classifier.preprocessing.to_dict()])
-    if given is not None and config.stats_path is not None:
-        given.check_made_for(model_fingerprint(classifier.model), data, config.stats_path)
-    model = classifier.model.to(device)
-    example = classifier.example_input().to(device)
-    sites = find_sites(model, example, attention=config.bottleneck)
-    if given is not None and config.stats_path is not None:
-        given.check_holds(sites, config.stats_path)
-    check_prunable(model, sites, example)
-    _check_removes(config, sites)
-    val_loader = evaluation_loader(classifier, balanced_subset(val, config.limit_val, config.seed), config)
-    return Job(config, device, classifier, sites, calibration, train, val_loader, example, data, given)
+    return classifier
 
 
-def _check_data_path(data_path: Path) -> None:
-    """Find out before a model is loaded whether there are images; a list of samples needs no folder beside it."""
-    for split in ("train", "val"):
-        if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
-            missing = data_path / split if data_path.is_dir() else data_path
-            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")
+def _settings(
+    config: RunConfig,
+    processes: Processes,
+    device: torch.device,
+    precision: Precision,
+    model: nn.Module,
+    train: Images,
+    val: Images,
+) -> dict[str, Any]:
+    """Give what decides about the result: the configuration, and what it stands for here."""
+    return config.to_dict() | {
+        "device": device.type,
+        "amp": precision.name,
+        "world": processes.world,
+        "local_rank": None,  # older launchers give each process its own
+        "model": model_fingerprint(model),
+        "train": train.fingerprint(),
+        "val": val.fingerprint(),
+    }
 
 
 def plan_of(config: RunConfig, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> PruningPlan:
@@ -124,33 +212,17 @@ def plan_of(config: RunConfig, sites: Sequence[Site], scores: Mapping[str, Tenso
     )
 
 
+def neutral_plan(config: RunConfig, sites: Sequence[Site]) -> PruningPlan:
+    """Give a plan of the right size before there are scores."""
+    return plan_of(config, sites, {site.name: torch.zeros(site.hidden) for site in sites})
+
+
 def _check_removes(config: RunConfig, sites: Sequence[Site]) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
-    plan = plan_of(config, sites, {site.name: torch.zeros(site.hidden) for site in sites})
+    plan = neutral_plan(config, sites)
     asked = min(config.keep_ratio, config.attn_keep_ratio or 1.0)
     if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
         raise InputError(
             f"keep_ratio {config.keep_ratio} with round_to {config.round_to} and min_keep_ratio "
             f"{config.min_keep_ratio} removes none of {plan.total} channels; lower keep_ratio or round_to"
         )
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device must be auto, cpu, cuda or cuda:N and present, got {name!r} ({error})") from error
-    return device
-
-
-def evaluation_loader(classifier: Classifier, images: ImageList, config: RunConfig) -> ImageLoader:
-    return make_loader(
-        images,
-        evaluation_transform(classifier.preprocessing),
-        batch_size=config.val_batch_size,
-        num_workers=config.num_workers,
-        pin_memory=True,
-    )

@@ -20,6 +20,7 @@ class Measured:
         params: Number of parameters.
         latency_ms: Median time of one batch in milliseconds, where it was measured.
         epoch: Epochs of fine-tuning behind it, where that applies.
+        images: Validation images behind the accuracy.
     """
 
     top1: float
@@ -28,6 +29,7 @@ class Measured:
     params: int
     latency_ms: float | None = None
     epoch: int | None = None
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,10 @@ class RunReport:
         sites: Site name -> [kept, total] channels.
         seconds: Wall-clock seconds of each stage.
         images: Number of calibration and validation images.
+        convergence: How the plan settled as the calibration images grew; None for statistics from a file.
         latency_batch: Images in the batch whose latency was measured.
+        device: Kind of device.
+        processes: Number of processes of the job.
         files: Name -> path of each file left behind.
     """
 
@@ -57,8 +62,10 @@ class RunReport:
     sites: Mapping[str, tuple[int, int]]
     seconds: Mapping[str, float]
     images: Mapping[str, int]
+    convergence: Mapping[str, Any] | None
     latency_batch: int
     device: str
+    processes: int
     versions: Mapping[str, str]
     config: Mapping[str, Any]
     files: Mapping[str, str]
@@ -74,8 +81,10 @@ class RunReport:
             "sites": {name: list(widths) for name, widths in self.sites.items()},
             "seconds": dict(self.seconds),
             "images": dict(self.images),
+            "convergence": None if self.convergence is None else dict(self.convergence),
             "latency_batch": self.latency_batch,
             "device": self.device,
+            "processes": self.processes,
             "versions": dict(self.versions),
             "config": dict(self.config),
             "files": dict(self.files),

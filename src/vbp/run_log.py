@@ -32,14 +32,18 @@ class RunLog:
         self._file: logging.FileHandler | None = None
         self._logger = logging.getLogger("vbp")
 
-    def open(self, path: Path) -> None:
-        """Write what was collected to a new file, and all that follows.
+    def open(self, path: Path, *, append: bool = False) -> None:
+        """Write what was collected to a file, and all that follows.
+
+        Args:
+            path: The log file.
+            append: Go on after what is there, instead of replacing it.
 
         Raises:
             OutputError: The file cannot be written, now or at a later line.
         """
         try:
-            self._file = _LogFile(path, mode="w", encoding="utf-8")
+            self._file = _LogFile(path, mode="a" if append else "w", encoding="utf-8")
         except OSError as error:
             raise OutputError(f"{path} could not be written ({error}); choose another folder") from error
         self._file.setFormatter(_LINE)

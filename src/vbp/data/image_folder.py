@@ -17,7 +17,7 @@ from vbp.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-_IMAGENET_CLASSES = 1000
+IMAGENET_CLASSES = 1000
 _SHOWN = 5  # names given in a message before "..."
 
 
@@ -69,7 +69,7 @@ def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str,
     Raises:
         InputError: the folders are not the model's classes.
     """
-    if num_classes == _IMAGENET_CLASSES:
+    if num_classes == IMAGENET_CLASSES:
         canonical = imagenet_labels()
         strays = [name for name in names if name not in canonical]
         if not strays:
@@ -104,7 +104,7 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
     train, val = (set(class_names(folder)) for folder in folders)
     if train == val:
         return
-    if num_classes == _IMAGENET_CLASSES and (train | val) <= imagenet_labels().keys():
+    if num_classes == IMAGENET_CLASSES and (train | val) <= imagenet_labels().keys():
         return
     raise InputError(
         f"train and val of {data_path} must hold the same class folders, "
@@ -117,7 +117,7 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
 def imagenet_labels() -> dict[str, int]:
     """Synset to label for the 1,000 classes of ImageNet-1k, in the order that every pretrained head uses."""
     info = ImageNetInfo("imagenet-1k")
-    return {info.index_to_label_name(label): label for label in range(_IMAGENET_CLASSES)}
+    return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
 def _walk(
@@ -147,7 +147,7 @@ def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes:
         )
     if not empty:
         return
-    if num_classes == _IMAGENET_CLASSES and found.keys() <= imagenet_labels().keys():
+    if num_classes == IMAGENET_CLASSES and found.keys() <= imagenet_labels().keys():
         logger.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
         return
     raise InputError(

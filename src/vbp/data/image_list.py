@@ -1,30 +1,26 @@
-"""Which images a split holds and which class each belongs to."""
+"""The images of a folder: which a split holds and which class each belongs to."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
-
-import torch
+from typing import BinaryIO
 
 from vbp.data.image_folder import check_same_classes, scan_split
 from vbp.data.image_index import Listing, Source, read_index, write_index
+from vbp.data.images import SPLITS
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-Split = Literal["train", "val"]
-
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images and their labels, in a fixed order.
+    """Images of a folder and their labels, in a fixed order.
 
     Attributes:
         root: the data folder.
@@ -50,8 +46,16 @@ class ImageList:
         """Where the image lies on disk."""
         return self.root / self.paths[index]
 
+    def name(self, index: int) -> str:
+        """The path of the image."""
+        return str(self.file(index))
+
+    def read(self, index: int) -> BinaryIO:
+        """The open file."""
+        return self.file(index).open("rb")
+
     def select(self, indices: Sequence[int]) -> ImageList:
-        """The images at these places, in this order; `range(rank, len(images), world_size)` gives a shard."""
+        """The images at these places, in this order."""
         return ImageList(self.root, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
 
     def fingerprint(self) -> str:
@@ -63,7 +67,7 @@ class ImageList:
         return digest.hexdigest()
 
 
-def list_images(data_path: Path, split: Split, num_classes: int) -> ImageList:
+def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
     """List the images of `data_path/<split>/<class>/`, or of `data_path/<split>_samples.pkl` if there is one.
 
     A model with 1,000 classes and folders named by ImageNet synsets: a label is the synset's place among
@@ -75,53 +79,20 @@ def list_images(data_path: Path, split: Split, num_classes: int) -> ImageList:
     Raises:
         InputError: a folder is missing or empty, the classes do not fit the model, or a samples file is bad.
     """
-    if split not in get_args(Split):
-        raise InputError(f"split must be train or val, got {split!r}")
-    if num_classes < 1:
-        raise InputError(f"num_classes must be 1 or more, got {num_classes}")
-    try:
-        listing = _listing(data_path, split, num_classes)
-    except OSError as error:
-        raise InputError(
-            f"the images of {data_path} must be readable, got {error.strerror} for {error.filename}"
-        ) from error
-    images = ImageList(data_path, listing.paths, listing.labels)
-    logger.info(
-        "%s: %d images of %d of the model's %d classes",
-        split,
-        len(images),
-        len(set(images.labels)),
-        num_classes,
-    )
-    return images
+    listing = _listing(data_path, split, num_classes)
+    return ImageList(data_path, listing.paths, listing.labels)
 
 
-def balanced_subset(images: ImageList, count: int, seed: int) -> ImageList:
-    """Draw `count` images so that the classes' shares differ by at most one image.
-
-    A class that has too few gives all it has, and the others fill its place evenly. The drawn images keep
-    their order. 0, or a count not below the number of images, gives all of them.
+def check_folder_splits(data_path: Path) -> None:
+    """Find out without reading a folder whether both splits are there; a list of samples needs none beside it.
 
     Raises:
-        InputError: `count` is negative.
+        InputError: one is missing.
     """
-    if count < 0:
-        raise InputError(f"the number of images must be 0 (all of them) or more, got {count}")
-    if count == 0 or count >= len(images):
-        return images
-    generator = torch.Generator().manual_seed(seed)
-    classes = sorted(set(images.labels))
-    # The order of the classes decides which of them give the one image more.
-    turn = dict(zip(classes, torch.randperm(len(classes), generator=generator).tolist(), strict=True))
-    drawn: Counter[int] = Counter()
-    queue: list[tuple[int, int, int]] = []
-    for index in torch.randperm(len(images), generator=generator).tolist():
-        label = images.labels[index]
-        queue.append((drawn[label], turn[label], index))
-        drawn[label] += 1
-    # Sorted by round, then by turn: each round takes one image from every class that still has one.
-    queue.sort()
-    return images.select(sorted(index for _, _, index in queue[:count]))
+    for split in SPLITS:
+        if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
+            missing = data_path / split if data_path.is_dir() else data_path
+            raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")
 
 
 def _listing(data_path: Path, split: str, num_classes: int) -> Listing:

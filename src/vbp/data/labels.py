@@ -1,0 +1,72 @@
+"""Labels that come as numbers: are they those of the model's head?"""
+
+from __future__ import annotations
+
+import functools
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from timm.data.imagenet_info import ImageNetInfo
+
+from vbp.data.image_folder import IMAGENET_CLASSES, imagenet_labels
+from vbp.errors import InputError
+
+
+def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], str]) -> None:
+    """Refuse a label that the head does not have.
+
+    Args:
+        labels: one for each image.
+        num_classes: outputs of the head.
+        name: how a message calls the image at a place.
+
+    Raises:
+        InputError: a label is outside.
+    """
+    numbers = np.asarray(labels, dtype=np.int64)
+    outside = np.flatnonzero((numbers < 0) | (numbers >= num_classes))
+    if len(outside):
+        first = int(outside[0])
+        raise InputError(
+            f"each label must be a whole number from 0 to {num_classes - 1}, as the model has {num_classes} classes, "
+            f"got {numbers[first]} for {name(first)} ({len(outside)} of {len(numbers)} labels are outside); "
+            "choose another model, split or label"
+        )
+
+
+def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> list[int]:
+    """Give the head's label of each class of a dataset, by name where the names say it.
+
+    Raises:
+        InputError: the classes are not the head's, or stand in another order.
+    """
+    if num_classes == IMAGENET_CLASSES and set(class_names) <= imagenet_labels().keys():
+        return [imagenet_labels()[name] for name in class_names]
+    if len(class_names) != num_classes:
+        raise InputError(
+            f"the classes of {source} must be the model's {num_classes}, got {len(class_names)} "
+            f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}); "
+            f"choose a model with {len(class_names)} classes"
+        )
+    if num_classes == IMAGENET_CLASSES:
+        for label, name in enumerate(class_names):
+            # A name that the head knows must stand in its place; of names that it does not know nothing is known.
+            places = _described().get(name.lower(), {label})
+            if label not in places:
+                raise InputError(
+                    f"the classes of {source} must stand in the order of the 1000 ImageNet classes, got {name!r} "
+                    f"as class {label}, which is class {min(places)} of the model; number the labels anew"
+                )
+    return list(range(num_classes))
+
+
+@functools.cache
+def _described() -> dict[str, set[int]]:
+    info = ImageNetInfo("imagenet-1k")
+    places: defaultdict[str, set[int]] = defaultdict(set)
+    for label in range(IMAGENET_CLASSES):
+        # Two classes are called "crane".
+        places[info.index_to_description(label).lower()].add(label)
+        places[info.index_to_label_name(label)].add(label)
+    return dict(places)

@@ -1,0 +1,196 @@
+"""Batches of images: the same ones whatever the number of workers and processes, and whatever else is drawn."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator, Mapping
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from vbp.data.batches import PlannedBatches
+from vbp.data.images import Images
+from vbp.data.samples import Batch, DecodedImages, Failure, Sample, collate
+from vbp.errors import InputError
+from vbp.interruption import leave_signals_to_parent
+from vbp.preprocessing import Transform
+
+logger = logging.getLogger(__name__)
+
+
+def make_loader(
+    images: Images,
+    transform: Transform,
+    *,
+    batch_size: int,
+    num_workers: int,
+    shuffle: bool = False,
+    seed: int = 0,
+    pin_memory: bool = False,
+    max_unreadable: float = 0.01,
+    prefetch: int = 2,
+    rank: int = 0,
+    world: int = 1,
+) -> ImageLoader:
+    """Load the images in batches, all of them or one process's share.
+
+    Without `shuffle`, process `rank` gets batches `rank`, `rank + world`, ... of those that one process would
+    get; it may get none. With `shuffle`, each batch of `batch_size * world` images is dealt out to the
+    processes image by image: all get the same number of batches, and together the images that one process
+    would get with that batch size. A last one with fewer than `world` images is left out.
+
+    Args:
+        images: what to load: the whole list, in every process.
+        transform: turns one RGB image into a tensor; random ones must draw from torch's default generator.
+        batch_size: images in a batch of one process; fewer in the last one.
+        num_workers: processes that decode; 0 decodes in this one.
+        shuffle: a new order in each epoch, fixed by `seed` and the epoch. An image that cannot be read is
+            replaced by the next one in the list that can; without `shuffle` its batch is smaller by one.
+        seed: the random transform of an image depends on it, the epoch and the image's place in the list alone.
+        pin_memory: page-locked batches, faster to copy to a GPU; without a GPU it is not done.
+        max_unreadable: share of the whole list that may be unreadable; at least one image may be, unless it is 0.
+        prefetch: batches that each worker reads ahead.
+        rank: which of the processes this is, from 0.
+        world: how many processes share the images.
+
+    Raises:
+        InputError: a value is outside its range, or there is nothing to load.
+    """
+    _check_options(len(images), batch_size, num_workers, max_unreadable, prefetch, rank, world)
+    batches = PlannedBatches(len(images), batch_size, shuffle=shuffle, seed=seed, rank=rank, world=world)
+    if batches.steps == 0:
+        raise InputError(
+            f"there must be one image for each process at least, got {len(images)} images for {world}; "
+            "give more images or start fewer processes"
+        )
+    # One bad file must not stop a small run, but a list of a single image has none to spare.
+    spare = 1 if len(images) > 1 and max_unreadable > 0 else 0
+    allowed = max(spare, math.floor(max_unreadable * len(images)))
+    # One attempt more than may fail: after that many the run is over anyway.
+    attempts = min(allowed + 1, len(images)) if shuffle else 1
+    loader: DataLoader[Sample] = DataLoader(
+        DecodedImages(images, transform, seed, attempts),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=collate,
+        pin_memory=pin_memory and torch.cuda.is_available(),
+        persistent_workers=num_workers > 0,
+        worker_init_fn=leave_signals_to_parent,
+        prefetch_factor=prefetch if num_workers > 0 else None,
+        # Without its own generator each epoch would take a number from the program's random stream.
+        generator=torch.Generator().manual_seed(0),
+    )
+    return ImageLoader(images, loader, batches, allowed)
+
+
+class ImageLoader:
+    """Iterates over `(images, labels)` batches; made by `make_loader`.
+
+    Attributes:
+        images: what is loaded, by all processes together.
+        batch_size: images in a full batch of this process.
+        unreadable: name to reason, for each image that this process could not read so far.
+    """
+
+    def __init__(self, images: Images, loader: DataLoader[Sample], batches: PlannedBatches, allowed: int) -> None:
+        self.images = images
+        self.batch_size = batches.batch_size
+        self.unreadable: dict[str, str] = {}
+        self._loader = loader
+        self._batches = batches
+        self._allowed = allowed
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and the random transforms of the iterations to come; they start at epoch 0.
+
+        Args:
+            epoch: its number.
+            start: batches of the epoch that were done before: left out, without being read.
+
+        Raises:
+            InputError: the epoch has fewer batches than `start`.
+        """
+        if not 0 <= start <= len(self):
+            raise InputError(f"start must be a number of batches from 0 to {len(self)}, got {start}")
+        self._batches.epoch = epoch
+        self._batches.start = start
+
+    def global_size(self, batch: int) -> int:
+        """Images of batch number `batch` of an epoch, counted from 0, over all processes.
+
+        Exact with `shuffle`; without it, images that cannot be read are counted too.
+
+        Raises:
+            InputError: no process has such a batch.
+        """
+        return self._batches.global_size(batch)
+
+    def __len__(self) -> int:
+        """Batches of this process in a whole epoch; fewer come if all images of one cannot be read."""
+        return len(self._batches)
+
+    def __iter__(
+        self,
+    ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
+        """One epoch, from the batch on that `set_epoch` was told.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
+        # A share of the images may be unreadable as a whole, if it is small; the list may not.
+        whole = self._batches.world == 1 and self._batches.start == 0
+        empty = True
+        batch: Batch
+        for batch in self._loader:
+            for failure in batch.failures:
+                self._note(failure)
+            if batch.images is not None:
+                empty = False
+                yield batch.images, batch.labels
+        if empty and (whole or len(self.unreadable) == len(self.images)):
+            raise InputError(f"no image of {self.images.root} could be read: {self._first_few()}")
+
+    def take_over(self, unreadable: Mapping[str, str]) -> None:
+        """Count what another process could not read, as if it had been this one.
+
+        Raises:
+            InputError: too many images cannot be read.
+        """
+        for name, reason in unreadable.items():
+            self._note(Failure(name, reason))
+
+    def _note(self, failure: Failure) -> None:
+        if failure.name in self.unreadable:
+            return
+        self.unreadable[failure.name] = failure.reason
+        done = "the next readable one takes its place" if self._batches.shuffle else "it is left out"
+        logger.warning("cannot read the image %s (%s); %s", *failure, done)
+        count, total = len(self.unreadable), len(self.images)
+        if count > self._allowed:
+            raise InputError(
+                f"at most {self._allowed} of {total} images may be unreadable, got {count} so far "
+                f"({count / total:.1%}): {self._first_few()}; repair or remove them, or raise max_unreadable"
+            )
+
+    def _first_few(self) -> str:
+        return ", ".join(list(self.unreadable)[:3]) + (", ..." if len(self.unreadable) > 3 else "")
+
+
+def _check_options(
+    count: int, batch_size: int, num_workers: int, max_unreadable: float, prefetch: int, rank: int, world: int
+) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size must be 1 or more, got {batch_size}")
+    if num_workers < 0:
+        raise InputError(f"num_workers must be 0 (decode in the main process) or more, got {num_workers}")
+    if not 0 <= max_unreadable <= 1:
+        raise InputError(f"max_unreadable must be a share in [0, 1], got {max_unreadable}")
+    if prefetch < 1:
+        raise InputError(f"prefetch must be 1 batch or more, got {prefetch}")
+    if not 0 <= rank < world:
+        raise InputError(f"rank must be a number from 0 to world - 1, got rank {rank} of world {world}")
+    if count == 0:
+        raise InputError("there must be images to load, got 0 images; check the data and the limits set on it")

@@ -1,0 +1,170 @@
+"""Images in WebDataset tar shards: found once, then each read alone, so that any process can take any of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from vbp.data.images import SPLITS
+from vbp.data.kept_rows import read_rows, write_rows
+from vbp.data.labels import check_labels
+from vbp.data.shard_names import find_shards
+from vbp.data.shard_scan import SampleFormat, scan_shard
+from vbp.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+_MAGIC = "#vbp-shard-index 1 "
+
+
+@dataclass(frozen=True, eq=False)
+class ShardImages:
+    """Samples of tar shards, in the order of the shards.
+
+    Attributes:
+        root: the folder of the shards.
+        shards: their names in it.
+        keys: the key of each sample.
+        labels: one for each sample.
+        places: for each sample the number of its shard, and the image's offset and size in it, in bytes.
+    """
+
+    root: Path
+    shards: tuple[str, ...]
+    keys: tuple[str, ...]
+    labels: tuple[int, ...]
+    places: np.ndarray[Any, np.dtype[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def name(self, index: int) -> str:
+        """The sample's key and its shard."""
+        return f"{self.keys[index]} in {self._shard(index)}"
+
+    def read(self, index: int) -> BinaryIO:
+        """The image's bytes.
+
+        Raises:
+            OSError: the shard has gone or has become shorter.
+        """
+        _, offset, size = self.places[index].tolist()
+        # Opened for each image, as a folder's files are: nothing is shared with other processes, nothing stays open.
+        with self._shard(index).open("rb") as stream:
+            stream.seek(offset)
+            content = stream.read(size)
+        if len(content) < size:
+            raise OSError("the shard ends before the image does")
+        return io.BytesIO(content)
+
+    def select(self, indices: Sequence[int]) -> ShardImages:
+        """The samples at these places, in this order."""
+        return dataclasses.replace(
+            self,
+            keys=tuple(self.keys[i] for i in indices),
+            labels=tuple(self.labels[i] for i in indices),
+            places=self.places[np.asarray(indices, dtype=np.int64)],
+        )
+
+    def fingerprint(self) -> str:
+        """SHA-256 over label, shard, key and size of each image, in order."""
+        digest = hashlib.sha256()
+        for key, label, (shard, _, size) in zip(self.keys, self.labels, self.places.tolist(), strict=True):
+            text = f"{label}\0{self.shards[shard]}\0{key}\0{size}\0"
+            digest.update(text.encode(errors="surrogateescape"))
+        return digest.hexdigest()
+
+    def _shard(self, index: int) -> Path:
+        return self.root / self.shards[int(self.places[index, 0])]
+
+
+def list_samples(place: str, options: Mapping[str, str], split: str, num_classes: int) -> ShardImages:
+    """List the samples of a split's shards.
+
+    The list is kept beside the shards in `<split>_shards.tsv`, and made anew when one of them changes.
+
+    Args:
+        place: a folder of shards, or a pattern with `{split}`.
+        options: names of the splits, of the image's extension and of the label's.
+        split: which of the two.
+        num_classes: outputs of the model.
+
+    Raises:
+        InputError: a shard is missing or damaged, a sample is incomplete, or a label is not the model's.
+    """
+    root, shards = find_shards(place, options, split)
+    form = SampleFormat.of(options.get("image"), options.get("label"))
+    # Taken before the shards are read: a change in between makes the kept list stale, never wrong.
+    made_from = {"shards": [_state(root, name) for name in shards], "format": form.text()}
+    file = root / f"{split}_shards.tsv"
+    images = read_rows(file, _MAGIC, lambda values, rows: _parse(root, shards, made_from, values, rows))
+    if images is None:
+        logger.info("listing the samples of %d shards in %s", len(shards), root)
+        images = _scan(root, shards, form)
+        rows = zip(images.labels, *images.places.T.tolist(), images.keys, strict=True)
+        write_rows(file, _MAGIC, made_from, rows)
+    if len(images) == 0:
+        raise InputError(f"the shards of {split} in {root} must hold samples, got none")
+    check_labels(images.labels, num_classes, images.name)
+    return images
+
+
+def check_shards(place: str, options: Mapping[str, str]) -> None:
+    """Find out without reading a shard whether those of both splits are there.
+
+    Raises:
+        InputError: one is missing.
+    """
+    for split in SPLITS:
+        find_shards(place, options, split)
+
+
+def _state(root: Path, name: str) -> list[str | int]:
+    status = (root / name).stat()
+    return [name, status.st_size, status.st_mtime_ns]
+
+
+def _scan(root: Path, shards: Sequence[str], form: SampleFormat) -> ShardImages:
+    keys: list[str] = []
+    labels: list[int] = []
+    places: list[tuple[int, int, int]] = []
+    for number, shard in enumerate(shards):
+        for sample in scan_shard(root / shard, form):
+            keys.append(sample.key)
+            labels.append(sample.label)
+            places.append((number, sample.offset, sample.size))
+    return _images(root, shards, keys, labels, places)
+
+
+def _parse(
+    root: Path,
+    shards: Sequence[str],
+    made_from: Mapping[str, Any],
+    values: Mapping[str, Any],
+    rows: Iterator[list[str]],
+) -> ShardImages | None:
+    if any(values[name] != value for name, value in made_from.items()):
+        return None
+    keys: list[str] = []
+    labels: list[int] = []
+    places: list[tuple[int, int, int]] = []
+    for label, shard, offset, size, key in rows:
+        keys.append(key)
+        labels.append(int(label))
+        places.append((int(shard), int(offset), int(size)))
+    return _images(root, shards, keys, labels, places)
+
+
+def _images(
+    root: Path, shards: Sequence[str], keys: list[str], labels: list[int], places: list[tuple[int, int, int]]
+) -> ShardImages:
+    table = np.array(places, dtype=np.int64).reshape(-1, 3)
+    return ShardImages(root, tuple(shards), tuple(keys), tuple(labels), table)

@@ -1,0 +1,68 @@
+"""What a run measures on a model: accuracy, size, time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from vbp.cost import count_macs, count_parameters, format_count, measure_latency_ms
+from vbp.evaluation import evaluate
+from vbp.job import Job
+from vbp.memory import out_of_memory
+from vbp.report import Measured
+
+_CPU_LATENCY_MACS = 20_000_000_000
+
+
+def bar(job: Job, loader: Iterable[Any], label: str) -> Any:
+    """Draw progress on the main process, where the output is a terminal."""
+    hidden = None if job.processes.main else True
+    return tqdm(loader, desc=label, unit="batch", leave=False, disable=hidden, dynamic_ncols=True)
+
+
+def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
+    """Give accuracy on all validation images, and size; the same on every process."""
+    with job.timed("evaluation"), out_of_memory("evaluation"):
+        accuracy = evaluate(
+            model, bar(job, job.val, label), job.device, precision=job.precision, processes=job.processes
+        )
+    unreadable = job.processes.gather(dict(job.val.unreadable))
+    if job.processes.main:  # whose log is kept
+        for found in unreadable:
+            job.val.take_over(found)
+    return Measured(
+        accuracy.top1,
+        accuracy.top5,
+        count_macs(model, job.example),
+        count_parameters(model),
+        images=accuracy.images,
+    )
+
+
+def figures(model: Measured) -> str:
+    """Say in one line what was measured."""
+    return (
+        f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {format_count(model.macs)} MACs, "
+        f"{format_count(model.params)} parameters"
+    )
+
+
+def latencies(job: Job, models: dict[str, nn.Module]) -> tuple[dict[str, float], int]:
+    """Time the models side by side on the main process, and give milliseconds a batch and the batch's images."""
+    batch = _latency_batch(job)
+    found = {}
+    if job.processes.main:
+        with job.precision.autocast():
+            found = measure_latency_ms(models, batch)
+    return job.processes.gather(found)[0], len(batch)
+
+
+def _latency_batch(job: Job) -> Tensor:
+    """Give the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
+    size = job.config.val_batch_size
+    if job.device.type == "cpu":
+        size = min(size, 32, max(1, _CPU_LATENCY_MACS // count_macs(job.model, job.example)))
+    return job.example.repeat(size, 1, 1, 1)

@@ -54,11 +54,11 @@ def brute_force(covariance: Tensor, weight: Tensor, ridge: float, heads: int = 1
     return Elimination(torch.tensor(gone), torch.tensor(costs, dtype=torch.float64))
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=20)
 @given(
-    st.sampled_from([(1, 1), (7, 1), (12, 1), (12, 2), (12, 4)]),
+    st.sampled_from([(1, 1), (6, 1), (9, 1), (8, 2), (9, 3)]),
     st.integers(1, 5),
-    st.integers(1, 14),
+    st.integers(1, 11),
     st.sampled_from([1e-4, 1e-2, 1.0]),
     st.sampled_from([1, 3, 64]),
     st.integers(0, 2**31),

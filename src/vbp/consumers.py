@@ -1,4 +1,4 @@
-"""Change consumers so that they do without the channels that will go: mean shift, or refit."""
+"""Change layers so that they do without the channels that will go: mean shift, or refit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from vbp.compensation import mean_shift
 from vbp.covariance import ChannelCovariance
 from vbp.errors import InputError
+from vbp.logits import LogitRefit, logit_refit
 from vbp.plan import SitePlan
 from vbp.refit import Reconstruction, folded, prediction, reconstruction
+from vbp.sites import Site
+from vbp.statistics import KEY, QUERY
 
 
 def compensate_(
@@ -22,13 +25,14 @@ def compensate_(
     covariances: Mapping[str, ChannelCovariance] | None,
     ridge: float,
 ) -> tuple[Reconstruction, ...]:
-    """Compensate the consumers at full width, in place; nothing is cut.
+    """Compensate the consumers, and queries for lost query/key channels, at full width; nothing is cut.
 
     Args:
         model: Has the entries' sites at full width.
         entries: Sites that lose channels.
         means: Site name -> mean of each channel.
-        covariances: Site name -> second moments; None shifts by the means alone.
+        covariances: Site name -> second moments; None shifts by the means alone, which query/key channels have no
+            part in.
         ridge: See `vbp.refit.penalty`.
 
     Returns:
@@ -37,16 +41,26 @@ def compensate_(
     Raises:
         InputError: A refit cannot be solved; the model is then untouched.
     """
-    entries = [entry for entry in entries if entry.site.consumer]
     # All are solved before the first is applied.
-    refits = [] if covariances is None else [_solve(model, entry, covariances, ridge) for entry in entries]
+    refits: list[_Refit | _QueryRefit] = []
+    if covariances is not None:
+        for entry in entries:
+            if entry.site.consumer:
+                refits.append(_solve(model, entry, covariances, ridge))
+            elif refits_logits(entry.site):
+                refits.append(_solve_queries(model, entry, covariances, ridge))
     for entry in entries:
+        if not entry.site.consumer:
+            continue
         consumer = model.get_submodule(entry.site.consumer)
         assert isinstance(consumer.weight, Tensor)
         mean = means[entry.site.name]
         _add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
     for refit in refits:
-        _apply_(model, refit, means[refit.entry.site.name])
+        if isinstance(refit, _QueryRefit):
+            _apply_to_queries_(model, refit)
+        else:
+            _apply_(model, refit, means[refit.entry.site.name])
     return tuple(refit.error for refit in refits)
 
 
@@ -85,6 +99,57 @@ def _apply_(model: nn.Module, refit: _Refit, mean: Tensor) -> None:
     with torch.no_grad():
         weight[:, keep] = columns
     _add_to_bias_(consumer, -mean_shift(added, mean[keep], torch.arange(len(keep))))
+
+
+def refits_logits(site: Site) -> bool:
+    """Say whether queries can make up for channels of this site: nothing may stand between layer and logit."""
+    return site.kind == "query_key" and site.exact and not site.inner and not site.parameters
+
+
+@dataclass(frozen=True)
+class _QueryRefit:
+    entry: SitePlan
+    fit: LogitRefit
+
+    @property
+    def error(self) -> Reconstruction:
+        return self.fit.error
+
+
+def _solve_queries(
+    model: nn.Module,
+    entry: SitePlan,
+    covariances: Mapping[str, ChannelCovariance],
+    ridge: float,
+) -> _QueryRefit:
+    site, layer = entry.site, model.get_submodule(entry.site.producers[0])
+    assert isinstance(layer.weight, Tensor)
+    device = layer.weight.device
+    try:
+        seen = covariances[site.name + QUERY].to(device)
+        query, mean = seen.covariance, seen.mean
+        key = covariances[site.name + KEY].to(device).covariance
+        if layer.bias is None:
+            query, mean = query + torch.outer(mean, mean), torch.zeros_like(mean)
+        keep, removed = (torch.tensor(channels, device=device) for channels in (entry.keep, entry.removed))
+        fit = logit_refit(site.name, query, mean, key, keep, removed, heads=site.heads, ridge=ridge)
+    except InputError as error:
+        raise InputError(f"site {site.name}: {error}") from error
+    return _QueryRefit(entry, fit)
+
+
+def _apply_to_queries_(model: nn.Module, refit: _QueryRefit) -> None:
+    name, first = refit.entry.site.rows[0]
+    layer = model.get_submodule(name)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    rows = torch.tensor([first + channel for channel in refit.entry.keep], device=weight.device)
+    with torch.no_grad():
+        old = weight[rows].double()
+        weight[rows] = (old + (refit.fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
+        if isinstance(bias, Tensor):
+            held = bias[rows].double()
+            bias[rows] = (held + refit.fit.turn @ held + refit.fit.shift).to(bias.dtype)
 
 
 def _add_to_bias_(layer: nn.Module, shift: Tensor) -> None:

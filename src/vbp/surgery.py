@@ -11,13 +11,14 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.attributes import update_attributes_
-from vbp.consumers import compensate_
+from vbp.consumers import compensate_, refits_logits
 from vbp.covariance import ChannelCovariance
 from vbp.errors import InputError
 from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan, SitePlan
 from vbp.refit import RIDGE, Reconstruction, check_ridge
 from vbp.sites import Site, input_channels, output_channels
+from vbp.statistics import observed_names
 
 
 def prune_(
@@ -36,7 +37,8 @@ def prune_(
         means: Site name -> mean of each channel: what a removed channel contributed on average moves into the
             consumer's bias. Without them nothing is compensated.
         covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
-            refitted so that they also give what the removed ones would have given. They need means, too.
+            refitted so that they also give what the removed ones would have given, and the queries of an attention
+            that loses query/key channels. They need means, too.
         ridge: How much the refit is held back, as a share of each kept channel's variance.
 
     Returns:
@@ -144,13 +146,14 @@ def _check_fits(
                 raise InputError(
                     f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
                 )
-        if covariances is not None and site.consumer:
-            width = len(covariances[site.name].mean) if site.name in covariances else "none"
-            if width != site.hidden:
-                raise InputError(
-                    f"the covariance of site {site.name} must be of {site.hidden} channels, got {width}; collect its "
-                    "statistics with covariance=True"
-                )
+        if covariances is not None and (site.consumer or refits_logits(site)):
+            for name in observed_names(site):
+                width = len(covariances[name].mean) if name in covariances else "none"
+                if width != site.hidden:
+                    raise InputError(
+                        f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
+                        "statistics with covariance=True"
+                    )
 
 
 def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:

@@ -12,8 +12,10 @@ from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_prune
 from vbp.compensation import mean_shift
 from vbp.config import RunConfig
 from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.covariance import ChannelCovariance, covariance_bytes
 from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
 from vbp.distillation import DistillationLoss
+from vbp.elimination import Elimination, eliminate
 from vbp.errors import InputError, OutputError
 from vbp.evaluation import Accuracy, evaluate
 from vbp.finetune import EpochResult, Trainer
@@ -22,9 +24,11 @@ from vbp.moments import ChannelMoments, channel_moments
 from vbp.plan import PruningPlan, SitePlan
 from vbp.planning import make_plan
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
-from vbp.ranking import variance_scores
+from vbp.ranking import eliminations, output_variance_scores, variance_scores
 from vbp.recipe import run
+from vbp.refit import Reconstruction
 from vbp.report import Measured, RunReport
+from vbp.sampling import TokenSample
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
@@ -37,9 +41,11 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "ChannelCovariance",
     "ChannelMoments",
     "Classifier",
     "DistillationLoss",
+    "Elimination",
     "EpochResult",
     "ImageList",
     "ImageLoader",
@@ -51,11 +57,13 @@ __all__ = [
     "Preprocessing",
     "PrunedArtifact",
     "PruningPlan",
+    "Reconstruction",
     "RunConfig",
     "RunReport",
     "Site",
     "SitePlan",
     "Statistics",
+    "TokenSample",
     "Trainer",
     "balanced_subset",
     "build_model",
@@ -63,6 +71,9 @@ __all__ = [
     "collect_statistics",
     "count_macs",
     "count_parameters",
+    "covariance_bytes",
+    "eliminate",
+    "eliminations",
     "evaluate",
     "evaluation_transform",
     "find_sites",
@@ -74,6 +85,7 @@ __all__ = [
     "make_plan",
     "mean_shift",
     "measure_latency_ms",
+    "output_variance_scores",
     "plan_cost",
     "prune_",
     "read_artifact",

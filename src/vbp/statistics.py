@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,20 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
+from vbp.covariance import ChannelCovariance, CovarianceSum
 from vbp.errors import InputError
 from vbp.files import write_bytes
 from vbp.fingerprints import model_fingerprint
 from vbp.modes import evaluation_mode
-from vbp.moments import ChannelMoments, channel_moments
+from vbp.moments import ChannelMoments
+from vbp.observers import Observer
+from vbp.sampling import TokenSample, TokenSampler
 from vbp.sites import Site
-from vbp.tracing import channel_dim
 
-_FORMAT = "vbp-statistics/1"
+_FORMAT = "vbp-statistics/2"
+# Files of version 1 hold no covariances and are otherwise the same.
+_READABLE = ("vbp-statistics/1", _FORMAT)
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
 
@@ -38,12 +41,17 @@ class Statistics:
         images: Calibration images seen.
         model: Fingerprint of the model that was observed.
         data: Fingerprint of the images and their preprocessing; empty if the caller gave none.
+        covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
+            the tokens; empty if they were not collected.
+        token_fraction: That share.
     """
 
     moments: Mapping[str, ChannelMoments]
     images: int
     model: str
     data: str = ""
+    covariances: Mapping[str, ChannelCovariance] = field(default_factory=dict)
+    token_fraction: float = 1.0
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -59,16 +67,23 @@ class Statistics:
         """Give the statistics of two passes of one model over disjoint images.
 
         Raises:
-            InputError: They belong to different models or sites.
+            InputError: They belong to different models or sites, or only one has covariances.
         """
         if self.model != other.model or list(self.moments) != list(other.moments):
             raise InputError(
                 "statistics to merge must come from one model and the same sites, got models "
                 f"{self.model[:12]} and {other.model[:12]}; collect them again"
             )
+        if list(self.covariances) != list(other.covariances) or self.token_fraction != other.token_fraction:
+            raise InputError(
+                "statistics to merge must all have covariances of the same share of the tokens, or none, got "
+                f"{len(self.covariances)} of {self.token_fraction} and {len(other.covariances)} of "
+                f"{other.token_fraction}; collect them again"
+            )
         merged = {name: moments.merge(other.moments[name]) for name, moments in self.moments.items()}
+        covariances = {name: found.merge(other.covariances[name]) for name, found in self.covariances.items()}
         data = self.data if self.data == other.data else ""
-        return Statistics(merged, self.images + other.images, self.model, data)
+        return Statistics(merged, self.images + other.images, self.model, data, covariances, self.token_fraction)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
         """Refuse statistics of another model or other data.
@@ -89,8 +104,13 @@ class Statistics:
                     "for (calibration images, seed and preprocessing count as data)"
                 )
 
-    def check_holds(self, sites: Sequence[Site], path: Path) -> None:
+    def check_holds(self, sites: Sequence[Site], path: Path, *, covariance: bool = False) -> None:
         """Refuse statistics that lack a site, such as those of a run without attention.
+
+        Args:
+            sites: What will be pruned.
+            path: Where they were read, for the message.
+            covariance: Refuse them also if they lack a site's covariance, as those of a run without refit do.
 
         Raises:
             InputError: A site is missing, or has another number of channels.
@@ -103,6 +123,11 @@ class Statistics:
                         f"{path} must hold {site.hidden} channels of {name}, got {found}; leave --stats_path out to "
                         "collect the statistics of these sites"
                     )
+                if covariance and name not in self.covariances:
+                    raise InputError(
+                        f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
+                        "leave --stats_path out to collect it, or compensate with the mean"
+                    )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
@@ -110,11 +135,16 @@ class Statistics:
         for name, moments in self.moments.items():
             tensors[f"{name}/mean"] = moments.mean.cpu().contiguous()
             tensors[f"{name}/m2"] = moments.m2.cpu().contiguous()
+        for name, found in self.covariances.items():
+            tensors[f"{name}/covariance_mean"] = found.mean.cpu().contiguous()
+            tensors[f"{name}/covariance_m2"] = found.packed().cpu()
         header = {
             "images": self.images,
             "model": self.model,
             "data": self.data,
             "counts": {name: moments.count for name, moments in self.moments.items()},
+            "covariance_counts": {name: found.count for name, found in self.covariances.items()},
+            "token_fraction": self.token_fraction,
         }
         write_bytes(path, save(tensors, metadata={"format": _FORMAT, "header": json.dumps(header)}))
 
@@ -130,7 +160,7 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
+                if metadata.get("format") not in _READABLE:
                     raise InputError(
                         f"{path} must be a statistics file of format {_FORMAT}, "
                         f"got format {metadata.get('format')!r}; collect the statistics again"
@@ -140,35 +170,19 @@ class Statistics:
                     name: ChannelMoments(count, file.get_tensor(f"{name}/mean"), file.get_tensor(f"{name}/m2"))
                     for name, count in header["counts"].items()
                 }
+                covariances = {
+                    name: ChannelCovariance.unpacked(
+                        count, file.get_tensor(f"{name}/covariance_mean"), file.get_tensor(f"{name}/covariance_m2")
+                    )
+                    for name, count in header.get("covariance_counts", {}).items()
+                }
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise InputError(
                 f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
             ) from error
-        return Statistics(moments, header["images"], header["model"], header["data"])
-
-
-class _Observer:
-    """Running moments of what one layer reads, or of some of the channels that it makes."""
-
-    def __init__(self) -> None:
-        self.moments: ChannelMoments | None = None
-
-    def see(self, values: Tensor) -> None:
-        seen = self.moments
-        batch = channel_moments(values, None if seen is None else seen.mean)
-        self.moments = batch if seen is None else seen.merge(batch)
-
-    def watch_input(self, layer: nn.Module) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.see(args[0].movedim(channel_dim(module), -1))
-
-        return layer.register_forward_pre_hook(hook)
-
-    def watch_output(self, layer: nn.Module, first: int, channels: int) -> RemovableHandle:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.see(output.movedim(channel_dim(module), -1)[..., first : first + channels])
-
-        return layer.register_forward_hook(hook)
+        return Statistics(
+            moments, header["images"], header["model"], header["data"], covariances, header.get("token_fraction", 1.0)
+        )
 
 
 def observed_names(site: Site) -> tuple[str, ...]:
@@ -177,8 +191,10 @@ def observed_names(site: Site) -> tuple[str, ...]:
 
 
 @contextmanager
-def _observing(model: nn.Module, sites: Sequence[Site]) -> Iterator[dict[str, _Observer]]:
-    observers = {name: _Observer() for site in sites for name in observed_names(site)}
+def _observing(
+    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None
+) -> Iterator[dict[str, Observer]]:
+    observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
     handles = []
     for site in sites:
         if site.kind == "query_key":
@@ -201,6 +217,8 @@ def collect_statistics(
     *,
     device: torch.device | str | None = None,
     data: str = "",
+    covariance: bool = False,
+    tokens: TokenSample | None = None,
 ) -> Statistics:
     """Observe what reaches each site's consumer over all batches, in evaluation mode and without gradients.
 
@@ -210,31 +228,56 @@ def collect_statistics(
         batches: Image tensors "batch channels height width", or tuples that begin with one (labels are not read).
         device: Where the images go; by default where the model is.
         data: Fingerprint of the images, kept so that a saved file is not used for other data.
+        covariance: Also collect the covariance of the channels of each site, for the refit. It takes
+            `covariance_bytes` on the device, and with all tokens about as much time as the model itself.
+        tokens: The tokens that count for the covariance; by default all. Means and variances are of all tokens.
 
     Raises:
         InputError: No image came, or a site saw a value that is not finite.
     """
     target = torch.device(device) if device is not None else next(model.parameters()).device
+    sample = TokenSample() if tokens is None else tokens
+    sampler = TokenSampler(sample) if covariance else None
     images = 0
-    with _observing(model, sites) as observers, torch.no_grad():
+    with _observing(model, sites, sampler) as observers, torch.no_grad():
         for batch in batches:
             pixels = batch if isinstance(batch, Tensor) else batch[0]
+            if sampler is not None:
+                sampler.begin(pixels.shape[0])
             model(pixels.to(target, non_blocking=True))
             images += pixels.shape[0]
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}
-    return Statistics(moments, images, model_fingerprint(model), data)
+    covariances = {}
+    for name, observer in observers.items():
+        if observer.covariance is not None:
+            covariances[name] = _finite_covariance(name, observer.covariance)
+    return Statistics(
+        moments, images, model_fingerprint(model), data, covariances, sample.fraction if covariance else 1.0
+    )
 
 
 def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:
     if moments is None:
         raise InputError(f"site {name} was never run during calibration; it cannot be pruned from statistics")
     found = moments.to("cpu")
-    bad = int((~(found.mean.isfinite() & found.m2.isfinite())).sum())
-    if bad:
+    _check_finite(name, found.mean.isfinite() & found.m2.isfinite())
+    return found
+
+
+def _finite_covariance(name: str, running: CovarianceSum) -> ChannelCovariance:
+    taken = running.take()
+    assert taken is not None
+    found = taken.to("cpu")
+    # Products of large values overflow before the values themselves do.
+    _check_finite(name, found.m2.isfinite().all(0))
+    return found
+
+
+def _check_finite(name: str, channels: Tensor) -> None:
+    if bad := int((~channels).sum()):
         raise InputError(
             f"activations at site {name} must be finite, got NaN or infinity in {bad} channels during "
             "calibration; check the weights and the preprocessing, or run in float32"
         )
-    return found

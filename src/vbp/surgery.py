@@ -11,14 +11,24 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.attributes import update_attributes_
-from vbp.compensation import mean_shift
+from vbp.consumers import compensate_, refits_logits
+from vbp.covariance import ChannelCovariance
 from vbp.errors import InputError
 from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan, SitePlan
+from vbp.refit import RIDGE, Reconstruction, check_ridge
 from vbp.sites import Site, input_channels, output_channels
+from vbp.statistics import observed_names
 
 
-def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | None = None) -> None:
+def prune_(
+    model: nn.Module,
+    plan: PruningPlan,
+    means: Mapping[str, Tensor] | None = None,
+    covariances: Mapping[str, ChannelCovariance] | None = None,
+    *,
+    ridge: float = RIDGE,
+) -> tuple[Reconstruction, ...]:
     """Cut the channels that a plan removes out of a model, in place.
 
     Args:
@@ -26,21 +36,27 @@ def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | No
         plan: From `make_plan`, or read back.
         means: Site name -> mean of each channel: what a removed channel contributed on average moves into the
             consumer's bias. Without them nothing is compensated.
+        covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
+            refitted so that they also give what the removed ones would have given, and the queries of an attention
+            that loses query/key channels. They need means, too.
+        ridge: How much the refit is held back, as a share of each kept channel's variance.
+
+    Returns:
+        With covariances, the error at each site's consumer that mean shift would have left and that the refit leaves,
+        in the dense model; otherwise nothing.
 
     Raises:
-        InputError: The plan does not fit the model, or means are missing; the model is then untouched.
+        InputError: The plan does not fit the model, or means or covariances are missing or unfit; the model is then
+            untouched.
 
-    Source: VBP paper, sections 3.2 and 3.3.
+    Source: VBP paper, sections 3.2 and 3.3; `vbp.refit`.
     """
-    _check_fits(model, plan, means)
+    _check_fits(model, plan, means, covariances)
+    check_ridge(ridge)
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
+    errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
     for entry in entries:
-        if means is not None and entry.site.consumer:
-            consumer = model.get_submodule(entry.site.consumer)
-            assert isinstance(consumer.weight, Tensor)
-            mean = means[entry.site.name]
-            _add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
         if entry.site.implicit_scale:
             _keep_softmax_scale_(model, entry)
     _cut_(model, entries)
@@ -50,6 +66,7 @@ def prune_(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | No
     for name in frozen:
         # Torch-Pruning makes new parameters, which would learn.
         model.get_parameter(name).requires_grad_(False)
+    return errors
 
 
 def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
@@ -91,7 +108,14 @@ def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | N
     return None
 
 
-def _check_fits(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor] | None) -> None:
+def _check_fits(
+    model: nn.Module,
+    plan: PruningPlan,
+    means: Mapping[str, Tensor] | None,
+    covariances: Mapping[str, ChannelCovariance] | None,
+) -> None:
+    if covariances is not None and means is None:
+        raise InputError("covariances need the means as well, got none; give statistics.means")
     claimed: dict[str, int] = defaultdict(int)
     for entry in plan.sites:
         for name in entry.site.producers:
@@ -122,6 +146,14 @@ def _check_fits(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor]
                 raise InputError(
                     f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
                 )
+        if covariances is not None and (site.consumer or refits_logits(site)):
+            for name in observed_names(site):
+                width = len(covariances[name].mean) if name in covariances else "none"
+                if width != site.hidden:
+                    raise InputError(
+                        f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
+                        "statistics with covariance=True"
+                    )
 
 
 def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
@@ -196,17 +228,3 @@ def _keep_softmax_scale_(model: nn.Module, entry: SitePlan) -> None:
         for parameter in (layer.weight, layer.bias):
             if isinstance(parameter, Tensor):
                 parameter[first : first + site.hidden] *= factor
-
-
-def _add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
-    """Add to a layer's bias; a layer without one gains it."""
-    weight = layer.weight
-    assert isinstance(weight, Tensor)
-    bias = layer.bias
-    if bias is None:
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        return
-    assert isinstance(bias, nn.Parameter)
-    with torch.no_grad():
-        # One rounding to the bias's own precision, not two.
-        bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))

@@ -1,0 +1,89 @@
+"""Which tokens of an image count for the covariance: a fixed random share, the same in every process and site."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vbp.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """A random share of the tokens or positions of every image.
+
+    The choice depends on the seed, the image's number and the number of its tokens alone: not on the site, the
+    batch size or the process that reads the image.
+
+    Attributes:
+        fraction: Share of the tokens, in (0, 1]; at least one of each image.
+        seed: Another seed draws other tokens.
+        first: Number of the first image that this process reads.
+        step: Distance between its images: the number of processes, if they share the images by stride.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+    first: int = 0
+    step: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        if not 0 < self.fraction <= 1:
+            raise InputError(
+                f"the share of tokens must be in (0, 1], got {self.fraction}; 0.2 samples 20 % of the tokens"
+            )
+        if self.seed < 0 or self.first < 0 or self.step < 1:
+            raise InputError(
+                "seed and first image must be at least 0 and the step at least 1, "
+                f"got {self.seed}, {self.first}, {self.step}; 0, 0 and 1 suit a single process"
+            )
+
+    def tokens(self, image: int, tokens: int) -> list[int]:
+        """Give the sampled tokens of an image of this process, ascending."""
+        # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and means 7 tokens.
+        count = max(1, math.ceil(tokens * self.fraction - 1e-9))
+        generator = np.random.default_rng((self.seed, self.first + self.step * image))
+        return sorted(generator.choice(tokens, count, replace=False, shuffle=False).tolist())
+
+
+class TokenSampler:
+    """Draws the sampled rows of one batch after the other."""
+
+    def __init__(self, sample: TokenSample) -> None:
+        self._sample = sample
+        self._start = self._images = 0
+        self._drawn: dict[int, Tensor] = {}
+
+    def begin(self, images: int) -> None:
+        """Say that a batch of so many images comes."""
+        self._start += self._images
+        self._images = images
+        self._drawn = {}
+
+    def draw(self, rows: Tensor) -> Tensor:
+        """Give the sampled rows of a layer's values in this batch, the images one after the other.
+
+        Where rows and images do not go together (a model that mixes images), the batch counts as one image.
+        """
+        if self._sample.fraction == 1:
+            return rows
+        count = rows.shape[0]
+        if count not in self._drawn:
+            images = self._images if self._images and count % self._images == 0 else 1
+            size = count // images
+            chosen = [
+                image * size + token
+                for image in range(images)
+                for token in self._sample.tokens(self._start + image, size)
+            ]
+            self._drawn[count] = torch.tensor(chosen).to(rows.device, non_blocking=True)
+        return rows.index_select(0, self._drawn[count])

@@ -17,11 +17,14 @@ from vbp.distillation import DistillationLoss
 from vbp.errors import InputError, OutputError
 from vbp.evaluation import Accuracy, evaluate
 from vbp.finetune import EpochResult, Trainer
+from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
 from vbp.models import Classifier, ModelSource, build_model, load_classifier
 from vbp.moments import ChannelMoments, channel_moments
+from vbp.native import save_native
 from vbp.plan import PruningPlan, SitePlan
 from vbp.planning import make_plan
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
+from vbp.publishing import model_card, push_to_hub
 from vbp.ranking import variance_scores
 from vbp.recipe import run
 from vbp.report import Measured, RunReport
@@ -44,6 +47,7 @@ __all__ = [
     "ImageList",
     "ImageLoader",
     "InputError",
+    "Inspection",
     "Measured",
     "ModelSource",
     "OutputError",
@@ -54,6 +58,7 @@ __all__ = [
     "RunConfig",
     "RunReport",
     "Site",
+    "SiteDescription",
     "SitePlan",
     "Statistics",
     "Trainer",
@@ -63,10 +68,12 @@ __all__ = [
     "collect_statistics",
     "count_macs",
     "count_parameters",
+    "describe_sites",
     "evaluate",
     "evaluation_transform",
     "find_sites",
     "format_plan",
+    "inspect_model",
     "list_images",
     "load_classifier",
     "load_pruned",
@@ -74,10 +81,13 @@ __all__ = [
     "make_plan",
     "mean_shift",
     "measure_latency_ms",
+    "model_card",
     "plan_cost",
     "prune_",
+    "push_to_hub",
     "read_artifact",
     "run",
+    "save_native",
     "save_pruned",
     "training_transform",
     "variance_scores",

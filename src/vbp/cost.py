@@ -34,6 +34,14 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         model: Counted in evaluation mode; left as it was.
         example: An input batch "batch channels height width" on the model's device.
     """
+    return macs_by_module(model, example)[""]
+
+
+def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Count like `count_macs`, for each module by its dotted name; the model itself has the name "".
+
+    A module counts what runs inside its call, so one contains its children. Modules that cost nothing are left out.
+    """
     norms: dict[Any, Callable[..., int]] = {
         torch.ops.aten.native_layer_norm: _layer_norm_flops,
         torch.ops.aten.native_group_norm: _group_norm_flops,
@@ -43,7 +51,14 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), torch.no_grad(), counter:
         torch.func.functional_call(model, weights, (example,))
-    return round(counter.get_total_flops() / 2 / example.shape[0])
+    root = type(model).__name__
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    found = {
+        name.removeprefix(f"{root}."): round(number / 2 / example.shape[0])
+        for name, number in flops.items()
+        if name.startswith(f"{root}.")
+    }
+    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **found}
 
 
 def _layer_norm_flops(

@@ -11,13 +11,16 @@ ICCV 2025, arXiv 2507.12988.
 from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_pruned
 from vbp.compensation import mean_shift
 from vbp.config import RunConfig
-from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, plan_cost
 from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
 from vbp.distillation import DistillationLoss
 from vbp.errors import InputError, OutputError
 from vbp.evaluation import Accuracy, evaluate
+from vbp.export import ExportReport, export_model, open_exported
 from vbp.finetune import EpochResult, Trainer
 from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
+from vbp.latency import LatencyReport, compare_latency
+from vbp.latency_runs import LatencySettings
 from vbp.models import Classifier, ModelSource, build_model, load_classifier
 from vbp.moments import ChannelMoments, channel_moments
 from vbp.native import save_native
@@ -31,6 +34,7 @@ from vbp.report import Measured, RunReport
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
+from vbp.timing import measure_latency_ms
 from vbp.torch_pruning import install as _install_in_torch_pruning
 
 # Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
@@ -44,10 +48,13 @@ __all__ = [
     "Classifier",
     "DistillationLoss",
     "EpochResult",
+    "ExportReport",
     "ImageList",
     "ImageLoader",
     "InputError",
     "Inspection",
+    "LatencyReport",
+    "LatencySettings",
     "Measured",
     "ModelSource",
     "OutputError",
@@ -66,11 +73,13 @@ __all__ = [
     "build_model",
     "channel_moments",
     "collect_statistics",
+    "compare_latency",
     "count_macs",
     "count_parameters",
     "describe_sites",
     "evaluate",
     "evaluation_transform",
+    "export_model",
     "find_sites",
     "format_plan",
     "inspect_model",
@@ -82,6 +91,7 @@ __all__ = [
     "mean_shift",
     "measure_latency_ms",
     "model_card",
+    "open_exported",
     "plan_cost",
     "prune_",
     "push_to_hub",

@@ -9,38 +9,10 @@ import pytest
 import timm
 import torch
 from conftest import FAMILIES, Family
+from pruned_models import logits, pruned_in_place
 from torch import nn
 
-from vbp import (
-    InputError,
-    ModelSource,
-    PruningPlan,
-    collect_statistics,
-    find_sites,
-    load_classifier,
-    load_pruned,
-    make_plan,
-    prune_,
-    read_artifact,
-    save_pruned,
-    variance_scores,
-)
-from vbp.evaluation import logits_of
-
-
-def pruned_in_place(model: nn.Module, images: torch.Tensor, keep_ratio: float = 0.6) -> PruningPlan:
-    """Prune a model by the statistics of a few images."""
-    sites = find_sites(model, images[:1])
-    statistics = collect_statistics(model, sites, [images])
-    plan = make_plan(sites, variance_scores(statistics), keep_ratio=keep_ratio)
-    prune_(model, plan, statistics.means)
-    return plan
-
-
-def logits(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Give the logits in evaluation mode."""
-    with torch.no_grad():
-        return logits_of(model.eval()(images))
+from vbp import InputError, ModelSource, load_classifier, load_pruned, read_artifact, save_pruned
 
 
 def test_models_of_ones_own_come_back_through_a_fresh_one(family: Family, tmp_path: Path) -> None:
@@ -143,6 +115,18 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
     for name in ("new", "foreign", "list"):
         with pytest.raises(InputError, match="must have format vbp-pruned/1, got"):
             load_pruned(tmp_path / f"{name}.pth")
+
+
+def test_a_file_without_weights_is_refused(vit: nn.Module, tmp_path: Path) -> None:
+    save_pruned(vit, tmp_path / "m.pth", plans=())
+    content = torch.load(tmp_path / "m.pth", weights_only=True)
+    torch.save({**content, "state_dict": {"head.weight": 3}}, tmp_path / "m.pth")
+    with pytest.raises(InputError, match="must hold tensors by name"):
+        read_artifact(tmp_path / "m.pth")
+    del content["state_dict"]
+    torch.save(content, tmp_path / "m.pth")
+    with pytest.raises(InputError, match="lacks 'state_dict'"):
+        read_artifact(tmp_path / "m.pth")
 
 
 def test_a_failed_write_leaves_the_earlier_file_whole(

@@ -15,7 +15,6 @@ from vbp import (
     find_sites,
     format_plan,
     make_plan,
-    measure_latency_ms,
     plan_cost,
     prune_,
     variance_scores,
@@ -67,20 +66,3 @@ def test_a_plan_can_be_read_before_it_is_applied(vit: nn.Module) -> None:
     assert "MACs" in text
     exact = make_plan(sites, scores, keep_ratio=0.5)
     assert "asked for" not in format_plan(exact, plan_cost(vit, exact, images[:1]))
-
-
-def test_latency_takes_turns_and_counts_only_its_rounds() -> None:
-    class Counter(nn.Module):
-        def __init__(self, log: list[str], name: str) -> None:
-            super().__init__()
-            self.log, self.name = log, name
-
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            self.log.append(self.name)
-            return x
-
-    log: list[str] = []
-    times = measure_latency_ms({"a": Counter(log, "a"), "b": Counter(log, "b")}, torch.zeros(1), rounds=4, warmup=2)
-    assert log == ["a", "b"] * 6
-    assert set(times) == {"a", "b"}
-    assert all(value >= 0 for value in times.values())

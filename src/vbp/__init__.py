@@ -11,19 +11,25 @@ ICCV 2025, arXiv 2507.12988.
 from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_pruned
 from vbp.compensation import mean_shift
 from vbp.config import RunConfig
-from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, measure_latency_ms, plan_cost
+from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, plan_cost
 from vbp.covariance import ChannelCovariance, covariance_bytes
 from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
 from vbp.distillation import DistillationLoss
 from vbp.elimination import Elimination, eliminate
 from vbp.errors import InputError, OutputError
 from vbp.evaluation import Accuracy, evaluate
+from vbp.export import ExportReport, export_model, open_exported
 from vbp.finetune import EpochResult, Trainer
+from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
+from vbp.latency import LatencyReport, compare_latency
+from vbp.latency_runs import LatencySettings
 from vbp.models import Classifier, ModelSource, build_model, load_classifier
 from vbp.moments import ChannelMoments, channel_moments
+from vbp.native import save_native
 from vbp.plan import PruningPlan, SitePlan
 from vbp.planning import make_plan
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
+from vbp.publishing import model_card, push_to_hub
 from vbp.ranking import eliminations, output_variance_scores, variance_scores
 from vbp.recipe import run
 from vbp.refit import Reconstruction
@@ -32,6 +38,7 @@ from vbp.sampling import TokenSample
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
+from vbp.timing import measure_latency_ms
 from vbp.torch_pruning import install as _install_in_torch_pruning
 
 # Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
@@ -47,9 +54,13 @@ __all__ = [
     "DistillationLoss",
     "Elimination",
     "EpochResult",
+    "ExportReport",
     "ImageList",
     "ImageLoader",
     "InputError",
+    "Inspection",
+    "LatencyReport",
+    "LatencySettings",
     "Measured",
     "ModelSource",
     "OutputError",
@@ -61,6 +72,7 @@ __all__ = [
     "RunConfig",
     "RunReport",
     "Site",
+    "SiteDescription",
     "SitePlan",
     "Statistics",
     "TokenSample",
@@ -69,15 +81,19 @@ __all__ = [
     "build_model",
     "channel_moments",
     "collect_statistics",
+    "compare_latency",
     "count_macs",
     "count_parameters",
     "covariance_bytes",
+    "describe_sites",
     "eliminate",
     "eliminations",
     "evaluate",
     "evaluation_transform",
+    "export_model",
     "find_sites",
     "format_plan",
+    "inspect_model",
     "list_images",
     "load_classifier",
     "load_pruned",
@@ -85,11 +101,15 @@ __all__ = [
     "make_plan",
     "mean_shift",
     "measure_latency_ms",
+    "model_card",
+    "open_exported",
     "output_variance_scores",
     "plan_cost",
     "prune_",
+    "push_to_hub",
     "read_artifact",
     "run",
+    "save_native",
     "save_pruned",
     "training_transform",
     "variance_scores",

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vbp.artifact_files import (
+    MANIFEST,
+    WEIGHTS,
+    plain_state,
+    read_file,
+    read_folder,
+    shared_names,
+    write_file,
+    write_folder,
+)
 from vbp.errors import InputError
-from vbp.files import write_atomically
+from vbp.hub import fetch, is_reference
 from vbp.models import build_model
-from vbp.models.checkpoints import one_line
 from vbp.models.classifier import ModelSource
 from vbp.plan import PruningPlan
 from vbp.preprocessing import Preprocessing
 from vbp.surgery import prune_
 
-_FORMAT = "vbp-pruned/1"
-
 
 @dataclass(frozen=True)
 class PrunedArtifact:
-    """What a file of a pruned model holds.
+    """What the file or folder of a pruned model holds.
 
     Attributes:
         plans: Applied in this order to the dense model.
-        weights: State of the pruned model.
+        weights: State of the pruned model; tied weights are one object under several names.
         source: How the dense model is built; None for a model of the user's own.
         preprocessing: How its images are prepared, if known.
         metrics: Figures measured on the model, by name.
+        class_names: What each logit stands for, if known.
+        versions: Of the packages with which it was written.
     """
 
     plans: tuple[PruningPlan, ...]
@@ -41,6 +49,8 @@ class PrunedArtifact:
     source: ModelSource | None = None
     preprocessing: Preprocessing | None = None
     metrics: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
 
 
 def installed_versions() -> dict[str, str]:
@@ -63,74 +73,81 @@ def save_pruned(
     source: ModelSource | None = None,
     preprocessing: Preprocessing | None = None,
     metrics: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
 ) -> None:
-    """Write a file that `load_pruned` and `torch.load(weights_only=True)` read, whole or not at all.
+    """Write what `load_pruned` reads, whole or not at all.
 
     Args:
-        model: The pruned model, or its state.
-        path: Usually ends in `.pth`.
+        model: The pruned model, or its state; may be wrapped in DistributedDataParallel or compiled.
+        path: A folder, which gets `model.safetensors` and a readable `vbp.json`; or one file that ends in `.pth`,
+            which `torch.load(weights_only=True)` reads. An earlier model there is replaced.
         plans: The plan that was applied to the dense model, or several in their order.
         source: From `load_classifier`; without it, loading needs `model=`.
         preprocessing: From `load_classifier`.
         metrics: Plain JSON data to keep with the weights.
+        class_names: What each logit stands for.
 
     Raises:
-        OutputError: The file could not be written; an earlier one of that name stays whole.
+        InputError: The folder holds something else, or something given cannot be written in this format.
+        OutputError: The disk is full or cannot be written; an earlier model there stays whole.
     """
     entries = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    content = {
-        "format": _FORMAT,
+    manifest = {
         "source": None if source is None else source.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
-        "plans": [plan.to_dict() for plan in entries],
+        "class_names": None if class_names is None else [str(name) for name in class_names],
         "metrics": dict(metrics or {}),
         "versions": installed_versions(),
-        # A plain dictionary of tensors of their own: no class and no view of a larger storage is stored.
-        "state_dict": {name: value.detach().cpu().clone() for name, value in state.items()},
+        "plans": [plan.to_dict() for plan in entries],
     }
-    write_atomically(Path(path), lambda file: torch.save(content, file))
+    target = Path(path)
+    write = write_file if target.suffix == ".pth" else write_folder
+    write(target, manifest, plain_state(model))
 
 
 def read_artifact(path: Path | str) -> PrunedArtifact:
-    """Read a file that `save_pruned` wrote, without building a model.
+    """Read what `save_pruned` wrote, without building a model.
+
+    Args:
+        path: A folder, a `.pth` file, or `hf://USER/REPO` with `@REVISION` or without.
 
     Raises:
-        InputError: The file is missing, damaged, or something else.
+        InputError: It is missing, damaged, or something else.
     """
-    file = Path(path)
-    if not file.is_file():
-        raise InputError(f"a pruned model must be an existing file, got {file}; give the path of a vbp .pth file")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+    place = fetch(str(path), (MANIFEST, WEIGHTS)) if is_reference(path) else Path(path)
+    if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
+        place = place.parent
+    if not place.is_dir() and not place.is_file():
         raise InputError(
-            f"{file} is damaged or no file of a pruned model ({one_line(error)}); copy or make it again"
-        ) from error
-    if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        found = content.get("format") if isinstance(content, dict) else type(content).__name__
-        raise InputError(f"{file} must have format {_FORMAT}, got {found!r}; use the vbp version that wrote it")
+            f"a pruned model must be an existing file or folder, got {place}; give the path of a vbp folder "
+            "or .pth file"
+        )
+    manifest, weights = read_folder(place) if place.is_dir() else read_file(place)
     try:
-        source, preprocessing = content["source"], content["preprocessing"]
+        source, preprocessing, names = manifest["source"], manifest["preprocessing"], manifest.get("class_names")
         return PrunedArtifact(
-            tuple(PruningPlan.from_dict(plan) for plan in content["plans"]),
-            content["state_dict"],
+            tuple(PruningPlan.from_dict(plan) for plan in manifest["plans"]),
+            weights,
             None if source is None else ModelSource.from_dict(source),
             None if preprocessing is None else Preprocessing.from_dict(preprocessing),
-            content["metrics"],
+            manifest["metrics"],
+            None if names is None else tuple(names),
+            manifest["versions"],
         )
     except KeyError as error:
-        raise InputError(f"{file} lacks {error}; make it again") from error
+        raise InputError(f"{place} lacks {error}; make it again") from error
+    except TypeError as error:
+        raise InputError(f"{place} is damaged ({error}); make it again") from error
 
 
 def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     """Give a pruned model back: its logits are bit-equal to those of the model that was saved.
 
-    Nothing is downloaded: the dense architecture is built without weights, the plan is replayed, and the saved
-    weights are loaded strictly.
+    The dense architecture is built without weights, the plan is replayed, and the saved weights are loaded strictly.
+    Nothing is downloaded, unless the path is `hf://...`.
 
     Args:
-        path: A file that `save_pruned` wrote.
+        path: A folder or file that `save_pruned` wrote, or `hf://USER/REPO` with `@REVISION` or without.
         model: A fresh dense model of the same architecture; needed for models that neither timm nor Hugging Face
             builds. It is pruned in place and returned.
 
@@ -165,11 +182,23 @@ def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[st
     _add_missing_biases_(model, plans, weights)
     # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
     model.load_state_dict(dict(weights), strict=True, assign=True)
+    _tie_(model, weights)
+    types = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(types) == 1 and types != {torch.get_default_dtype()}:
+        model.to(types.pop())  # buffers that are in no state dict, such as the mask of shifted windows
 
 
 def _known(source: ModelSource | None) -> ModelSource:
     assert source is not None
     return source
+
+
+def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make one parameter again of each that has several names; assigning made one for each name."""
+    for alias, name in shared_names(weights).items():
+        parent, _, attribute = alias.rpartition(".")
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, getattr(model.get_submodule(owner), own))
 
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:

@@ -1,12 +1,10 @@
-"""What a model costs: MACs, parameters, latency; and what a plan saves before it is applied."""
+"""What a model costs: MACs and parameters; and what a plan saves before it is applied."""
 
 from __future__ import annotations
 
 import copy
 import math
-import statistics as stats
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan
 from vbp.surgery import prune_
+from vbp.timing import measure_latency_ms as measure_latency_ms  # measured by its own room
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -34,6 +33,14 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
         model: Counted in evaluation mode; left as it was.
         example: An input batch "batch channels height width" on the model's device.
     """
+    return macs_by_module(model, example)[""]
+
+
+def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
+    """Count like `count_macs`, for each module by its dotted name; the model itself has the name "".
+
+    A module counts what runs inside its call, so one contains its children. Modules that cost nothing are left out.
+    """
     norms: dict[Any, Callable[..., int]] = {
         torch.ops.aten.native_layer_norm: _layer_norm_flops,
         torch.ops.aten.native_group_norm: _group_norm_flops,
@@ -43,7 +50,14 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), torch.no_grad(), counter:
         torch.func.functional_call(model, weights, (example,))
-    return round(counter.get_total_flops() / 2 / example.shape[0])
+    root = type(model).__name__
+    flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
+    found = {
+        name.removeprefix(f"{root}."): round(number / 2 / example.shape[0])
+        for name, number in flops.items()
+        if name.startswith(f"{root}.")
+    }
+    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **found}
 
 
 def _layer_norm_flops(
@@ -103,39 +117,3 @@ def format_count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return str(number)
-
-
-def measure_latency_ms(
-    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 2, budget_s: float = 20
-) -> dict[str, float]:
-    """Time one forward pass of each model, taking turns so that a drift of the machine meets all alike.
-
-    Args:
-        models: In evaluation mode, on the device of `example`.
-        example: The batch.
-        rounds: Timed passes of each model.
-        warmup: Passes of each model before them.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
-
-    Returns:
-        Model name -> median milliseconds for the whole batch.
-    """
-    times: dict[str, list[float]] = {name: [] for name in models}
-    begin = time.perf_counter()
-    with torch.inference_mode():
-        for turn in range(warmup + rounds):
-            if turn >= warmup + 3 and time.perf_counter() - begin > budget_s:
-                break
-            for name, model in models.items():
-                _synchronize(example.device)
-                start = time.perf_counter()
-                model(example)
-                _synchronize(example.device)
-                if turn >= warmup:
-                    times[name].append((time.perf_counter() - start) * 1e3)
-    return {name: stats.median(values) for name, values in times.items()}
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -8,11 +8,12 @@ from typing import Any
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from vbp.cost import count_macs, count_parameters, format_count, measure_latency_ms
+from vbp.cost import count_macs, count_parameters, format_count
 from vbp.evaluation import evaluate
 from vbp.job import Job
 from vbp.memory import out_of_memory
 from vbp.report import Measured
+from vbp.timing import measure_latency_ms
 
 _CPU_LATENCY_MACS = 20_000_000_000
 

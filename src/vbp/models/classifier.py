@@ -69,6 +69,7 @@ class Classifier:
         preprocessing: the model's own, with the user's overrides.
         num_classes: the logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
+        class_names: of each logit, in its order; None where the weights do not say it.
     """
 
     model: nn.Module
@@ -76,6 +77,7 @@ class Classifier:
     preprocessing: Preprocessing
     num_classes: int
     family: Family
+    class_names: tuple[str, ...] | None = None
 
     def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
         """Give blank images of the size that the model takes, on the CPU."""

@@ -13,6 +13,7 @@ from torch import nn
 
 from vbp.errors import InputError
 from vbp.models.checkpoints import describe_mismatch, one_line
+from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource
 from vbp.models.huggingface_preprocessing import LOADING_ERRORS, processor_preprocessing
 
@@ -58,7 +59,8 @@ def load_huggingface(
     else:
         model = _with_weights(model_name, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
-    return Classifier(model.eval(), source, preprocessing, int(config.num_labels), family)
+    names = huggingface_class_names(source.arguments)
+    return Classifier(model.eval(), source, preprocessing, int(config.num_labels), family, names)
 
 
 def build_huggingface(source: ModelSource) -> nn.Module:
@@ -70,7 +72,9 @@ def build_huggingface(source: ModelSource) -> nn.Module:
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
     try:
-        config = CONFIG_MAPPING[source.arguments["model_type"]].from_dict(dict(source.arguments))
+        # Where one configuration has several classifiers (DeiT), transformers asks the architectures which is meant.
+        arguments = {**source.arguments, "architectures": [source.name]}
+        config = CONFIG_MAPPING[source.arguments["model_type"]].from_dict(arguments)
     except (*LOADING_ERRORS, ImportError) as error:
         raise InputError(
             f"transformers cannot read the configuration of {source.name}: {one_line(error)}; install the "

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -24,7 +25,16 @@ PLAIN_PROCESSORS = (
 # From this edge on, the ConvNeXt processor squashes the whole image and crops nothing.
 CONVNEXT_SQUASH_EDGE = 384
 # What transformers raises for files that it cannot fetch, read or understand.
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, SafetensorError)
+LOADING_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    SafetensorError,
+    StrictDataclassError,  # a configuration with a value of the wrong type
+)
 
 
 def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Preprocessing:
@@ -49,6 +59,36 @@ def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Pr
         size = overrides["img_size"]
         return Preprocessing(**{**overrides, "img_size": (size, size)})
     return own.override(**overrides)
+
+
+def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
+    """The `preprocessor_config.json` of a transformers image processor that does the same.
+
+    Raises:
+        InputError: no processor of transformers can: it pads the border, or takes greyscale.
+    """
+    height, width = preprocessing.img_size
+    crop = preprocessing.crop_mode == "center"
+    if len(preprocessing.mean) != 3 or preprocessing.crop_mode == "border" or (crop and height != width):
+        raise InputError(
+            f"no image processor of transformers does what {preprocessing} says; leave the preprocessing out"
+        )
+    resized = math.floor(height / preprocessing.crop_pct) if crop else height
+    geometry = {
+        "image_processor_type": "BitImageProcessor" if crop else "ViTImageProcessor",
+        "size": {"shortest_edge": resized} if crop else {"height": height, "width": width},
+        **({"do_center_crop": True, "crop_size": {"height": height, "width": width}} if crop else {}),
+    }
+    return {
+        **geometry,
+        "do_resize": True,
+        "resample": int(Image.Resampling[preprocessing.interpolation.upper()]),
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(preprocessing.mean),
+        "image_std": list(preprocessing.std),
+    }
 
 
 def _from_processor(values: Mapping[str, Any]) -> Preprocessing:

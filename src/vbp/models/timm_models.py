@@ -26,6 +26,7 @@ from torch import nn
 
 from vbp.errors import InputError
 from vbp.models.checkpoints import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
+from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource
 from vbp.models.facebook import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
@@ -99,7 +100,10 @@ def load_timm(
             "classification, or num_classes in the model arguments with a checkpoint that has a head"
         )
     source = ModelSource("timm", architecture.name, {**architecture.arguments, "num_classes": num_classes})
-    return Classifier(model.eval(), source, preprocessing, num_classes, family)
+    # A file may hold another 1,000 classes than ImageNet's; only weights that timm itself fetched are known.
+    fetched = file is None and not allow_random_init
+    names = timm_class_names(architecture.cfg, num_classes) if fetched else None
+    return Classifier(model.eval(), source, preprocessing, num_classes, family, names)
 
 
 def build_timm(source: ModelSource) -> nn.Module:

@@ -1,0 +1,127 @@
+"""The job of `vbp export`: a pruned model in, a proven ONNX or torch.export file out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+from vbp.artifacts import load_pruned, read_artifact
+from vbp.data import ImageLoader, Split, balanced_subset, list_images, make_loader
+from vbp.errors import InputError
+from vbp.evaluation import logits_of
+from vbp.export import ExportFormat, ExportPrecision, ExportReport, export_model
+from vbp.preprocessing import Preprocessing, evaluation_transform
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a pruned model to a file that runs without vbp, and prove the file on real images.
+
+    Example: vbp export output/vbp/vbp_best.pth --to onnx --output model.onnx --data_path /data/imagenet
+    """
+
+    artifact: tyro.conf.Positional[str]
+    """A pruned model that vbp saved."""
+    output: Path
+    """The file to write: ends in .onnx or .pt2, as --to says."""
+    to: ExportFormat = "onnx"
+    """onnx for onnxruntime and others, pt2 for torch.export."""
+    dtype: ExportPrecision = "float32"
+    """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
+    data_path: Path | None = None
+    """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
+    accuracy is measured. Without it two sample photographs prove it; int8 needs it."""
+    images: int = 32
+    """Validation images on which the file must give the model's logits, at least 2."""
+    calib_samples: int = 128
+    """With --dtype int8: training images that set the ranges, chosen class-balanced by the seed."""
+    limit_val: int = 1000
+    """In reduced precision: validation images for the accuracy, chosen class-balanced by the seed; 0 takes all."""
+    batch_size: int = 32
+    """Images in a calibration or evaluation batch."""
+    num_workers: int = 4
+    """Processes that read images; 0 reads in the main process."""
+    tolerance: float | None = None
+    """Greatest difference of two logits, as a share of the largest logit; 1e-4 for float32, 0.01 for float16, 0.1 for
+    bfloat16 and 0.25 for int8 unless given."""
+    overwrite: bool = False
+    """Replace an earlier file of that name."""
+    seed: int = 0
+    """Seed of the subsets."""
+    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
+
+
+def run_export(config: ExportConfig) -> ExportReport:
+    """Do what the configuration says.
+
+    Raises:
+        InputError: The artefact, the images or the combination of arguments is wrong, or the file is not true to the
+            model; no file is left behind.
+        OutputError: The file could not be written.
+    """
+    if config.images < 2:
+        raise InputError(f"images must be at least 2, got {config.images}; 32 is usual")
+    artifact = read_artifact(config.artifact)
+    if artifact.preprocessing is None:
+        raise InputError(
+            f"{config.artifact} does not say how its images are prepared; export it in Python: vbp.export_model"
+        )
+    model = load_pruned(config.artifact)
+    if config.data_path is None:
+        if config.dtype == "int8":
+            raise InputError("dtype int8 needs calibration images, got no data_path; give --data_path")
+        _log.info("no --data_path: the file is proven on two sample photographs alone")
+        images, calibration, labelled = sample_photographs(artifact.preprocessing), None, None
+    else:
+        images, calibration, labelled = _images(config, config.data_path, artifact.preprocessing, model)
+    return export_model(
+        model,
+        images,
+        config.output,
+        to=config.to,
+        dtype=config.dtype,
+        calibration=calibration,
+        labelled=labelled,
+        tolerance=config.tolerance,
+        overwrite=config.overwrite,
+    )
+
+
+def sample_photographs(preprocessing: Preprocessing) -> Tensor:
+    """Give the two photographs that scikit-learn carries, prepared for a model."""
+    transform = evaluation_transform(preprocessing)
+    return torch.stack([transform(Image.fromarray(photograph)) for photograph in load_sample_images().images])
+
+
+def _images(
+    config: ExportConfig, data_path: Path, preprocessing: Preprocessing, model: nn.Module
+) -> tuple[Tensor, Iterable[Tensor] | None, ImageLoader | None]:
+    """Give the images that prove the file, and in reduced precision those for ranges and accuracy."""
+    with torch.inference_mode():
+        classes = logits_of(model(sample_photographs(preprocessing)[:1])).shape[1]
+
+    def loader(split: Split, count: int) -> ImageLoader:
+        images = balanced_subset(list_images(data_path, split, classes), count, config.seed)
+        return make_loader(
+            images,
+            evaluation_transform(preprocessing),
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        )
+
+    proof = torch.cat([pixels for pixels, _ in loader("val", config.images)])
+    calibration = None
+    if config.dtype == "int8":
+        calibration = [pixels for pixels, _ in loader("train", config.calib_samples)]
+    return proof, calibration, None if config.dtype == "float32" else loader("val", config.limit_val)

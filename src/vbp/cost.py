@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbp.modes import evaluation_mode
 from vbp.plan import PruningPlan
 from vbp.surgery import prune_
-from vbp.timing import measure_latency_ms as measure_latency_ms  # measured by its own room
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,6 +17,8 @@ from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, evalu
 from vbp.data import list_images, make_loader
 from vbp.demo import DemoConfig, demo_run_config
 from vbp.digits import PREPROCESSING, write_digits
+from vbp.distributed import Processes
+from vbp.job import prepare
 from vbp.preprocessing import evaluation_transform
 from vbp.recipe import run
 
@@ -270,6 +272,40 @@ def test_bad_input_is_refused_before_any_work(quick: RunConfig, changes: dict[st
     with pytest.raises(InputError, match=message):
         run(dataclasses.replace(quick, **changes))
     assert not quick.save_dir.exists() or not list(quick.save_dir.iterdir())
+
+
+def test_statistics_stop_when_the_plan_has_settled(quick: RunConfig) -> None:
+    found = run(dataclasses.replace(quick, calib_samples="auto"))
+    assert found.convergence is not None
+    stages = found.convergence["stages"]
+    assert [stage["images"] for stage in stages] == [451, 901]
+    assert found.convergence["settled"] == 901
+    assert found.images["calibration"] == 901
+    assert "settled at 901 images" in (quick.save_dir / "vbp_imagenet.log").read_text()
+
+
+def test_one_step_is_tried_and_leaves_no_trace(quick: RunConfig) -> None:
+    job = prepare(dataclasses.replace(quick, epochs_ft=1, use_kd=True), Processes(), torch.device("cpu"))
+    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    state = torch.get_rng_state()
+    tuning.try_step(job)
+    assert all(torch.equal(before[name], value) for name, value in job.model.state_dict().items())
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(parameter.requires_grad for parameter in job.model.parameters())
+    assert not any(module.training for module in job.model.modules())
+
+
+def test_a_step_that_does_not_fit_ends_the_run_before_it_begins(
+    quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = prepare(dataclasses.replace(quick, epochs_ft=1), Processes(), torch.device("cpu"))
+
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr("vbp.finetune.Trainer.train_epoch", full)
+    with pytest.raises(InputError, match=r"more memory than there is.*lower --train_batch_size"):
+        tuning.try_step(job)
 
 
 def test_corrupt_images_are_named_and_left_out(quick: RunConfig, tmp_path: Path) -> None:

@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Family
+from conftest import FAMILIES, Family
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, variance_scores
 from vbp.fingerprints import model_fingerprint
+from vbp.tracing import channel_dim
 
 
 def test_moments_of_what_each_consumer_reads(family: Family) -> None:
@@ -136,3 +137,30 @@ def test_scores_per_layer_have_mean_one_and_dead_sites_stay_zero() -> None:
     assert normed["0"].mean().item() == pytest.approx(1)
     torch.testing.assert_close(normed["0"] * plain["0"].mean(), plain["0"])
     assert torch.equal(normed["2"], torch.zeros(3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-convnext-conv", "timm-swin"])
+def test_under_autocast_the_sums_stay_exact(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().eval()
+    # Values far from zero, where eight bits of mantissa would leave nothing of a sum.
+    images = family.example(16, torch.float32) * 0.1 + 5
+    sites = find_sites(model, images[:1])
+    seen: dict[str, list[torch.Tensor]] = {site.name: [] for site in sites}
+    handles = [
+        model.get_submodule(site.consumer).register_forward_pre_hook(
+            lambda module, args, name=site.name: seen[name].append(args[0].movedim(channel_dim(module), -1))
+        )
+        for site in sites
+    ]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        statistics = collect_statistics(model, sites, images.split(4))
+    for handle in handles:
+        handle.remove()
+    for site_name, parts in seen.items():
+        values = torch.cat([part.reshape(-1, part.shape[-1]) for part in parts])
+        assert values.dtype == torch.bfloat16 or values.dtype == torch.float32
+        reference = values.double()
+        moments = statistics.moments[site_name]
+        torch.testing.assert_close(moments.mean, reference.mean(0), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(moments.variance, reference.var(0), rtol=1e-4, atol=1e-9)

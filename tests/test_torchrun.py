@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import socket
 import subprocess
+import tarfile
 import time
 from pathlib import Path
 from typing import Any
@@ -113,9 +115,15 @@ def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> N
     assert "another process ended without a word" in result.stderr
 
 
-def test_two_nodes_on_one_host_do_the_job(config: RunConfig, together: Path) -> None:
+def test_four_processes_find_the_moments_of_one_to_rounding() -> None:
+    result = finish(torchrun(DRIVE.parent / "shares.py", launcher=("--standalone", "--nproc_per_node=4")))
+    assert result.returncode == 0, result.stderr
+
+
+def test_two_nodes_on_one_host_do_the_job_on_tar_shards(config: RunConfig, together: Path) -> None:
     folder = config.save_dir.parent / "nodes"
-    file = written(config, folder, epochs_ft=0, use_kd=False, kd_alpha=0.7)
+    shards = tar_shards(Path(config.data_path), config.save_dir.parent / "shards")
+    file = written(config, folder, data_path=f"wds/{shards}", epochs_ft=0, use_kd=False)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -132,9 +140,12 @@ def test_two_nodes_on_one_host_do_the_job(config: RunConfig, together: Path) -> 
     ]
     outputs = [node.communicate(timeout=240)[0] for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], outputs
+    # No image lost or doubled: the same ones as from folders, on both splits.
     for model in ("base", "pruned"):
-        assert summary(folder)[model]["top1"] == summary(together)[model]["top1"]
-    assert (folder / "plan.json").read_bytes() == (together / "plan.json").read_bytes()
+        for figure in ("top1", "top5", "images"):
+            assert summary(folder)[model][figure] == summary(together)[model][figure]
+    assert summary(folder)["images"] == summary(together)["images"]
+    assert PruningPlan.load(folder / "plan.json") == PruningPlan.load(together / "plan.json")
 
 
 def test_bad_input_is_one_error_of_the_whole_job(config: RunConfig) -> None:
@@ -143,6 +154,21 @@ def test_bad_input_is_one_error_of_the_whole_job(config: RunConfig) -> None:
     assert result.returncode != 0
     assert len([line for line in result.stderr.splitlines() if "error: data_path must" in line]) == 1
     assert not folder.exists() or not list(folder.iterdir())
+
+
+def tar_shards(data: Path, target: Path) -> Path:
+    """Pack images into WebDataset shards: uneven ones and an empty one for training, one for validation."""
+    target.mkdir()
+    for split, sizes in (("train", (600, 301, 0)), ("val", (896,))):
+        samples = [(file, label) for label in range(10) for file in sorted((data / split / str(label)).iterdir())]
+        for number, size in enumerate(sizes):
+            with tarfile.open(target / f"digits-{split}-{number:04}.tar", "w") as shard:
+                for file, label in samples[sum(sizes[:number]) : sum(sizes[:number]) + size]:
+                    shard.add(file, f"{file.stem}-{label}{file.suffix}")
+                    info = tarfile.TarInfo(f"{file.stem}-{label}.cls")
+                    info.size = 1
+                    shard.addfile(info, io.BytesIO(str(label).encode()))
+    return target
 
 
 def _folder(report: RunReport) -> Path:

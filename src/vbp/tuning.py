@@ -117,8 +117,16 @@ def rehearse(job: Job) -> None:
     Raises:
         InputError: Memory does not suffice.
     """
-    if job.device.type != "cuda" or job.config.epochs_ft == 0:
-        return
+    if job.device.type == "cuda" and job.config.epochs_ft > 0:
+        try_step(job)
+
+
+def try_step(job: Job) -> None:
+    """Take one training step and one evaluation batch of the real size on a copy, and say what they took.
+
+    Raises:
+        InputError: Memory does not suffice.
+    """
     student = copy.deepcopy(job.model)
     prune_(student, neutral_plan(job.config, job.sites))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.

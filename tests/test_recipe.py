@@ -44,8 +44,9 @@ def report(config: RunConfig) -> RunReport:
 
 
 @pytest.fixture
-def quick(config: RunConfig, tmp_path: Path) -> RunConfig:
-    """Give a run of a few images, without fine-tuning, into its own folder."""
+def quick(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Give a run of a few images, without fine-tuning and without drawing, into its own folder."""
+    monkeypatch.setattr("vbp.html_report.write_report", lambda folder: folder / "report.html")
     return dataclasses.replace(
         config,
         epochs_ft=0,
@@ -61,7 +62,7 @@ def quick(config: RunConfig, tmp_path: Path) -> RunConfig:
 def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
     names = {
         "vbp_imagenet.log", "vbp_best.pth", "vbp_final.pth", "config.json", "plan.json", "statistics.safetensors",
-        "metrics.jsonl", "summary.json", "checkpoints",
+        "metrics.jsonl", "summary.json", "checkpoints", "report.html", "report.md", "figures",
     }  # fmt: skip
     assert {entry.name for entry in config.save_dir.iterdir()} == names
     summary = json.loads((config.save_dir / "summary.json").read_text())
@@ -153,10 +154,10 @@ def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_
 def test_statistics_without_attention_are_refused_for_it_before_anything_is_lost(quick: RunConfig) -> None:
     run(quick)
     stored = quick.save_dir / "statistics.safetensors"
-    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()}
+    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir() if entry.is_file()}
     with pytest.raises(InputError, match=r"must hold 64 channels of blocks\.0\.attn\.proj, got none"):
         run(dataclasses.replace(quick, bottleneck=True, stats_path=stored, overwrite=True))
-    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()} == before
+    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir() if entry.is_file()} == before
 
 
 def test_lists_of_samples_need_no_class_folders(quick: RunConfig, tmp_path: Path) -> None:
@@ -194,13 +195,13 @@ def test_compensation_none_differs_from_the_mean(quick: RunConfig, tmp_path: Pat
 
 def test_results_of_another_run_are_kept_unless_told_otherwise(quick: RunConfig) -> None:
     run(quick)
-    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()}
+    before = {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir() if entry.is_file()}
     with pytest.raises(InputError, match=r"must be empty or new, got .* pass --overwrite"):
         run(quick)
     wrong = dataclasses.replace(quick, overwrite=True, checkpoint=Path("absent.pth"))
     with pytest.raises(InputError, match=r"absent\.pth"):
         run(wrong)
-    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir()} == before
+    assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir() if entry.is_file()} == before
     (quick.save_dir / "notes.txt").write_text("mine")
     run(dataclasses.replace(quick, overwrite=True))
     assert (quick.save_dir / "notes.txt").read_text() == "mine"
@@ -219,7 +220,7 @@ def test_a_disk_that_fills_is_one_error_and_leaves_earlier_files_whole(
     monkeypatch.setattr(tuning, "save_pruned", fills_at_the_last_checkpoint)
     with pytest.raises(OSError, match=r"vbp_final\.pth could not be written .*No space left"):
         run(quick)
-    assert {entry.name for entry in quick.save_dir.iterdir()} == {
+    assert {entry.name for entry in quick.save_dir.iterdir() if entry.is_file()} == {
         "vbp_imagenet.log", "config.json", "statistics.safetensors", "plan.json", "metrics.jsonl", "vbp_best.pth",
     }  # fmt: skip
     load_pruned(quick.save_dir / "vbp_best.pth")

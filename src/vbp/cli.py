@@ -2,36 +2,49 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
 import tyro
 
+from vbp.compare_command import CompareConfig, run_compare
 from vbp.config import RunConfig
+from vbp.demo import DemoConfig, run_demo
 from vbp.distributed import check_launch, launched
 from vbp.errors import InputError, Interrupted, OutputError, PeerError
+from vbp.export_command import ExportConfig, run_export
+from vbp.inspect_command import InspectConfig, run_inspect
+from vbp.latency_command import LatencyConfig, run_latency
 from vbp.recipe import run
 
 _USAGE = """usage: vbp COMMAND [flags]
 
-  vbp run     prune a classifier and fine-tune it      vbp run --data_path DATA --model_name deit_tiny_patch16_224
-  vbp demo    the same on handwritten digits           vbp demo
+  vbp run      prune a classifier and fine-tune it         vbp run --data_path DATA --model_name deit_tiny_patch16_224
+  vbp inspect  what can be pruned in a model               vbp inspect deit_tiny_patch16_224
+  vbp latency  how much faster a pruned model is           vbp latency output/vbp/vbp_best.pth
+  vbp export   a pruned model as ONNX or torch.export      vbp export output/vbp/vbp_best.pth --output model.onnx
+  vbp compare  runs side by side                           vbp compare output/keep_65 output/keep_50
+  vbp demo     prune a small ViT on handwritten digits     vbp demo
 
-`vbp COMMAND --help` lists the flags."""
+`vbp COMMAND --help` lists the flags and shows an example."""
+
+_T = TypeVar("_T")
 
 
 def parse_config(arguments: Sequence[str], *, prog: str) -> RunConfig:
     """Read a run's configuration from command-line arguments; usage errors exit with code 2."""
-    config: RunConfig = tyro.cli(
-        RunConfig,
-        prog=prog,
-        args=list(arguments),
-        use_underscores=True,
-        config=(tyro.conf.FlagCreatePairsOff,),
+    return _parsed(RunConfig, arguments, prog)
+
+
+def _parsed(kind: type[_T], arguments: Sequence[str], prog: str) -> _T:
+    config: _T = tyro.cli(
+        kind, prog=prog, args=list(arguments), use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
     )
     return config
 
@@ -55,7 +68,11 @@ def main() -> int:
         return 0
     jobs: dict[str, Callable[[], None]] = {
         "run": lambda: _run(parse_config(arguments, prog="vbp run")),
-        "demo": lambda: _demo(arguments),
+        "inspect": lambda: _shown(run_inspect, _parsed(InspectConfig, arguments, "vbp inspect")),
+        "latency": lambda: _shown(run_latency, _parsed(LatencyConfig, arguments, "vbp latency")),
+        "export": lambda: _shown(run_export, _parsed(ExportConfig, arguments, "vbp export")),
+        "compare": lambda: _shown(run_compare, _parsed(CompareConfig, arguments, "vbp compare")),
+        "demo": lambda: _demo(_parsed(DemoConfig, arguments, "vbp demo")),
     }
     if command not in jobs:
         sys.stderr.write(f"vbp: unknown command {command!r}\n{_USAGE}\n")
@@ -67,23 +84,33 @@ def _run(config: RunConfig) -> None:
     run(config)
 
 
-def _demo(arguments: Sequence[str]) -> None:
-    from vbp.demo import DemoConfig, run_demo
-
-    if launched().world > 1:
+def _demo(config: DemoConfig) -> None:
+    world = launched().world
+    if world > 1:
         raise InputError(
-            f"the demo is one process, got torchrun with {launched().world}; start vbp demo without torchrun, or "
-            "vbp run under it"
+            f"the demo is one process, got torchrun with {world}; start vbp demo without it, or vbp run under it"
         )
-    run_demo(
-        tyro.cli(
-            DemoConfig,
-            prog="vbp demo",
-            args=list(arguments),
-            use_underscores=True,
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    )
+    run_demo(config)
+
+
+class _Config(Protocol):
+    @property
+    def json(self) -> bool: ...
+
+
+class _Report(Protocol):
+    def table(self) -> str: ...
+
+    def to_dict(self) -> dict[str, Any]: ...
+
+
+_C = TypeVar("_C", bound=_Config)
+
+
+def _shown(job: Callable[[_C], _Report], config: _C) -> None:
+    """Do a job whose result is for the standard output: a table for people, JSON for programs."""
+    report = job(config)
+    sys.stdout.write((json.dumps(report.to_dict(), indent=2) if config.json else report.table()) + "\n")
 
 
 def _guarded(job: Callable[[], None]) -> int:

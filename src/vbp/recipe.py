@@ -52,6 +52,9 @@ def run(config: RunConfig) -> RunReport:
         report = _report(job, pruned, best, final)
         if processes.main:
             write_json(config.save_dir / SUMMARY, report.to_dict())
+            from vbp.html_report import write_report  # drawing takes a second to import
+
+            _log.info("report: %s", write_report(config.save_dir))
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
 
@@ -63,6 +66,9 @@ def _open(job: Job, log: RunLog) -> None:
     folder = job.config.save_dir
     if job.found is None:
         clear_folder(folder, _FILES)
+    from vbp.html_report import clear_report
+
+    clear_report(folder)
     # Checkpoints later than the one that was chosen belong to another course of the run.
     clear_checkpoints(folder, after=None if job.found is None else job.found.path)
     # First, since a run that ends at once is known again by it.

@@ -275,5 +275,6 @@ def _save(job: Job, name: str, pruned: Pruned, measured: Measured, weights: Mapp
         plans=pruned.plan,
         source=job.classifier.source,
         preprocessing=job.classifier.preprocessing,
+        class_names=job.classifier.class_names,
         metrics={"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5},
     )

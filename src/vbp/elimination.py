@@ -57,14 +57,24 @@ class Elimination:
 
         The steps are made to rise (the largest so far), each by at least one unit in the last place.
         """
-        steps = self.cost.diff().cummax(0).values
-        # Ties would be broken by channel index. Whole numbers of such units as strictly rising ranks.
-        places = torch.arange(len(steps), device=steps.device)
-        bits = steps.clamp_min(torch.finfo(steps.dtype).tiny).view(torch.int64)
-        rising = ((bits - places).cummax(0).values + places).view(torch.float64)
+        steps = self.cost.diff()
         scores = torch.empty_like(steps)
-        scores[self.order] = rising
+        scores[self.order] = strictly_rising(steps)
         return scores
+
+
+def strictly_rising(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Give the largest value so far at each place, each at least one unit in the last place above the one before.
+
+    Sorting scores made this way gives their order back; ties would be broken by channel index.
+
+    Args:
+        values: Float64, not negative but for rounding.
+    """
+    # The bits of positive floats are whole numbers in the same order: whole units are added as rising ranks.
+    places = torch.arange(len(values), device=values.device)
+    bits = values.cummax(0).values.clamp_min(torch.finfo(values.dtype).tiny).view(torch.int64)
+    return ((bits - places).cummax(0).values + places).view(torch.float64)
 
 
 def eliminate(

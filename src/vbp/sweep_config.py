@@ -1,0 +1,151 @@
+"""The configuration of a sweep: what it varies, and the flags of a run that it shares."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from vbp.config import Amp, MatmulPrecision, ModelType, RunConfig, check_config
+from vbp.errors import InputError
+from vbp.planning import check_ratios
+from vbp.refit import RIDGE, check_ridge
+from vbp.sampling import TokenSample
+from vbp.sweep import settings_of, sweep_needs
+from vbp.sweep_report import Setting
+
+
+@dataclass(frozen=True)
+class SweepConfig:
+    """Prune one dense model in many ways, each from the dense weights, and compare; nothing is fine-tuned.
+
+    Example: vbp sweep --data_path DATA --model_name deit_tiny_patch16_224 --criteria variance/mean elimination/refit
+    """
+
+    data_path: str
+    """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+
+    # What varies
+    keep_ratios: tuple[float, ...] = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4)
+    """Shares of the hidden MLP channels to keep, in (0, 1]."""
+    criteria: tuple[str, ...] = ("variance", "elimination")
+    """variance, output_variance, elimination, random, l1, l2, lamp, taylor, snip; l2/none for one compensation
+    alone."""
+    compensations: tuple[str, ...] = ("mean", "refit")
+    """What stands in for removed channels: none, mean, refit; for each criterion that names none."""
+    scopes: tuple[str, ...] = ("global",)
+    """global (the channels of all layers compete), per_layer (each keeps the same share), or both."""
+    latency: bool = False
+    """Also time each pruned model, in turns with the dense one."""
+    covariance_tokens: float = 1.0
+    """Share of the tokens of each image that count for the covariance, in (0, 1]."""
+    ridge: float = RIDGE
+    """How much the refit is held back, as a share of each kept channel's variance."""
+
+    # Model
+    model_type: ModelType = "vit"
+    """Family that the model must belong to (vit includes DeiT); auto checks nothing."""
+    model_name: str = "google/vit-base-patch16-224"
+    """A folder with a Hugging Face model, a hub id (with /), or a timm name."""
+    checkpoint: Path | None = None
+    """Weights for a timm model (.safetensors, .pth, .pt) in the place of a download."""
+    convnext_checkpoint: Path | None = None
+    """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
+    allow_random_init: bool = False
+    """Allow weights that no file provides to stay at random."""
+    img_size: int | None = None
+    """Override the model's preprocessing: height and width of the input, in pixels."""
+    crop_pct: float | None = None
+    """Override the model's preprocessing: share of the resized image that the centre crop keeps."""
+    interpolation: str | None = None
+    """Override the model's preprocessing: bicubic, bilinear or nearest."""
+    mean: tuple[float, ...] | None = None
+    """Override the model's preprocessing: mean of each colour, for pixels in 0..1."""
+    std: tuple[float, ...] | None = None
+    """Override the model's preprocessing: standard deviation of each colour, for pixels in 0..1."""
+
+    # Data
+    val_batch_size: int = 128
+    """Images in a calibration or evaluation batch of one process."""
+    num_workers: int = 4
+    """Processes that read images, for each process of the job; 0 reads in the process itself."""
+    prefetch: int = 2
+    """Batches that each of them reads ahead."""
+    calib_samples: int = 0
+    """Training images for statistics and gradients, chosen class-balanced by the seed; 0 takes all."""
+    limit_val: int = 0
+    """Validation images, chosen class-balanced by the seed; 0 takes all."""
+
+    # Pruning
+    round_to: int = 1
+    """Keep channel counts at multiples of this; 8 or 64 suit most hardware."""
+    min_keep_ratio: float = 0.02
+    """Floor: no layer keeps a smaller share than this."""
+    bottleneck: bool = False
+    """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
+    stats_path: Path | None = None
+    """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
+
+    # Speed and memory
+    amp: Amp = "auto"
+    """Autocast of statistics and evaluation: bf16, fp16, off, or auto (bf16 where the GPU has it); not of
+    gradients."""
+    matmul_precision: MatmulPrecision = "high"
+    """Float32 products on a GPU: high uses TF32, highest does not."""
+    timeout_minutes: float = 30.0
+    """Longest wait of one process for another before the job ends with an error."""
+
+    # Run
+    save_dir: Path = Path("./output/sweep")
+    """Where table, figure, statistics and log go; a sweep that was stopped there goes on."""
+    overwrite: bool = False
+    """Replace the results of another run in save_dir."""
+    seed: int = 0
+    """Seed of subsets, of sampled tokens and of the random criterion."""
+    device: str = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N; under torchrun a GPU for each process."""
+
+    # For programs alone: the command lines do not show it.
+    model_kwargs: Annotated[dict[str, Any], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        """Give all that is asked for.
+
+        Raises:
+            InputError: A value is unknown or out of range.
+        """
+        return settings_of(self.criteria, self.compensations, self.keep_ratios, self.scopes)
+
+    def run_config(self) -> RunConfig:
+        """Give the configuration by which model and data are loaded, as for a run that only prunes."""
+        names = {field.name for field in dataclasses.fields(RunConfig)}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
+        # Whether the folder may be written is the sweep's to say: its own results may be there.
+        return RunConfig(**shared | {"keep_ratio": min(self.keep_ratios), "epochs_ft": 0, "overwrite": True})
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """Check the values that need no file, before any work.
+
+    Raises:
+        InputError: A value is out of range, or flags contradict each other.
+    """
+    needs = sweep_needs(config.settings)
+    for ratio in config.keep_ratios:
+        check_ratios(ratio, config.min_keep_ratio, config.round_to)
+    check_config(config.run_config())
+    TokenSample(config.covariance_tokens)
+    check_ridge(config.ridge)
+    for name, default in (("covariance_tokens", 1.0), ("ridge", RIDGE)):
+        value = getattr(config, name)
+        if value != default and "covariance" not in needs:
+            raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
+    if config.stats_path is not None and not needs & {"statistics", "covariance"}:
+        raise InputError(
+            f"stats_path changes nothing, for nothing that was asked for reads statistics, got {config.stats_path}; "
+            "leave --stats_path out"
+        )

@@ -1,0 +1,194 @@
+"""The job of `vbp sweep`: one dense model and its data in, a table, a CSV and a figure of many prunings out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from vbp.artifacts import installed_versions
+from vbp.calibration import merge_across
+from vbp.covariance import covariance_bytes
+from vbp.criteria import Evidence, Need
+from vbp.data import ImageLoader, make_loader
+from vbp.distributed import process_group
+from vbp.files import check_folder, clear_folder, write_bytes
+from vbp.gradients import GradientSum
+from vbp.job import Job, prepare, reading
+from vbp.measuring import bar, latencies, measure
+from vbp.memory import out_of_memory
+from vbp.preprocessing import evaluation_transform
+from vbp.run_log import RunLog, run_log
+from vbp.sampling import TokenSample
+from vbp.statistics import Statistics, collect_statistics
+from vbp.sweep import sweep, sweep_needs
+from vbp.sweep_config import SweepConfig, check_sweep
+from vbp.sweep_figure import ReferencePoint, draw_sweep, render_sweep
+from vbp.sweep_report import SweepReport
+from vbp.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
+
+_log = logging.getLogger(__name__)
+
+LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
+STATISTICS: Final = "statistics.safetensors"
+
+
+def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) -> SweepReport:
+    """Prune a model in many ways, and leave table, figure, statistics and log in `config.save_dir`.
+
+    A sweep that was stopped goes on where it was, and one that is asked for more measures only that. Under torchrun
+    each process calls it; all do their share, one writes, and all return the same report.
+
+    Args:
+        config: What to do.
+        references: Published points of this model, for the figure.
+
+    Raises:
+        InputError: Something in the configuration or behind its paths is wrong, or `save_dir` holds something else.
+        OutputError: A file could not be written; those before it are whole.
+        PeerError: Another process of the job failed.
+    """
+    check_sweep(config)
+    with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
+        begun = processes.gather(read_begun(config) if processes.main else None)[0]
+        job = prepare(config.run_config(), processes, device)
+        settings = deciding_settings(config, job)
+        check_may_go_on(begun, settings, config.save_dir)
+        _open(config, job, log, settings, fresh=begun is None)
+        report = _sweep(config, job, begun, settings)
+        if processes.main:
+            _write(config.save_dir, report, settings, references)
+        _log.info("results in %s\n%s", config.save_dir, report.table())
+    return report
+
+
+def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping[str, Any]) -> SweepReport:
+    known = () if begun is None else begun.rows
+    done = {row.setting for row in known}
+    missing = [setting for setting in config.settings if setting not in done]
+    if known:
+        _log.info("%d of %d models were measured before", len(config.settings) - len(missing), len(config.settings))
+
+    def keep(report: SweepReport) -> None:
+        if job.processes.main:
+            write_state(config.save_dir, settings, report.to_dict())
+
+    def timed(pruned: torch.nn.Module) -> tuple[float, float]:
+        found, _ = latencies(job, {"dense": job.model, "pruned": pruned})
+        return found["dense"], found["pruned"]
+
+    return sweep(
+        job.model,
+        job.sites,
+        _evidence(config, job, sweep_needs(missing)),
+        config.settings,
+        lambda model: measure(job, model),
+        latency=timed if config.latency else None,
+        round_to=config.round_to,
+        min_keep_ratio=config.min_keep_ratio,
+        dense=None if begun is None else begun.dense,
+        known=known,
+        on_row=keep,
+        about={
+            "model_name": config.model_name,
+            "device": job.device.type,
+            "processes": job.processes.world,
+            "calibration_images": len(job.calibration),
+            "versions": installed_versions(),
+        },
+    )
+
+
+def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence:
+    """Collect what is needed, in one reading of the calibration images."""
+    if not needs:
+        return Evidence(seed=config.seed, ridge=config.ridge)
+    covariance = "covariance" in needs
+    wants_statistics = bool(needs & {"statistics", "covariance"})
+    statistics = _given(config, job, covariance=covariance) if wants_statistics else None
+    batches = _batches(job)
+    gradients = None
+    with job.timed("calibration"), out_of_memory("calibration"):
+        running = GradientSum(job.model, job.sites, job.device) if "gradients" in needs else None
+        seen = bar(job, batches, "calibration") if batches is not None else ()
+        if running is not None:
+            seen = running.seen_on_the_way(seen)
+        if wants_statistics and statistics is None:
+            tokens = TokenSample(config.covariance_tokens, config.seed, job.processes.rank, job.processes.world)
+            found = None
+            if batches is not None:
+                with job.precision.autocast():
+                    found = collect_statistics(
+                        job.model, job.sites, seen, device=job.device, data=job.data, covariance=covariance,
+                        tokens=tokens,
+                    )  # fmt: skip
+            statistics = merge_across(found, job.processes)
+            if job.processes.main:
+                statistics.save(config.save_dir / STATISTICS)
+        elif running is not None:
+            for _ in seen:
+                pass
+        if running is not None:
+            gradients = running.mean(job.processes)
+    return Evidence(statistics, gradients, config.seed, config.ridge)
+
+
+def _batches(job: Job) -> ImageLoader | None:
+    """Give this process's share of the calibration images; None if it has none."""
+    loader = make_loader(
+        job.calibration,
+        evaluation_transform(job.classifier.preprocessing),
+        batch_size=job.config.val_batch_size,
+        rank=job.processes.rank,
+        world=job.processes.world,
+        **reading(job.config),
+    )
+    return loader if len(loader) else None
+
+
+def _given(config: SweepConfig, job: Job, *, covariance: bool) -> Statistics | None:
+    """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
+    if job.given is not None and config.stats_path is not None:
+        job.given.check_holds(job.sites, config.stats_path, covariance=covariance)
+        if job.processes.main:
+            job.given.save(config.save_dir / STATISTICS)
+        return job.given
+    path = config.save_dir / STATISTICS
+    # The main process's word: the folder may not be on every node.
+    if not job.processes.gather(path.is_file())[0]:
+        return None
+    found = job.processes.gather(Statistics.load(path) if job.processes.main else None)[0]
+    assert found is not None
+    found.check_made_for(job.settings["model"], job.data, path)
+    if covariance and not found.covariances:
+        _log.info("%s holds no covariances; the statistics are collected again", path)
+        return None
+    _log.info("statistics of %d images from %s", found.images, path)
+    return found
+
+
+def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any], *, fresh: bool) -> None:
+    """Begin to write: from here on the folder is this sweep's."""
+    if not job.processes.main:
+        return
+    folder = config.save_dir
+    widths = [site.hidden for site in job.sites] if "covariance" in sweep_needs(config.settings) else []
+    check_folder(folder, overwrite=True, needed_bytes=covariance_bytes(widths) + 2**24)
+    if fresh:
+        clear_folder(folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
+        # First, since a sweep that ends at once is known again by it.
+        write_state(folder, settings, {"dense": None, "rows": []})
+    log.open(folder / LOG, append=not fresh)
+
+
+def _write(
+    folder: Path, report: SweepReport, settings: Mapping[str, Any], references: Sequence[ReferencePoint]
+) -> None:
+    write_state(folder, settings, report.to_dict())
+    write_bytes(folder / CSV, report.csv().encode())
+    svg, png = render_sweep(draw_sweep(report, references))
+    write_bytes(folder / SVG, svg)
+    write_bytes(folder / PNG, png)

@@ -358,7 +358,7 @@ def test_the_command_alone_lists_its_commands(
 ) -> None:
     assert type_(*words, entry=main) == 0
     output = capsys.readouterr()
-    commands = ["run", "inspect", "latency", "export", "compare", "demo"]
+    commands = ["run", "sweep", "inspect", "latency", "export", "compare", "demo"]
     assert re.findall(r"^  vbp (\w+)", output.out, re.MULTILINE) == commands
     assert output.err == ""
 
@@ -373,10 +373,11 @@ def test_every_command_of_the_usage_text_parses(
     monkeypatch.setattr("vbp.cli.run_demo", demos.append)
     shown: list[Any] = []
     monkeypatch.setattr("vbp.cli._shown", lambda job, config: shown.append(config))
+    monkeypatch.setattr("vbp.cli.run_sweep", lambda config, references: shown.append(config))
     assert type_(entry=main) == 0
     lines = re.findall(r"^  vbp \w+ .*  vbp (.+)$", capsys.readouterr().out, re.MULTILINE)
-    assert [type_(*line.split(), entry=main) for line in lines] == [0] * 6
-    assert (len(ran), len(demos), len(shown)) == (1, 1, 4)
+    assert [type_(*line.split(), entry=main) for line in lines] == [0] * 7
+    assert (len(ran), len(demos), len(shown)) == (1, 1, 5)
 
 
 def test_the_demo_takes_its_own_flags(type_: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from vbp.demo import DemoConfig
 from vbp.export_command import ExportConfig
 from vbp.inspect_command import InspectConfig
 from vbp.latency_command import LatencyConfig
+from vbp.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (
@@ -62,7 +63,7 @@ def test_commands_parse(document: str, words: list[str]) -> None:
     elif words[0] == "vbp":
         kinds = {
             "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig,
-            "export": ExportConfig, "compare": CompareConfig,
+            "export": ExportConfig, "compare": CompareConfig, "sweep": SweepConfig,
         }  # fmt: skip
         _parsed(kinds[words[1]], words[2:], "vbp")
         return

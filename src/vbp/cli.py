@@ -21,11 +21,16 @@ from vbp.errors import InputError, Interrupted, OutputError, PeerError
 from vbp.export_command import ExportConfig, run_export
 from vbp.inspect_command import InspectConfig, run_inspect
 from vbp.latency_command import LatencyConfig, run_latency
+from vbp.paper_points import SOURCE, points_of
 from vbp.recipe import run
+from vbp.sweep_config import SweepConfig
+from vbp.sweep_figure import ReferencePoint
+from vbp.sweep_run import run_sweep
 
 _USAGE = """usage: vbp COMMAND [flags]
 
   vbp run      prune a classifier and fine-tune it         vbp run --data_path DATA --model_name deit_tiny_patch16_224
+  vbp sweep    many ways to prune it, compared             vbp sweep --data_path DATA --keep_ratios 0.8 0.65 0.5
   vbp inspect  what can be pruned in a model               vbp inspect deit_tiny_patch16_224
   vbp latency  how much faster a pruned model is           vbp latency output/vbp/vbp_best.pth
   vbp export   a pruned model as ONNX or torch.export      vbp export output/vbp/vbp_best.pth --output model.onnx
@@ -68,6 +73,7 @@ def main() -> int:
         return 0
     jobs: dict[str, Callable[[], None]] = {
         "run": lambda: _run(parse_config(arguments, prog="vbp run")),
+        "sweep": lambda: _sweep(_parsed(SweepConfig, arguments, "vbp sweep")),
         "inspect": lambda: _shown(run_inspect, _parsed(InspectConfig, arguments, "vbp inspect")),
         "latency": lambda: _shown(run_latency, _parsed(LatencyConfig, arguments, "vbp latency")),
         "export": lambda: _shown(run_export, _parsed(ExportConfig, arguments, "vbp export")),
@@ -82,6 +88,15 @@ def main() -> int:
 
 def _run(config: RunConfig) -> None:
     run(config)
+
+
+def _sweep(config: SweepConfig) -> None:
+    published = [
+        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
+        for point in points_of(config.model_name)
+        if point.pruned is not None
+    ]
+    run_sweep(config, published)
 
 
 def _demo(config: DemoConfig) -> None:

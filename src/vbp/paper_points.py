@@ -61,3 +61,20 @@ PAPER_POINTS: Final[tuple[PaperPoint, ...]] = (
     PaperPoint("Swin-T", 45, 100 - 28.2, None, 98.15),
     _relative("ConvNeXt-T", 50, 16.80, 81.30, 2.96, 82.90, 4.47),
 )
+
+_PAPER_NAMES: Final = {
+    "deit_tiny": "DeiT-T",
+    "deit_small": "DeiT-S",
+    "deit_base": "DeiT-B",
+    "swin_tiny": "Swin-T",
+    "convnext_tiny": "ConvNeXt-T",
+}
+
+
+def points_of(model_name: str) -> tuple[PaperPoint, ...]:
+    """Give the published points of a model by its timm or Hugging Face name; none if the paper does not have it."""
+    name = model_name.rpartition("/")[2].replace("-", "_")
+    if "distilled" in name:
+        return ()
+    wanted = {paper for start, paper in _PAPER_NAMES.items() if name.startswith(start)}
+    return tuple(point for point in PAPER_POINTS if point.model in wanted)

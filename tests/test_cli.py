@@ -370,10 +370,10 @@ def test_every_command_of_the_usage_text_parses(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     demos: list[Any] = []
-    monkeypatch.setattr("vbp.cli.run_demo", demos.append)
+    monkeypatch.setattr("vbp.demo.run_demo", demos.append)
     shown: list[Any] = []
     monkeypatch.setattr("vbp.cli._shown", lambda job, config: shown.append(config))
-    monkeypatch.setattr("vbp.cli.run_sweep", lambda config, references: shown.append(config))
+    monkeypatch.setattr("vbp.sweep_run.run_sweep", lambda config, references: shown.append(config))
     assert type_(entry=main) == 0
     lines = re.findall(r"^  vbp \w+ .*  vbp (.+)$", capsys.readouterr().out, re.MULTILINE)
     assert [type_(*line.split(), entry=main) for line in lines] == [0] * 7
@@ -382,7 +382,7 @@ def test_every_command_of_the_usage_text_parses(
 
 def test_the_demo_takes_its_own_flags(type_: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
     demos: list[Any] = []
-    monkeypatch.setattr("vbp.cli.run_demo", demos.append)
+    monkeypatch.setattr("vbp.demo.run_demo", demos.append)
     assert type_("demo", "--keep-ratio", "0.4", "--epochs_ft", "1", "--folder", "here", entry=main) == 0
     (demo,) = demos
     assert (demo.keep_ratio, demo.epochs_ft, demo.folder) == (0.4, 1, Path("here"))

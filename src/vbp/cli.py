@@ -13,19 +13,10 @@ from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from vbp.compare_command import CompareConfig, run_compare
 from vbp.config import RunConfig
-from vbp.demo import DemoConfig, run_demo
 from vbp.distributed import check_launch, launched
 from vbp.errors import InputError, Interrupted, OutputError, PeerError
-from vbp.export_command import ExportConfig, run_export
-from vbp.inspect_command import InspectConfig, run_inspect
-from vbp.latency_command import LatencyConfig, run_latency
-from vbp.paper_points import SOURCE, points_of
 from vbp.recipe import run
-from vbp.sweep_config import SweepConfig
-from vbp.sweep_figure import ReferencePoint
-from vbp.sweep_run import run_sweep
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -73,12 +64,12 @@ def main() -> int:
         return 0
     jobs: dict[str, Callable[[], None]] = {
         "run": lambda: _run(parse_config(arguments, prog="vbp run")),
-        "sweep": lambda: _sweep(_parsed(SweepConfig, arguments, "vbp sweep")),
-        "inspect": lambda: _shown(run_inspect, _parsed(InspectConfig, arguments, "vbp inspect")),
-        "latency": lambda: _shown(run_latency, _parsed(LatencyConfig, arguments, "vbp latency")),
-        "export": lambda: _shown(run_export, _parsed(ExportConfig, arguments, "vbp export")),
-        "compare": lambda: _shown(run_compare, _parsed(CompareConfig, arguments, "vbp compare")),
-        "demo": lambda: _demo(_parsed(DemoConfig, arguments, "vbp demo")),
+        "sweep": lambda: _sweep(arguments),
+        "inspect": lambda: _inspect(arguments),
+        "latency": lambda: _latency(arguments),
+        "export": lambda: _export(arguments),
+        "compare": lambda: _compare(arguments),
+        "demo": lambda: _demo(arguments),
     }
     if command not in jobs:
         sys.stderr.write(f"vbp: unknown command {command!r}\n{_USAGE}\n")
@@ -90,7 +81,16 @@ def _run(config: RunConfig) -> None:
     run(config)
 
 
-def _sweep(config: SweepConfig) -> None:
+# Each command imports its own job: what draws and what exports takes seconds to load.
+
+
+def _sweep(arguments: Sequence[str]) -> None:
+    from vbp.paper_points import SOURCE, points_of
+    from vbp.sweep_config import SweepConfig
+    from vbp.sweep_figure import ReferencePoint
+    from vbp.sweep_run import run_sweep
+
+    config = _parsed(SweepConfig, arguments, "vbp sweep")
     published = [
         ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
         for point in points_of(config.model_name)
@@ -99,7 +99,34 @@ def _sweep(config: SweepConfig) -> None:
     run_sweep(config, published)
 
 
-def _demo(config: DemoConfig) -> None:
+def _inspect(arguments: Sequence[str]) -> None:
+    from vbp.inspect_command import InspectConfig, run_inspect
+
+    _shown(run_inspect, _parsed(InspectConfig, arguments, "vbp inspect"))
+
+
+def _latency(arguments: Sequence[str]) -> None:
+    from vbp.latency_command import LatencyConfig, run_latency
+
+    _shown(run_latency, _parsed(LatencyConfig, arguments, "vbp latency"))
+
+
+def _export(arguments: Sequence[str]) -> None:
+    from vbp.export_command import ExportConfig, run_export
+
+    _shown(run_export, _parsed(ExportConfig, arguments, "vbp export"))
+
+
+def _compare(arguments: Sequence[str]) -> None:
+    from vbp.compare_command import CompareConfig, run_compare
+
+    _shown(run_compare, _parsed(CompareConfig, arguments, "vbp compare"))
+
+
+def _demo(arguments: Sequence[str]) -> None:
+    from vbp.demo import DemoConfig, run_demo
+
+    config = _parsed(DemoConfig, arguments, "vbp demo")
     world = launched().world
     if world > 1:
         raise InputError(

@@ -104,6 +104,17 @@ def test_of_several_plans_that_meet_it_the_largest_is_taken() -> None:
     assert len(fast) < len(machine.seen)
 
 
+def test_proposals_stay_between_what_met_and_what_missed() -> None:
+    # The second is measured so fast that the corrected times propose a larger plan than the first, which missed.
+    machine = Machine(noise=(0.98, 1.25, 1.0, 1.0, 1.0))
+    found = meet_latency(Budget("speedup", 1.25), plan_for, TIMES, machine)
+    missed, met, *others = (plan.kept for plan in machine.seen)
+    assert met < missed
+    assert others
+    assert all(met < kept < missed for kept in others)
+    assert found.met
+
+
 def test_the_nearest_miss_is_reported_when_the_time_is_up() -> None:
     machine = Machine(noise=(0.97, 0.94, 0.9), seconds=40)
     found = meet_latency(Budget("speedup", 1.25), plan_for, TIMES, machine, budget_s=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import time
@@ -129,7 +130,7 @@ def meet_latency(
     search, tried = PlanSearch(plan_for), list[_Attempt]()
     scale, dense_ms = 1.0, times.dense_ms
     while len(tried) < attempts and sum(attempt.found.seconds for attempt in tried) <= budget_s:
-        allowed = 1 - (1 - _share(budget, dense_ms)) / scale
+        allowed = _between(tried, 1 - (1 - _share(budget, dense_ms)) / scale)
         plan = search.largest(times.share, allowed) or search.floor
         if any(plan.widths == attempt.plan.widths for attempt in tried):
             break
@@ -187,6 +188,15 @@ def _share(budget: Budget, dense_ms: float) -> float:
     """Give the part of the dense time that a proposed plan may take."""
     share = 1 / budget.amount if budget.quantity == "speedup" else budget.amount / dense_ms
     return min(1.0, share * (1 - _SLACK / 2))
+
+
+def _between(tried: list[_Attempt], share: float) -> float:
+    """Keep a proposal between the largest plan that met the target and the smallest that missed it."""
+    met = max((attempt.share for attempt in tried if attempt.met), default=-math.inf)
+    missed = min((attempt.share for attempt in tried if not attempt.met), default=math.inf)
+    if met < share < missed or not (math.isfinite(met) and math.isfinite(missed)):
+        return share
+    return (met + missed) / 2
 
 
 def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_Attempt]) -> BudgetResult:

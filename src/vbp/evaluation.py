@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.distributed import Processes
 from vbp.errors import InputError
 from vbp.modes import evaluation_mode
+from vbp.outputs import logits_of as logits_of  # re-exported: whoever evaluates needs it
 from vbp.precision import Precision
 
 _OFF, _ALONE = Precision(), Processes()
@@ -35,17 +34,6 @@ class Accuracy:
     def top5(self) -> float:
         """Give the top-5 accuracy in percent."""
         return 100 * self.correct5 / self.images
-
-
-def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
-    """Give the logits of a model's output: the tensor itself, or a Hugging Face output's `logits`."""
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise InputError(
-            f"a classifier must return a tensor or an output with .logits, got {type(output).__name__}; "
-            "wrap the model"
-        )
-    return logits
 
 
 def evaluate(

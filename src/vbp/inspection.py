@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vbp.cost import count_parameters, format_count, macs_by_module
 from vbp.plan import PruningPlan
 from vbp.sites import Site, SiteKind, find_sites, input_channels, output_channels
+from vbp.width_costs import attention_products
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def _site_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
     total = sum(macs.get(name, 0) * _share_of_rows(model, name, site) for name in site.producers)
     total += macs.get(site.consumer, 0) * _share_of_columns(model, site) if site.consumer else 0
     total += sum(macs.get(name, 0) for name in site.inner)
-    return round(total + (_attention_products(model, site, macs) if site.kind != "mlp" else 0))
+    return round(total + (attention_products(model, site, macs) if site.kind != "mlp" else 0))
 
 
 def _site_params(model: nn.Module, site: Site) -> int:
@@ -175,18 +176,6 @@ def _share_of_rows(model: nn.Module, layer: str, site: Site) -> float:
 
 def _share_of_columns(model: nn.Module, site: Site) -> float:
     return site.hidden / input_channels(model.get_submodule(site.consumer))
-
-
-def _attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
-    """Give the half of an attention's products, q k or softmax v, that runs over this site's channels."""
-    block = site.producers[0]
-    while block := block.rpartition(".")[0]:
-        inside = model.get_submodule(block).named_modules()
-        leaves = [f"{block}.{name}" for name, module in inside if not [*module.children()]]
-        products = macs.get(block, 0) - sum(macs.get(name, 0) for name in leaves)
-        if products > 0:
-            return products / 2
-    return 0.0
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

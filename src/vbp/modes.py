@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode and leave it as it was."""
+"""Run a model in evaluation mode or frozen, and leave it as it was."""
 
 from __future__ import annotations
 
@@ -21,3 +21,16 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Let no parameter require a gradient, and give each its own will back afterwards."""
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in learning:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in learning:
+            parameter.requires_grad_(True)

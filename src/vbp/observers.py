@@ -20,9 +20,12 @@ class Observer:
         self.moments: ChannelMoments | None = None
         self.covariance = None if sampler is None else CovarianceSum()
         self._sampler = sampler
+        self.paused = False
 
     def see(self, values: Tensor) -> None:
-        """Take in values, channels last."""
+        """Take in values, channels last; nothing while it is paused."""
+        if self.paused:
+            return
         rows = values.detach().reshape(-1, values.shape[-1])
         seen = self.moments
         batch = channel_moments(rows, None if seen is None else seen.mean)

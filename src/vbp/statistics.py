@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,10 +18,12 @@ from vbp.covariance import ChannelCovariance, CovarianceSum
 from vbp.errors import InputError
 from vbp.files import write_bytes
 from vbp.fingerprints import model_fingerprint
-from vbp.modes import evaluation_mode
+from vbp.modes import evaluation_mode, frozen
 from vbp.moments import ChannelMoments
 from vbp.observers import Observer
+from vbp.outputs import logits_of
 from vbp.sampling import TokenSample, TokenSampler
+from vbp.sensitivity import Draws, SensitivitySums, SiteSensitivity
 from vbp.sites import Site
 
 _FORMAT = "vbp-statistics/2"
@@ -29,6 +31,7 @@ _FORMAT = "vbp-statistics/2"
 _READABLE = ("vbp-statistics/1", _FORMAT)
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
+_SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,7 @@ class Statistics:
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
             the tokens; empty if they were not collected.
         token_fraction: That share.
+        sensitivities: Name of an MLP site -> how much the answers depend on its consumer; empty if not collected.
     """
 
     moments: Mapping[str, ChannelMoments]
@@ -52,6 +56,7 @@ class Statistics:
     data: str = ""
     covariances: Mapping[str, ChannelCovariance] = field(default_factory=dict)
     token_fraction: float = 1.0
+    sensitivities: Mapping[str, SiteSensitivity] = field(default_factory=dict)
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -80,10 +85,17 @@ class Statistics:
                 f"{len(self.covariances)} of {self.token_fraction} and {len(other.covariances)} of "
                 f"{other.token_fraction}; collect them again"
             )
+        if list(self.sensitivities) != list(other.sensitivities):
+            raise InputError(
+                "statistics to merge must all have sensitivities of the same sites, or none, got "
+                f"{len(self.sensitivities)} and {len(other.sensitivities)}; collect them again"
+            )
         merged = {name: moments.merge(other.moments[name]) for name, moments in self.moments.items()}
         covariances = {name: found.merge(other.covariances[name]) for name, found in self.covariances.items()}
+        sensitivities = {name: found.merge(other.sensitivities[name]) for name, found in self.sensitivities.items()}
         data = self.data if self.data == other.data else ""
-        return Statistics(merged, self.images + other.images, self.model, data, covariances, self.token_fraction)
+        images = self.images + other.images
+        return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
         """Refuse statistics of another model or other data.
@@ -104,13 +116,16 @@ class Statistics:
                     "for (calibration images, seed and preprocessing count as data)"
                 )
 
-    def check_holds(self, sites: Sequence[Site], path: Path, *, covariance: bool = False) -> None:
+    def check_holds(
+        self, sites: Sequence[Site], path: Path, *, covariance: bool = False, sensitivity: bool = False
+    ) -> None:
         """Refuse statistics that lack a site, such as those of a run without attention.
 
         Args:
             sites: What will be pruned.
             path: Where they were read, for the message.
             covariance: Refuse them also if they lack a site's covariance, as those of a run without refit do.
+            sensitivity: Refuse them also if they lack an MLP site's sensitivity.
 
         Raises:
             InputError: A site is missing, or has another number of channels.
@@ -128,6 +143,11 @@ class Statistics:
                         f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
                         "leave --stats_path out to collect it, or compensate with the mean"
                     )
+            if sensitivity and site.kind == "mlp" and site.name not in self.sensitivities:
+                raise InputError(
+                    f"{path} must hold the sensitivity of {site.name} for the criterion auto, got none; leave "
+                    "--stats_path out to collect it, or choose another criterion"
+                )
 
     def save(self, path: Path) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
@@ -138,6 +158,10 @@ class Statistics:
         for name, found in self.covariances.items():
             tensors[f"{name}/covariance_mean"] = found.mean.cpu().contiguous()
             tensors[f"{name}/covariance_m2"] = found.packed().cpu()
+        for name, seen in self.sensitivities.items():
+            tensors[f"{name}/sensitivity_pivot"] = seen.pivot.cpu().contiguous()
+            tensors[f"{name}/sensitivity_inputs"] = seen.inputs.cpu().contiguous()
+            tensors[f"{name}/sensitivity_outputs"] = seen.outputs.cpu().contiguous()
         header = {
             "images": self.images,
             "model": self.model,
@@ -145,6 +169,7 @@ class Statistics:
             "counts": {name: moments.count for name, moments in self.moments.items()},
             "covariance_counts": {name: found.count for name, found in self.covariances.items()},
             "token_fraction": self.token_fraction,
+            "sensitivity_images": {name: seen.images for name, seen in self.sensitivities.items()},
         }
         write_bytes(path, save(tensors, metadata={"format": _FORMAT, "header": json.dumps(header)}))
 
@@ -176,13 +201,20 @@ class Statistics:
                     )
                     for name, count in header.get("covariance_counts", {}).items()
                 }
+                sensitivities = {
+                    name: SiteSensitivity(
+                        images, *(file.get_tensor(f"{name}/sensitivity_{part}") for part in _SENSITIVITY_PARTS)
+                    )
+                    for name, images in header.get("sensitivity_images", {}).items()
+                }
         except (SafetensorError, KeyError, json.JSONDecodeError) as error:
             raise InputError(
                 f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
             ) from error
         return Statistics(
-            moments, header["images"], header["model"], header["data"], covariances, header.get("token_fraction", 1.0)
-        )
+            moments, header["images"], header["model"], header["data"], covariances,
+            header.get("token_fraction", 1.0), sensitivities,
+        )  # fmt: skip
 
 
 def observed_names(site: Site) -> tuple[str, ...]:
@@ -192,7 +224,7 @@ def observed_names(site: Site) -> tuple[str, ...]:
 
 @contextmanager
 def _observing(
-    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None
+    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: SensitivitySums | None
 ) -> Iterator[dict[str, Observer]]:
     observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
     handles = []
@@ -203,11 +235,27 @@ def _observing(
         else:
             handles.append(observers[site.name].watch_input(model.get_submodule(site.consumer)))
     try:
-        with evaluation_mode(model):
+        if sums is not None:
+            handles += sums.watch(model)
+        # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
+        with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
             yield observers
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _show(model: nn.Module, pixels: Tensor, sums: SensitivitySums | None, observers: Collection[Observer]) -> None:
+    if sums is None:
+        model(pixels)
+        return
+    logits = logits_of(model(pixels.requires_grad_()))
+    # Gradient checkpointing runs layers again in the backward pass: nothing must be seen twice.
+    for observer in observers:
+        observer.paused = True
+    sums.see(logits)
+    for observer in observers:
+        observer.paused = False
 
 
 def collect_statistics(
@@ -219,8 +267,9 @@ def collect_statistics(
     data: str = "",
     covariance: bool = False,
     tokens: TokenSample | None = None,
+    sensitivity: Draws | None = None,
 ) -> Statistics:
-    """Observe what reaches each site's consumer over all batches, in evaluation mode and without gradients.
+    """Observe what reaches each site's consumer over all batches, in evaluation mode.
 
     Args:
         model: The dense model; left as it was.
@@ -231,20 +280,23 @@ def collect_statistics(
         covariance: Also collect the covariance of the channels of each site, for the refit. It takes
             `covariance_bytes` on the device, and with all tokens about as much time as the model itself.
         tokens: The tokens that count for the covariance; by default all. Means and variances are of all tokens.
+        sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
+            takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
 
     Raises:
-        InputError: No image came, or a site saw a value that is not finite.
+        InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
     """
     target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
+    sums = None if sensitivity is None else SensitivitySums(sites, sensitivity)
     images = 0
-    with _observing(model, sites, sampler) as observers, torch.no_grad():
+    with _observing(model, sites, sampler, sums) as observers:
         for batch in batches:
             pixels = batch if isinstance(batch, Tensor) else batch[0]
             if sampler is not None:
                 sampler.begin(pixels.shape[0])
-            model(pixels.to(target, non_blocking=True))
+            _show(model, pixels.detach().to(target, non_blocking=True), sums, observers.values())
             images += pixels.shape[0]
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
@@ -253,9 +305,9 @@ def collect_statistics(
     for name, observer in observers.items():
         if observer.covariance is not None:
             covariances[name] = _finite_covariance(name, observer.covariance)
-    return Statistics(
-        moments, images, model_fingerprint(model), data, covariances, sample.fraction if covariance else 1.0
-    )
+    fraction = sample.fraction if covariance else 1.0
+    found = {} if sums is None else sums.take()
+    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, found)
 
 
 def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:

@@ -1,0 +1,183 @@
+"""What is left of a model's accuracy right after pruning, without training: rules by ratios.
+
+    python benchmarks/training_free.py --data ../imagenet --checkpoint deit_tiny.safetensors
+
+Statistics are collected once, over all calibration images; every row is pruned from the dense model and evaluated on
+all validation images. Prints a Markdown table: top-1 relative to the dense model's, with the mean KL(dense || pruned)
+there, and what each step took.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import tyro
+from torch import Tensor, nn
+
+import vbp
+from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.divergence import HeldBack
+from vbp.sensitivity import Draws
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare training-free rules."""
+
+    data: Path
+    """Folder with train and val, each with one folder for each class."""
+    model_name: str = "deit_tiny_patch16_224"
+    """A timm model."""
+    checkpoint: Path | None = None
+    """Its weights; by default those that timm names."""
+    ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
+    """Shares of the hidden channels to keep."""
+    rules: tuple[str, ...] = ("paper", "variance", "output variance", "elimination", "equal shares", "auto")
+    """What to compare."""
+    calibration: int = 1000
+    """Calibration images, balanced over the classes."""
+    held_back: int = 128
+    """Those of them on which auto compares plans."""
+    round_to: int = 1
+    """Step of the channel counts."""
+    batch_size: int = 25
+    """Images in a batch."""
+    stats_path: Path | None = None
+    """Where statistics are kept for the next time."""
+    device: str = "cpu"
+    """Where to run."""
+
+
+def images_of(options: Options, classifier: vbp.Classifier, split: str) -> list[tuple[Tensor, Tensor]]:
+    """Decode a split into memory."""
+    images = vbp.list_images(options.data, split, classifier.num_classes)  # type: ignore[arg-type]
+    if split == "train":
+        images = vbp.balanced_subset(images, options.calibration, 0)
+    transform = vbp.evaluation_transform(classifier.preprocessing)
+    return list(vbp.make_loader(images, transform, batch_size=options.batch_size, num_workers=0))
+
+
+class Bench:
+    """The dense model, its statistics, and what rules need of them."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        classifier = vbp.load_classifier(options.model_name, checkpoint=options.checkpoint)
+        self.model = classifier.model.to(options.device).eval()
+        self.sites = vbp.find_sites(self.model, classifier.example_input().to(options.device))
+        self.val = images_of(options, classifier, "val")
+        train = [pixels for pixels, _ in images_of(options, classifier, "train")]
+        self.statistics = self._statistics(train)
+        self.dense = self._logits(self.model)
+        self.accuracy = self._accuracy(self.dense)
+        start = time.perf_counter()
+        self.orders = sensitivity_eliminations(self.model, self.sites, self.statistics)
+        print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
+        # A part of every class's share: every so-manieth image.
+        everyone = torch.cat(train)
+        chosen = everyone[:: max(1, len(everyone) // options.held_back)][: options.held_back]
+        self.held_back = HeldBack(self.model, chosen.split(options.batch_size))
+
+    def _statistics(self, train: list[Tensor]) -> vbp.Statistics:
+        path = self.options.stats_path
+        if path is not None and path.exists():
+            return vbp.Statistics.load(path)
+        start = time.perf_counter()
+        found = vbp.collect_statistics(self.model, self.sites, train, covariance=True, sensitivity=Draws())
+        print(f"statistics, covariance and sensitivity: {time.perf_counter() - start:.1f} s", flush=True)
+        if path is not None:
+            found.save(path)
+        return found
+
+    def _logits(self, model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(pixels.to(self.options.device)).cpu() for pixels, _ in self.val])
+
+    def _accuracy(self, logits: Tensor) -> float:
+        labels = torch.cat([labels for _, labels in self.val])
+        return float((logits.argmax(1) == labels).double().mean())
+
+    def figures(self, model: nn.Module) -> tuple[float, float]:
+        """Give the relative top-1 and the KL on the validation images."""
+        logits = self._logits(model)
+        answers, dense = logits.log_softmax(1), self.dense.log_softmax(1)
+        return self._accuracy(logits) / self.accuracy, float(
+            F.kl_div(answers, dense, log_target=True, reduction="batchmean")
+        )
+
+    def plan(self, scores: dict[str, Tensor], ratio: float, scope: str = "global") -> vbp.PruningPlan:
+        """Make a plan."""
+        return vbp.make_plan(
+            self.sites,
+            scores,
+            keep_ratio=ratio,
+            scope=scope,
+            round_to=self.options.round_to,  # type: ignore[arg-type]
+        )
+
+    def refitted(self, scores: dict[str, Tensor], ratio: float, scope: str = "global") -> nn.Module:
+        """Prune by these scores, with the plain refit."""
+        model = copy.deepcopy(self.model)
+        vbp.prune_(model, self.plan(scores, ratio, scope), self.statistics.means, self.statistics.covariances)
+        return model
+
+    def paper(self, ratio: float) -> nn.Module:
+        """Prune as the paper does: variance and mean shift."""
+        model = copy.deepcopy(self.model)
+        vbp.prune_(model, self.plan(vbp.variance_scores(self.statistics), ratio), self.statistics.means)
+        return model
+
+    def elimination(self, ratio: float, scope: str = "global") -> nn.Module:
+        """Prune by greedy elimination in the plain covariance."""
+        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        return self.refitted({name: one.scores for name, one in found.items()}, ratio, scope)
+
+    def auto(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto."""
+        start = time.perf_counter()
+        found: AutoPlan = auto_plan(
+            self.model, self.sites, self.statistics, self.held_back,
+            keep_ratio=ratio, round_to=self.options.round_to, orders=self.orders,
+        )  # fmt: skip
+        print(f"auto at {ratio}: {time.perf_counter() - start:.1f} s\n{found.table()}", flush=True)
+        print([len(entry.keep) for entry in found.plan.sites], flush=True)
+        model = copy.deepcopy(self.model)
+        vbp.prune_(model, found.plan, found.means, found.covariances)
+        return model
+
+
+def main(options: Options) -> None:
+    """Print the table."""
+    bench = Bench(options)
+    rules: dict[str, Callable[[float], nn.Module]] = {
+        "paper": bench.paper,
+        "variance": lambda ratio: bench.refitted(vbp.variance_scores(bench.statistics), ratio),
+        "output variance": lambda ratio: bench.refitted(
+            vbp.output_variance_scores(bench.model, bench.sites, bench.statistics), ratio
+        ),
+        "elimination": bench.elimination,
+        "equal shares": lambda ratio: bench.elimination(ratio, "per_layer"),
+        "auto": bench.auto,
+    }
+    rows = []
+    for name in options.rules:
+        cells = []
+        for ratio in options.ratios:
+            relative, divergence = bench.figures(rules[name](ratio))
+            cells.append(f"{relative:.3f} ({divergence:.3f})")
+            print(f"{name} at {ratio}: {cells[-1]}", flush=True)
+        rows.append(f"| {name} | {' | '.join(cells)} |")
+    print(f"dense top-1 {100 * bench.accuracy:.2f} % of {len(bench.dense)} images; torch {torch.__version__}")
+    print(f"| rule | {' | '.join(f'keep {ratio}' for ratio in options.ratios)} |")
+    print("|---|" + "---|" * len(options.ratios))
+    print("\n".join(rows))
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)))

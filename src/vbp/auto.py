@@ -1,0 +1,287 @@
+"""The criterion `auto`: budgets, order and refit from the model's own sensitivity; the choice by measured divergence.
+
+Inside a site the channels go in the order of greedy elimination, in a metric in which a step costs nats of the
+answers' divergence. Between sites these costs compete, and two things make them wrong: what sites do to one another,
+and what the second order leaves out. So several plans are pruned, on copies, and judged by the answers on a few
+calibration images: the same share everywhere, the costs as they are, the paper's variance, mixtures, and costs times
+a price for each site, found by asking the pruned model which sites are to blame. No labels, no training.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.covariance import ChannelCovariance
+from vbp.divergence import HeldBack, prices
+from vbp.elimination import Elimination, eliminate
+from vbp.errors import InputError
+from vbp.plan import PruningPlan
+from vbp.planning import make_plan
+from vbp.ranking import variance_scores
+from vbp.refit import RIDGE
+from vbp.sites import Site
+from vbp.statistics import Statistics
+from vbp.surgery import prune_
+
+_log = logging.getLogger(__name__)
+
+# Price updates, and how far the first goes. One brings most of the gain.
+_ROUNDS = 3
+_STEP = 0.75
+Scores = Mapping[str, Float[Tensor, "hidden"]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried.
+
+    Attributes:
+        name: How it was made.
+        divergence: Mean KL(dense || pruned) on the held-back images, in nats.
+        widths: Site name -> channels kept.
+    """
+
+    name: str
+    divergence: float
+    widths: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """The plan that `auto` chose, and what surgery needs with it.
+
+    Attributes:
+        plan: The best of those that were tried.
+        means: For `prune_`.
+        covariances: For `prune_`: the metric of the refit.
+        tried: All candidates, in the order in which they were tried.
+    """
+
+    plan: PruningPlan
+    means: Mapping[str, Tensor]
+    covariances: Mapping[str, ChannelCovariance]
+    tried: tuple[Candidate, ...] = field(default=())
+
+    def table(self) -> str:
+        """Give the candidates as lines of text."""
+        rows = [f"{'candidate':<24} {'KL on held-back images':>22}"]
+        rows += [f"{one.name:<24} {one.divergence:>22.4f}" for one in self.tried]
+        return "\n".join(rows)
+
+
+def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
+    """Give the covariances that the refit takes: of MLP sites mixed with their sensitivity, of attention plain.
+
+    Raises:
+        InputError: Covariances or sensitivities are missing.
+    """
+    for site in sites:
+        if site.kind == "mlp" and (
+            site.name not in statistics.covariances or site.name not in statistics.sensitivities
+        ):
+            raise InputError(
+                f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
+                f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
+                "statistics with covariance=True and sensitivity=Draws()"
+            )
+    return {
+        name: statistics.sensitivities[name].metric(found) if name in statistics.sensitivities else found
+        for name, found in statistics.covariances.items()
+    }
+
+
+def sensitivity_eliminations(
+    model: nn.Module, sites: Sequence[Site], statistics: Statistics, *, ridge: float = RIDGE
+) -> dict[str, Elimination]:
+    """Order the channels of each MLP site by what their loss costs after the refit, in nats.
+
+    Args:
+        model: The dense model; the work is done where it lies.
+        sites: From `find_sites`.
+        statistics: Of this model, with covariances and sensitivities.
+        ridge: As in the refit that will follow.
+
+    Raises:
+        InputError: Statistics are missing or unfit.
+    """
+    metrics = refit_metrics(sites, statistics)
+    found = {}
+    for site in sites:
+        if site.kind != "mlp":
+            continue
+        weight = model.get_submodule(site.consumer).weight
+        assert isinstance(weight, Tensor)
+        sensitivity = statistics.sensitivities[site.name].to(weight.device)
+        plain = statistics.covariances[site.name].to(weight.device)
+        weighed = sensitivity.weighed(weight, plain)
+        metric = metrics[site.name].to(weight.device).covariance
+        try:
+            found[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
+        except InputError as error:
+            raise InputError(f"site {site.name}: {error}") from error
+    return found
+
+
+def blended(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
+    """Give scores between those given and equal shares for all sites, in the same order inside each site.
+
+    A channel's place among all channels is mixed with its place in its own site, both from 0 to 1.
+
+    Args:
+        scores: Of MLP sites.
+        share: Of the place in the own site.
+    """
+    everyone = torch.cat(list(scores.values()))
+    among_all, start, found = _places(everyone), 0, {}
+    for name, score in scores.items():
+        found[name] = share * _places(score) + (1 - share) * among_all[start : start + len(score)]
+        start += len(score)
+    return found
+
+
+def _places(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Give each value its place among all, in (0, 1); equal ones in their order."""
+    places = torch.empty(len(values), dtype=torch.float64)
+    places[values.argsort(stable=True)] = (torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values)
+    return places
+
+
+def auto_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    held_back: HeldBack,
+    *,
+    keep_ratio: float,
+    min_keep_ratio: float = 0.02,
+    round_to: int = 1,
+    attn_keep_ratio: float | None = None,
+    ridge: float = RIDGE,
+    orders: Mapping[str, Elimination] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> AutoPlan:
+    """Choose the plan whose pruned, refitted model answers most like the dense one.
+
+    Deterministic, and the same on all processes of `held_back`, which must all call it.
+
+    Args:
+        model: The dense model; left as it was.
+        sites: From `find_sites`.
+        statistics: Of this model, with covariances and sensitivities.
+        held_back: Some hundred calibration images; they may be among those of the statistics.
+        keep_ratio: As for `make_plan`, as are the next three.
+        min_keep_ratio: See above.
+        round_to: See above.
+        attn_keep_ratio: See above. Channels of attention go in the order of their variance.
+        ridge: Of the refit.
+        orders: From `sensitivity_eliminations`, where several plans are made from them.
+        progress: Told the name of each candidate before it is tried.
+
+    Raises:
+        InputError: A number is out of range, or statistics are missing or unfit.
+    """
+    search = _Search(model, sites, statistics, held_back, ridge, progress)
+    search.options = {
+        "keep_ratio": keep_ratio,
+        "min_keep_ratio": min_keep_ratio,
+        "round_to": round_to,
+        "attn_keep_ratio": attn_keep_ratio,
+    }
+    return search.run(sensitivity_eliminations(model, sites, statistics, ridge=ridge) if orders is None else orders)
+
+
+@dataclass
+class _Best:
+    """The best candidate so far; `scores` and `prices` made it."""
+
+    divergence: float
+    plan: PruningPlan
+    pruned: nn.Module
+
+
+class _Search:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        statistics: Statistics,
+        held_back: HeldBack,
+        ridge: float,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self._model, self._sites, self._held_back, self._ridge = model, sites, held_back, ridge
+        self._progress = progress
+        self._variances = variance_scores(statistics)
+        self._covariances = refit_metrics(sites, statistics)
+        self._means = statistics.means | {name: found.mean for name, found in self._covariances.items()}
+        self._tried: list[Candidate] = []
+        self._seen: dict[tuple[int, ...], float] = {}
+        self.options: dict[str, Any] = {}
+        self.best: _Best | None = None
+
+    def run(self, orders: Mapping[str, Elimination]) -> AutoPlan:
+        costs = {name: order.scores for name, order in orders.items()}
+        self.attempt("equal shares", costs, scope="per_layer")
+        self.attempt("variance", {})
+        self.attempt("sensitivity", costs)
+        self.attempt("half equal shares", blended(costs, 0.5))
+        priced = self._improve(costs)
+        self.attempt("priced, half equal", blended(priced, 0.5))
+        self.attempt("priced, quarter equal", blended(priced, 0.25))
+        assert self.best is not None
+        found = AutoPlan(self.best.plan, self._means, self._covariances, tuple(self._tried))
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
+        return found
+
+    def _improve(self, costs: Scores) -> Scores:
+        """Update the prices in rounds, from the best plan so far; a round that does not help is tried at half."""
+        price = dict.fromkeys(costs, 1.0)
+        step, start, wanted = _STEP, None, price
+        for number in range(1, _ROUNDS + 1):
+            assert self.best is not None
+            if self.best is not start:
+                start = self.best
+                wanted = self._wanted(costs, start)
+            trial = {name: old ** (1 - step) * wanted[name] ** step for name, old in price.items()}
+            self.attempt(f"priced, round {number}", {name: cost * trial[name] for name, cost in costs.items()})
+            if self.best is start:
+                step /= 2
+            else:
+                price = trial
+        return {name: cost * price[name] for name, cost in costs.items()}
+
+    def _wanted(self, costs: Scores, start: _Best) -> dict[str, float]:
+        lost = {
+            entry.site.name: float(costs[entry.site.name][list(entry.removed)].sum())
+            for entry in start.plan.sites
+            if entry.site.kind == "mlp"
+        }
+        return prices(lost, self._held_back.shares(start.pruned, start.plan))
+
+    def attempt(self, name: str, scores: Scores, scope: Any = "global") -> None:
+        """Make a plan, prune a copy by it, and keep it if it is the best so far."""
+        plan = make_plan(self._sites, {**self._variances, **scores}, scope=scope, **self.options)
+        key = tuple(hash(entry.keep) for entry in plan.sites)
+        if key in self._seen:
+            return
+        if self._progress is not None:
+            self._progress(name)
+        pruned = copy.deepcopy(self._model)
+        prune_(pruned, plan, self._means, self._covariances, ridge=self._ridge)
+        divergence = self._seen[key] = self._held_back.divergence(pruned)
+        self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
+        # A NaN is never better.
+        if self.best is None or divergence < self.best.divergence:
+            self.best = _Best(divergence, plan, pruned)

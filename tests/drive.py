@@ -1,7 +1,7 @@
 """Run a job from a config.json under any launcher, with a fault on request: `drive.py CONFIG [STAGE RANK KIND]`.
 
-STAGE is calibration, evaluation or training; KIND is error, exit (dies without a word), or once (dies without a
-word in the first attempt of torchrun).
+STAGE is calibration, evaluation or training; KIND is error, exit (dies without a word), once (dies without a word in
+the first attempt of torchrun), or hang.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ def fail(kind: str) -> None:
     """Fail as asked."""
     if kind == "error":
         raise ValueError("the image fell over")
+    if kind == "hang":
+        time.sleep(600)
     if kind == "exit" or os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -51,3 +52,12 @@ def weights(file: Path) -> dict[str, torch.Tensor]:
     """Read the weights of a pruned model."""
     state: dict[str, torch.Tensor] = torch.load(file, weights_only=True)["state_dict"]
     return state
+
+
+def wait_for(file: Path, process: subprocess.Popen[str], pattern: str) -> None:
+    """Wait until a checkpoint of this name is there."""
+    limit = time.monotonic() + 120
+    while not list(file.glob(pattern)):
+        assert process.poll() is None, process.stderr.read() if process.stderr else ""
+        assert time.monotonic() < limit
+        time.sleep(0.002)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from torch import Tensor
 from vbp import Statistics, collect_statistics, find_sites, make_plan, variance_scores
 from vbp.calibration import merge_across
 from vbp.distributed import Processes, process_group
+from vbp.errors import InputError
 from vbp.fingerprints import json_fingerprint
 
 
@@ -43,3 +45,5 @@ if __name__ == "__main__":
         assert processes.world == 4
         check(processes, torch.float64, 1e-12)
         check(processes, torch.float32, 1e-5)
+        with pytest.raises(InputError, match="must hold the same plan, got 0: plan of 0, 1: plan of 1"):
+            processes.check_same("plan", f"plan of {processes.rank % 2}")

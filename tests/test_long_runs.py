@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import DRIVE, environment, summary, weights, written
+from launching import DRIVE, environment, summary, wait_for, weights, written
 
 from vbp import InputError, RunConfig, run
 from vbp.demo import DemoConfig, demo_run_config
@@ -46,15 +46,6 @@ def started(file: Path) -> subprocess.Popen[str]:
         [sys.executable, str(DRIVE), str(file)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
-
-
-def wait_for(file: Path, process: subprocess.Popen[str], pattern: str) -> None:
-    """Wait until a checkpoint of this name is there."""
-    limit = time.monotonic() + 120
-    while not list(file.glob(pattern)):
-        assert process.poll() is None, process.stderr.read() if process.stderr else ""
-        assert time.monotonic() < limit
-        time.sleep(0.002)
 
 
 @pytest.fixture(scope="module")

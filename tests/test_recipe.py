@@ -285,6 +285,19 @@ def test_statistics_stop_when_the_plan_has_settled(quick: RunConfig) -> None:
     assert "settled at 901 images" in (quick.save_dir / "vbp_imagenet.log").read_text()
 
 
+def test_the_flags_for_speed_and_memory_work_together(quick: RunConfig) -> None:
+    found = run(
+        dataclasses.replace(
+            quick, amp="bf16", grad_checkpointing=True, matmul_precision="highest", grad_accum=2, epochs_ft=1,
+            use_kd=True, num_workers=1, prefetch=3,
+        )
+    )  # fmt: skip
+    assert found.final.epoch == 1
+    assert found.best.top1 > 75
+    state = load_pruned(quick.save_dir / "vbp_final.pth").state_dict()
+    assert {value.dtype for value in state.values()} == {torch.float32}
+
+
 def test_one_step_is_tried_and_leaves_no_trace(quick: RunConfig) -> None:
     job = prepare(dataclasses.replace(quick, epochs_ft=1, use_kd=True), Processes(), torch.device("cpu"))
     before = {name: value.clone() for name, value in job.model.state_dict().items()}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import DRIVE, environment, finish, summary, torchrun, weights, written
+from launching import DRIVE, environment, finish, summary, torchrun, wait_for, weights, written
 
 from vbp import PruningPlan, RunConfig, RunReport, Statistics, run
 from vbp.demo import DemoConfig, demo_run_config
@@ -113,6 +113,31 @@ def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> N
     result = finish(torchrun(DRIVE, written(config, folder), "training", "1", "exit"))
     assert result.returncode != 0
     assert "another process ended without a word" in result.stderr
+
+
+def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig) -> None:
+    folder = config.save_dir.parent / "hung"
+    start = time.monotonic()
+    result = finish(torchrun(DRIVE, written(config, folder, timeout_minutes=0.15), "calibration", "1", "hang"))
+    assert result.returncode != 0
+    assert "stopped: another process ended without a word" in result.stderr
+    assert time.monotonic() - start < 150
+
+
+def test_two_processes_that_are_told_to_stop_go_on_where_they_were(config: RunConfig, together: Path) -> None:
+    folder = config.save_dir.parent / "stopped"
+    file = written(config, folder, checkpoint_minutes=1e-9)
+    job = subprocess.Popen(torchrun(DRIVE, file), env=environment(), stderr=subprocess.PIPE, text=True)
+    wait_for(folder, job, "checkpoints/epoch0001*")
+    job.terminate()  # torchrun passes it on to both
+    _, errors = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "stopped by SIGTERM in epoch" in errors
+    result = finish(torchrun(DRIVE, written(config, folder, resume="auto")))
+    assert result.returncode == 0, result.stderr
+    first, second = weights(together / "vbp_final.pth"), weights(folder / "vbp_final.pth")
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert _untimed(together) == _untimed(folder)
 
 
 def test_four_processes_find_the_moments_of_one_to_rounding() -> None:

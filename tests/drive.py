@@ -6,6 +6,7 @@ the first attempt of torchrun), or hang.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -37,9 +38,12 @@ def install(stage: str, rank: str, kind: str) -> None:
     if os.environ.get("RANK", "0") != rank:
         return
 
-    def failing(function: Callable[..., Any]) -> Callable[..., Any]:
+    def failing(function: Callable[..., Any], good: int = 0) -> Callable[..., Any]:
+        calls = itertools.count()
+
         def wrapped(*arguments: Any, **keywords: Any) -> Any:
-            fail(kind)
+            if next(calls) >= good:
+                fail(kind)
             return function(*arguments, **keywords)
 
         return wrapped
@@ -47,7 +51,8 @@ def install(stage: str, rank: str, kind: str) -> None:
     if stage == "calibration":
         vbp.pruning.collect_statistics = failing(vbp.pruning.collect_statistics)  # type: ignore[attr-defined]
     elif stage == "evaluation":
-        vbp.measuring.evaluate = failing(vbp.measuring.evaluate)  # type: ignore[attr-defined]
+        # Not the first: until they have met once, the others may still be reading the model.
+        vbp.measuring.evaluate = failing(vbp.measuring.evaluate, good=1)  # type: ignore[attr-defined]
     else:
         real = Trainer.train_epoch
 

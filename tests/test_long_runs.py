@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ def started(file: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, str(DRIVE), str(file)], env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE,
         text=True,
+        # A test run in the background of a shell has Ctrl-C ignored, and so would its children.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from vbp.auto import AutoPlan, auto_plan, blended, sensitivity_eliminations
 from vbp.distributed import Processes
 from vbp.divergence import HeldBack
 from vbp.evaluation import logits_of
-from vbp.sensitivity import Draws
+from vbp.sensing import Draws
 from vbp.sites import Site
 
 Setting = tuple[nn.Module, tuple[Site, ...], Statistics, Tensor]

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import vbp
 from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
 from vbp.divergence import HeldBack
-from vbp.sensitivity import Draws
+from vbp.sensing import Draws
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Barrier
 
 import pytest
 import torch
@@ -11,10 +13,11 @@ from conftest import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.auto import auto_plan, blended, sensitivity_eliminations
+from vbp.auto import AutoPlan, auto_plan, blended, sensitivity_eliminations
+from vbp.distributed import Processes
 from vbp.divergence import HeldBack
 from vbp.evaluation import logits_of
-from vbp.sensitivity import Draws
+from vbp.sensing import Draws
 from vbp.sites import Site
 
 Setting = tuple[nn.Module, tuple[Site, ...], Statistics, Tensor]
@@ -107,6 +110,43 @@ def test_it_is_deterministic_and_leaves_the_model_alone() -> None:
     assert first.tried == second.tried
     assert told == [one.name for one in first.tried] * 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class Pair(Processes):
+    """Two processes as threads: sums wait for each other."""
+
+    def __init__(self, rank: int, barrier: Barrier, slots: list[Tensor]) -> None:
+        super().__init__(rank=rank, world=2)
+        object.__setattr__(self, "meet", (barrier, slots))
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up over both, in the order of ranks."""
+        barrier, slots = self.meet
+        slots[self.rank] = values.clone()
+        barrier.wait(60)
+        total = slots[0] + slots[1]
+        barrier.wait(60)
+        return values.copy_(total)
+
+
+def test_two_processes_choose_what_one_does() -> None:
+    model, sites, statistics, images = setting("timm-vit")
+    alone = auto_plan(model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.5)
+    barrier, slots = Barrier(2), [torch.empty(0)] * 2
+
+    def work(rank: int) -> AutoPlan:
+        mine = copy.deepcopy(model)
+        share = [images[rank::2]] if rank == 0 else [images[rank::2][:1], images[rank::2][1:]]
+        held_back = HeldBack(mine, share, processes=Pair(rank, barrier, slots))
+        assert held_back.images == len(images)
+        return auto_plan(mine, sites, statistics, held_back, keep_ratio=0.5)
+
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(work, range(2))
+    assert first.plan == second.plan == alone.plan
+    assert first.tried == second.tried
+    for one, other in zip(first.tried, alone.tried, strict=True):
+        assert one.divergence == pytest.approx(other.divergence, rel=1e-6)
 
 
 def test_blends_keep_the_order_inside_a_site() -> None:

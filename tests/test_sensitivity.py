@@ -12,9 +12,9 @@ from conftest import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites
-from vbp import sensitivity as module
+from vbp import sensing as module
 from vbp.evaluation import logits_of
-from vbp.sensitivity import Draws
+from vbp.sensing import Draws
 from vbp.sites import Site
 
 

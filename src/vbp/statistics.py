@@ -23,7 +23,8 @@ from vbp.moments import ChannelMoments
 from vbp.observers import Observer
 from vbp.outputs import logits_of
 from vbp.sampling import TokenSample, TokenSampler
-from vbp.sensitivity import Draws, SensitivitySums, SiteSensitivity
+from vbp.sensing import Draws, SensitivitySums
+from vbp.sensitivity import SiteSensitivity
 from vbp.sites import Site
 
 _FORMAT = "vbp-statistics/2"

@@ -29,6 +29,7 @@ DOCUMENTS = (
     "docs/artifacts.md",
     "docs/export.md",
     "docs/report.md",
+    "docs/refit.md",
 )
 
 

@@ -6,14 +6,14 @@ import io
 import itertools
 import logging
 import math
-import multiprocessing
 import os
 import select
-import signal
-import time
+import subprocess
+import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -285,26 +285,27 @@ def test_shuffled_too_many_unreadable_images_stop_the_run() -> None:
 
 def test_no_worker_outlives_a_killed_process() -> None:
     """Workers inherit the pipe's writing end: the reading end tells when the last of them has gone."""
-    context = multiprocessing.get_context("fork")
+    script = (
+        "import time; from test_data_batches import Pixels, loader\n"
+        "for _ in loader(Pixels(40), 1, workers=2):\n    print('started', flush=True); time.sleep(60)"
+    )
     reading, writing = os.pipe()
-    started = context.Event()
-
-    def hang() -> None:
-        os.close(reading)
-        for _ in loader(Pixels(40), 1, workers=2):
-            started.set()
-            time.sleep(60)
-
-    process = context.Process(target=hang)
-    process.start()
+    # A process of its own: a fork of this one would inherit the locks of whatever threads earlier tests left.
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=(writing,),
+        stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
     os.close(writing)
     try:
-        assert started.wait(60)
-        assert process.pid is not None
-        os.kill(process.pid, signal.SIGKILL)
-        process.join()
+        assert process.stdout is not None
+        assert process.stdout.readline() == "started\n"
+        process.kill()
+        process.wait()
         # A worker looks for its parent every five seconds.
         assert select.select([reading], [], [], 30)[0], "a worker still runs"
         assert os.read(reading, 1) == b""
     finally:
         os.close(reading)
+        process.kill()
+        process.stdout.close()

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,15 @@ def whole(config: RunConfig) -> Path:
     return folder
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute as the processes of the other runs do: a sum over threads has other last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def same(first: Path, second: Path) -> None:
     """See that two runs ended alike, to the last bit."""
     for name in ("vbp_final.pth", "vbp_best.pth"):
@@ -98,7 +108,7 @@ def test_a_stopped_run_that_goes_on_ends_like_one_never_stopped(
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
-    config: RunConfig, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    config: RunConfig, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, one_thread: None
 ) -> None:
     folder = tmp_path / "run"
     run(dataclasses.replace(config, save_dir=folder))
@@ -109,7 +119,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(
     same(whole, folder)
 
 
-def test_a_finished_run_is_reported_again(config: RunConfig, whole: Path) -> None:
+def test_a_finished_run_is_reported_again(config: RunConfig, whole: Path, one_thread: None) -> None:
     before = weights(whole / "vbp_final.pth")
     report = run(dataclasses.replace(config, save_dir=whole, resume="auto"))
     after = weights(whole / "vbp_final.pth")

@@ -50,6 +50,8 @@ def test_without_the_package_or_a_folder_the_error_says_what_to_do(
     file.touch()
     with pytest.raises(InputError, match="log_dir must be a folder, got the file"):
         check_tracking(file)
+    with pytest.raises(InputError, match="log_dir must be a folder that can be written"):
+        check_tracking(file / "below")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(InputError, match=r"pip install 'vbp-pruning\[tracking\]'"):
         check_tracking(tmp_path)

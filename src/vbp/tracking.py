@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +18,7 @@ def check_tracking(log_dir: Path | None) -> None:
     """Find out before any work whether curves can be written.
 
     Raises:
-        InputError: TensorBoard is not installed, or the folder is a file.
+        InputError: TensorBoard is not installed, or the folder is a file or cannot be written.
     """
     if log_dir is None:
         return
@@ -28,6 +29,9 @@ def check_tracking(log_dir: Path | None) -> None:
         )
     if log_dir.exists() and not log_dir.is_dir():
         raise InputError(f"log_dir must be a folder, got the file {log_dir}; choose another --log_dir")
+    nearest = next(path for path in (log_dir, *log_dir.absolute().parents) if path.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise InputError(f"log_dir must be a folder that can be written, got {log_dir}; choose another --log_dir")
 
 
 class Tracker:

@@ -47,6 +47,8 @@ def test_the_best_candidate_wins_and_keeps_the_count(name: str) -> None:
     best = min(one.divergence for one in found.tried)
     assert float((p.exp() * (p - q)).sum(-1).mean()) == pytest.approx(best, rel=1e-6)
     assert all(str(one.name) in found.table() for one in found.tried)
+    assert found.plan_for(0.5) == found.plan
+    assert found.plan_for(0.25).kept < found.plan.kept
     # The paper's choice is one of the candidates.
     paper = make_plan(sites, variance_scores(statistics), keep_ratio=0.5)
     tried = next(one for one in found.tried if one.name == "variance")

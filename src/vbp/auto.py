@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -67,12 +67,15 @@ class AutoPlan:
         means: For `prune_`.
         covariances: For `prune_`: the metric of the refit.
         tried: All candidates, in the order in which they were tried.
+        plan_for: Keep ratio -> plan, by the scores and the scope that made the best: other sizes without a search,
+            for a budget that is not counted in channels.
     """
 
     plan: PruningPlan
     means: Mapping[str, Tensor]
     covariances: Mapping[str, ChannelCovariance]
-    tried: tuple[Candidate, ...] = field(default=())
+    tried: tuple[Candidate, ...]
+    plan_for: Callable[[float], PruningPlan]
 
     def table(self) -> str:
         """Give the candidates as lines of text."""
@@ -204,11 +207,12 @@ def auto_plan(
 
 @dataclass
 class _Best:
-    """The best candidate so far; `scores` and `prices` made it."""
+    """The best candidate so far; `plan_for` gives its plan, and others like it."""
 
     divergence: float
     plan: PruningPlan
     pruned: nn.Module
+    plan_for: Callable[[float], PruningPlan]
 
 
 class _Search:
@@ -241,7 +245,8 @@ class _Search:
         self.attempt("priced, half equal", blended(priced, 0.5))
         self.attempt("priced, quarter equal", blended(priced, 0.25))
         assert self.best is not None
-        found = AutoPlan(self.best.plan, self._means, self._covariances, tuple(self._tried))
+        best = self.best
+        found = AutoPlan(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
         _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
         return found
 
@@ -272,7 +277,12 @@ class _Search:
 
     def attempt(self, name: str, scores: Scores, scope: Any = "global") -> None:
         """Make a plan, prune a copy by it, and keep it if it is the best so far."""
-        plan = make_plan(self._sites, {**self._variances, **scores}, scope=scope, **self.options)
+
+        def plan_for(keep_ratio: float) -> PruningPlan:
+            options = {**self.options, "keep_ratio": keep_ratio}
+            return make_plan(self._sites, {**self._variances, **scores}, scope=scope, **options)
+
+        plan = plan_for(self.options["keep_ratio"])
         key = tuple(hash(entry.keep) for entry in plan.sites)
         if key in self._seen:
             return
@@ -284,4 +294,4 @@ class _Search:
         self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
         # A NaN is never better.
         if self.best is None or divergence < self.best.divergence:
-            self.best = _Best(divergence, plan, pruned)
+            self.best = _Best(divergence, plan, pruned, plan_for)

@@ -185,7 +185,7 @@ def _evidence(model: nn.Module, images: Tensor, sites: tuple[Site, ...]) -> Evid
     return Evidence(statistics, collect_gradients(model, sites, [(images, LABELS)]))
 
 
-@pytest.mark.parametrize("criterion", get_args(Criterion))
+@pytest.mark.parametrize("criterion", sorted({*get_args(Criterion)} - {"auto"}))
 def test_every_criterion_scores_every_kind_of_site(criterion: str) -> None:
     model, images, _ = _case("timm-vit")
     sites = find_sites(model, images[:1], attention=True)
@@ -214,9 +214,12 @@ def test_needs_are_named_and_their_lack_refused() -> None:
     assert needs_of(["l1", "random", "lamp", "l2"]) == frozenset()
     assert needs_of(["variance", "snip"]) == {"statistics", "gradients"}
     assert needs_of(["elimination"]) == {"statistics", "covariance"}
-    with pytest.raises(InputError, match=r"criterion must be one of variance, .*, got 'vraiance'"):
+    assert needs_of(["auto"]) == {"statistics", "covariance", "sensitivity"}
+    with pytest.raises(InputError, match=r"criterion must be one of auto, variance, .*, got 'vraiance'"):
         needs_of(["vraiance"])
     model, images, sites = _case("timm-vit")
+    with pytest.raises(InputError, match=r"criterion auto makes plans, not scores.*call vbp\.auto\.auto_plan"):
+        criterion_scores("auto", model, sites, Evidence())
     means = Evidence(collect_statistics(model, sites, [images]))
     for criterion, evidence, missing in (
         ("variance", Evidence(), "statistics"),

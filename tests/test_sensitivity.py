@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vbp import InputError, Statistics, collect_statistics, find_sites
 from vbp import sensing as module
 from vbp.evaluation import logits_of
+from vbp.sampling import TokenSample
 from vbp.sensing import Draws
 from vbp.sites import Site
 
@@ -84,6 +85,40 @@ def test_two_processes_and_other_batches_give_the_same() -> None:
         metric, again = (found.sensitivities[name].metric(found.covariances[name]) for found in (whole, split))
         torch.testing.assert_close(again.covariance, metric.covariance, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(again.mean, metric.mean, rtol=1e-6, atol=1e-9)
+
+
+def test_dealt_out_batches_around_one_point_give_all_the_same() -> None:
+    family = FAMILIES["timm-vit"]
+    model, images = randomise_(family.build()).double().eval(), family.example(7)
+    sites = find_sites(model, images[:1])
+    pivots = collect_statistics(model, sites, [images[:3]]).means
+
+    def part(batches: list[Tensor], first: int, step: int, block: int) -> Statistics:
+        numbers = {"first": first, "step": step, "block": block}
+        return collect_statistics(
+            model, sites, batches, covariance=True, tokens=TokenSample(0.5, **numbers), sensitivity=Draws(**numbers),
+            pivots=pivots,
+        )  # fmt: skip
+
+    whole = part([images], 0, 1, 1)
+    # Batches of two: the first process has numbers 0, 1, 4, 5, whatever pieces they come in, the second 2, 3, 6.
+    split = part([images[:2], images[4:5], images[5:6]], 0, 4, 2).merge(part([images[2:4], images[6:]], 2, 4, 2))
+    for name, one in whole.sensitivities.items():
+        other = split.sensitivities[name]
+        assert torch.equal(other.pivot, one.pivot)
+        for found, wanted in (
+            (other.inputs, one.inputs),
+            (other.outputs, one.outputs),
+            (split.covariances[name].m2, whole.covariances[name].m2),
+        ):
+            torch.testing.assert_close(found, wanted, rtol=1e-8, atol=1e-9 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize(("step", "block"), [(1, 2), (1, 0)])
+def test_numbers_that_two_images_would_share_are_refused(step: int, block: int) -> None:
+    for numbers in (Draws, TokenSample):
+        with pytest.raises(InputError, match="the step no smaller than it"):
+            numbers(step=step, block=block)
 
 
 def test_a_file_keeps_them_and_old_ones_are_refused(tmp_path: Path) -> None:

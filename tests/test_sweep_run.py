@@ -50,10 +50,11 @@ def config(data: Path, tmp_path: Path) -> SweepConfig:
 
 def _counting(patch: pytest.MonkeyPatch, stop_after: int = 1000) -> list[str]:
     """Count what is measured and what is read for calibration; the measure fails after a while."""
+    import vbp.evidence
     import vbp.sweep_run as module
 
     calls: list[str] = []
-    measure, collect = module.measure, module.collect_statistics
+    measure, collect = module.measure, vbp.evidence.collect_statistics
 
     def measured(job: Any, model: nn.Module) -> Measured:
         if calls.count("measure") == stop_after:
@@ -66,7 +67,7 @@ def _counting(patch: pytest.MonkeyPatch, stop_after: int = 1000) -> list[str]:
         return collect(*arguments, **keywords)
 
     patch.setattr(module, "measure", measured)
-    patch.setattr(module, "collect_statistics", collected)
+    patch.setattr(vbp.evidence, "collect_statistics", collected)
     return calls
 
 

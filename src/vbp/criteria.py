@@ -19,10 +19,10 @@ from vbp.sites import Site
 from vbp.statistics import Statistics
 
 Criterion = Literal[
-    "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
+    "auto", "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
 ]  # fmt: skip
-# What has to be collected from calibration images: moments, also the covariance, or gradients with labels.
-Need = Literal["statistics", "covariance", "gradients"]
+# What has to be collected from calibration images: moments, also covariance or sensitivity, gradients with labels.
+Need = Literal["statistics", "covariance", "sensitivity", "gradients"]
 Scores = dict[str, Float[Tensor, "hidden"]]
 
 
@@ -31,7 +31,7 @@ class Evidence:
     """What is known of a dense model.
 
     Attributes:
-        statistics: With covariances where a criterion or the refit needs them.
+        statistics: With covariances and sensitivities where a criterion or the refit needs them.
         gradients: From `collect_gradients`.
         seed: Of the random criterion.
         ridge: As in the refit that will follow.
@@ -60,6 +60,7 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
     the counts of `output_variance`.
     `random`, `l1`, `l2`, `lamp`, `taylor`, `snip`: their functions in `vbp.baselines`, which say what is ranked
     globally. They judge query/key channels by their weights, too; those above take the rule of `variance_scores`.
+    `auto` has no scores: it makes plans, `vbp.auto.auto_plan`.
 
     Args:
         criterion: A name of `Criterion`.
@@ -71,12 +72,18 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
         Site name -> score of each channel, on the CPU.
 
     Raises:
-        InputError: The name is unknown, or something that it needs is missing.
+        InputError: The name is unknown or that of no score, or something that it needs is missing.
     """
     rule = _rule(criterion)
+    if rule.scores is None:
+        raise InputError(
+            f"criterion {criterion} makes plans, not scores, got a request for scores; call vbp.auto.auto_plan, or "
+            "choose another criterion"
+        )
     held: dict[Need, object] = {
         "statistics": evidence.statistics,
         "covariance": evidence.statistics is not None and evidence.statistics.covariances,
+        "sensitivity": evidence.statistics is not None and evidence.statistics.sensitivities,
         "gradients": evidence.gradients,
     }
     if missing := sorted(need for need in rule.needs if not held[need]):
@@ -89,10 +96,10 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
 
 @dataclass(frozen=True)
 class _Rule:
-    """A criterion: what it needs, and how it scores."""
+    """A criterion: what it needs, and how it scores; None if it makes plans without."""
 
     needs: frozenset[Need]
-    scores: Callable[[nn.Module, Sequence[Site], Evidence], Scores]
+    scores: Callable[[nn.Module, Sequence[Site], Evidence], Scores] | None
 
 
 def _rule(name: str) -> _Rule:
@@ -155,6 +162,7 @@ def _gradients(evidence: Evidence) -> Mapping[str, Tensor]:
 
 
 _RULES: Final[Mapping[str, _Rule]] = {
+    "auto": _Rule(frozenset({"statistics", "covariance", "sensitivity"}), None),
     "variance": _Rule(frozenset({"statistics"}), _variance),
     "output_variance": _Rule(frozenset({"statistics"}), _output_variance),
     "elimination": _Rule(frozenset({"statistics", "covariance"}), _elimination),

@@ -12,6 +12,32 @@ from torch import Tensor
 from vbp.errors import InputError
 
 
+def image_number(image: int, first: int, step: int, block: int) -> int:
+    """Give the number, in the order of all images, of the image that this process reads at this place.
+
+    Args:
+        image: The place among the images of this process, from 0.
+        first: Number of the first of them.
+        step: Distance between the beginnings of two blocks.
+        block: Images that follow each other in the order of all: 1 where processes share the images by stride, the
+            batch size where whole batches are dealt out to them.
+    """
+    return first + step * (image // block) + image % block
+
+
+def check_numbers(seed: int, first: int, step: int, block: int) -> None:
+    """Refuse numbers that would give two images one number.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+    if seed < 0 or first < 0 or block < 1 or step < block:
+        raise InputError(
+            "seed and first image must be at least 0, the block at least 1 and the step no smaller than it, "
+            f"got {seed}, {first}, {block}, {step}; 0, 0, 1 and 1 suit a single process"
+        )
+
+
 @dataclass(frozen=True)
 class TokenSample:
     """A random share of the tokens or positions of every image.
@@ -24,12 +50,14 @@ class TokenSample:
         seed: Another seed draws other tokens.
         first: Number of the first image that this process reads.
         step: Distance between its images: the number of processes, if they share the images by stride.
+        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
     """
 
     fraction: float = 1.0
     seed: int = 0
     first: int = 0
     step: int = 1
+    block: int = 1
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -41,17 +69,14 @@ class TokenSample:
             raise InputError(
                 f"the share of tokens must be in (0, 1], got {self.fraction}; 0.2 samples 20 % of the tokens"
             )
-        if self.seed < 0 or self.first < 0 or self.step < 1:
-            raise InputError(
-                "seed and first image must be at least 0 and the step at least 1, "
-                f"got {self.seed}, {self.first}, {self.step}; 0, 0 and 1 suit a single process"
-            )
+        check_numbers(self.seed, self.first, self.step, self.block)
 
     def tokens(self, image: int, tokens: int) -> list[int]:
         """Give the sampled tokens of an image of this process, ascending."""
         # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and means 7 tokens.
         count = max(1, math.ceil(tokens * self.fraction - 1e-9))
-        generator = np.random.default_rng((self.seed, self.first + self.step * image))
+        number = image_number(image, self.first, self.step, self.block)
+        generator = np.random.default_rng((self.seed, number))
         return sorted(generator.choice(tokens, count, replace=False, shuffle=False).tolist())
 
 

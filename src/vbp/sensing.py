@@ -7,7 +7,7 @@ its product with itself k hidden^2 an image: next to nothing beside the backward
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
+from vbp.sampling import check_numbers, image_number
 from vbp.sensitivity import SiteSensitivity
 from vbp.sites import Site
 from vbp.tracing import channel_dim
@@ -37,17 +38,28 @@ class Draws:
         seed: Another seed draws other labels and sketches.
         first: Number of the first image that this process reads.
         step: Distance between its images: the number of processes, if they share the images by stride.
+        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
     """
 
     seed: int = 0
     first: int = 0
     step: int = 1
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        check_numbers(self.seed, self.first, self.step, self.block)
 
     def of(self, start: int, images: int, outputs: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
         """Give, for images from `start` on, one number in [0, 1) and the two sketch matrices of each, on the CPU."""
         uniform, left, right = [], [], []
         for image in range(start, start + images):
-            generator = np.random.default_rng((self.seed, 1, self.first + self.step * image))
+            number = image_number(image, self.first, self.step, self.block)
+            generator = np.random.default_rng((self.seed, 1, number))
             uniform.append(generator.random())
             left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
             right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
@@ -57,9 +69,9 @@ class Draws:
 class SensitivitySums:
     """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
-    def __init__(self, sites: Sequence[Site], draws: Draws) -> None:
+    def __init__(self, sites: Sequence[Site], draws: Draws, pivots: Mapping[str, Tensor] | None = None) -> None:
         self._sites = [site for site in sites if site.kind == "mlp"]
-        self._draws = draws
+        self._draws, self._pivots = draws, pivots or {}
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
@@ -120,9 +132,10 @@ class SensitivitySums:
         out, hidden = slopes.shape[-1], rows.shape[-1]
         if name not in self._sums:
             zero = rows.new_zeros((), dtype=torch.float64)
+            pivot = self._pivots[name].to(rows.device) if name in self._pivots else rows.mean((0, 1))
             self._sums[name] = SiteSensitivity(
                 0,
-                rows.mean((0, 1)).double(),
+                pivot.double(),
                 zero.expand(hidden + 1, hidden + 1).clone(),
                 zero.expand(out, out).clone(),
             )

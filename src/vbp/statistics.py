@@ -269,6 +269,7 @@ def collect_statistics(
     covariance: bool = False,
     tokens: TokenSample | None = None,
     sensitivity: Draws | None = None,
+    pivots: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Observe what reaches each site's consumer over all batches, in evaluation mode.
 
@@ -283,6 +284,8 @@ def collect_statistics(
         tokens: The tokens that count for the covariance; by default all. Means and variances are of all tokens.
         sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
             takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
+        pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
+            mean of the first batch. Passes that are merged give what one would only if they have the same.
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
@@ -290,7 +293,7 @@ def collect_statistics(
     target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
-    sums = None if sensitivity is None else SensitivitySums(sites, sensitivity)
+    sums = None if sensitivity is None else SensitivitySums(sites, sensitivity, pivots)
     images = 0
     with _observing(model, sites, sampler, sums) as observers:
         for batch in batches:

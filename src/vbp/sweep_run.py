@@ -13,17 +13,13 @@ from vbp.artifacts import installed_versions
 from vbp.calibration import merge_across
 from vbp.covariance import covariance_bytes
 from vbp.criteria import Evidence, Need
-from vbp.data import ImageLoader, make_loader
 from vbp.distributed import process_group
+from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given
 from vbp.files import check_folder, clear_folder, write_bytes
-from vbp.gradients import GradientSum
-from vbp.job import Job, prepare, reading
-from vbp.measuring import bar, latencies, measure
-from vbp.memory import out_of_memory
-from vbp.preprocessing import evaluation_transform
+from vbp.job import Job, prepare
+from vbp.measuring import latencies, measure
 from vbp.run_log import RunLog, run_log
-from vbp.sampling import TokenSample
-from vbp.statistics import Statistics, collect_statistics
+from vbp.statistics import Statistics
 from vbp.sweep import sweep, sweep_needs
 from vbp.sweep_config import SweepConfig, check_sweep
 from vbp.sweep_figure import ReferencePoint, draw_sweep, render_sweep
@@ -104,55 +100,25 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
 
 def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence:
     """Collect what is needed, in one reading of the calibration images."""
-    if not needs:
-        return Evidence(seed=config.seed, ridge=config.ridge)
-    covariance = "covariance" in needs
-    wants_statistics = bool(needs & {"statistics", "covariance"})
-    statistics = _given(config, job, covariance=covariance) if wants_statistics else None
-    batches = _batches(job)
-    gradients = None
-    with job.timed("calibration"), out_of_memory("calibration"):
-        running = GradientSum(job.model, job.sites, job.device) if "gradients" in needs else None
-        seen = bar(job, batches, "calibration") if batches is not None else ()
-        if running is not None:
-            seen = running.seen_on_the_way(seen)
-        if wants_statistics and statistics is None:
-            tokens = TokenSample(config.covariance_tokens, config.seed, job.processes.rank, job.processes.world)
-            found = None
-            if batches is not None:
-                with job.precision.autocast():
-                    found = collect_statistics(
-                        job.model, job.sites, seen, device=job.device, data=job.data, covariance=covariance,
-                        tokens=tokens,
-                    )  # fmt: skip
-            statistics = merge_across(found, job.processes)
+    statistics = _given(config, job, needs) if needs & FROM_STATISTICS else None
+    missing = needs - FROM_STATISTICS if statistics is not None else needs
+    if not missing:
+        return Evidence(statistics, None, config.seed, config.ridge)
+    with job.timed("calibration"):
+        reader = EvidenceReader(job, missing, covariance_tokens=config.covariance_tokens)
+        share = reader.read(range(len(job.calibration)))
+        if missing & FROM_STATISTICS:
+            statistics = merge_across(share, job.processes)
             if job.processes.main:
                 statistics.save(config.save_dir / STATISTICS)
-        elif running is not None:
-            for _ in seen:
-                pass
-        if running is not None:
-            gradients = running.mean(job.processes)
+        gradients = reader.gradients()
     return Evidence(statistics, gradients, config.seed, config.ridge)
 
 
-def _batches(job: Job) -> ImageLoader | None:
-    """Give this process's share of the calibration images; None if it has none."""
-    loader = make_loader(
-        job.calibration,
-        evaluation_transform(job.classifier.preprocessing),
-        batch_size=job.config.val_batch_size,
-        rank=job.processes.rank,
-        world=job.processes.world,
-        **reading(job.config),
-    )
-    return loader if len(loader) else None
-
-
-def _given(config: SweepConfig, job: Job, *, covariance: bool) -> Statistics | None:
+def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:
     """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
-    if job.given is not None and config.stats_path is not None:
-        job.given.check_holds(job.sites, config.stats_path, covariance=covariance)
+    if job.given is not None:
+        check_given(job, needs)
         if job.processes.main:
             job.given.save(config.save_dir / STATISTICS)
         return job.given
@@ -163,9 +129,10 @@ def _given(config: SweepConfig, job: Job, *, covariance: bool) -> Statistics | N
     found = job.processes.gather(Statistics.load(path) if job.processes.main else None)[0]
     assert found is not None
     found.check_made_for(job.settings["model"], job.data, path)
-    if covariance and not found.covariances:
-        _log.info("%s holds no covariances; the statistics are collected again", path)
-        return None
+    for need, held in (("covariance", found.covariances), ("sensitivity", found.sensitivities)):
+        if need in needs and not held:
+            _log.info("%s does not hold the %s; the statistics are collected again", path, need)
+            return None
     _log.info("statistics of %d images from %s", found.images, path)
     return found
 

@@ -1,0 +1,207 @@
+"""What criteria and compensations must know of a job's model, read from its calibration images."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Final
+
+from torch import Tensor
+
+from vbp.covariance import covariance_bytes
+from vbp.criteria import Need
+from vbp.data import ImageLoader, balanced_order, make_loader
+from vbp.divergence import HeldBack
+from vbp.gradients import GradientSum
+from vbp.job import Job, reading
+from vbp.measuring import bar
+from vbp.memory import out_of_memory
+from vbp.preprocessing import evaluation_transform
+from vbp.sampling import TokenSample
+from vbp.sensing import Draws
+from vbp.sensitivity import sensitivity_bytes
+from vbp.statistics import Statistics, collect_statistics, observed_names
+
+_log = logging.getLogger(__name__)
+
+# What comes from observing the model, and is kept in `Statistics`.
+FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance", "sensitivity"})
+# Calibration images by which `auto` compares its plans.
+HELD_BACK_IMAGES: Final = 128
+# Enough for a point near the channels' means; every process reads them.
+_PIVOT_IMAGES = 32
+# Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
+# megabytes an image on a ViT-Base.
+_CPU_SENSED, _GPU_SENSED = 16, 64
+
+
+class EvidenceReader:
+    """Reads calibration images part by part, each once for all that is needed of it.
+
+    The images stand in the order of `balanced_order`. Random draws belong to an image's place in it, so that any
+    number of processes and of parts, once merged, gives what one pass over all images would; an image that cannot be
+    read leaves its numbers to the next one.
+    """
+
+    def __init__(self, job: Job, needs: Collection[Need], *, covariance_tokens: float = 1.0) -> None:
+        """Say what the sums will take, and read nothing.
+
+        Args:
+            job: Whose images are read, and whose model is observed.
+            needs: What to collect.
+            covariance_tokens: Share of the tokens of each image that count for the covariance.
+        """
+        self._job, self._needs, self._tokens = job, frozenset(needs), covariance_tokens
+        self._order = balanced_order(job.calibration, job.config.seed)
+        self._gradients = GradientSum(job.model, job.sites, job.device) if "gradients" in needs else None
+        self._pivots: Mapping[str, Tensor] | None = None
+        self._log_memory()
+
+    def read(self, part: range) -> Statistics | None:
+        """Take in this process's share of the images at these places.
+
+        All processes call it with the same parts, each part after the one before it.
+
+        Args:
+            part: Places in the order, without gaps.
+
+        Returns:
+            Statistics of the share, for `merge_across`; None if none are needed or the share is empty. Gradients are
+            kept until `gradients` is called.
+
+        Raises:
+            InputError: Images cannot be read, or the model's answers are not finite.
+        """
+        with out_of_memory("calibration"):
+            if "sensitivity" in self._needs and self._pivots is None:
+                self._pivots = self._read_pivots()
+            loader = self._loader(part)
+            if loader is None:
+                return None
+            seen: Iterable[tuple[Tensor, Tensor]] = bar(self._job, loader, "calibration")
+            if self._gradients is not None:
+                seen = self._gradients.seen_on_the_way(seen)
+            if self._needs & FROM_STATISTICS:
+                return self._collect(seen, part)
+            for _ in seen:
+                pass
+        return None
+
+    def gradients(self) -> Mapping[str, Tensor] | None:
+        """Give the mean gradients over what all processes have read, which all call this; None if not needed.
+
+        Raises:
+            InputError: No image was read, or a gradient is not finite.
+        """
+        return None if self._gradients is None else self._gradients.mean(self._job.processes)
+
+    def _collect(self, seen: Iterable[tuple[Tensor, Tensor]], part: range) -> Statistics:
+        job, processes, block = self._job, self._job.processes, self._job.config.val_batch_size
+        # Batch b of the part is that of process b mod world.
+        numbers = {
+            "seed": job.config.seed,
+            "first": part.start + processes.rank * block,
+            "step": processes.world * block,
+            "block": block,
+        }
+        sensitivity = "sensitivity" in self._needs
+        if sensitivity:
+            seen = _in_pieces(seen, _CPU_SENSED if job.device.type == "cpu" else _GPU_SENSED)
+        with job.precision.autocast():
+            return collect_statistics(
+                job.model,
+                job.sites,
+                seen,
+                device=job.device,
+                data=job.data,
+                covariance="covariance" in self._needs,
+                tokens=TokenSample(self._tokens, **numbers),
+                sensitivity=Draws(**numbers) if sensitivity else None,
+                pivots=self._pivots,
+            )
+
+    def _read_pivots(self) -> Mapping[str, Tensor]:
+        """Give the means over the same first images on every process."""
+        job = self._job
+        loader = make_loader(
+            job.calibration.select(list(self._order[:_PIVOT_IMAGES])),
+            evaluation_transform(job.classifier.preprocessing),
+            batch_size=_PIVOT_IMAGES,
+            num_workers=0,
+            # How many are too many is for the reading itself to say.
+            max_unreadable=1.0,
+        )
+        with job.precision.autocast():
+            return collect_statistics(job.model, job.sites, loader, device=job.device).means
+
+    def _loader(self, part: range) -> ImageLoader | None:
+        return _share(self._job, [self._order[place] for place in part], self._job.config.val_batch_size)
+
+    def _log_memory(self) -> None:
+        sites = self._job.sites
+        if "covariance" in self._needs:
+            size = covariance_bytes([site.hidden for site in sites for _ in observed_names(site)])
+            _log.info("calibration: the covariances take %.0f MB on %s", size / 1e6, self._job.device)
+        if "sensitivity" in self._needs:
+            sizes = []
+            for site in sites:
+                if site.kind == "mlp":
+                    weight = self._job.model.get_submodule(site.consumer).weight
+                    assert isinstance(weight, Tensor)
+                    sizes.append((site.hidden, len(weight)))
+            _log.info(
+                "calibration: the sensitivities take %.0f MB on %s, and a backward pass a batch",
+                sensitivity_bytes(sizes) / 1e6, self._job.device,
+            )  # fmt: skip
+
+
+def check_given(job: Job, needs: Collection[Need]) -> None:
+    """Refuse statistics from a file that lack what is needed.
+
+    Raises:
+        InputError: They do.
+    """
+    if job.given is not None and job.config.stats_path is not None:
+        job.given.check_holds(
+            job.sites,
+            job.config.stats_path,
+            covariance="covariance" in needs,
+            sensitivity="sensitivity" in needs,
+        )
+
+
+def held_back(job: Job) -> HeldBack:
+    """Read the images by which `auto` compares plans, and let the dense model answer; all processes call it.
+
+    They are the first `HELD_BACK_IMAGES` of the calibration images in the order of `balanced_order`, dealt out to
+    the processes.
+
+    Raises:
+        InputError: None of them can be read.
+    """
+    places = balanced_order(job.calibration, job.config.seed)[:HELD_BACK_IMAGES]
+    # Small enough for every process to have a batch.
+    size = min(job.config.val_batch_size, -(-len(places) // job.processes.world))
+    with out_of_memory("calibration"):
+        loader = _share(job, list(places), size)
+        batches = [] if loader is None else [pixels for pixels, _ in bar(job, loader, "held-back images")]
+        return HeldBack(job.model, batches, precision=job.precision, processes=job.processes)
+
+
+def _share(job: Job, places: list[int], batch_size: int) -> ImageLoader | None:
+    """Load this process's share of some calibration images; None if it has none."""
+    loader = make_loader(
+        job.calibration.select(places),
+        evaluation_transform(job.classifier.preprocessing),
+        batch_size=batch_size,
+        rank=job.processes.rank,
+        world=job.processes.world,
+        **reading(job.config),
+    )
+    return loader if len(loader) else None
+
+
+def _in_pieces(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for pixels, labels in batches:
+        for start in range(0, len(pixels), size):
+            yield pixels[start : start + size], labels[start : start + size]

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from vbp import RunConfig
+from vbp.demo import DemoConfig, demo_run_config
+from vbp.digits import write_digits
 
 
 @dataclass(frozen=True)
@@ -124,3 +130,33 @@ def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
             scale = 0.3 if parameter.ndim > 1 else 0.5
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale + (parameter.ndim == 1) * 0.2)
     return model
+
+
+@pytest.fixture(scope="session")
+def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the digits in it."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_digits(folder / "data")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_config(demo_folder: Path) -> RunConfig:
+    """Give the demo's configuration, cut to one epoch."""
+    return demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=1))
+
+
+@pytest.fixture
+def quick(demo_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """Give a run of a few images, without fine-tuning and without drawing, into its own folder."""
+    monkeypatch.setattr("vbp.html_report.write_report", lambda folder: folder / "report.html")
+    return dataclasses.replace(
+        demo_config,
+        epochs_ft=0,
+        calib_samples=40,
+        limit_val=40,
+        use_kd=False,
+        compare_uncompensated=False,
+        save_dir=tmp_path / "run",
+        overwrite=False,
+    )

@@ -15,6 +15,7 @@ import pytest
 
 from vbp import InputError, OutputError, RunConfig
 from vbp.cli import main, parse_config, run_benchmark
+from vbp.config import PAPER
 from vbp.errors import Interrupted, PeerError
 
 ROOT = Path(__file__).parents[1]
@@ -38,6 +39,14 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "checkpoint": (None, ["a.safetensors"], Path("a.safetensors")),
     "calib_samples": (0, ["1000"], 1000),
     "compensation": ("mean", ["none"], "none"),
+    "criterion": ("variance", ["l2"], "l2"),
+    "target_macs": (None, ["0.94G"], "0.94G"),
+    "target_params": (None, ["80%"], "80%"),
+    "target_latency_ms": (None, ["12.5"], 12.5),
+    "target_speedup": (None, ["1.2"], 1.2),
+    "latency_batch": (None, ["8"], 8),
+    "covariance_tokens": (0.1, ["0.5"], 0.5),
+    "ridge": (0.01, ["0.1"], 0.1),
     "round_to": (1, ["8"], 8),
     "min_keep_ratio": (0.02, ["0.1"], 0.1),
     "seed": (0, ["7"], 7),
@@ -112,12 +121,12 @@ def type_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 def parse(*words: str) -> RunConfig:
     """Read a benchmark's command line."""
-    return parse_config([*DATA, *words], prog=SCRIPT)
+    return parse_config([*DATA, *words], prog=SCRIPT, defaults=PAPER)
 
 
 def test_without_flags_the_defaults_are_the_published_ones() -> None:
     config = parse()
-    assert config == RunConfig("data")
+    assert config == RunConfig("data", **PAPER)
     assert {name: getattr(config, name) for name in FLAGS} == {
         name: default for name, (default, _, _) in FLAGS.items()
     }
@@ -126,7 +135,7 @@ def test_without_flags_the_defaults_are_the_published_ones() -> None:
 @pytest.mark.parametrize("name", list(FLAGS))
 def test_a_flag_is_read_with_underscores_and_with_hyphens(name: str) -> None:
     default, words, value = FLAGS[name]
-    expected = RunConfig("data", **{name: value})
+    expected = RunConfig("data", **{**PAPER, name: value})
     assert value != default
     assert parse(f"--{name}", *words) == expected
     assert parse(f"--{name.replace('_', '-')}", *words) == expected
@@ -151,7 +160,7 @@ def test_the_help_shows_every_flag_with_underscores_and_its_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = help_text(lambda: parse_config(["--help"], prog=SCRIPT), capsys)
+    text = help_text(lambda: parse_config(["--help"], prog=SCRIPT, defaults=PAPER), capsys)
     assert SCRIPT in text
     assert set(re.findall(r"--([a-z][\w-]*)", text)) == {"help", "data_path", *FLAGS}
     # Flags stand in the third column, after the frame that a terminal gets.
@@ -215,7 +224,7 @@ def test_one_process_runs(
     if size is not None:
         monkeypatch.setenv("WORLD_SIZE", size)
     assert type_(*DATA, *words) == 0
-    assert ran == [RunConfig("data", disable_ddp=bool(words))]
+    assert ran == [RunConfig("data", disable_ddp=bool(words), **PAPER)]
 
 
 def test_several_processes_run_unless_told_to_be_one(
@@ -224,7 +233,7 @@ def test_several_processes_run_unless_told_to_be_one(
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
     assert type_(*DATA) == 0
-    assert ran == [RunConfig("data")]
+    assert ran == [RunConfig("data", **PAPER)]
     type_(*DATA, "--disable_ddp")
     assert launched == [1]
     assert len(ran) == 1
@@ -267,6 +276,14 @@ def test_a_world_size_that_is_no_count_is_one_clear_error(
     assert ran == []
 
 
+def test_the_script_does_what_the_paper_does_and_the_command_what_is_best(
+    ran: list[RunConfig], type_: Callable[..., int]
+) -> None:
+    type_(*DATA, "--disable_ddp")
+    type_("run", *DATA, entry=main)
+    assert [(config.criterion, config.compensation) for config in ran] == [("variance", "mean"), ("auto", "refit")]
+
+
 def test_the_library_command_needs_no_launcher(ran: list[RunConfig], type_: Callable[..., int]) -> None:
     assert type_("run", *DATA, "--keep-ratio", "0.5", entry=main) == 0
     assert ran == [RunConfig("data", keep_ratio=0.5)]
@@ -276,7 +293,7 @@ def test_the_library_command_needs_no_launcher(ran: list[RunConfig], type_: Call
     ("words", "message"),
     [
         (["--attn_keep_ratio", "0.8"], "attn_keep_ratio changes nothing unless attention is pruned"),
-        (["--norm_per_layer"], "norm_per_layer changes nothing"),
+        (["--criterion", "l2", "--norm_per_layer"], "norm_per_layer divides variances, got criterion l2"),
         (["--kd_T", "4"], "kd_T change nothing without distillation"),
         (["--keep_ratio", "1.3"], "keep_ratio must be in (0, 1], got 1.3"),
         ([], "data_path must hold train/<class>/ and val/<class>/, got no folder data"),

@@ -15,7 +15,6 @@ import torch
 import vbp.tuning as tuning
 from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, evaluate, load_pruned, read_artifact
 from vbp.data import list_images, make_loader
-from vbp.demo import DemoConfig, demo_run_config
 from vbp.digits import PREPROCESSING, write_digits
 from vbp.distributed import Processes
 from vbp.job import prepare
@@ -24,39 +23,15 @@ from vbp.recipe import run
 
 
 @pytest.fixture(scope="session")
-def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Give a folder with the digits in it."""
-    folder = tmp_path_factory.mktemp("demo")
-    write_digits(folder / "data")
-    return folder
-
-
-@pytest.fixture(scope="session")
-def config(demo_folder: Path) -> RunConfig:
+def config(demo_config: RunConfig) -> RunConfig:
     """Give the demo's configuration, cut to one epoch."""
-    return demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=1))
+    return demo_config
 
 
 @pytest.fixture(scope="session")
 def report(config: RunConfig) -> RunReport:
     """Give the report of one whole run."""
     return run(config)
-
-
-@pytest.fixture
-def quick(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """Give a run of a few images, without fine-tuning and without drawing, into its own folder."""
-    monkeypatch.setattr("vbp.html_report.write_report", lambda folder: folder / "report.html")
-    return dataclasses.replace(
-        config,
-        epochs_ft=0,
-        calib_samples=40,
-        limit_val=40,
-        use_kd=False,
-        compare_uncompensated=False,
-        save_dir=tmp_path / "run",
-        overwrite=False,
-    )
 
 
 def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
@@ -140,7 +115,7 @@ def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_
         raise AssertionError("the data were read again")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vbp.pruning.collect_statistics", no_pass)
+        patch.setattr("vbp.evidence.collect_statistics", no_pass)
         second = run(reusing)
     assert second.sites == first.sites
     assert PruningPlan.load(tmp_path / "second/plan.json") == PruningPlan.load(quick.save_dir / "plan.json")

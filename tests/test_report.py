@@ -132,6 +132,11 @@ def test_without_fine_tuning_and_latency_the_table_says_nothing_of_them() -> Non
     assert "fast" not in report.table()
 
 
+def test_the_row_of_the_pruned_model_names_the_refit() -> None:
+    report = dataclasses.replace(REPORT, config=config(compensation="refit"))
+    assert labels(report)[1] == "pruned, refit"
+
+
 def test_without_compensation_no_row_speaks_of_a_mean_shift() -> None:
     report = dataclasses.replace(REPORT, config=config(compensation="none"))
     assert labels(report)[1] == "pruned, no compensation"
@@ -152,5 +157,5 @@ def test_a_best_model_that_was_not_tuned_is_not_called_tuned() -> None:
 
 def test_the_configuration_of_a_run_fits_the_table() -> None:
     report = dataclasses.replace(REPORT, config=RunConfig(Path("data")).to_dict())
-    assert labels(report)[1] == "pruned, mean shift"
-    assert json.loads(json.dumps(report.to_dict()))["config"]["compensation"] == "mean"
+    assert labels(report)[1] == "pruned, refit"
+    assert json.loads(json.dumps(report.to_dict()))["config"]["compensation"] == "refit"

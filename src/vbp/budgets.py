@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from vbp.cost import format_count
 from vbp.errors import InputError
 from vbp.plan import PruningPlan
+from vbp.planning import check_keep_ratio
 
 Quantity = Literal["keep_ratio", "macs", "params", "latency_ms", "speedup"]
 
@@ -74,6 +75,8 @@ class Budget:
         quantity: Quantity = asked[0]
         value = given[quantity]
         assert value is not None
+        if quantity == "keep_ratio":
+            check_keep_ratio(quantity, float(value))
         budget = Budget(quantity, parse_amount(_FLAGS[quantity], value))
         budget._check()
         return budget
@@ -98,8 +101,6 @@ class Budget:
         return self.amount * dense if self.quantity == "keep_ratio" or self.amount < 1 else self.amount
 
     def _check(self) -> None:
-        if self.quantity == "keep_ratio" and not self.amount <= 1:
-            raise InputError(f"keep_ratio must be in (0, 1], got {self.amount}; 0.65 keeps 65 % of the channels")
         if self.quantity in ("macs", "params") and not (self.amount < 1 or self.amount >= 2):
             raise InputError(
                 f"{self.flag} must be a share in (0, 1) or a count, got {self.amount}; give 0.75 for three quarters "

@@ -8,12 +8,12 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, TypeVar
 
 import tyro
 
-from vbp.config import RunConfig
+from vbp.config import PAPER, RunConfig
 from vbp.distributed import check_launch, launched
 from vbp.errors import InputError, Interrupted, OutputError, PeerError
 from vbp.recipe import run
@@ -33,14 +33,22 @@ _USAGE = """usage: vbp COMMAND [flags]
 _T = TypeVar("_T")
 
 
-def parse_config(arguments: Sequence[str], *, prog: str) -> RunConfig:
-    """Read a run's configuration from command-line arguments; usage errors exit with code 2."""
-    return _parsed(RunConfig, arguments, prog)
+def parse_config(arguments: Sequence[str], *, prog: str, defaults: Mapping[str, Any] | None = None) -> RunConfig:
+    """Read a run's configuration from command-line arguments; usage errors exit with code 2.
+
+    Args:
+        arguments: What was typed after the program's name.
+        prog: That name.
+        defaults: What holds where nothing is typed, if not the defaults of `RunConfig`.
+    """
+    return _parsed(RunConfig, arguments, prog, defaults)
 
 
-def _parsed(kind: type[_T], arguments: Sequence[str], prog: str) -> _T:
+def _parsed(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> _T:
+    # What has no default stays required.
+    given: Any = {} if defaults is None else {"default": kind(**{"data_path": tyro.MISSING, **defaults})}
     config: _T = tyro.cli(
-        kind, prog=prog, args=list(arguments), use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,)
+        kind, prog=prog, args=list(arguments), use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **given
     )
     return config
 
@@ -49,7 +57,7 @@ def run_benchmark(script: str) -> int:
     """Run the ImageNet benchmark as its script is called, and give the exit code."""
 
     def job() -> None:
-        config = parse_config(sys.argv[1:], prog=script)
+        config = parse_config(sys.argv[1:], prog=script, defaults=PAPER)
         check_launch(script, disable_ddp=config.disable_ddp)
         _run(config)
 

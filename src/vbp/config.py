@@ -4,23 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 import tyro
 
+from vbp.budgets import Budget
+from vbp.criteria import Criterion, Need, needs_of
 from vbp.errors import InputError
+from vbp.refit import RIDGE, check_ridge
+from vbp.sampling import TokenSample
 
 ModelType = Literal["vit", "convnext", "swin", "auto"]
-Compensation = Literal["mean", "none"]
+Compensation = Literal["refit", "mean", "none"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
+
+# What the benchmark script does unless told otherwise: the published method.
+PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
+# Measured on DeiT-tiny (docs/refit.md): a tenth of the tokens gives the same refit as all of them.
+COVARIANCE_TOKENS = 0.1
+_TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Prune a trained image classifier by activation variance and fine-tune it."""
+    """Prune a trained image classifier without training, and fine-tune it.
+
+    Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
+    """
 
     data_path: str
     """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
@@ -64,15 +78,33 @@ class RunConfig:
 
     # Pruning
     keep_ratio: float = 0.65
-    """Share of the hidden MLP channels to keep, in (0, 1]."""
+    """Share of the hidden MLP channels to keep, in (0, 1], unless a target is given."""
+    target_macs: str | None = None
+    """In the place of keep_ratio: MACs of one image, as 0.94G, or as a share of the dense model's, as 0.75 or 75%."""
+    target_params: str | None = None
+    """In the place of keep_ratio: parameters, as 4.3M, or as a share of the dense model's."""
+    target_latency_ms: float | None = None
+    """In the place of keep_ratio: milliseconds of a batch on this device."""
+    target_speedup: float | None = None
+    """In the place of keep_ratio: how many times as fast as the dense model on this device, above 1."""
+    latency_batch: int | None = None
+    """Images in the batch that is timed; by default val_batch_size on a GPU, on a CPU what takes about a second."""
+    criterion: Criterion = "auto"
+    """Which channels go: auto (the plan whose answers stay nearest to the dense model's), variance (the paper),
+    output_variance, elimination, random, l1, l2, lamp, taylor, snip; see docs/refit.md."""
     global_pruning: bool = False
-    """Rank the channels of all layers together; otherwise every layer keeps the same share."""
+    """Rank the channels of all layers together; otherwise every layer keeps the same share. auto decides itself."""
     norm_per_layer: bool = False
-    """Divide the variances of a layer by their mean before ranking."""
-    compensation: Compensation = "mean"
-    """What stands in for removed channels: their mean in the next bias (mean), or nothing (none)."""
-    round_to: int = 1
-    """Keep channel counts at multiples of this; 8 or 64 suit most hardware."""
+    """With --criterion variance: divide the variances of a layer by their mean before ranking."""
+    compensation: Compensation = "refit"
+    """What stands in for removed channels: a prediction from those that stay (refit), their mean in the next bias
+    (mean), or nothing (none)."""
+    covariance_tokens: float = COVARIANCE_TOKENS
+    """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
+    ridge: float = RIDGE
+    """How much the refit is held back, as a share of each kept channel's variance."""
+    round_to: int | Literal["auto"] = 1
+    """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
     min_keep_ratio: float = 0.02
     """Floor: no layer keeps a smaller share than this."""
     bottleneck: bool = False
@@ -154,6 +186,26 @@ class RunConfig:
     hflip: Annotated[bool, tyro.conf.Suppress] = True
     crop_scale: Annotated[tuple[float, float], tyro.conf.Suppress] = (0.08, 1.0)
 
+    @property
+    def budget(self) -> Budget:
+        """Give what the pruned model may cost.
+
+        Raises:
+            InputError: More than one budget was given, or its number is none.
+        """
+        targets = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
+        if not targets or self.keep_ratio != _default("keep_ratio"):
+            targets["keep_ratio"] = self.keep_ratio
+        return Budget.of(**targets)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Give what must be collected from the calibration images."""
+        needs: set[Need] = {"statistics", *needs_of([self.criterion])}
+        if self.compensation == "refit":
+            needs.add("covariance")
+        return frozenset(needs)
+
     def to_dict(self) -> dict[str, Any]:
         """Give plain JSON data from which the run can be repeated."""
         return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
@@ -201,6 +253,11 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
+    _ = config.budget
+    TokenSample(config.covariance_tokens)
+    check_ridge(config.ridge)
+    if config.latency_batch is not None and config.latency_batch < 1:
+        raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
     for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
@@ -226,6 +283,7 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_effect(config: RunConfig) -> None:
     """Refuse flags that would change nothing: whoever gives them expects something else."""
+    _check_criterion(config)
     if config.norm_per_layer and not config.global_pruning:
         raise InputError(
             "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
@@ -249,11 +307,39 @@ def _check_effect(config: RunConfig) -> None:
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 
+def _check_criterion(config: RunConfig) -> None:
+    if config.criterion == "auto" and config.compensation != "refit":
+        raise InputError(
+            f"the criterion auto chooses for the refit, got compensation {config.compensation}; leave --compensation "
+            "out or choose another criterion"
+        )
+    if config.criterion == "auto" and config.global_pruning:
+        raise InputError(
+            "the criterion auto decides itself how many channels each layer keeps, got global_pruning; leave "
+            "--global_pruning out or choose another criterion"
+        )
+    if config.norm_per_layer and config.criterion != "variance":
+        raise InputError(
+            f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
+            "--norm_per_layer out"
+        )
+    if "covariance" not in config.needs:
+        for name in ("covariance_tokens", "ridge"):
+            if getattr(config, name) != _default(name):
+                raise InputError(
+                    f"{name} changes nothing without covariances, got {getattr(config, name)}; choose the "
+                    f"compensation refit or leave --{name} out"
+                )
+
+
 def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
-    defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    idle = [name for name in names if getattr(config, name) != defaults[name]]
+    idle = [name for name in names if getattr(config, name) != _default(name)]
     if idle and not getattr(config, switch):
         raise InputError(
             f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "
             "them out"
         )
+
+
+def _default(name: str) -> Any:
+    return next(field.default for field in dataclasses.fields(RunConfig) if field.name == name)

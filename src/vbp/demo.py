@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
 
-from vbp.config import RunConfig
+from vbp.config import Compensation, RunConfig
+from vbp.criteria import Criterion
 from vbp.data import ImageLoader, Split, list_images, make_loader
 from vbp.digits import CROP_SCALE, HFLIP, MODEL_KWARGS, MODEL_NAME, PREPROCESSING, WEIGHTS, write_digits
 from vbp.models import Classifier, load_classifier
@@ -31,6 +32,10 @@ class DemoConfig:
     """Digits go to data/ in it, results to run/, where those of an earlier demo are replaced."""
     keep_ratio: float = 0.5
     """Share of the hidden MLP channels to keep, in (0, 1]."""
+    criterion: Criterion = "variance"
+    """Which channels go: variance (the paper), auto, ...; as for vbp run."""
+    compensation: Compensation = "mean"
+    """What stands in for removed channels: their mean in the next bias (mean, the paper), refit or none."""
     epochs_ft: int = 5
     """Epochs of fine-tuning; 0 only prunes."""
     seed: int = 0
@@ -49,7 +54,9 @@ def demo_run_config(demo: DemoConfig) -> RunConfig:
         checkpoint=WEIGHTS,
         **PREPROCESSING_OVERRIDES,
         keep_ratio=demo.keep_ratio,
-        global_pruning=True,
+        criterion=demo.criterion,
+        compensation=demo.compensation,
+        global_pruning=demo.criterion != "auto",
         compare_uncompensated=True,
         epochs_ft=demo.epochs_ft,
         # The published rate suits 10 epochs of ImageNet, 200,000 steps; here there are 75.

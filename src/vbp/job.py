@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,24 +13,24 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from vbp.aiming import find_target, plan_rules
 from vbp.checkpoints import read_checkpoint
 from vbp.config import RunConfig
 from vbp.data import ImageLoader, Images, Split, balanced_subset, check_data_path, list_images, make_loader
 from vbp.distillation import DistillationLoss
 from vbp.distributed import Processes, restarts
-from vbp.errors import InputError
 from vbp.files import check_folder
 from vbp.fingerprints import json_fingerprint, model_fingerprint
 from vbp.memory import enable_gradient_checkpointing_
 from vbp.models import Classifier, load_classifier
-from vbp.plan import PruningPlan
-from vbp.planning import check_ratios, make_plan
+from vbp.planning import check_ratios
 from vbp.precision import Precision, move_, set_matmul_precision
 from vbp.preprocessing import evaluation_transform
 from vbp.resume import check_same_settings, find_checkpoint
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics
 from vbp.surgery import check_prunable
+from vbp.targets import Target
 from vbp.tracking import check_tracking
 
 _log = logging.getLogger(__name__)
@@ -49,6 +49,8 @@ class Job:
     """What a run works on, checked and ready.
 
     Attributes:
+        rules: Of all plans: what `make_plan` takes besides sites, scores and keep ratio.
+        target: The budget.
         data: Fingerprint of the calibration images and their preprocessing.
         given: Statistics from a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
@@ -61,6 +63,8 @@ class Job:
     precision: Precision
     classifier: Classifier
     sites: tuple[Site, ...]
+    rules: Mapping[str, Any]
+    target: Target
     calibration: Images
     train: Images
     val: ImageLoader
@@ -81,12 +85,13 @@ class Job:
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
-        self.seconds[stage] += time.perf_counter() - start
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
 
 
 def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Job:
     """Check everything and load the model; nothing is written."""
-    check_ratios(config.keep_ratio, config.min_keep_ratio, config.round_to, config.attn_keep_ratio)
+    lowest = 1 if config.round_to == "auto" else config.round_to
+    check_ratios(config.keep_ratio, config.min_keep_ratio, lowest, config.attn_keep_ratio)
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
     precision = Precision.choose(config.amp, device)
     set_matmul_precision(config.matmul_precision)
@@ -111,9 +116,13 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
-        given.check_holds(sites, config.stats_path)
+        needs = config.needs
+        given.check_holds(
+            sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
+        )
     check_prunable(model, sites, example)
-    _check_removes(config, sites)
+    rules = plan_rules(config, sites, device, precision)
+    target = find_target(config, processes, model, sites, example, precision, rules)
     if config.grad_checkpointing:
         enable_gradient_checkpointing_(model)
     val_loader = make_loader(
@@ -125,8 +134,8 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
         **reading(config),
     )
     return Job(
-        config, processes, device, precision, classifier, sites, calibration, train, val_loader, example, data, given,
-        settings, found,
+        config, processes, device, precision, classifier, sites, rules, target, calibration, train, val_loader,
+        example, data, given, settings, found,
     )  # fmt: skip
 
 
@@ -197,32 +206,3 @@ def _settings(
         "train": train.fingerprint(),
         "val": val.fingerprint(),
     }
-
-
-def plan_of(config: RunConfig, sites: Sequence[Site], scores: Mapping[str, Tensor]) -> PruningPlan:
-    """Make the plan that a configuration asks for."""
-    return make_plan(
-        sites,
-        scores,
-        keep_ratio=config.keep_ratio,
-        scope="global" if config.global_pruning else "per_layer",
-        round_to=config.round_to,
-        min_keep_ratio=config.min_keep_ratio,
-        attn_keep_ratio=config.attn_keep_ratio,
-    )
-
-
-def neutral_plan(config: RunConfig, sites: Sequence[Site]) -> PruningPlan:
-    """Give a plan of the right size before there are scores."""
-    return plan_of(config, sites, {site.name: torch.zeros(site.hidden) for site in sites})
-
-
-def _check_removes(config: RunConfig, sites: Sequence[Site]) -> None:
-    """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
-    plan = neutral_plan(config, sites)
-    asked = min(config.keep_ratio, config.attn_keep_ratio or 1.0)
-    if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
-        raise InputError(
-            f"keep_ratio {config.keep_ratio} with round_to {config.round_to} and min_keep_ratio "
-            f"{config.min_keep_ratio} removes none of {plan.total} channels; lower keep_ratio or round_to"
-        )

@@ -94,6 +94,19 @@ def compare_in_turns(
     )
 
 
+def check_faster(budget: Budget, times: LayerTimes) -> None:
+    """Refuse a latency that the dense model has already.
+
+    Raises:
+        InputError: It has.
+    """
+    if budget.quantity == "latency_ms" and budget.amount >= times.dense_ms:
+        raise InputError(
+            f"target_latency_ms must be below the {times.dense_ms:.2f} ms that the dense model takes for a batch of "
+            f"{times.conditions.batch[0]}, got {budget.amount}; lower it"
+        )
+
+
 def meet_latency(
     budget: Budget,
     plan_for: PlanFor,
@@ -122,15 +135,11 @@ def meet_latency(
     Raises:
         InputError: The dense model takes no longer than that already.
     """
-    if budget.quantity == "latency_ms" and budget.amount >= times.dense_ms:
-        raise InputError(
-            f"target_latency_ms must be below the {times.dense_ms:.2f} ms that the dense model takes for a batch of "
-            f"{times.conditions.batch[0]}, got {budget.amount}; lower it"
-        )
+    check_faster(budget, times)
     search, tried = PlanSearch(plan_for), list[_Attempt]()
     scale, dense_ms = 1.0, times.dense_ms
     while len(tried) < attempts and sum(attempt.found.seconds for attempt in tried) <= budget_s:
-        allowed = _between(tried, 1 - (1 - _share(budget, dense_ms)) / scale)
+        allowed = _between(tried, 1 - (1 - allowed_share(budget, dense_ms)) / scale)
         plan = search.largest(times.share, allowed) or search.floor
         if any(plan.widths == attempt.plan.widths for attempt in tried):
             break
@@ -184,7 +193,7 @@ class _Attempt:
         return min(high, max(low, (1 - 1 / self.found.speedup.median) / promised)) if promised > 0 else 1.0
 
 
-def _share(budget: Budget, dense_ms: float) -> float:
+def allowed_share(budget: Budget, dense_ms: float) -> float:
     """Give the part of the dense time that a proposed plan may take."""
     share = 1 / budget.amount if budget.quantity == "speedup" else budget.amount / dense_ms
     return min(1.0, share * (1 - _SLACK / 2))

@@ -5,17 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
+from vbp.aiming import latency_batch
 from vbp.cost import count_macs, count_parameters, format_count
 from vbp.evaluation import evaluate
 from vbp.job import Job
 from vbp.memory import out_of_memory
 from vbp.report import Measured
 from vbp.timing import measure_latency_ms
-
-_CPU_LATENCY_MACS = 20_000_000_000
 
 
 def bar(job: Job, loader: Iterable[Any], label: str) -> Any:
@@ -53,17 +52,9 @@ def figures(model: Measured) -> str:
 
 def latencies(job: Job, models: dict[str, nn.Module]) -> tuple[dict[str, float], int]:
     """Time the models side by side on the main process, and give milliseconds a batch and the batch's images."""
-    batch = _latency_batch(job)
+    batch = latency_batch(job.config, job.model, job.example)
     found = {}
     if job.processes.main:
         with job.precision.autocast():
             found = measure_latency_ms(models, batch)
     return job.processes.gather(found)[0], len(batch)
-
-
-def _latency_batch(job: Job) -> Tensor:
-    """Give the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
-    size = job.config.val_batch_size
-    if job.device.type == "cpu":
-        size = min(size, 32, max(1, _CPU_LATENCY_MACS // count_macs(job.model, job.example)))
-    return job.example.repeat(size, 1, 1, 1)

@@ -16,6 +16,20 @@ from vbp.plan import PruningPlan, Scope, SitePlan
 from vbp.sites import Site
 
 
+def check_keep_ratio(name: str, ratio: float) -> None:
+    """Check one share of channels to keep.
+
+    Args:
+        name: Of the setting, for the error.
+        ratio: The share.
+
+    Raises:
+        InputError: It is out of range.
+    """
+    if not 0 < ratio <= 1:
+        raise InputError(f"{name} must be in (0, 1], got {ratio}; 0.65 keeps 65 % of the channels")
+
+
 def check_ratios(
     keep_ratio: float, min_keep_ratio: float, round_to: int, attn_keep_ratio: float | None = None
 ) -> None:
@@ -25,8 +39,8 @@ def check_ratios(
         InputError: One is out of range.
     """
     for name, ratio in (("keep_ratio", keep_ratio), ("attn_keep_ratio", attn_keep_ratio)):
-        if ratio is not None and not 0 < ratio <= 1:
-            raise InputError(f"{name} must be in (0, 1], got {ratio}; 0.65 keeps 65 % of the channels")
+        if ratio is not None:
+            check_keep_ratio(name, ratio)
     if not 0 <= min_keep_ratio <= 1:
         raise InputError(f"min_keep_ratio must be in [0, 1], got {min_keep_ratio}; 0.02 is the default")
     if min_keep_ratio > keep_ratio:

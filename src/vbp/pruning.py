@@ -12,18 +12,17 @@ from torch import nn
 
 from vbp.artifacts import rebuild_
 from vbp.calibration import calibrate
+from vbp.choosing import Chosen, choose, plan_of
 from vbp.cost import format_plan, plan_cost
-from vbp.data import balanced_order, make_loader
+from vbp.criteria import Evidence
+from vbp.evidence import EvidenceReader
 from vbp.fingerprints import json_fingerprint
-from vbp.job import Job, plan_of, reading
-from vbp.measuring import bar, figures, latencies, measure
-from vbp.memory import out_of_memory
+from vbp.job import Job
+from vbp.measuring import figures, latencies, measure
 from vbp.plan import PruningPlan
 from vbp.precision import move_
-from vbp.preprocessing import evaluation_transform
 from vbp.ranking import variance_scores
 from vbp.report import Measured
-from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
 
 _log = logging.getLogger(__name__)
@@ -43,6 +42,10 @@ class Pruned:
         images: Calibration images.
         latency_batch: Images in the batch whose latency was measured.
         convergence: How the plan settled as the images grew; None if the statistics came from a file.
+        budget: What was asked for, and whether the plan meets it.
+        candidates: Plans that the criterion auto tried; none otherwise.
+        reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, on the
+            calibration images; without refit none.
     """
 
     plan: PruningPlan
@@ -52,6 +55,9 @@ class Pruned:
     images: int
     latency_batch: int
     convergence: Mapping[str, Any] | None
+    budget: Mapping[str, Any]
+    candidates: Sequence[Mapping[str, Any]]
+    reconstruction: Mapping[str, Mapping[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -63,6 +69,9 @@ class Pruned:
             "images": self.images,
             "latency_batch": self.latency_batch,
             "convergence": self.convergence,
+            "budget": self.budget,
+            "candidates": self.candidates,
+            "reconstruction": self.reconstruction,
         }
 
     @staticmethod
@@ -77,6 +86,9 @@ class Pruned:
             value["images"],
             value["latency_batch"],
             value["convergence"],
+            value["budget"],
+            value["candidates"],
+            value["reconstruction"],
         )
 
 
@@ -88,18 +100,29 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
     """
     base = measure(job, job.model)
     _log.info("dense: %s", figures(base))
-    statistics, convergence = _statistics(job)
-    plan = _plan(job, statistics)
+    evidence, convergence = _evidence(job)
+    assert evidence.statistics is not None
+    chosen = _chosen(job, evidence)
+    plan = chosen.plan
     dense = copy.deepcopy(job.model)
     uncompensated = _uncompensated(job, plan)
     with job.timed("surgery"):
-        prune_(job.model, plan, statistics.means if job.config.compensation == "mean" else None)
+        errors = prune_(job.model, plan, chosen.means, chosen.covariances, ridge=job.config.ridge)
     pruned = measure(job, job.model)
     _log.info("pruned: %s", figures(pruned))
     latency, batch = latencies(job, {"base": dense, "pruned": job.model})
-    base = replace(base, latency_ms=latency["base"])
-    pruned = replace(pruned, latency_ms=latency["pruned"], epoch=0)
-    return Pruned(plan, base, pruned, uncompensated, statistics.images, batch, convergence), dense
+    return Pruned(
+        plan,
+        replace(base, latency_ms=latency["base"]),
+        replace(pruned, latency_ms=latency["pruned"], epoch=0),
+        uncompensated,
+        evidence.statistics.images,
+        batch,
+        convergence,
+        chosen.result.to_dict(),
+        [one.to_dict() for one in chosen.tried],
+        {one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors},
+    ), dense
 
 
 def prune_again(job: Job, found: Mapping[str, Any]) -> tuple[Pruned, nn.Module]:
@@ -109,66 +132,50 @@ def prune_again(job: Job, found: Mapping[str, Any]) -> tuple[Pruned, nn.Module]:
     rebuild_(job.model, (pruned.plan,), found["trainer"]["student"])
     move_(job.model, job.device)
     for stage, seconds in found["seconds"].items():
-        job.seconds[stage] += seconds
+        job.seconds[stage] = job.seconds.get(stage, 0.0) + seconds
     if job.processes.main:
         pruned.plan.save(job.config.save_dir / PLAN)
     job.processes.check_same("plan", json_fingerprint(pruned.plan.to_dict()))
     return pruned, dense
 
 
-def _statistics(job: Job) -> tuple[Statistics, Mapping[str, Any] | None]:
+def _evidence(job: Job) -> tuple[Evidence, Mapping[str, Any] | None]:
+    """Collect what criterion and compensation need, in stages; give also how the plan settled meanwhile."""
+    config, needs = job.config, job.config.needs
     if job.given is not None:
-        _log.info("statistics of %d images from %s", job.given.images, job.config.stats_path)
-        return _kept(job, job.given), None
-    order = balanced_order(job.calibration, job.config.seed)
-    transform = evaluation_transform(job.classifier.preprocessing)
-
-    def collect(part: Sequence[int]) -> Statistics | None:
-        loader = make_loader(
-            job.calibration.select([order[place] for place in part]),
-            transform,
-            batch_size=job.config.val_batch_size,
-            rank=job.processes.rank,
-            world=job.processes.world,
-            **reading(job.config),
-        )
-        if len(loader) == 0:
-            return None
-        with job.precision.autocast(), out_of_memory("calibration"):
-            return collect_statistics(
-                job.model, job.sites, bar(job, loader, "statistics"), device=job.device, data=job.data
-            )
-
+        _log.info("statistics of %d images from %s", job.given.images, config.stats_path)
+        needs &= {"gradients"}
+    statistics, convergence = job.given, None
     with job.timed("calibration"):
-        statistics, convergence = calibrate(
-            collect,
-            len(job.calibration),
-            lambda statistics: _plan_from(job, statistics),
-            processes=job.processes,
-            auto=job.config.calib_samples == "auto",
-        )
-    _log.info("statistics of %d sites over %d images\n%s", len(job.sites), statistics.images, convergence.table())
-    return _kept(job, statistics), convergence.to_dict()
-
-
-def _kept(job: Job, statistics: Statistics) -> Statistics:
+        reader = EvidenceReader(job, needs, covariance_tokens=config.covariance_tokens)
+        if statistics is None:
+            statistics, convergence = calibrate(
+                reader.read,
+                len(job.calibration),
+                # By the variances whatever the criterion: plans are compared that cost nothing to make.
+                lambda found: plan_of(job, variance_scores(found, norm_per_layer=config.norm_per_layer)),
+                processes=job.processes,
+                auto=config.calib_samples == "auto",
+            )
+            _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
+            _log.info("%s", convergence.table())
+        elif needs:
+            reader.read(range(len(job.calibration)))
+        gradients = reader.gradients()
     if job.processes.main:
-        statistics.save(job.config.save_dir / STATISTICS)
-    return statistics
+        statistics.save(config.save_dir / STATISTICS)
+    found = Evidence(statistics, gradients, config.seed, config.ridge)
+    return found, None if convergence is None else convergence.to_dict()
 
 
-def _plan_from(job: Job, statistics: Statistics) -> PruningPlan:
-    return plan_of(job.config, job.sites, variance_scores(statistics, norm_per_layer=job.config.norm_per_layer))
-
-
-def _plan(job: Job, statistics: Statistics) -> PruningPlan:
-    with job.timed("planning"):
-        plan = _plan_from(job, statistics)
-    job.processes.check_same("plan", json_fingerprint(plan.to_dict()))
+def _chosen(job: Job, evidence: Evidence) -> Chosen:
+    chosen = choose(job, evidence)
+    job.processes.check_same("plan", json_fingerprint(chosen.plan.to_dict()))
     if job.processes.main:
-        plan.save(job.config.save_dir / PLAN)
-    _log.info("%s", format_plan(plan, plan_cost(job.model, plan, job.example)))
-    return plan
+        chosen.plan.save(job.config.save_dir / PLAN)
+    _log.info("%s", format_plan(chosen.plan, plan_cost(job.model, chosen.plan, job.example)))
+    (_log.info if chosen.result.met else _log.warning)("%s", chosen.result.sentence())
+    return chosen
 
 
 def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
 
 from vbp.cost import format_count
+
+# How tables call the pruned model, by its compensation.
+PRUNED_LABELS: Final[Mapping[str, str]] = {
+    "none": "pruned, no compensation",
+    "mean": "pruned, mean shift",
+    "refit": "pruned, refit",
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,10 @@ class RunReport:
         device: Kind of device.
         processes: Number of processes of the job.
         files: Name -> path of each file left behind.
+        budget: What was asked for, and whether the plan meets it: the data of `BudgetResult`.
+        candidates: Plans that the criterion auto tried: name, divergence in nats, widths.
+        reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, measured
+            on the calibration images; without refit none.
     """
 
     base: Measured
@@ -69,6 +80,9 @@ class RunReport:
     versions: Mapping[str, str]
     config: Mapping[str, Any]
     files: Mapping[str, str]
+    budget: Mapping[str, Any] = field(default_factory=dict)
+    candidates: Sequence[Mapping[str, Any]] = ()
+    reconstruction: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Give the plain JSON data of `summary.json`."""
@@ -82,6 +96,9 @@ class RunReport:
             "seconds": dict(self.seconds),
             "images": dict(self.images),
             "convergence": None if self.convergence is None else dict(self.convergence),
+            "budget": dict(self.budget),
+            "candidates": [dict(one) for one in self.candidates],
+            "reconstruction": {name: dict(errors) for name, errors in self.reconstruction.items()},
             "latency_batch": self.latency_batch,
             "device": self.device,
             "processes": self.processes,
@@ -92,11 +109,11 @@ class RunReport:
 
     def table(self) -> str:
         """Give the steps of the run as a table for the terminal."""
-        compensated = self.config["compensation"] != "none"
+        compensation = self.config["compensation"]
         rows = [("dense", self.base)]
-        if self.uncompensated is not None and compensated:
-            rows.append(("pruned, no compensation", self.uncompensated))
-        rows.append(("pruned, mean shift" if compensated else "pruned, no compensation", self.pruned))
+        if self.uncompensated is not None and compensation != "none":
+            rows.append((PRUNED_LABELS["none"], self.uncompensated))
+        rows.append((PRUNED_LABELS[compensation], self.pruned))
         if self.final.epoch:
             # Where tuning helped at no epoch, the pruned model above is the best.
             if self.best.epoch:

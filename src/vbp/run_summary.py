@@ -7,16 +7,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 from vbp.errors import InputError
+from vbp.report import PRUNED_LABELS
 
 SUMMARY = "summary.json"
-_COMPENSATIONS: Final[Mapping[str, str]] = {
-    "none": "pruned, no compensation",
-    "mean": "pruned, mean shift",
-    "refit": "pruned, refit",
-}
 
 
 @dataclass(frozen=True)
@@ -135,8 +131,8 @@ def _step(name: str, value: Mapping[str, Any], compensation: str) -> Step:
     latency, epoch = value.get("latency_ms"), value.get("epoch")
     labels = {
         "base": "dense",
-        "uncompensated": _COMPENSATIONS["none"],
-        "pruned": _COMPENSATIONS.get(compensation, f"pruned, {compensation}"),
+        "uncompensated": PRUNED_LABELS["none"],
+        "pruned": PRUNED_LABELS.get(compensation, f"pruned, {compensation}"),
         "best": f"fine-tuned, best (epoch {epoch})",
         "final": f"fine-tuned, final (epoch {epoch})",
     }

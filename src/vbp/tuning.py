@@ -23,7 +23,7 @@ from vbp.errors import Interrupted
 from vbp.files import write_bytes
 from vbp.finetune import Trainer
 from vbp.interruption import Interruption
-from vbp.job import Job, neutral_plan, reading
+from vbp.job import Job, reading
 from vbp.measuring import bar, figures, measure
 from vbp.memory import dry_step, out_of_memory
 from vbp.mixing import Mixing
@@ -31,6 +31,7 @@ from vbp.preprocessing import training_transform
 from vbp.pruning import Pruned
 from vbp.report import Measured
 from vbp.surgery import prune_
+from vbp.targets import neutral_plan
 from vbp.tracking import Tracker
 
 _log = logging.getLogger(__name__)
@@ -128,7 +129,7 @@ def try_step(job: Job) -> None:
         InputError: Memory does not suffice.
     """
     student = copy.deepcopy(job.model)
-    prune_(student, neutral_plan(job.config, job.sites))
+    prune_(student, neutral_plan(job.sites, keep_ratio=job.target.keep_ratio, **job.rules))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
     trainer = _trainer(job, student, 1, job.model if job.config.use_kd else None, compiled=False)
     use = dry_step(

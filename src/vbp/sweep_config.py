@@ -22,7 +22,7 @@ from vbp.sweep_report import Setting
 class SweepConfig:
     """Prune one dense model in many ways, each from the dense weights, and compare; nothing is fine-tuned.
 
-    Example: vbp sweep --data_path DATA --model_name deit_tiny_patch16_224 --criteria variance/mean elimination/refit
+    Example: vbp sweep --data_path DATA --model_name deit_tiny_patch16_224 --criteria variance/mean auto
     """
 
     data_path: str
@@ -31,11 +31,11 @@ class SweepConfig:
     # What varies
     keep_ratios: tuple[float, ...] = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4)
     """Shares of the hidden MLP channels to keep, in (0, 1]."""
-    criteria: tuple[str, ...] = ("variance", "elimination")
-    """variance, output_variance, elimination, random, l1, l2, lamp, taylor, snip; l2/none for one compensation
-    alone."""
+    criteria: tuple[str, ...] = ("variance/mean", "auto")
+    """auto (always with refit, and with widths of its own whatever the scopes), variance, output_variance,
+    elimination, random, l1, l2, lamp, taylor, snip; l2/none for one compensation alone."""
     compensations: tuple[str, ...] = ("mean", "refit")
-    """What stands in for removed channels: none, mean, refit; for each criterion that names none."""
+    """What stands in for removed channels: none, mean, refit; for each criterion that names none, but auto."""
     scopes: tuple[str, ...] = ("global",)
     """global (the channels of all layers compete), per_layer (each keeps the same share), or both."""
     latency: bool = False
@@ -104,7 +104,7 @@ class SweepConfig:
     overwrite: bool = False
     """Replace the results of another run in save_dir."""
     seed: int = 0
-    """Seed of subsets, of sampled tokens and of the random criterion."""
+    """Seed of subsets, of sampled tokens, of sensitivities and of the random criterion."""
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N; under torchrun a GPU for each process."""
 

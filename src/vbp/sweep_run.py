@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -11,19 +11,19 @@ import torch
 
 from vbp.artifacts import installed_versions
 from vbp.calibration import merge_across
-from vbp.covariance import covariance_bytes
 from vbp.criteria import Evidence, Need
 from vbp.distributed import process_group
-from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given
+from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given, evidence_bytes
 from vbp.files import check_folder, clear_folder, write_bytes
 from vbp.job import Job, prepare
 from vbp.measuring import latencies, measure
+from vbp.plan_search import PlanSearch
 from vbp.run_log import RunLog, run_log
 from vbp.statistics import Statistics
-from vbp.sweep import sweep, sweep_needs
+from vbp.sweep import Planned, sweep, sweep_needs
 from vbp.sweep_config import SweepConfig, check_sweep
 from vbp.sweep_figure import ReferencePoint, draw_sweep, render_sweep
-from vbp.sweep_report import SweepReport
+from vbp.sweep_report import Setting, SweepReport
 from vbp.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
 
 _log = logging.getLogger(__name__)
@@ -76,10 +76,11 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         found, _ = latencies(job, {"dense": job.model, "pruned": pruned})
         return found["dense"], found["pruned"]
 
+    evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(
         job.model,
         job.sites,
-        _evidence(config, job, sweep_needs(missing)),
+        evidence,
         config.settings,
         lambda model: measure(job, model),
         latency=timed if config.latency else None,
@@ -87,6 +88,7 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         min_keep_ratio=config.min_keep_ratio,
         dense=None if begun is None else begun.dense,
         known=known,
+        planners=_planners(job, evidence),
         on_row=keep,
         about={
             "model_name": config.model_name,
@@ -113,6 +115,14 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
                 statistics.save(config.save_dir / STATISTICS)
         gradients = reader.gradients()
     return Evidence(statistics, gradients, config.seed, config.ridge)
+
+
+def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Planned]]:
+    """Give what makes plans, for the criteria that have no scores."""
+    if evidence.statistics is None:
+        return {}
+    search = PlanSearch(job, evidence.statistics, ridge=evidence.ridge)
+    return {"auto": lambda setting: search.plan(setting.keep_ratio)}
 
 
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:
@@ -142,8 +152,8 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     if not job.processes.main:
         return
     folder = config.save_dir
-    widths = [site.hidden for site in job.sites] if "covariance" in sweep_needs(config.settings) else []
-    check_folder(folder, overwrite=True, needed_bytes=covariance_bytes(widths) + 2**24)
+    needed = evidence_bytes(job, sweep_needs(config.settings))
+    check_folder(folder, overwrite=True, needed_bytes=sum(needed.values()) + 2**24)
     if fresh:
         clear_folder(folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
         # First, since a sweep that ends at once is known again by it.

@@ -58,8 +58,8 @@ def test_auto_tries_plans_and_says_which(quick: RunConfig, caplog: pytest.LogCap
     summary = json.loads((found_folder(found) / "summary.json").read_text())
     assert summary["candidates"] == [dict(one) for one in found.candidates]
     text = caplog.text
-    assert "the covariances take" in text
-    assert "the sensitivities take" in text
+    assert "calibration: covariance of 4 sites, 2 MB on cpu" in text
+    assert "calibration: sensitivity of 4 sites" in text
     statistics = Statistics.load(found_folder(found) / "statistics.safetensors")
     assert statistics.token_fraction == 0.1
     assert statistics.sensitivities.keys() == statistics.covariances.keys() == found.sites.keys()

@@ -125,8 +125,10 @@ def test_only_what_is_needed_is_collected_and_memory_is_told(job: Job, caplog: p
     assert not plain.sensitivities
     # Four sites of 256 channels, and 64 outputs of each.
     size = 4 * 8 * (256 * 256 + 256) / 1e6
-    assert caplog.messages[0] == f"calibration: the covariances take {size:.0f} MB on cpu"
-    assert "the sensitivities take 2 MB" in caplog.messages[1]
+    assert caplog.messages == [
+        f"calibration: covariance of 4 sites, {size:.0f} MB on cpu",
+        "calibration: sensitivity of 4 sites, 2 MB on cpu",
+    ]
     assert EvidenceReader(job, []).gradients() is None
 
 

@@ -149,6 +149,19 @@ def test_settings_out_of_range_are_refused(arguments: tuple[list[str], ...], mes
         settings_of(*arguments)  # type: ignore[arg-type]
 
 
+def test_auto_is_with_refit_and_finds_widths_itself() -> None:
+    found = settings_of(["auto", "l1", "auto/refit"], ["mean", "refit"], [0.5, 0.3], ["per_layer"])
+    assert [(setting.method, setting.keep_ratio) for setting in found if setting.criterion == "auto"] == [
+        ("auto/refit", 0.5), ("auto/refit", 0.3)
+    ]  # fmt: skip
+    assert {setting.method for setting in found} == {"auto/refit", "l1/mean, per_layer", "l1/refit, per_layer"}
+    assert settings_of(["auto"], [], [0.5])
+    assert sweep_needs(settings_of(["auto"], [], [0.5])) == {"statistics", "covariance", "sensitivity"}
+    for other in ("auto/mean", "auto/none", "auto/"):
+        with pytest.raises(InputError, match=f"criterion auto goes with compensation refit alone, got {other};"):
+            settings_of([other], [], [0.5])
+
+
 def test_needs_are_those_of_criteria_and_compensations() -> None:
     def needs(*criteria: str) -> frozenset[str]:
         return sweep_needs(settings_of(criteria, [], [0.5]))
@@ -162,6 +175,8 @@ def test_missing_evidence_is_refused(model: nn.Module) -> None:
     sites, _ = _evidence(model)
     with pytest.raises(InputError, match="compensation mean needs statistics, got none"):
         sweep(model, sites, Evidence(), settings_of(["l1"], ["mean"], [0.5]), _measuring([]))
+    with pytest.raises(InputError, match="criterion auto makes plans, not scores"):
+        sweep(model, sites, Evidence(), settings_of(["auto"], [], [0.5]), _measuring([]))
     means = Evidence(collect_statistics(model, sites, [IMAGES]))
     with pytest.raises(InputError, match="collect its statistics with covariance=True"):
         sweep(model, sites, means, settings_of(["l1"], ["refit"], [0.5]), _measuring([]))

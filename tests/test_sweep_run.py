@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +123,42 @@ def test_more_can_be_asked_for_later(config: SweepConfig, monkeypatch: pytest.Mo
     # The file of the first had no covariances.
     assert calls == ["collect", *["measure"] * 4]
     assert more.rows[:2] == few.rows
-    assert Statistics.load(config.save_dir / "statistics.safetensors").covariances
+    stored = config.save_dir / "statistics.safetensors"
+    assert Statistics.load(stored).covariances
+    calls.clear()
+    run_sweep(dataclasses.replace(config, criteria=("auto",), keep_ratios=(0.5,)))
+    # Nor had that of the second sensitivities; they are counted from the means of a few images, read first.
+    assert calls == ["collect", "collect", "measure"]
+    assert Statistics.load(stored).sensitivities
+    calls.clear()
+    again = run_sweep(dataclasses.replace(config, criteria=("auto",), keep_ratios=(0.5, 0.3)))
+    assert calls == ["measure"]
+    assert [row.setting.method for row in again.rows[:2]] == ["auto/refit"] * 2
+
+
+def test_auto_searches_its_plans_on_the_first_images(config: SweepConfig, caplog: pytest.LogCaptureFixture) -> None:
+    wanted = dataclasses.replace(
+        config, criteria=("variance/refit", "auto"), keep_ratios=(0.5, 0.3), round_to=8, min_keep_ratio=0.1,
+        limit_val=0,
+    )  # fmt: skip
+    with caplog.at_level(logging.INFO):
+        report = run_sweep(wanted)
+    searches = [message for message in caplog.messages if message.startswith("auto: ")]
+    assert len(searches) == 2
+    assert all("plans tried on 60 images" in message for message in searches)
+    for paper, auto in zip(report.rows[:2], report.rows[2:], strict=True):
+        assert auto.kept == paper.kept == round(auto.total * auto.setting.keep_ratio / 8) * 8
+        # 896 digits: a standard error is about one point.
+        assert auto.measured.top1 > paper.measured.top1 - 1
+    stored = wanted.save_dir / "statistics.safetensors"
+    plain = Statistics.load(stored)
+    dataclasses.replace(plain, sensitivities={}).save(stored.with_name("plain"))
+    with pytest.raises(InputError, match="must hold the sensitivity of"):
+        run_sweep(
+            dataclasses.replace(
+                wanted, stats_path=stored.with_name("plain"), save_dir=wanted.save_dir.parent / "other"
+            )
+        )
 
 
 def test_other_settings_and_other_folders_are_refused(config: SweepConfig, tmp_path: Path) -> None:
@@ -165,6 +201,7 @@ def test_given_statistics_are_used(config: SweepConfig, monkeypatch: pytest.Monk
     [
         ({"keep_ratios": (0.5, 0.01)}, "min_keep_ratio must not exceed keep_ratio"),
         ({"criteria": ("variance/shift",)}, "compensation must be one of"),
+        ({"criteria": ("auto/mean",)}, "criterion auto goes with compensation refit alone"),
         ({"val_batch_size": 0}, "val_batch_size must be at least 1"),
         ({"timeout_minutes": 0.0}, "timeout_minutes must be above 0"),
         ({"criteria": ("variance/refit",), "ridge": 0.0}, "ridge must be in"),
@@ -213,7 +250,7 @@ def test_two_processes_give_the_rows_of_one(
 ) -> None:
     # 60 images in batches of 16: four, two for each process.
     wanted = dataclasses.replace(
-        config, val_batch_size=16, keep_ratios=(0.5,), criteria=("variance/refit", "snip/mean")
+        config, val_batch_size=16, keep_ratios=(0.5,), criteria=("variance/refit", "snip/mean", "auto")
     )
     alone = run_sweep(wanted)
     drive, settings, folder = tmp_path / "drive.py", tmp_path / "config.json", tmp_path / "together"

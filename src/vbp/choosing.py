@@ -6,23 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
-from tqdm import tqdm
 
 from vbp.aiming import latency_batch
-from vbp.auto import AutoPlan, Candidate, auto_plan, sensitivity_eliminations
+from vbp.auto import Candidate
+from vbp.auto_search import AutoSearch
 from vbp.budget_search import PlanFor
 from vbp.budgets import BudgetResult
 from vbp.covariance import ChannelCovariance
 from vbp.criteria import Evidence, criterion_scores
-from vbp.divergence import HeldBack
-from vbp.elimination import Elimination
-from vbp.evidence import held_back
 from vbp.job import Job
 from vbp.latency_budget import Comparison, compare_in_turns
 from vbp.plan import PruningPlan
 from vbp.planning import make_plan
 from vbp.ranking import variance_scores
-from vbp.statistics import Statistics
 from vbp.targets import share_of
 
 # A plan of another size than was searched for, by more than this share of the channels, is searched for again.
@@ -54,8 +50,7 @@ def choose(job: Job, evidence: Evidence) -> Chosen:
     """Make the plan that the configuration asks for; the same on every process."""
     assert evidence.statistics is not None
     if job.config.criterion == "auto":
-        with job.timed("search"):
-            return _by_divergence(job, evidence)
+        return _by_divergence(job, evidence)
     with job.timed("planning"):
         scores = _scores(job, evidence)
         result = _meet(job, lambda keep_ratio: plan_of(job, scores, keep_ratio))
@@ -85,31 +80,13 @@ def _scores(job: Job, evidence: Evidence) -> Mapping[str, Tensor]:
 def _by_divergence(job: Job, evidence: Evidence) -> Chosen:
     """Search at the size that the budget comes to; once more if the sites' costs make it another."""
     assert evidence.statistics is not None
-    orders = sensitivity_eliminations(job.model, job.sites, evidence.statistics, ridge=job.config.ridge)
-    images = held_back(job)
-    found = search(job, evidence.statistics, images, orders, job.target.keep_ratio)
+    search = AutoSearch(job, evidence.statistics, ridge=job.config.ridge)
+    found = search.plan(job.target.keep_ratio)
     result = _meet(job, found.plan_for)
     if abs(share_of(result.plan) - job.target.keep_ratio) > _NEAR:
-        found = search(job, evidence.statistics, images, orders, share_of(result.plan))
+        found = search.plan(share_of(result.plan))
         result = _meet(job, found.plan_for)
     return Chosen(result, found.means, found.covariances, found.tried)
-
-
-def search(
-    job: Job, statistics: Statistics, images: HeldBack, orders: Mapping[str, Elimination], keep_ratio: float
-) -> AutoPlan:
-    """Let `auto_plan` choose by the rules of the run, and show how far it is."""
-    hidden = None if job.processes.main else True
-    with tqdm(desc="auto", unit="plan", leave=False, disable=hidden, dynamic_ncols=True) as bar:
-
-        def tell(name: str) -> None:
-            bar.set_postfix_str(name)
-            bar.update()
-
-        return auto_plan(
-            job.model, job.sites, statistics, images, keep_ratio=keep_ratio, ridge=job.config.ridge, orders=orders,
-            progress=tell, **job.rules,
-        )  # fmt: skip
 
 
 def _meet(job: Job, plan_for: PlanFor) -> BudgetResult:

@@ -20,6 +20,7 @@ from vbp.preprocessing import evaluation_transform
 from vbp.sampling import TokenSample
 from vbp.sensing import Draws
 from vbp.sensitivity import sensitivity_bytes
+from vbp.sites import output_channels
 from vbp.statistics import Statistics, collect_statistics, observed_names
 
 _log = logging.getLogger(__name__)
@@ -55,7 +56,8 @@ class EvidenceReader:
         self._order = balanced_order(job.calibration, job.config.seed)
         self._gradients = GradientSum(job.model, job.sites, job.device) if "gradients" in needs else None
         self._pivots: Mapping[str, Tensor] | None = None
-        self._log_memory()
+        for need, size in evidence_bytes(job, needs).items():
+            _log.info("calibration: %s of %d sites, %.0f MB on %s", need, len(job.sites), size / 1e6, job.device)
 
     def read(self, part: range) -> Statistics | None:
         """Take in this process's share of the images at these places.
@@ -137,22 +139,18 @@ class EvidenceReader:
     def _loader(self, part: range) -> ImageLoader | None:
         return _share(self._job, [self._order[place] for place in part], self._job.config.val_batch_size)
 
-    def _log_memory(self) -> None:
-        sites = self._job.sites
-        if "covariance" in self._needs:
-            size = covariance_bytes([site.hidden for site in sites for _ in observed_names(site)])
-            _log.info("calibration: the covariances take %.0f MB on %s", size / 1e6, self._job.device)
-        if "sensitivity" in self._needs:
-            sizes = []
-            for site in sites:
-                if site.kind == "mlp":
-                    weight = self._job.model.get_submodule(site.consumer).weight
-                    assert isinstance(weight, Tensor)
-                    sizes.append((site.hidden, len(weight)))
-            _log.info(
-                "calibration: the sensitivities take %.0f MB on %s, and a backward pass a batch",
-                sensitivity_bytes(sizes) / 1e6, self._job.device,
-            )  # fmt: skip
+
+def evidence_bytes(job: Job, needs: Collection[Need]) -> dict[Need, int]:
+    """Give what the sums of covariances and sensitivities take, in bytes: on the device, and at most in a file."""
+    found: dict[Need, int] = {}
+    if "covariance" in needs:
+        found["covariance"] = covariance_bytes([site.hidden for site in job.sites for _ in observed_names(site)])
+    if "sensitivity" in needs:
+        consumers = {site: job.model.get_submodule(site.consumer) for site in job.sites if site.kind == "mlp"}
+        found["sensitivity"] = sensitivity_bytes(
+            [(site.hidden, output_channels(consumer)) for site, consumer in consumers.items()]
+        )
+    return found
 
 
 def check_given(job: Job, needs: Collection[Need]) -> None:

@@ -116,10 +116,7 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
-        needs = config.needs
-        given.check_holds(
-            sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
-        )
+        given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
     rules = plan_rules(config, sites, device, precision)
     target = find_target(config, processes, model, sites, example, precision, rules)

@@ -11,6 +11,7 @@ from vbp.artifacts import installed_versions
 from vbp.checkpoints import clear_checkpoints
 from vbp.config import RunConfig, check_config
 from vbp.distributed import process_group
+from vbp.evidence import check_given
 from vbp.files import clear_folder, write_json
 from vbp.job import Job, prepare
 from vbp.pruning import PLAN, STATISTICS, Pruned, prune, prune_again
@@ -42,6 +43,7 @@ def run(config: RunConfig) -> RunReport:
     check_config(config)
     with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
         job = prepare(config, processes, device)
+        check_given(job, config.needs)
         _open(job, log)
         torch.manual_seed(config.seed + processes.rank)
         rehearse(job)

@@ -55,10 +55,11 @@ def settings_of(
     """Give every combination once, ratios innermost.
 
     Args:
-        criteria: Names; `l2/none` stands for this criterion with this compensation alone.
-        compensations: For the criteria that name none.
+        criteria: Names; `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`.
+        compensations: For the criteria that name none, but `auto`.
         keep_ratios: Shares of the channels to keep.
-        scopes: `global`, `per_layer` or both.
+        scopes: `global`, `per_layer` or both. `auto` finds the widths of the layers itself: it is there once, as
+            global, whatever the scopes.
 
     Raises:
         InputError: A value is unknown, out of range, without effect, or nothing is asked for.
@@ -69,19 +70,27 @@ def settings_of(
     for ratio in keep_ratios:
         check_ratios(ratio, 0.0, 1)
     _check_known("scope", scopes, get_args(Scope))
-    methods: list[tuple[str, str]] = []
+    methods: list[tuple[str, str, Sequence[str]]] = []
     for entry in criteria:
         criterion, slash, own = entry.partition("/")
         needs_of([criterion])
+        if criterion == "auto":
+            if slash and own != "refit":
+                raise InputError(
+                    f"criterion auto goes with compensation refit alone, got {entry}; write auto, or choose another "
+                    "criterion"
+                )
+            methods.append((criterion, "refit", ("global",)))
+            continue
         if not slash and not compensations:
             raise InputError(f"compensations must hold at least one value for criterion {criterion}, got none")
-        methods += [(criterion, choice) for choice in ([own] if slash else compensations)]
-    _check_known("compensation", [choice for _, choice in methods], get_args(Compensation))
+        methods += [(criterion, choice, scopes) for choice in ([own] if slash else compensations)]
+    _check_known("compensation", [choice for _, choice, _ in methods], get_args(Compensation))
     return tuple(
         dict.fromkeys(
             Setting(criterion, compensation, scope, ratio)  # type: ignore[arg-type]
-            for criterion, compensation in methods
-            for scope in scopes
+            for criterion, compensation, allowed in methods
+            for scope in allowed
             for ratio in keep_ratios
         )
     )
@@ -122,7 +131,7 @@ def sweep(
 ) -> SweepReport:
     """Prune a copy of the dense model by each setting in turn, and measure it.
 
-    One copy exists at a time, and scores are computed once for a criterion.
+    One copy exists at a time, beside those of a planner, and scores are computed once for a criterion.
 
     Args:
         model: The dense model; left as it was.
@@ -135,7 +144,7 @@ def sweep(
         min_keep_ratio: As for `make_plan`.
         dense: The dense model's figures, where they are known.
         known: Rows of an earlier sweep with the same evidence and numbers, which are not measured again.
-        planners: Criterion -> what makes its plans, for criteria that decide more than scores can say.
+        planners: Criterion -> what makes its plans, for criteria that decide more than scores can say: `auto`.
         on_row: Called with all that is known after the dense model and after each row.
         about: For the report.
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from vbp.config import Amp, MatmulPrecision, ModelType, RunConfig, check_config
+from vbp.config import COVARIANCE_TOKENS, Amp, MatmulPrecision, ModelType, RunConfig, check_config
 from vbp.errors import InputError
 from vbp.planning import check_ratios
-from vbp.refit import RIDGE, check_ridge
-from vbp.sampling import TokenSample
+from vbp.refit import RIDGE
 from vbp.sweep import settings_of, sweep_needs
 from vbp.sweep_report import Setting
 
@@ -22,7 +21,7 @@ from vbp.sweep_report import Setting
 class SweepConfig:
     """Prune one dense model in many ways, each from the dense weights, and compare; nothing is fine-tuned.
 
-    Example: vbp sweep --data_path DATA --model_name deit_tiny_patch16_224 --criteria variance/mean elimination/refit
+    Example: vbp sweep --data_path DATA --model_name deit_tiny_patch16_224 --criteria variance/mean auto
     """
 
     data_path: str
@@ -31,16 +30,16 @@ class SweepConfig:
     # What varies
     keep_ratios: tuple[float, ...] = (0.95, 0.9, 0.8, 0.65, 0.5, 0.4)
     """Shares of the hidden MLP channels to keep, in (0, 1]."""
-    criteria: tuple[str, ...] = ("variance", "elimination")
-    """variance, output_variance, elimination, random, l1, l2, lamp, taylor, snip; l2/none for one compensation
-    alone."""
+    criteria: tuple[str, ...] = ("variance/mean", "auto")
+    """auto (always with refit, and with widths of its own whatever the scopes), variance, output_variance,
+    elimination, random, l1, l2, lamp, taylor, snip; l2/none for one compensation alone."""
     compensations: tuple[str, ...] = ("mean", "refit")
-    """What stands in for removed channels: none, mean, refit; for each criterion that names none."""
+    """What stands in for removed channels: none, mean, refit; for each criterion that names none, but auto."""
     scopes: tuple[str, ...] = ("global",)
     """global (the channels of all layers compete), per_layer (each keeps the same share), or both."""
     latency: bool = False
     """Also time each pruned model, in turns with the dense one."""
-    covariance_tokens: float = 1.0
+    covariance_tokens: float = COVARIANCE_TOKENS
     """Share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: float = RIDGE
     """How much the refit is held back, as a share of each kept channel's variance."""
@@ -80,8 +79,8 @@ class SweepConfig:
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
 
     # Pruning
-    round_to: int = 1
-    """Keep channel counts at multiples of this; 8 or 64 suit most hardware."""
+    round_to: int | Literal["auto"] = 1
+    """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
     min_keep_ratio: float = 0.02
     """Floor: no layer keeps a smaller share than this."""
     bottleneck: bool = False
@@ -104,7 +103,7 @@ class SweepConfig:
     overwrite: bool = False
     """Replace the results of another run in save_dir."""
     seed: int = 0
-    """Seed of subsets, of sampled tokens and of the random criterion."""
+    """Seed of subsets, of sampled tokens, of sensitivities and of the random criterion."""
     device: str = "auto"
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N; under torchrun a GPU for each process."""
 
@@ -124,8 +123,10 @@ class SweepConfig:
         """Give the configuration by which model and data are loaded, as for a run that only prunes."""
         names = {field.name for field in dataclasses.fields(RunConfig)}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
-        # Whether the folder may be written is the sweep's to say: its own results may be there.
-        return RunConfig(**shared | {"keep_ratio": min(self.keep_ratios), "epochs_ft": 0, "overwrite": True})
+        # What is needed of the images, and whether the folder may be written, is the sweep's to say: its own results
+        # may be there.
+        fixed = {"criterion": "variance", "compensation": "refit", "epochs_ft": 0, "overwrite": True}
+        return RunConfig(**shared | fixed | {"keep_ratio": min(self.keep_ratios)})
 
 
 def check_sweep(config: SweepConfig) -> None:
@@ -136,11 +137,9 @@ def check_sweep(config: SweepConfig) -> None:
     """
     needs = sweep_needs(config.settings)
     for ratio in config.keep_ratios:
-        check_ratios(ratio, config.min_keep_ratio, config.round_to)
+        check_ratios(ratio, config.min_keep_ratio, 1 if config.round_to == "auto" else config.round_to)
     check_config(config.run_config())
-    TokenSample(config.covariance_tokens)
-    check_ridge(config.ridge)
-    for name, default in (("covariance_tokens", 1.0), ("ridge", RIDGE)):
+    for name, default in (("covariance_tokens", COVARIANCE_TOKENS), ("ridge", RIDGE)):
         value = getattr(config, name)
         if value != default and "covariance" not in needs:
             raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")

@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
 from vbp.artifacts import installed_versions
+from vbp.auto_search import AutoSearch
 from vbp.calibration import merge_across
-from vbp.covariance import covariance_bytes
 from vbp.criteria import Evidence, Need
 from vbp.distributed import process_group
-from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given
+from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given, evidence_bytes
 from vbp.files import check_folder, clear_folder, write_bytes
 from vbp.job import Job, prepare
 from vbp.measuring import latencies, measure
 from vbp.run_log import RunLog, run_log
 from vbp.statistics import Statistics
-from vbp.sweep import sweep, sweep_needs
+from vbp.sweep import Planned, sweep, sweep_needs
 from vbp.sweep_config import SweepConfig, check_sweep
 from vbp.sweep_figure import ReferencePoint, draw_sweep, render_sweep
-from vbp.sweep_report import SweepReport
+from vbp.sweep_report import Setting, SweepReport
 from vbp.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
 
 _log = logging.getLogger(__name__)
@@ -53,6 +53,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         job = prepare(config.run_config(), processes, device)
         settings = deciding_settings(config, job)
         check_may_go_on(begun, settings, config.save_dir)
+        check_given(job, sweep_needs(config.settings))
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, begun, settings)
         if processes.main:
@@ -76,17 +77,19 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         found, _ = latencies(job, {"dense": job.model, "pruned": pruned})
         return found["dense"], found["pruned"]
 
+    evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(
         job.model,
         job.sites,
-        _evidence(config, job, sweep_needs(missing)),
+        evidence,
         config.settings,
         lambda model: measure(job, model),
         latency=timed if config.latency else None,
-        round_to=config.round_to,
+        round_to=job.rules["round_to"],
         min_keep_ratio=config.min_keep_ratio,
         dense=None if begun is None else begun.dense,
         known=known,
+        planners=_planners(job, evidence),
         on_row=keep,
         about={
             "model_name": config.model_name,
@@ -115,10 +118,17 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
     return Evidence(statistics, gradients, config.seed, config.ridge)
 
 
+def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Planned]]:
+    """Give what makes plans, for the criteria that have no scores."""
+    if evidence.statistics is None:
+        return {}
+    search = AutoSearch(job, evidence.statistics, ridge=evidence.ridge)
+    return {"auto": lambda setting: search.plan(setting.keep_ratio)}
+
+
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:
     """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
     if job.given is not None:
-        check_given(job, needs)
         if job.processes.main:
             job.given.save(config.save_dir / STATISTICS)
         return job.given
@@ -142,8 +152,8 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     if not job.processes.main:
         return
     folder = config.save_dir
-    widths = [site.hidden for site in job.sites] if "covariance" in sweep_needs(config.settings) else []
-    check_folder(folder, overwrite=True, needed_bytes=covariance_bytes(widths) + 2**24)
+    needed = evidence_bytes(job, sweep_needs(config.settings))
+    check_folder(folder, overwrite=True, needed_bytes=sum(needed.values()) + 2**24)
     if fresh:
         clear_folder(folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
         # First, since a sweep that ends at once is known again by it.

@@ -68,6 +68,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "attn_keep_ratio": (None, ["0.8"], 0.8),
 }
 SWITCHES = (
+    "equal_widths",
     "bottleneck",
     "global_pruning",
     "norm_per_layer",

@@ -153,6 +153,7 @@ def test_what_a_configuration_leaves_out_takes_its_default() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attn_keep_ratio": 0.8}, "attn_keep_ratio changes nothing unless attention is pruned"),
+    ({"equal_widths": True, "global_pruning": True}, "equal_widths .* and global_pruning .* leave one of them out"),
     ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
     ({"val_batch_size": -1}, "val_batch_size must be at least 1, got -1"),
     ({"num_workers": -1}, "num_workers must be at least 0, got -1"),

@@ -179,6 +179,8 @@ def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp
         return [kept for kept, _ in found.sites.values()]
 
     assert widths(global_pruning=False) == [128] * 4
+    assert widths(global_pruning=False, keep_ratio=0.601) == [154, 154, 154, 153]
+    assert widths(global_pruning=False, keep_ratio=0.601, equal_widths=True) == [154] * 4
     plain, normed = widths(keep_ratio=0.6), widths(keep_ratio=0.6, norm_per_layer=True)
     assert sum(plain) == sum(normed) == round(1024 * 0.6)
     assert plain != normed

@@ -67,6 +67,8 @@ class RunConfig:
     """Share of the hidden MLP channels to keep, in (0, 1]."""
     global_pruning: bool = False
     """Rank the channels of all layers together; otherwise every layer keeps the same share."""
+    equal_widths: bool = False
+    """Give layers of one width exactly the same number of channels, as checkpoints without vbp need them."""
     norm_per_layer: bool = False
     """Divide the variances of a layer by their mean before ranking."""
     compensation: Compensation = "mean"
@@ -226,6 +228,11 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_effect(config: RunConfig) -> None:
     """Refuse flags that would change nothing: whoever gives them expects something else."""
+    if config.equal_widths and config.global_pruning:
+        raise InputError(
+            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
+            "both; leave one of them out"
+        )
     if config.norm_per_layer and not config.global_pruning:
         raise InputError(
             "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "

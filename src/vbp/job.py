@@ -205,7 +205,7 @@ def plan_of(config: RunConfig, sites: Sequence[Site], scores: Mapping[str, Tenso
         sites,
         scores,
         keep_ratio=config.keep_ratio,
-        scope="global" if config.global_pruning else "per_layer",
+        scope="global" if config.global_pruning else "equal" if config.equal_widths else "per_layer",
         round_to=config.round_to,
         min_keep_ratio=config.min_keep_ratio,
         attn_keep_ratio=config.attn_keep_ratio,

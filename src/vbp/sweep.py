@@ -58,7 +58,7 @@ def settings_of(
         criteria: Names; `l2/none` stands for this criterion with this compensation alone.
         compensations: For the criteria that name none.
         keep_ratios: Shares of the channels to keep.
-        scopes: `global`, `per_layer` or both.
+        scopes: Of `global`, `per_layer` and `equal`.
 
     Raises:
         InputError: A value is unknown, out of range, without effect, or nothing is asked for.

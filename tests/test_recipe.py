@@ -53,6 +53,7 @@ def quick(config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         calib_samples=40,
         limit_val=40,
         use_kd=False,
+        lr_ft=RunConfig.lr_ft,
         compare_uncompensated=False,
         save_dir=tmp_path / "run",
         overwrite=False,
@@ -268,7 +269,11 @@ def _no_space(content: object, file: object) -> None:
         ({"attn_keep_ratio": 0.8}, "attn_keep_ratio changes nothing"),
         ({"attn_keep_ratio": 1.8, "bottleneck": True}, r"attn_keep_ratio must be in \(0, 1\], got 1.8"),
         ({"val_batch_size": 0}, "val_batch_size must be at least 1, got 0"),
-        ({"kd_T": 0.0, "use_kd": True}, "kd_T must be above 0"),
+        ({"kd_T": 0.0, "use_kd": True, "epochs_ft": 1}, "kd_T must be above 0"),
+        (
+            {"use_kd": True, "mixup": 0.2},
+            "use_kd, mixup change nothing without fine-tuning, got them with epochs_ft 0",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_work(quick: RunConfig, changes: dict[str, object], message: str) -> None:
@@ -291,7 +296,7 @@ def test_the_flags_for_speed_and_memory_work_together(quick: RunConfig) -> None:
     found = run(
         dataclasses.replace(
             quick, amp="bf16", grad_checkpointing=True, matmul_precision="highest", grad_accum=2, epochs_ft=1,
-            use_kd=True, num_workers=1, prefetch=3,
+            use_kd=True, lr_ft=5e-4, num_workers=1, prefetch=3,
         )
     )  # fmt: skip
     assert found.final.epoch == 1

@@ -21,6 +21,9 @@ from vbp.demo import DemoConfig, demo_run_config
 from vbp.digits import write_digits
 
 BATCH = 32
+PRUNE_ONLY = {
+    "epochs_ft": 0, "use_kd": False, "lr_ft": RunConfig.lr_ft, "train_batch_size": RunConfig.train_batch_size
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +151,7 @@ def test_four_processes_find_the_moments_of_one_to_rounding() -> None:
 def test_two_nodes_on_one_host_do_the_job_on_tar_shards(config: RunConfig, together: Path) -> None:
     folder = config.save_dir.parent / "nodes"
     shards = tar_shards(Path(config.data_path), config.save_dir.parent / "shards")
-    file = written(config, folder, data_path=f"wds/{shards}", epochs_ft=0, use_kd=False)
+    file = written(config, folder, data_path=f"wds/{shards}", **PRUNE_ONLY)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

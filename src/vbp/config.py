@@ -17,6 +17,13 @@ Compensation = Literal["mean", "none"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
 
+# What only fine-tuning reads.
+_TUNING = (
+    "train_batch_size", "lr_ft", "use_kd", "kd_alpha", "kd_beta", "kd_T", "grad_accum", "weight_decay",
+    "warmup_epochs", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "ema_decay", "compile",
+    "grad_checkpointing", "checkpoint_minutes", "log_dir",
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -252,13 +259,23 @@ def _check_effect(config: RunConfig) -> None:
             "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
             "or leave --attn_keep_ratio out"
         )
+    idle = _changed(config, _TUNING)
+    if config.epochs_ft == 0 and idle:
+        raise InputError(
+            f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
+            "give more --epochs_ft"
+        )
     _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 
-def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
+def _changed(config: RunConfig, names: tuple[str, ...]) -> list[str]:
     defaults = {field.name: field.default for field in dataclasses.fields(RunConfig)}
-    idle = [name for name in names if getattr(config, name) != defaults[name]]
+    return [name for name in names if getattr(config, name) != defaults[name]]
+
+
+def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
+    idle = _changed(config, names)
     if idle and not getattr(config, switch):
         raise InputError(
             f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from hub_stand_in import Hub, served
 from torch import Tensor, nn
 
 
@@ -114,6 +116,13 @@ def vit() -> nn.Module:
     """Give a small ViT in float64."""
     torch.manual_seed(0)
     return FAMILIES["timm-vit"].build().double().eval()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Give a hub that knows nothing yet, on which `me` may write."""
+    with served(tmp_path / "cache", monkeypatch) as known:
+        yield known
 
 
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:

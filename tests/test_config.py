@@ -187,6 +187,9 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "use_kd, kd_T change nothing without fine-tuning, .* epochs_ft 0",
     ),
     ({"epochs_ft": 0, "train_batch_size": 8, "lr_ft": 1e-4}, "train_batch_size, lr_ft change nothing without fine-t"),
+    ({"push_to_hub": "vit"}, "a repository of the hub must be OWNER/NAME, got 'vit': it has no owner"),
+    ({"push_to_hub": "me/vit small"}, "must be OWNER/NAME, got 'me/vit small': .*alphanumeric"),
+    ({"push_to_hub": "me/a/b"}, "must be OWNER/NAME, got 'me/a/b'"),
     ({"epochs_ft": 0, "log_dir": Path("logs")}, "log_dir change nothing without fine-tuning"),
     ({"kd_beta": 0.5, "kd_T": 4.0}, "kd_beta, kd_T change nothing without distillation"),
     (

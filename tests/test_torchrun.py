@@ -16,7 +16,7 @@ import pytest
 import torch
 from launching import DRIVE, environment, finish, summary, torchrun, wait_for, weights, written
 
-from vbp import PruningPlan, RunConfig, RunReport, Statistics, run
+from vbp import PruningPlan, RunConfig, RunReport, Statistics, load_pruned, run
 from vbp.demo import DemoConfig, demo_run_config
 from vbp.digits import write_digits
 
@@ -56,6 +56,8 @@ def together(config: RunConfig) -> Path:
     # One process tells the story.
     assert result.stderr.count("results in") == 1
     assert "[process 1]" not in result.stderr
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_pruned(folder / "artifact")(images), load_pruned(folder / "vbp_best.pth")(images))
     return folder
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from vbp.errors import InputError
+from vbp.hub import check_repository
 
 ModelType = Literal["vit", "convnext", "swin", "auto"]
 Compensation = Literal["mean", "none"]
@@ -155,6 +156,8 @@ class RunConfig:
     disable_ddp: bool = False
     """Run as one plain process, without torchrun."""
     local_rank: Annotated[int | None, tyro.conf.arg(help="Accepted and ignored: older launchers pass it.")] = None
+    push_to_hub: str | None = None
+    """OWNER/NAME: upload the pruned model with a model card there when the run has ended."""
     compare_uncompensated: bool = False
     """Also evaluate the pruned model without compensation, for the report."""
 
@@ -205,6 +208,8 @@ def check_config(config: RunConfig) -> None:
     """
     _check_ranges(config)
     _check_effect(config)
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
     if config.convnext_checkpoint is not None and config.checkpoint is not None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
 

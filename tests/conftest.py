@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from hub_stand_in import Hub, served
 from torch import Tensor, nn
 
 from vbp import RunConfig
@@ -122,6 +123,13 @@ def vit() -> nn.Module:
     return FAMILIES["timm-vit"].build().double().eval()
 
 
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    """Give a hub that knows nothing yet, on which `me` may write."""
+    with served(tmp_path / "cache", monkeypatch) as known:
+        yield known
+
+
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:
     """Give a model weights and biases of one size, so that no LayerScale of 1e-6 hides a mistake."""
     generator = torch.Generator().manual_seed(seed)
@@ -156,6 +164,7 @@ def quick(demo_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         calib_samples=40,
         limit_val=40,
         use_kd=False,
+        lr_ft=RunConfig.lr_ft,
         compare_uncompensated=False,
         save_dir=tmp_path / "run",
         overwrite=False,

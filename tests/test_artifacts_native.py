@@ -146,7 +146,10 @@ def test_what_the_configuration_cannot_say_is_refused(tmp_path: Path) -> None:
 
     torch.manual_seed(0)
     refused(
-        CASES["hf-vit"], r"41 channels on 32, 42 .* with --keep_ratio 0\.65625", keep_ratio=0.65, scope="per_layer"
+        CASES["hf-vit"],
+        r"41 channels on 32, 42 .* --equal_widths.* with --keep_ratio 0\.65625",
+        keep_ratio=0.65,
+        scope="per_layer",
     )
     refused(CASES["timm-vit"], "can say that attention was pruned", attention=True)
     convnext = Case("timm", "convnext_tiny", {"depths": [1, 1, 2, 1], "dims": [8, 16, 24, 32]}, 0.5, {}, 64)
@@ -170,6 +173,16 @@ def test_the_keep_ratio_that_is_proposed_gives_equal_widths(tmp_path: Path) -> N
         plan = pruned_in_place(again, images, proposed, scope="per_layer")
         assert abs(proposed - keep_ratio) < 1 / 128
         assert save_native(again, tmp_path / str(keep_ratio), plans=plan, source=source)
+
+
+def test_equal_widths_can_be_said_at_any_keep_ratio(tmp_path: Path) -> None:
+    _, source, _, images = CASES["hf-vit"].pruned()
+    for scope, widths in (("per_layer", {41, 42}), ("equal", {42})):
+        dense = build_model(source)
+        plan = pruned_in_place(dense, images, 0.65, scope=scope)
+        assert {kept for kept, _ in plan.widths.values()} == widths
+    assert (plan.kept, plan.requested) == (84, 83)
+    assert save_native(dense, tmp_path / "native", plans=plan, source=source) == {"intermediate_size": 42}
 
 
 def test_a_folder_in_use_and_a_failed_write_leave_all_as_it_was(

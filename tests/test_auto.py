@@ -175,3 +175,11 @@ def test_missing_sensitivities_are_an_error() -> None:
     model, sites, statistics, images = setting("timm-vit", images=4)
     with pytest.raises(InputError, match="needs covariance and sensitivity of site"):
         auto_plan(model, sites, replace(statistics, sensitivities={}), HeldBack(model, [images]), keep_ratio=0.5)
+
+
+def test_equal_widths_leave_one_plan() -> None:
+    model, sites, statistics, images = setting("timm-vit")
+    found = auto_plan(model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.4, equal_widths=True)
+    assert [one.name for one in found.tried] == ["equal widths"]
+    assert len({len(entry.keep) for entry in found.plan.sites}) == 1
+    assert found.plan.scope == "equal"

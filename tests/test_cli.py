@@ -75,8 +75,10 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "log_dir": (None, ["logs"], Path("logs")),
     "timeout_minutes": (30.0, ["5"], 5.0),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
+    "push_to_hub": (None, ["me/vit"], "me/vit"),
 }
 SWITCHES = (
+    "equal_widths",
     "bottleneck",
     "global_pruning",
     "norm_per_layer",

@@ -83,6 +83,16 @@ def test_a_long_value_keeps_its_end(folders: list[Path]) -> None:
     assert cells(compare(folders).table())["checkpoint"][0].endswith("x/end.pth")
 
 
+def test_the_pruned_model_of_a_run_stands_for_its_run(folders: list[Path]) -> None:
+    artefacts = [folder / "artifact" for folder in folders]
+    for artefact in artefacts:
+        artefact.mkdir()
+        (artefact / "vbp.json").write_text("{}")
+    assert compare([artefacts[0], folders[1]]).to_dict() == compare(folders).to_dict()
+    with pytest.raises(InputError, match="more than once"):
+        compare([artefacts[0], folders[0]])
+
+
 def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path) -> None:
     with pytest.raises(InputError, match="at least two runs, got 1"):
         compare(folders[:1])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vbp import InputError, RunConfig, run
-from vbp.config import check_config
+from vbp.config import _TUNING, check_config
 
 PUBLISHED: dict[str, Any] = {
     "model_type": "vit",
@@ -161,6 +163,10 @@ def test_what_a_configuration_leaves_out_takes_its_default() -> None:
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"attn_keep_ratio": 0.8}, "attn_keep_ratio changes nothing unless attention is pruned"),
+    (
+        {"equal_widths": True, "global_pruning": True, "criterion": "variance"},
+        "equal_widths .* and global_pruning .* leave one of them out",
+    ),
     ({"train_batch_size": 0}, "train_batch_size must be at least 1, got 0"),
     ({"val_batch_size": -1}, "val_batch_size must be at least 1, got -1"),
     ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
@@ -208,6 +214,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"warmup_epochs": 10.0}, "warmup_epochs must be below epochs_ft, got 10.0 and 10"),
     ({"resume": "auto", "overwrite": True}, "resume keeps what is in save_dir and overwrite replaces it"),
     ({"kd_alpha": 0.5}, "kd_alpha change nothing without distillation"),
+    (
+        {"epochs_ft": 0, "use_kd": True, "kd_T": 4.0},
+        "use_kd, kd_T change nothing without fine-tuning, .* epochs_ft 0",
+    ),
+    ({"epochs_ft": 0, "train_batch_size": 8, "lr_ft": 1e-4}, "train_batch_size, lr_ft change nothing without fine-t"),
+    ({"push_to_hub": "vit"}, "a repository of the hub must be OWNER/NAME, got 'vit': it has no owner"),
+    ({"push_to_hub": "me/vit small"}, "must be OWNER/NAME, got 'me/vit small': .*alphanumeric"),
+    ({"push_to_hub": "me/a/b"}, "must be OWNER/NAME, got 'me/a/b'"),
+    ({"epochs_ft": 0, "log_dir": Path("logs")}, "log_dir change nothing without fine-tuning"),
     ({"kd_beta": 0.5, "kd_T": 4.0}, "kd_beta, kd_T change nothing without distillation"),
     (
         {"checkpoint": Path("a"), "convnext_checkpoint": Path("b")},
@@ -238,6 +253,14 @@ def test_bad_values_and_flags_without_effect_are_named(changed: dict[str, Any], 
 )
 def test_flags_that_work_together_pass(changed: dict[str, Any]) -> None:
     check_config(RunConfig(DATA, **changed))
+
+
+def test_what_the_configuration_calls_fine_tuning_is_what_pruning_does_not_read() -> None:
+    """A new field belongs to one or the other."""
+    section = inspect.getsource(RunConfig).split("# Fine-tuning")[1].split("# Speed and memory")[0]
+    tuning = set(re.findall(r"^    (\w+):", section, re.MULTILINE)) - {"epochs_ft"}
+    elsewhere = {"train_batch_size", "compile", "grad_checkpointing", "checkpoint_minutes", "log_dir"}
+    assert set(_TUNING) == tuning | elsewhere
 
 
 MORE_REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -64,5 +64,9 @@ def test_a_plan_can_be_read_before_it_is_applied(vit: nn.Module) -> None:
         assert any(name in line and f"{kept} of {total}" in line for line in text.splitlines())
     assert f"asked for {plan.requested}: {plan.kept - plan.requested:+d} through round_to 16" in text
     assert "MACs" in text
+    equal = make_plan(sites, scores, keep_ratio=0.604, scope="equal")
+    assert "asked for 155: -1 through equal widths, round_to 1" in format_plan(
+        equal, plan_cost(vit, equal, images[:1])
+    )
     exact = make_plan(sites, scores, keep_ratio=0.5)
     assert "asked for" not in format_plan(exact, plan_cost(vit, exact, images[:1]))

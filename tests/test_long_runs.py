@@ -77,6 +77,8 @@ def same(first: Path, second: Path) -> None:
         here, there = weights(first / name), weights(second / name)
         assert list(here) == list(there)
         assert all(torch.equal(here[key], there[key]) for key in here), name
+    here, there = ((folder / "artifact/model.safetensors").read_bytes() for folder in (first, second))
+    assert here == there
     assert rows(first) == rows(second)
     for model in ("base", "pruned", "best", "final"):
         here, there = (summary(folder)[model] | {"latency_ms": None} for folder in (first, second))

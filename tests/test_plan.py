@@ -237,6 +237,23 @@ def test_per_layer_counts_depend_on_no_score(case: Case) -> None:
 
 
 @given(cases(round_to=(1, 2, 3, 8)))
+@settings(deadline=None, max_examples=50)
+def test_equal_widths_round_each_site_by_itself(case: Case) -> None:
+    plan = dataclasses.replace(case, scope="equal").plan()
+    for entry, width, reachable in zip(plan.sites, case.widths, case.reachable, strict=True):
+        quota = Fraction(width * case.keep_percent, 100)
+        nearest = min(abs(count - quota) for count in reachable)
+        # 0.15 * 10 may be a little more or less than 1.5: of two counts as near, either is right here.
+        assert abs(len(entry.keep) - quota) == nearest
+    kept = dict(zip(case.widths, (len(entry.keep) for entry in plan.sites), strict=True))
+    assert [len(entry.keep) for entry in plan.sites] == [kept[width] for width in case.widths]
+    assert plan.requested == case.target
+    best = [sorted(case.scores[entry.site.name].tolist())[-len(entry.keep) :] for entry in plan.sites]
+    for entry, expected in zip(plan.sites, best, strict=True):
+        assert sorted(case.scores[entry.site.name][list(entry.keep)].tolist()) == expected
+
+
+@given(cases(round_to=(1, 2, 3, 8)))
 @settings(deadline=None, max_examples=25)
 def test_keeping_everything_keeps_everything(case: Case) -> None:
     plan = dataclasses.replace(case, keep_percent=100).plan()

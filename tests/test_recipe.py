@@ -37,7 +37,7 @@ def report(config: RunConfig) -> RunReport:
 def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
     names = {
         "vbp_imagenet.log", "vbp_best.pth", "vbp_final.pth", "config.json", "plan.json", "statistics.safetensors",
-        "metrics.jsonl", "summary.json", "checkpoints", "report.html", "report.md", "figures",
+        "metrics.jsonl", "summary.json", "checkpoints", "report.html", "report.md", "figures", "artifact",
     }  # fmt: skip
     assert {entry.name for entry in config.save_dir.iterdir()} == names
     summary = json.loads((config.save_dir / "summary.json").read_text())
@@ -85,6 +85,31 @@ def test_checkpoints_have_the_accuracy_of_the_summary(config: RunConfig, report:
     assert read_artifact(file).metrics == {"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5}
 
 
+def test_the_folder_holds_the_best_model_and_what_is_known_of_it(config: RunConfig, report: RunReport) -> None:
+    folder = Path(report.files["artifact"])
+    assert folder == config.save_dir / "artifact"
+    artifact, best = read_artifact(folder), read_artifact(config.save_dir / "vbp_best.pth")
+    assert artifact.weights.keys() == best.weights.keys()
+    assert all(torch.equal(artifact.weights[name], best.weights[name]) for name in best.weights)
+    assert (artifact.plans, artifact.source) == ((PruningPlan.load(config.save_dir / "plan.json"),), best.source)
+    assert artifact.preprocessing == PREPROCESSING
+    assert artifact.class_names == best.class_names == tuple("0123456789")
+    metrics, settings = artifact.metrics or {}, artifact.settings or {}
+    assert (metrics["top1"], metrics["epoch"], metrics["images"]) == (report.best.top1, report.best.epoch, 896)
+    for label, measured in (("dense", report.base), ("uncompensated", report.uncompensated), ("best", report.best)):
+        assert measured is not None
+        assert {name: metrics[label][name] for name in ("top1", "macs", "params")} == {
+            name: getattr(measured, name) for name in ("top1", "macs", "params")
+        }
+    assert settings["global_pruning"] is settings["use_kd"] is True
+    assert settings["keep_ratio"] == config.keep_ratio
+    # It goes to other people: no path of this machine.
+    assert str(config.save_dir.parent) not in (folder / "vbp.json").read_text()
+    log = (config.save_dir / "vbp_imagenet.log").read_text()
+    assert f'load it with vbp.load_pruned("{folder}")' in log
+    assert f"vbp.load_pruned({str(folder)!r})" in (config.save_dir / "report.md").read_text()
+
+
 def test_a_run_can_be_repeated_from_its_report(report: RunReport, tmp_path: Path) -> None:
     again = dataclasses.replace(RunConfig.from_dict(dict(report.config)), save_dir=tmp_path / "again")
     repeated = run(again)
@@ -104,6 +129,7 @@ def test_without_epochs_both_checkpoints_are_the_pruned_model(quick: RunConfig) 
     best, final = (load_pruned(quick.save_dir / f"vbp_{name}.pth") for name in ("best", "final"))
     images = torch.randn(3, 3, 32, 32)
     assert torch.equal(best(images), final(images))
+    assert torch.equal(load_pruned(quick.save_dir / "artifact")(images), final(images))
 
 
 def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_path: Path) -> None:
@@ -154,6 +180,8 @@ def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp
         return [kept for kept, _ in found.sites.values()]
 
     assert widths(global_pruning=False) == [128] * 4
+    assert widths(global_pruning=False, keep_ratio=0.601) == [154, 154, 154, 153]
+    assert widths(global_pruning=False, keep_ratio=0.601, equal_widths=True) == [154] * 4
     plain, normed = widths(keep_ratio=0.6), widths(keep_ratio=0.6, norm_per_layer=True)
     assert sum(plain) == sum(normed) == round(1024 * 0.6)
     assert plain != normed
@@ -177,9 +205,33 @@ def test_results_of_another_run_are_kept_unless_told_otherwise(quick: RunConfig)
     with pytest.raises(InputError, match=r"absent\.pth"):
         run(wrong)
     assert {entry.name: entry.read_bytes() for entry in quick.save_dir.iterdir() if entry.is_file()} == before
-    (quick.save_dir / "notes.txt").write_text("mine")
-    run(dataclasses.replace(quick, overwrite=True))
-    assert (quick.save_dir / "notes.txt").read_text() == "mine"
+    own = [quick.save_dir / "notes.txt", quick.save_dir / "artifact" / "README.md"]
+    for file in own:
+        file.write_text("mine")
+    run(dataclasses.replace(quick, overwrite=True, keep_ratio=0.6))
+    assert [file.read_text() for file in own] == ["mine", "mine"]
+    assert read_artifact(quick.save_dir / "artifact").plans[0].keep_ratio == 0.6
+
+
+def test_no_model_of_an_earlier_run_stays_beside_a_run_that_failed(
+    quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(quick)
+    (quick.save_dir / "artifact" / "README.md").write_text("mine")
+    monkeypatch.setattr("vbp.recipe.prune", lambda job: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(dataclasses.replace(quick, overwrite=True))
+    assert [file.name for file in (quick.save_dir / "artifact").iterdir()] == ["README.md"]
+
+
+def test_somebody_elses_model_in_the_way_is_found_before_the_work(quick: RunConfig) -> None:
+    foreign = quick.save_dir / "artifact" / "model.safetensors"
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"theirs")
+    with pytest.raises(InputError, match=r"holds model\.safetensors of something else"):
+        run(dataclasses.replace(quick, overwrite=True))
+    assert [file.name for file in quick.save_dir.iterdir()] == ["artifact"]
+    assert foreign.read_bytes() == b"theirs"
 
 
 def test_a_disk_that_fills_is_one_error_and_leaves_earlier_files_whole(
@@ -199,6 +251,7 @@ def test_a_disk_that_fills_is_one_error_and_leaves_earlier_files_whole(
         "vbp_imagenet.log", "config.json", "statistics.safetensors", "plan.json", "metrics.jsonl", "vbp_best.pth",
     }  # fmt: skip
     load_pruned(quick.save_dir / "vbp_best.pth")
+    assert not (quick.save_dir / "artifact").exists()
     assert "stopped: OutputError" in (quick.save_dir / "vbp_imagenet.log").read_text()
 
 
@@ -241,7 +294,11 @@ def _no_space(content: object, file: object) -> None:
         ({"attn_keep_ratio": 0.8}, "attn_keep_ratio changes nothing"),
         ({"attn_keep_ratio": 1.8, "bottleneck": True}, r"attn_keep_ratio must be in \(0, 1\], got 1.8"),
         ({"val_batch_size": 0}, "val_batch_size must be at least 1, got 0"),
-        ({"kd_T": 0.0, "use_kd": True}, "kd_T must be above 0"),
+        ({"kd_T": 0.0, "use_kd": True, "epochs_ft": 1}, "kd_T must be above 0"),
+        (
+            {"use_kd": True, "mixup": 0.2},
+            "use_kd, mixup change nothing without fine-tuning, got them with epochs_ft 0",
+        ),
     ],
 )
 def test_bad_input_is_refused_before_any_work(quick: RunConfig, changes: dict[str, object], message: str) -> None:
@@ -264,7 +321,7 @@ def test_the_flags_for_speed_and_memory_work_together(quick: RunConfig) -> None:
     found = run(
         dataclasses.replace(
             quick, amp="bf16", grad_checkpointing=True, matmul_precision="highest", grad_accum=2, epochs_ft=1,
-            use_kd=True, num_workers=1, prefetch=3,
+            use_kd=True, lr_ft=5e-4, num_workers=1, prefetch=3,
         )
     )  # fmt: skip
     assert found.final.epoch == 1

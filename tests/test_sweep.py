@@ -141,7 +141,7 @@ def test_settings_are_every_combination_once() -> None:
         ((["l1/"], ["mean"], [0.5]), "compensation must be one of none, mean, refit, got ''"),
         ((["l1"], ["shift"], [0.5]), "compensation must be one of none, mean, refit, got 'shift'"),
         ((["l1"], ["mean"], [1.5]), "keep_ratio must be in"),
-        ((["l1"], ["mean"], [0.5], ["local"]), "scope must be one of global, per_layer, got 'local'"),
+        ((["l1"], ["mean"], [0.5], ["local"]), "scope must be one of global, per_layer, equal, got 'local'"),
     ],
 )
 def test_settings_out_of_range_are_refused(arguments: tuple[list[str], ...], message: str) -> None:

@@ -16,11 +16,14 @@ import pytest
 import torch
 from launching import DRIVE, environment, finish, summary, torchrun, wait_for, weights, written
 
-from vbp import PruningPlan, RunConfig, RunReport, Statistics, run
+from vbp import PruningPlan, RunConfig, RunReport, Statistics, load_pruned, run
 from vbp.demo import DemoConfig, demo_run_config
 from vbp.digits import write_digits
 
 BATCH = 32
+PRUNE_ONLY = {
+    "epochs_ft": 0, "use_kd": False, "lr_ft": RunConfig.lr_ft, "train_batch_size": RunConfig.train_batch_size
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +56,8 @@ def together(config: RunConfig) -> Path:
     # One process tells the story.
     assert result.stderr.count("results in") == 1
     assert "[process 1]" not in result.stderr
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_pruned(folder / "artifact")(images), load_pruned(folder / "vbp_best.pth")(images))
     return folder
 
 
@@ -148,7 +153,7 @@ def test_four_processes_find_the_moments_of_one_to_rounding() -> None:
 def test_two_nodes_on_one_host_do_the_job_on_tar_shards(config: RunConfig, together: Path) -> None:
     folder = config.save_dir.parent / "nodes"
     shards = tar_shards(Path(config.data_path), config.save_dir.parent / "shards")
-    file = written(config, folder, data_path=f"wds/{shards}", epochs_ft=0, use_kd=False)
+    file = written(config, folder, data_path=f"wds/{shards}", **PRUNE_ONLY)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

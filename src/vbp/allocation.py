@@ -23,6 +23,10 @@ class Bounds:
         """Say whether every count from the first to the last is allowed."""
         return self.counts[0] - self.counts[-1] == len(self.counts) - 1
 
+    def nearest(self, quota: float) -> int:
+        """Give the count nearest to a quota, the larger of two that are as near."""
+        return min(self.counts, key=lambda count: abs(count - quota))
+
     @staticmethod
     def of(hidden: int, step: int, min_keep_ratio: float) -> Bounds:
         """Give the counts of a site; one narrower than `step` stays whole."""

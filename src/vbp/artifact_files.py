@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vbp.errors import InputError, OutputError
-from vbp.files import write_atomically, write_bytes
+from vbp.files import clear_folder, write_atomically, write_bytes
 from vbp.models.checkpoints import PREFIXES, one_line
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
@@ -136,6 +136,19 @@ def check_target(folder: Path) -> None:
         )
 
 
+def remove_folder(folder: Path) -> None:
+    """Remove what `write_folder` wrote; other files in the folder, and then the folder itself, stay.
+
+    Raises:
+        OutputError: A file could not be removed.
+    """
+    # The manifest last: weights that were left without it would be taken for somebody else's.
+    for name in (WEIGHTS, MANIFEST):
+        clear_folder(folder, (name, *(staged.name for staged in folder.glob(f".{name}.*"))))
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
 def read_file(file: Path) -> tuple[dict[str, Any], State]:
     """Read what `write_file` wrote: the manifest and the weights.
 
@@ -246,7 +259,8 @@ def _readable_json(content: Mapping[str, Any]) -> bytes:
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
     except (TypeError, ValueError) as error:
         raise InputError(
-            f"metrics must be plain JSON data without NaN or infinity ({error}); convert or leave out what is not"
+            f"metrics and settings must be plain JSON data without NaN or infinity ({error}); convert or leave "
+            "out what is not"
         ) from error
     # The kept channels of a site on one line.
     return (_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n").encode()

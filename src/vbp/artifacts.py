@@ -42,6 +42,7 @@ class PrunedArtifact:
         metrics: Figures measured on the model, by name.
         class_names: What each logit stands for, if known.
         versions: Of the packages with which it was written.
+        settings: How it was made, by name, if known.
     """
 
     plans: tuple[PruningPlan, ...]
@@ -51,6 +52,7 @@ class PrunedArtifact:
     metrics: Mapping[str, Any] | None = None
     class_names: tuple[str, ...] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
 
 
 def installed_versions() -> dict[str, str]:
@@ -74,6 +76,7 @@ def save_pruned(
     preprocessing: Preprocessing | None = None,
     metrics: Mapping[str, Any] | None = None,
     class_names: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     """Write what `load_pruned` reads, whole or not at all.
 
@@ -86,6 +89,7 @@ def save_pruned(
         preprocessing: From `load_classifier`.
         metrics: Plain JSON data to keep with the weights.
         class_names: What each logit stands for.
+        settings: Plain JSON data that says how the model was made.
 
     Raises:
         InputError: The folder holds something else, or something given cannot be written in this format.
@@ -97,6 +101,7 @@ def save_pruned(
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
         "class_names": None if class_names is None else [str(name) for name in class_names],
         "metrics": dict(metrics or {}),
+        **({} if settings is None else {"settings": dict(settings)}),
         "versions": installed_versions(),
         "plans": [plan.to_dict() for plan in entries],
     }
@@ -133,6 +138,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
             manifest["metrics"],
             None if names is None else tuple(names),
             manifest["versions"],
+            manifest.get("settings"),
         )
     except KeyError as error:
         raise InputError(f"{place} lacks {error}; make it again") from error

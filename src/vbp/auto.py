@@ -171,6 +171,7 @@ def auto_plan(
     min_keep_ratio: float = 0.02,
     round_to: int = 1,
     attn_keep_ratio: float | None = None,
+    equal_widths: bool = False,
     ridge: float = RIDGE,
     orders: Mapping[str, Elimination] | None = None,
     progress: Callable[[str], None] | None = None,
@@ -188,6 +189,7 @@ def auto_plan(
         min_keep_ratio: See above.
         round_to: See above.
         attn_keep_ratio: See above. Channels of attention go in the order of their variance.
+        equal_widths: Let sites of one width keep as many channels; there is one such plan.
         ridge: Of the refit.
         orders: From `sensitivity_eliminations`, where several plans are made from them.
         progress: Told the name of each candidate before it is tried.
@@ -202,7 +204,8 @@ def auto_plan(
         "round_to": round_to,
         "attn_keep_ratio": attn_keep_ratio,
     }
-    return search.run(sensitivity_eliminations(model, sites, statistics, ridge=ridge) if orders is None else orders)
+    orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge) if orders is None else orders
+    return search.run({name: order.scores for name, order in orders.items()}, equal_widths=equal_widths)
 
 
 @dataclass
@@ -235,8 +238,18 @@ class _Search:
         self.options: dict[str, Any] = {}
         self.best: _Best | None = None
 
-    def run(self, orders: Mapping[str, Elimination]) -> AutoPlan:
-        costs = {name: order.scores for name, order in orders.items()}
+    def run(self, costs: Scores, *, equal_widths: bool) -> AutoPlan:
+        if equal_widths:
+            self.attempt("equal widths", costs, scope="equal")
+        else:
+            self._compete(costs)
+        assert self.best is not None
+        best = self.best
+        found = AutoPlan(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
+        return found
+
+    def _compete(self, costs: Scores) -> None:
         self.attempt("equal shares", costs, scope="per_layer")
         self.attempt("variance", {})
         self.attempt("sensitivity", costs)
@@ -244,11 +257,6 @@ class _Search:
         priced = self._improve(costs)
         self.attempt("priced, half equal", blended(priced, 0.5))
         self.attempt("priced, quarter equal", blended(priced, 0.25))
-        assert self.best is not None
-        best = self.best
-        found = AutoPlan(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
-        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
-        return found
 
     def _improve(self, costs: Scores) -> Scores:
         """Update the prices in rounds, from the best plan so far; a round that does not help is tried at half."""

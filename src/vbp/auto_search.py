@@ -54,6 +54,7 @@ class AutoSearch:
                 self._statistics,
                 self._held_back,
                 keep_ratio=keep_ratio,
+                equal_widths=job.config.equal_widths,
                 ridge=self._ridge,
                 orders=self._orders,
                 progress=tell,

@@ -65,7 +65,7 @@ def plan_of(job: Job, scores: Mapping[str, Tensor], keep_ratio: float | None = N
         job.sites,
         scores,
         keep_ratio=job.target.keep_ratio if keep_ratio is None else keep_ratio,
-        scope="global" if job.config.global_pruning else "per_layer",
+        scope="global" if job.config.global_pruning else "equal" if job.config.equal_widths else "per_layer",
         **job.rules,
     )
 

@@ -19,7 +19,7 @@ class CompareConfig:
     """
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of two or more runs."""
+    """Folders of two or more runs, or of the pruned models in them."""
     json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 

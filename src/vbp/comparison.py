@@ -8,12 +8,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+from vbp.artifact_files import MANIFEST
 from vbp.cost import format_count
 from vbp.errors import InputError
-from vbp.run_summary import RunSummary, read_summary
+from vbp.run_summary import SUMMARY, RunSummary, read_summary
 
 # These name a run, or are about how it was started: they differ without being a reason for other results.
-_INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank"})
+_INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
 _MODELS: Final = {
     "base": "top-1 dense",
     "uncompensated": "top-1 pruned, no compensation",
@@ -94,18 +95,26 @@ def compare(folders: Sequence[Path]) -> Comparison:
     """Read runs to compare them.
 
     Args:
-        folders: The `save_dir` of each.
+        folders: The `save_dir` of each, or the folder of the pruned model in it.
 
     Raises:
         InputError: There are fewer than two, one is given twice, or one is no finished run.
     """
     if len(folders) < 2:
         raise InputError(f"a comparison needs at least two runs, got {len(folders)}; give their folders")
+    folders = [_run_of(folder) for folder in folders]
     places = [folder.resolve() for folder in folders]
     for place, folder in zip(places, folders, strict=True):
         if places.count(place) > 1:
             raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
     return Comparison(_short(places), tuple(read_summary(folder) for folder in folders))
+
+
+def _run_of(folder: Path) -> Path:
+    """Give the run whose pruned model this is; the folder itself if it is none."""
+    run = folder.resolve().parent
+    inside = (folder / MANIFEST).is_file() and not (folder / SUMMARY).is_file() and (run / SUMMARY).is_file()
+    return run if inside else folder
 
 
 def _short(places: Sequence[Path]) -> tuple[str, ...]:

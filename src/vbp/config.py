@@ -14,6 +14,7 @@ import tyro
 from vbp.budgets import Budget
 from vbp.criteria import Criterion, Need, needs_of
 from vbp.errors import InputError
+from vbp.hub import check_repository
 from vbp.refit import RIDGE, check_ridge
 from vbp.sampling import TokenSample
 
@@ -27,6 +28,12 @@ PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mea
 # Measured on DeiT-tiny (docs/refit.md): a tenth of the tokens gives the same refit as all of them.
 COVARIANCE_TOKENS = 0.1
 _TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
+# What only fine-tuning reads.
+_TUNING = (
+    "train_batch_size", "lr_ft", "use_kd", "kd_alpha", "kd_beta", "kd_T", "grad_accum", "weight_decay",
+    "warmup_epochs", "clip_grad", "label_smoothing", "mixup", "cutmix", "ema", "ema_decay", "compile",
+    "grad_checkpointing", "checkpoint_minutes", "log_dir",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -94,6 +101,8 @@ class RunConfig:
     output_variance, elimination, random, l1, l2, lamp, taylor, snip; see docs/refit.md."""
     global_pruning: bool = False
     """Rank the channels of all layers together; otherwise every layer keeps the same share. auto decides itself."""
+    equal_widths: bool = False
+    """Give layers of one width exactly the same number of channels, as checkpoints without vbp need them."""
     norm_per_layer: bool = False
     """With --criterion variance: divide the variances of a layer by their mean before ranking."""
     compensation: Compensation = "refit"
@@ -178,6 +187,8 @@ class RunConfig:
     disable_ddp: bool = False
     """Run as one plain process, without torchrun."""
     local_rank: Annotated[int | None, tyro.conf.arg(help="Accepted and ignored: older launchers pass it.")] = None
+    push_to_hub: str | None = None
+    """OWNER/NAME: upload the pruned model with a model card there when the run has ended."""
     compare_uncompensated: bool = False
     """Also evaluate the pruned model without compensation, for the report."""
 
@@ -248,6 +259,8 @@ def check_config(config: RunConfig) -> None:
     """
     _check_ranges(config)
     _check_effect(config)
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
     if config.convnext_checkpoint is not None and config.checkpoint is not None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
 
@@ -284,6 +297,11 @@ def _check_ranges(config: RunConfig) -> None:
 def _check_effect(config: RunConfig) -> None:
     """Refuse flags that would change nothing: whoever gives them expects something else."""
     _check_criterion(config)
+    if config.equal_widths and config.global_pruning:
+        raise InputError(
+            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
+            "both; leave one of them out"
+        )
     if config.norm_per_layer and not config.global_pruning:
         raise InputError(
             "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
@@ -302,6 +320,12 @@ def _check_effect(config: RunConfig) -> None:
         raise InputError(
             "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
             "or leave --attn_keep_ratio out"
+        )
+    idle = _changed(config, _TUNING)
+    if config.epochs_ft == 0 and idle:
+        raise InputError(
+            f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
+            "give more --epochs_ft"
         )
     _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
@@ -332,8 +356,12 @@ def _check_criterion(config: RunConfig) -> None:
                 )
 
 
+def _changed(config: RunConfig, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(config, name) != _default(name)]
+
+
 def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
-    idle = [name for name in names if getattr(config, name) != _default(name)]
+    idle = _changed(config, names)
     if idle and not getattr(config, switch):
         raise InputError(
             f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "

@@ -100,8 +100,9 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
     label = "all" if plan.attn_keep_ratio is None else "all MLPs"
     rows.append(f"  {label:<{width}}  {plan.kept:>6} of {plan.total:<6} {plan.kept / plan.total:6.1%}")
     if plan.kept != plan.requested:
+        equal = "equal widths, " if plan.scope == "equal" else ""
         rows.append(
-            f"  asked for {plan.requested}: {plan.kept - plan.requested:+d} through round_to {plan.round_to} "
+            f"  asked for {plan.requested}: {plan.kept - plan.requested:+d} through {equal}round_to {plan.round_to} "
             f"and min_keep_ratio {plan.min_keep_ratio}"
         )
     for label, (before, after) in (("MACs", cost.macs), ("parameters", cost.params)):

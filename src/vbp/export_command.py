@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 class ExportConfig:
     """Export a pruned model to a file that runs without vbp, and prove the file on real images.
 
-    Example: vbp export output/vbp/vbp_best.pth --to onnx --output model.onnx --data_path /data/imagenet
+    Example: vbp export output/vbp/artifact --to onnx --output model.onnx --data_path /data/imagenet
     """
 
     artifact: tyro.conf.Positional[str]

@@ -60,7 +60,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, markdown_table(run.summary).encode())
+    write_bytes(folder / MARKDOWN, (markdown_table(run.summary) + _loading(folder)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -162,8 +162,14 @@ def _key_figures(run: RunSummary) -> list[tuple[str, str, str]]:
     return found
 
 
+def _loading(folder: Path) -> str:
+    """Give the lines that load the first pruned model, for Markdown."""
+    found = _artefacts(folder)
+    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({found[0][1]})\n```\n" if found else ""
+
+
 def _artefacts(folder: Path) -> list[tuple[str, str]]:
-    """Give each pruned model in the folder: its name, and its path as Python writes it."""
+    """Give each pruned model in the folder: its name, and its path as Python writes it; `artifact` sorts first."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".pth" or (path / "vbp.json").is_file())
     return [(path.name, repr(os.fspath(path))) for path in paths]
 

@@ -14,9 +14,11 @@ from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from vbp.errors import InputError, OutputError
 from vbp.models.checkpoints import one_line
@@ -64,6 +66,51 @@ def fetch(reference: str, files: Sequence[str]) -> Path:
     if missing:
         raise InputError(f"{reference} is no pruned model: it has no {', '.join(missing)}; check the name")
     return folder
+
+
+def check_repository(repository: str) -> None:
+    """Check that a text can be the name of a repository.
+
+    Raises:
+        InputError: It cannot.
+    """
+    try:
+        validate_repo_id(repository)
+        fault = None if repository.count("/") == 1 else "it has no owner"
+    except HFValidationError as error:
+        fault = one_line(error)
+    if fault is not None:
+        raise InputError(f"a repository of the hub must be OWNER/NAME, got {repository!r}: {fault}")
+
+
+def check_login(repository: str) -> None:
+    """Find out, without writing anything, whether somebody is logged in who may write to a repository.
+
+    Raises:
+        InputError: Nobody is, or the hub cannot be reached.
+    """
+    remedy = "run `hf auth login` with a token that can write, or set HF_TOKEN"
+    try:
+        known = HfApi().whoami()
+    except LocalTokenNotFoundError as error:
+        raise InputError(f"nobody is logged in who could write to {repository}; {remedy}") from error
+    except _NETWORK_ERRORS as error:
+        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+            raise InputError(f"the hub does not know the token that is to write to {repository}; {remedy}") from error
+        raise InputError(
+            f"the hub cannot be reached, so {repository} could not be written ({one_line(error)}); check the "
+            "connection, or upload later"
+        ) from error
+    owner, role = repository.partition("/")[0], ((known.get("auth") or {}).get("accessToken") or {}).get("role")
+    owners = [known.get("name", ""), *(entry.get("name", "") for entry in known.get("orgs") or ())]
+    if role == "read":
+        raise InputError(f"the token of {owners[0]} can read alone, and {repository} is to be written; {remedy}")
+    # What a fine-grained token may do, and where, is for the upload to find out.
+    if role == "write" and owner.casefold() not in map(str.casefold, owners):
+        raise InputError(
+            f"{owners[0]} is logged in and may write to {', '.join(owners)}, got {repository}; give another "
+            f"owner, or {remedy}"
+        )
 
 
 def publish(

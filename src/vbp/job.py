@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -16,13 +16,23 @@ from torch import Tensor, nn
 from vbp.aiming import find_target, plan_rules
 from vbp.checkpoints import read_checkpoint
 from vbp.config import RunConfig
-from vbp.data import ImageLoader, Images, Split, balanced_subset, check_data_path, list_images, make_loader
+from vbp.data import (
+    ImageLoader,
+    Images,
+    Split,
+    balanced_subset,
+    check_data_path,
+    class_folders,
+    list_images,
+    make_loader,
+)
 from vbp.distillation import DistillationLoss
 from vbp.distributed import Processes, restarts
 from vbp.files import check_folder
 from vbp.fingerprints import json_fingerprint, model_fingerprint
 from vbp.memory import enable_gradient_checkpointing_
 from vbp.models import Classifier, load_classifier
+from vbp.models.class_names import dataset_class_names
 from vbp.planning import check_ratios
 from vbp.precision import Precision, move_, set_matmul_precision
 from vbp.preprocessing import evaluation_transform
@@ -102,6 +112,7 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
     with processes.one_per_node_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
+        classifier = _named(classifier, config.data_path)
     _check_space(config, processes, classifier.model)
     samples = 0 if config.calib_samples == "auto" else config.calib_samples
     calibration = balanced_subset(train, samples, config.seed)
@@ -160,9 +171,9 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
     if not processes.main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    # Best and final, one more while one of them is replaced. A checkpoint holds weights, two moments, the best
-    # weights and perhaps an average, and there are three of them for a moment.
-    copies = 3 + (3 * 5 if config.epochs_ft > 0 else 0)
+    # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the
+    # best weights and perhaps an average, and there are three of them for a moment.
+    copies = 4 + (3 * 5 if config.epochs_ft > 0 else 0)
     check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
 
 
@@ -182,6 +193,13 @@ def _classifier(config: RunConfig) -> Classifier:
     )
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
     return classifier
+
+
+def _named(classifier: Classifier, data_path: str) -> Classifier:
+    """Name the classes after those of the data, where the weights do not say what they are."""
+    if classifier.class_names is not None:
+        return classifier
+    return replace(classifier, class_names=dataset_class_names(class_folders(data_path), classifier.num_classes))
 
 
 def _settings(

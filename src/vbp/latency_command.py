@@ -22,7 +22,7 @@ from vbp.models import build_model
 class LatencyConfig:
     """Time a pruned model against its dense one, in turns, beside what its MACs promise.
 
-    Example: vbp latency output/vbp/vbp_best.pth --batch_sizes 1 32 --threads 1
+    Example: vbp latency output/vbp/artifact --batch_sizes 1 32 --threads 1
     """
 
     artifact: tyro.conf.Positional[str]

@@ -144,7 +144,7 @@ def _why_not(blocks: Sequence[Block], source: ModelSource, reasons: Sequence[str
         with contextlib.suppress(InputError):
             _build(source, arguments)
             return (
-                f"{text}, where it has one number for all; prune each layer by itself (without --global_pruning) "
+                f"{text}, where it has one number for all; prune with --equal_widths, without --global_pruning, "
                 f"with --keep_ratio {ratio:.7g}, which is a whole number of channels"
             )
     return f"{text}, and no number in it gives them"

@@ -16,7 +16,7 @@ from vbp.files import write_json
 from vbp.sites import Site
 
 _FORMAT = "vbp-plan/1"
-Scope = Literal["global", "per_layer"]
+Scope = Literal["global", "per_layer", "equal"]
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,8 @@ class PruningPlan:
     Attributes:
         sites: One entry a site, in the order in which the sites were found.
         keep_ratio: The share of MLP channels that was asked for.
-        scope: Whether MLP channels compete across sites (`global`) or each site keeps the same share (`per_layer`).
+        scope: Whether MLP channels compete across sites (`global`), each site keeps the same share (`per_layer`), or
+            sites of one width keep exactly as many (`equal`).
         round_to: Channels of a site (of a head, in attention) come in multiples of this.
         min_keep_ratio: No site keeps a smaller share than this.
         attn_keep_ratio: The share of every head's channels that was asked for; None without attention sites.
@@ -65,7 +66,11 @@ class PruningPlan:
 
     @property
     def requested(self) -> int:
-        """Give the number of MLP channels that `keep_ratio` asks for."""
+        """Give the number of MLP channels that `keep_ratio` asks for, of all sites together.
+
+        Whether they can be kept is another question: rounding, floors, and with scope `equal` the rounding of each
+        site by itself, lead to another number `kept`.
+        """
         return round(self.total * self.keep_ratio)
 
     @property

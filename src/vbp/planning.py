@@ -66,12 +66,14 @@ def make_plan(
     Channels of equal score go in the order of site, then index. With `round_to` above 1 a site that loses channels
     keeps a multiple of it, and a site narrower than `round_to` stays whole. `per_layer` gives each site the same
     share as nearly as the total allows: to within one step, further off only where floors or narrow sites bind.
+    `equal` rounds each site by itself, so that sites of one width keep as many channels; the total follows from that,
+    and may miss `round(total * keep_ratio)` by half a step a site.
 
     Args:
         sites: From `find_sites`.
         scores: Site name -> score of each hidden channel; the lowest go first.
         keep_ratio: Share of all hidden channels to keep, in (0, 1].
-        scope: `global` or `per_layer`.
+        scope: `global`, `per_layer` or `equal`.
         round_to: Step of the channel counts.
         min_keep_ratio: Floor of each site, as a share of its channels; at least one channel stays in any case.
         attn_keep_ratio: Share of its channels that every head of an attention keeps, to the nearest multiple of
@@ -92,8 +94,10 @@ def make_plan(
     counts: list[int] = []
     if mlps and scope == "global":
         counts = global_counts([order.scores for order in ranked], bounds, target)
-    elif mlps:
+    elif mlps and scope == "per_layer":
         counts = per_layer_counts(keep_ratio, bounds, target)
+    else:
+        counts = [bound.nearest(site.hidden * keep_ratio) for site, bound in zip(mlps, bounds, strict=True)]
     entries = {
         site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
         for site, order, count in zip(mlps, ranked, counts, strict=True)
@@ -111,7 +115,7 @@ def make_plan(
 def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: Bounds) -> SitePlan:
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
-    count = min(bounds.counts, key=lambda count: abs(count - size * keep_ratio))
+    count = bounds.nearest(size * keep_ratio)
     order = _removal_order(site, scores).channels
     heads = [order[order // size == head] for head in range(site.heads)]
     return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))

@@ -99,7 +99,8 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    sections = [_description(artifact), _figures(metrics), _usage(repository), _widths(artifact)]
+    made = _settings(artifact.settings or {})
+    sections = [_description(artifact), _figures(metrics), _usage(repository), made, _widths(artifact)]
     return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n" + "\n".join(section for section in sections if section)
 
 
@@ -145,6 +146,11 @@ def _usage(repository: str) -> str:
         f'artifact = vbp.read_artifact("hf://{repository}")  # preprocessing, class names, plan\n'
         "transform = vbp.evaluation_transform(artifact.preprocessing)\n```\n"
     )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    rows = [[f"`{name}`", " ".join(str(value).replace("|", "\\|").split())] for name, value in settings.items()]
+    return "## How it was made\n\n" + _table(["setting", "value"], rows) if rows else ""
 
 
 def _widths(artifact: PrunedArtifact) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vbp.artifact_files import remove_folder
 from vbp.artifacts import installed_versions
 from vbp.checkpoints import clear_checkpoints
 from vbp.config import RunConfig, check_config
@@ -17,6 +18,7 @@ from vbp.job import Job, prepare
 from vbp.pruning import PLAN, STATISTICS, Pruned, prune, prune_again
 from vbp.report import Measured, RunReport
 from vbp.resume import CONFIG, SUMMARY
+from vbp.run_artifact import ARTIFACT, check_shipping, publish_artifact, write_artifact
 from vbp.run_log import RunLog, run_log
 from vbp.tuning import BEST, FINAL, METRICS, finetune, rehearse
 
@@ -34,7 +36,7 @@ def run(config: RunConfig) -> RunReport:
 
     Raises:
         InputError: Something in the configuration or behind its paths is wrong.
-        OutputError: A file could not be written; those before it are whole.
+        OutputError: A file could not be written, or the upload failed; the files before it are whole.
         PeerError: Another process of the job failed.
         Interrupted: The run was told to stop during fine-tuning, and wrote a checkpoint.
 
@@ -42,6 +44,8 @@ def run(config: RunConfig) -> RunReport:
     """
     check_config(config)
     with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
+        if processes.main:
+            check_shipping(config)
         job = prepare(config, processes, device)
         check_given(job, config.needs)
         _open(job, log)
@@ -53,11 +57,11 @@ def run(config: RunConfig) -> RunReport:
         best, final = finetune(job, pruned, teacher)
         report = _report(job, pruned, best, final)
         if processes.main:
-            write_json(config.save_dir / SUMMARY, report.to_dict())
-            from vbp.html_report import write_report  # drawing takes a second to import
-
-            _log.info("report: %s", write_report(config.save_dir))
+            _leave(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
+        _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
+        if processes.main and config.push_to_hub is not None:
+            _log.info("published: %s", publish_artifact(config))
     return report
 
 
@@ -68,6 +72,7 @@ def _open(job: Job, log: RunLog) -> None:
     folder = job.config.save_dir
     if job.found is None:
         clear_folder(folder, _FILES)
+        remove_folder(folder / ARTIFACT)
     from vbp.html_report import clear_report
 
     clear_report(folder)
@@ -76,6 +81,15 @@ def _open(job: Job, log: RunLog) -> None:
     # First, since a run that ends at once is known again by it.
     write_json(folder / CONFIG, job.config.to_dict())
     log.open(folder / LOG, append=job.found is not None)
+
+
+def _leave(config: RunConfig, report: RunReport) -> None:
+    """Write what the run has come to; the summary last but for the pages that are drawn from it."""
+    write_artifact(config.save_dir, report)
+    write_json(config.save_dir / SUMMARY, report.to_dict())
+    from vbp.html_report import write_report  # drawing takes a second to import
+
+    _log.info("report: %s", write_report(config.save_dir))
 
 
 def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunReport:
@@ -100,5 +114,5 @@ def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunRep
         processes=job.processes.world,
         versions=installed_versions(),
         config=job.config.to_dict(),
-        files={name: str(folder / name) for name in _FILES},
+        files={name: str(folder / name) for name in (*_FILES, ARTIFACT)},
     )

@@ -28,7 +28,7 @@ _FREE = frozenset({
     # When to write, and how long to wait: training passes through the same states.
     "checkpoint_minutes", "timeout_minutes",
     # Where results go: a run folder may be moved.
-    "save_dir", "log_dir",
+    "save_dir", "log_dir", "push_to_hub",
     # Read once for the plan, before the first checkpoint; plan and pruned weights are in it.
     "stats_path",
 })  # fmt: skip

@@ -58,8 +58,8 @@ def settings_of(
         criteria: Names; `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`.
         compensations: For the criteria that name none, but `auto`.
         keep_ratios: Shares of the channels to keep.
-        scopes: `global`, `per_layer` or both. `auto` finds the widths of the layers itself: it is there once, as
-            global, whatever the scopes.
+        scopes: Of `global`, `per_layer` and `equal`. `auto` finds the widths of the layers itself: it is there once,
+            as global, whatever the scopes.
 
     Raises:
         InputError: A value is unknown, out of range, without effect, or nothing is asked for.

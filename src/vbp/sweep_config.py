@@ -36,7 +36,8 @@ class SweepConfig:
     compensations: tuple[str, ...] = ("mean", "refit")
     """What stands in for removed channels: none, mean, refit; for each criterion that names none, but auto."""
     scopes: tuple[str, ...] = ("global",)
-    """global (the channels of all layers compete), per_layer (each keeps the same share), or both."""
+    """global (the channels of all layers compete), per_layer (each keeps the same share), equal (layers of one width
+    keep exactly as many), or several of them."""
     latency: bool = False
     """Also time each pruned model, in turns with the dense one."""
     covariance_tokens: float = COVARIANCE_TOKENS

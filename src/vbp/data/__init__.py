@@ -3,7 +3,7 @@
 from vbp.data.image_list import ImageList
 from vbp.data.images import Images, Split
 from vbp.data.loader import ImageLoader, make_loader
-from vbp.data.sources import check_data_path, list_images
+from vbp.data.sources import check_data_path, class_folders, list_images
 from vbp.data.subset import balanced_order, balanced_subset
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "balanced_order",
     "balanced_subset",
     "check_data_path",
+    "class_folders",
     "list_images",
     "make_loader",
 ]

@@ -8,6 +8,7 @@ from typing import overload
 
 from vbp.data.data_path import DataPath
 from vbp.data.hugging_face import check_dataset, list_rows
+from vbp.data.image_folder import class_names
 from vbp.data.image_list import ImageList, check_folder_splits, list_folder
 from vbp.data.images import SPLITS, Images, Split
 from vbp.data.shards import check_shards, list_samples
@@ -70,6 +71,15 @@ def check_data_path(data_path: Path | str) -> None:
         check_dataset(path.place, path.options)
     else:
         check_shards(path.place, path.options)
+
+
+def class_folders(data_path: Path | str) -> list[str]:
+    """The folders that name the classes, in the order of their labels; none where the data is kept another way."""
+    path = DataPath.parse(data_path)
+    folder = Path(path.place) / SPLITS[0]
+    if path.kind != "folder" or folder.with_name(f"{SPLITS[0]}_samples.pkl").is_file():
+        return []
+    return class_names(folder)
 
 
 def _list(path: DataPath, split: Split, num_classes: int) -> Images:

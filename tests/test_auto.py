@@ -13,7 +13,7 @@ from conftest import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.auto import AutoPlan, auto_plan, blended, sensitivity_eliminations
+from vbp.auto import AutoPlan, auto_plan, blended, priced, sensitivity_eliminations
 from vbp.distributed import Processes
 from vbp.divergence import HeldBack
 from vbp.evaluation import logits_of
@@ -169,6 +169,17 @@ def test_blends_keep_the_order_inside_a_site() -> None:
     assert widths(0.0) == [4, 8]
     assert widths(1.0) == [8, 4]
     assert widths(0.5) == [6, 6]
+
+
+def test_prices_keep_the_order_of_the_closest_scores() -> None:
+    shuffled = torch.randperm(200, generator=torch.Generator().manual_seed(0))
+    # Just below a power of two: above it floats are twice as far apart.
+    rising = torch.tensor(1.9, dtype=torch.float64).view(torch.int64) + torch.arange(200)
+    scores = {"a": rising.view(torch.float64)[shuffled]}
+    assert len((scores["a"] * 1.3).unique()) < 200
+    found = priced(scores, {"a": 1.3})["a"]
+    assert torch.equal(found.argsort(), scores["a"].argsort())
+    torch.testing.assert_close(found, scores["a"] * 1.3)
 
 
 def test_missing_sensitivities_are_an_error() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from vbp.covariance import ChannelCovariance
 from vbp.divergence import HeldBack, prices
-from vbp.elimination import Elimination, eliminate
+from vbp.elimination import Elimination, eliminate, strictly_rising
 from vbp.errors import InputError
 from vbp.plan import PruningPlan
 from vbp.planning import make_plan
@@ -154,6 +154,19 @@ def blended(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
     return found
 
 
+def priced(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tensor, "hidden"]]:
+    """Give the scores of each site times its price, in the same order inside each site.
+
+    Many neighbours are one unit in the last place apart: a product alone would let some of them fall together.
+    """
+    found = {}
+    for name, score in scores.items():
+        order = score.argsort(stable=True)
+        found[name] = torch.empty_like(score)
+        found[name][order] = strictly_rising(score[order] * prices[name])
+    return found
+
+
 def _places(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Give each value its place among all, in (0, 1); equal ones in their order."""
     places = torch.empty(len(values), dtype=torch.float64)
@@ -268,12 +281,12 @@ class _Search:
                 start = self.best
                 wanted = self._wanted(costs, start)
             trial = {name: old ** (1 - step) * wanted[name] ** step for name, old in price.items()}
-            self.attempt(f"priced, round {number}", {name: cost * trial[name] for name, cost in costs.items()})
+            self.attempt(f"priced, round {number}", priced(costs, trial))
             if self.best is start:
                 step /= 2
             else:
                 price = trial
-        return {name: cost * price[name] for name, cost in costs.items()}
+        return priced(costs, price)
 
     def _wanted(self, costs: Scores, start: _Best) -> dict[str, float]:
         lost = {

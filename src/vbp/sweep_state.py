@@ -51,7 +51,8 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
 
 def _identity(statistics: Statistics) -> list[Any]:
     sums = {name: [seen.count, seen.mean.tolist(), seen.m2.tolist()] for name, seen in statistics.moments.items()}
-    return [sums, {name: float(seen.m2.sum()) for name, seen in statistics.covariances.items()}]
+    covariances = {name: float(seen.m2.sum()) for name, seen in statistics.covariances.items()}
+    return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
 
 
 def read_begun(config: SweepConfig) -> Begun | None:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import vbp.evidence
 import vbp.measuring
-import vbp.pruning
 from vbp import RunConfig, Trainer
 from vbp.cli import _guarded
 from vbp.recipe import run
@@ -49,7 +49,7 @@ def install(stage: str, rank: str, kind: str) -> None:
         return wrapped
 
     if stage == "calibration":
-        vbp.pruning.collect_statistics = failing(vbp.pruning.collect_statistics)  # type: ignore[attr-defined]
+        vbp.evidence.collect_statistics = failing(vbp.evidence.collect_statistics)  # type: ignore[attr-defined]
     elif stage == "evaluation":
         # Not the first: until they have met once, the others may still be reading the model.
         vbp.measuring.evaluate = failing(vbp.measuring.evaluate, good=1)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ import pytest
 from vbp import RunConfig
 from vbp.cli import _parsed, parse_config
 from vbp.compare_command import CompareConfig
+from vbp.config import PAPER
 from vbp.demo import DemoConfig
 from vbp.export_command import ExportConfig
 from vbp.inspect_command import InspectConfig
@@ -118,7 +119,7 @@ def test_the_table_of_arguments_is_the_parsers() -> None:
 
 
 def test_the_table_of_defaults_is_the_parsers() -> None:
-    fields = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    fields = {field.name: field.default for field in dataclasses.fields(RunConfig)} | PAPER
     text = (ROOT / "benchmarks/vbp/README.md").read_text()
     section = text[text.index("## Arguments") : text.index("## How it works")]
     checked = 0

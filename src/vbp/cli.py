@@ -24,7 +24,7 @@ _USAGE = """usage: vbp COMMAND [flags]
   vbp sweep    many ways to prune it, compared             vbp sweep --data_path DATA --keep_ratios 0.8 0.65 0.5
   vbp inspect  what can be pruned in a model               vbp inspect deit_tiny_patch16_224
   vbp latency  how much faster a pruned model is           vbp latency output/vbp/artifact
-  vbp export   a pruned model as ONNX or torch.export      vbp export output/vbp/artifact --output model.onnx
+  vbp export   a pruned model for use without vbp          vbp export output/vbp/artifact --output model.onnx
   vbp compare  runs side by side                           vbp compare output/keep_65 output/keep_50
   vbp demo     prune a small ViT on handwritten digits     vbp demo
 

@@ -382,6 +382,32 @@ def test_the_command_alone_lists_its_commands(
     assert output.err == ""
 
 
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+def test_a_reader_that_went_away_is_no_traceback(
+    words: list[str],
+    type_: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert type_(*words, entry=main) == 1
+        stdout.write("what the interpreter flushes at its end goes nowhere")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("runs", [[], ["output/a"]])
+def test_a_comparison_of_less_than_two_runs_is_a_usage_error(
+    runs: list[str], type_: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        type_("compare", *runs, entry=main)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"vbp compare: needs at least two runs, got {len(runs)}")
+
+
 def test_every_command_of_the_usage_text_parses(
     ran: list[RunConfig],
     type_: Callable[..., int],

@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from vbp.digits import write_digits
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Give a folder with the demo's images, to be read only."""
+    folder = tmp_path_factory.mktemp("digits")
+    write_digits(folder)
+    return folder
 
 
 @dataclass(frozen=True)

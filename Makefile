@@ -23,7 +23,7 @@ test: install
 	$(BIN)/lint-imports
 	$(BIN)/pytest
 
-# Material announces its successor at each build; mkdocs.yml is what that one reads, too.
+# Material announces at each build that it ends in May 2027. Its successor, Zensical, runs no hooks yet.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'open build/site/index.html, or for the search: $(BIN)/python -m http.server --directory build/site'

@@ -10,6 +10,7 @@ import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,6 +32,10 @@ DOCUMENTS = tuple(
         for path in ROOT.glob(pattern)
     )
 )
+KINDS: dict[str, Any] = {
+    "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig, "export": ExportConfig,
+    "compare": CompareConfig, "sweep": SweepConfig,
+}  # fmt: skip
 # What follows this line in a document is run by a test, with what earlier such blocks of the document left.
 RUN = "<!-- run -->\n"
 
@@ -71,11 +76,7 @@ def test_commands_parse(document: str, words: list[str]) -> None:
     elif words[0] == "python":
         del words[:1]
     elif words[0] == "vbp":
-        kinds = {
-            "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig,
-            "export": ExportConfig, "compare": CompareConfig, "sweep": SweepConfig,
-        }  # fmt: skip
-        _parsed(kinds[words[1]], words[2:], "vbp")
+        _parsed(KINDS[words[1]], words[2:], "vbp")
         return
     script, *arguments = words
     assert (ROOT / script).is_file()
@@ -85,6 +86,16 @@ def test_commands_parse(document: str, words: list[str]) -> None:
     source = (ROOT / script).read_text()
     for flag in (word.removeprefix("--") for word in arguments if word.startswith("--")):
         assert re.search(rf"^    {flag}: ", source, re.MULTILINE), flag
+
+
+def test_flags_in_the_text_exist() -> None:
+    known = {field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}
+    # Of every command, of torchrun, of a script in benchmarks/; and a whole group of flags.
+    known |= {"help", "node_rank", "ratios", "kd_"}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        unknown = {flag for flag in re.findall(r"`--([a-zA-Z][\w-]*)", text) if flag.replace("-", "_") not in known}
+        assert not unknown, document
 
 
 def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:

@@ -16,6 +16,11 @@ import pytest
 import vbp
 
 ROOT = Path(__file__).parent.parent
+TAGS = set(
+    "a abbr address article aside b base blockquote body br button circle code dd details div dl dt em figure form g "
+    "h1 h2 h3 h4 h5 h6 head header hr html img input label li link main meta nav noscript ol p path pre script "
+    "section span strong style sub summary sup svg table tbody td th thead title tr ul footer".split()
+)
 
 
 class Page(HTMLParser):
@@ -26,10 +31,12 @@ class Page(HTMLParser):
         self.links: list[str] = []
         self.loaded: list[str] = []
         self.anchors: set[str] = set()
+        self.tags: set[str] = set()
         self.feed(file.read_text())
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = {name: value or "" for name, value in attrs}
+        self.tags.add(tag)
         self.anchors.add(values.get("id", ""))
         self.loaded += [values[name] for name in ("src", "srcset", "poster", "data") if values.get(name)]
         if values.get("href"):
@@ -95,6 +102,11 @@ def test_every_link_within_the_site_has_its_target(site: Path, pages: dict[Path,
                 assert unquote(parts.fragment) in pages[target].anchors, (file, link)
             checked += 1
     assert checked > 100
+
+
+def test_nothing_in_a_text_is_taken_for_a_tag(pages: dict[Path, Page]) -> None:
+    # <class> and the like in a help text would vanish from the page.
+    assert {tag for page in pages.values() for tag in page.tags} <= TAGS
 
 
 def test_the_reference_has_every_public_name_once(pages: dict[Path, Page], site: Path) -> None:

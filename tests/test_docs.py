@@ -18,12 +18,12 @@ import torch
 from vbp import RunConfig
 from vbp.cli import _parsed, parse_config
 from vbp.compare_command import CompareConfig
-from vbp.config import PAPER
+from vbp.config import PAPER, check_config
 from vbp.demo import DemoConfig
 from vbp.export_command import ExportConfig
 from vbp.inspect_command import InspectConfig
 from vbp.latency_command import LatencyConfig
-from vbp.sweep_config import SweepConfig
+from vbp.sweep_config import SweepConfig, check_sweep
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = tuple(
@@ -66,7 +66,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 
 @pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: str(value)[:60])
-def test_commands_parse(document: str, words: list[str]) -> None:
+def test_commands_parse_and_fit_together(document: str, words: list[str]) -> None:
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
         return
@@ -77,12 +77,16 @@ def test_commands_parse(document: str, words: list[str]) -> None:
     elif words[0] == "python":
         del words[:1]
     elif words[0] == "vbp":
-        _parsed(KINDS[words[1]], words[2:], "vbp")
+        config = _parsed(KINDS[words[1]], words[2:], "vbp")
+        if isinstance(config, SweepConfig):
+            check_sweep(config)
+        elif isinstance(config, RunConfig):
+            check_config(config)
         return
     script, *arguments = words
     assert (ROOT / script).is_file()
     if script == "benchmarks/vbp/vbp_imagenet.py":
-        parse_config(arguments, prog=script)
+        check_config(parse_config(arguments, prog=script, defaults=PAPER))
         return
     source = (ROOT / script).read_text()
     for flag in (word.removeprefix("--") for word in arguments if word.startswith("--")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -444,3 +445,21 @@ def test_the_script_shows_its_help_from_any_folder(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "--keep_ratio" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_while_the_libraries_load_is_one_line(tmp_path: Path) -> None:
+    # Loading a module of this name is the first thing that `vbp` does beyond Python's own.
+    (tmp_path / "jaxtyping.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "vbp_command", "--help"], env=environment, capture_output=True, text=True, timeout=120,
+        preexec_fn=_hears_interrupts,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr, result.stdout) == (130, "interrupted before anything began\n", "")
+
+
+def _hears_interrupts() -> None:
+    """Undo what a shell does to programs in its background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

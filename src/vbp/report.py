@@ -130,6 +130,8 @@ class RunReport:
                 f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
             )
         lines.append(f"{ratio}{speed}; {self.images['val']} validation images")
+        if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
+            lines.append(self.budget["sentence"])
         return "\n".join(lines)
 
 

@@ -51,7 +51,7 @@ class Options:
     """What to compare."""
     calibration: int = 1000
     """Calibration images, balanced over the classes."""
-    held_back: int = 128
+    held_back: int = 256
     """Those of them on which auto compares plans."""
     round_to: int = 1
     """Step of the channel counts."""

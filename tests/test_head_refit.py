@@ -34,6 +34,7 @@ def problem(images: int = 200, *, noise: float = 0.3) -> tuple[HeadProblem, nn.L
     layer = nn.Linear(6, 5).double()
     with torch.no_grad():
         layer.weight.copy_(torch.randn(5, 6, generator=generator))
+        layer.bias.copy_(torch.randn(5, generator=generator))
         target = layer(true).log_softmax(-1)
     return HeadProblem.of(layer, features, target), layer, features
 

@@ -34,7 +34,7 @@ from vbp.surgery import prune_
 _log = logging.getLogger(__name__)
 
 # Price updates. One brings most of the gain, the others less and less of the rest.
-_ROUNDS = 5
+_ROUNDS = 3
 Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 

@@ -23,7 +23,7 @@ FOLDS = 4
 _SHIFT = 0.01
 _STEPS = 50
 # Nats, and length of a step: far below what a thousand images can tell.
-_CHANGE = 1e-5
+_CHANGE = 1e-6
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ What the sites' own refits leave adds up on its way to the classifier. There the
 together, and the divergence is a convex function of the last layer's weight. `vbp.convex_head` has the problem, whose
 one solution is folded into the layer. One forward pass of each model gives all that it needs.
 
-Few images say little of so many coefficients, so the strength is chosen by cross-validation, with "leave it as it
-is" among the choices.
+Few images say little of so many coefficients, so cross-validation has the last word: if the fit does not help, one
+ten times stiffer is tried, and if that does not help either, the layer stays as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ from vbp.outputs import logits_of
 from vbp.precision import Precision, in_float32
 
 _OFF, _ALONE = Precision(), Processes()
-_STRENGTHS = (30.0, 100.0, 300.0)
+# Strength of the penalty times the number of images: the more images, the more coefficients they can tell. On
+# DeiT-tiny the best on unseen images lies between 10 and 30 for 800 images; the images of the statistics, which
+# look better than others, would ask for 100.
+_STRENGTH_TIMES_IMAGES = 25_000.0
 
 
 @dataclass(frozen=True)
@@ -102,10 +105,13 @@ def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
         raise InputError(
             f"what {name} reads and gives must be finite, got NaN or infinity; prune less, or in float32"
         )
-    scores = {strength: problem.cross_validated(strength) for strength in _STRENGTHS}
     before = problem.divergence(None)
-    strength = min(scores, key=scores.__getitem__)
-    if not scores[strength] < before:
+    strength = _STRENGTH_TIMES_IMAGES / len(features)
+    after = problem.cross_validated(strength)
+    if not after < before:
+        strength *= 10
+        after = problem.cross_validated(strength)
+    if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
     weight, bias = dense.processes.gather(problem.folded(problem.fit(strength)))[0]
@@ -115,7 +121,7 @@ def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
             layer.bias = nn.Parameter(bias.to(layer.weight))
         else:
             layer.bias.copy_(bias)
-    return HeadRefit(name, len(features), strength, before, scores[strength])
+    return HeadRefit(name, len(features), strength, before, after)
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:

@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # What comes from observing the model, and is kept in `Statistics`.
 FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance", "sensitivity"})
 # Calibration images by which `auto` compares its plans.
-HELD_BACK_IMAGES: Final = 128
+HELD_BACK_IMAGES: Final = 256
 # Enough for a point near the channels' means; every process reads them.
 _PIVOT_IMAGES = 32
 # Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred

@@ -10,8 +10,10 @@ ten times stiffer is tried, and if that does not help either, the layer stays as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -49,6 +51,19 @@ class HeadRefit:
     before: float
     after: float
 
+    def to_dict(self) -> dict[str, Any]:
+        """Give plain JSON data; a layer that was left as it was has no strength."""
+        return asdict(self) | {"strength": self.strength if math.isfinite(self.strength) else None}
+
+    def sentence(self) -> str:
+        """Say in words what became of the layer."""
+        if not math.isfinite(self.strength):
+            return f"the last layer, {self.layer}, stays as it is: no refit to {self.images} images helped"
+        return (
+            f"the last layer, {self.layer}, is refitted to {self.images} images: mean KL of the answers from the "
+            f"dense model's {self.before:.4f} -> {self.after:.4f} (cross-validated)"
+        )
+
 
 class DenseAnswers:
     """What the dense model says of some images: the target of `refit_head_`. This process's share."""
@@ -56,7 +71,7 @@ class DenseAnswers:
     def __init__(
         self,
         model: nn.Module,
-        batches: Sequence[Tensor],
+        batches: Iterable[Tensor],
         *,
         precision: Precision = _OFF,
         processes: Processes = _ALONE,
@@ -65,7 +80,8 @@ class DenseAnswers:
 
         Args:
             model: The dense model, on its device.
-            batches: Calibration images, without labels; none is allowed where another process has some.
+            batches: Calibration images, without labels, which can be gone through again; none is allowed where
+                another process has some.
             precision: Of all forward passes.
             processes: Whose images count together; all of them make this object, and call `refit_head_`.
 
@@ -73,12 +89,10 @@ class DenseAnswers:
             InputError: There are too few images to fit anything, or the model has no last linear layer.
         """
         self.batches, self.precision, self.processes = batches, precision, processes
-        self.images = sum(processes.gather(sum(len(batch) for batch in batches)))
-        if self.images < FOLDS:
-            raise InputError(f"the refit of the head needs at least {FOLDS} images, got {self.images}")
         found = [_seen_by_head(model, batch, precision) for batch in batches]
         self.layer = _agreed([name for name, _, _ in found], processes)
         self.log_probabilities = _gathered([logits.log_softmax(-1) for _, _, logits in found], processes)
+        check_images(len(self.log_probabilities))
 
 
 def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
@@ -122,6 +136,25 @@ def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
         else:
             layer.bias.copy_(bias)
     return HeadRefit(name, len(features), strength, before, after)
+
+
+def check_images(images: int) -> None:
+    """Refuse too few images.
+
+    Raises:
+        InputError: There are fewer than the folds of the cross-validation.
+    """
+    if images < FOLDS:
+        raise InputError(f"the refit of the last layer needs at least {FOLDS} images, got {images}; give more")
+
+
+def last_linear(model: nn.Module, example: Tensor) -> str:
+    """Give the name of the linear layer whose output a model's answer is.
+
+    Raises:
+        InputError: There is none.
+    """
+    return _seen_by_head(model, example, _OFF)[0]
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:

@@ -31,7 +31,7 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Give the demo's configuration, cut to two epochs; two processes take half the batch each."""
     folder = tmp_path_factory.mktemp("torchrun")
     write_digits(folder / "data")
-    whole = demo_run_config(DemoConfig(folder=folder, epochs_ft=2))
+    whole = demo_run_config(DemoConfig(folder=folder, epochs_ft=2, criterion="auto", compensation="refit"))
     return dataclasses.replace(whole, overwrite=False, train_batch_size=BATCH, save_dir=folder / "run")
 
 
@@ -69,6 +69,22 @@ def test_two_processes_find_the_statistics_and_the_plan_of_one(alone: RunReport,
         torch.testing.assert_close(there.moments[name].mean, moments.mean, rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(there.moments[name].variance, moments.variance, rtol=1e-5, atol=1e-9)
     assert PruningPlan.load(together / "plan.json") == PruningPlan.load(_folder(alone) / "plan.json")
+
+
+def test_two_processes_find_the_refit_of_one(alone: RunReport, together: Path) -> None:
+    here, there = (Statistics.load(Path(folder) / "statistics.safetensors") for folder in (_folder(alone), together))
+    for name, covariance in here.covariances.items():
+        scale = float(covariance.m2.diagonal().max())
+        torch.testing.assert_close(there.covariances[name].m2, covariance.m2, rtol=1e-5, atol=1e-6 * scale)
+    found, expected = summary(together), alone.to_dict()
+    assert [one["name"] for one in found["candidates"]] == [one["name"] for one in expected["candidates"]]
+    for one, other in zip(found["candidates"], expected["candidates"], strict=True):
+        assert one["divergence"] == pytest.approx(other["divergence"], rel=1e-3, abs=1e-6)
+    assert found["reconstruction"].keys() == expected["reconstruction"].keys()
+    for name, errors in expected["reconstruction"].items():
+        assert found["reconstruction"][name] == pytest.approx(errors, rel=1e-5)
+    assert found["head"]["layer"] == expected["head"]["layer"]
+    assert found["head"]["after"] == pytest.approx(expected["head"]["after"], rel=1e-2)
 
 
 def test_two_processes_count_the_right_answers_of_one_to_the_image(alone: RunReport, together: Path) -> None:

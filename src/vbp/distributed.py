@@ -239,8 +239,11 @@ def _termination_heard(processes: Processes) -> Iterator[None]:
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    except BaseException:
+        # The process is about to end, and has still to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
 
 
 def _told(processes: Processes, error: BaseException) -> BaseException:

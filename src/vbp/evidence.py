@@ -108,7 +108,7 @@ class EvidenceReader:
         }
         sensitivity = "sensitivity" in self._needs
         if sensitivity:
-            seen = _in_pieces(seen, _CPU_SENSED if job.device.type == "cpu" else _GPU_SENSED)
+            seen = _in_pieces(seen, _sensed(job))
         with job.precision.autocast():
             return collect_statistics(
                 job.model,
@@ -179,7 +179,12 @@ def held_back(job: Job) -> HeldBack:
     """
     loader = calibration_share(job, HELD_BACK_IMAGES)
     with out_of_memory("calibration"):
-        batches = [] if loader is None else [pixels for pixels, _ in bar(job, loader, "held-back images")]
+        # In pieces, since the search goes backward through them.
+        size = _sensed(job)
+        batches = [
+            piece for pixels, _ in ([] if loader is None else bar(job, loader, "held-back images"))
+            for piece in pixels.split(size)
+        ]  # fmt: skip
         return HeldBack(job.model, batches, precision=job.precision, processes=job.processes)
 
 
@@ -208,6 +213,10 @@ def _share(job: Job, places: list[int], batch_size: int) -> ImageLoader | None:
         **reading(job.config),
     )
     return loader if len(loader) else None
+
+
+def _sensed(job: Job) -> int:
+    return _CPU_SENSED if job.device.type == "cpu" else _GPU_SENSED
 
 
 def _in_pieces(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:

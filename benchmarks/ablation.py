@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Literal
 
 import timm
 import torch
@@ -27,13 +28,14 @@ from torch import Tensor, nn
 from training_free import Dense, Setting
 
 import vbp
-from vbp.auto import auto_plan, sensitivity_eliminations
+from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
 from vbp.config import COVARIANCE_TOKENS
 from vbp.criteria import Evidence, criterion_scores
 from vbp.data.subset import balanced_order
 from vbp.divergence import HeldBack
 from vbp.elimination import Elimination, strictly_rising
 from vbp.gradients import GradientSum
+from vbp.head_refit import DenseAnswers, refit_head_
 from vbp.observers import Observer
 from vbp.refit import RIDGE
 from vbp.sampling import TokenSample, TokenSampler
@@ -52,8 +54,8 @@ class Options(Setting):
     """Shares of the hidden channels to keep."""
     groups: tuple[str, ...] = ("statistics", "compensation", "criterion", "budget", "images", "tokens", "ridge")
     """Choices to vary."""
-    rows: str = ""
-    """Only the rows whose name contains this, such as auto."""
+    auto: Literal["too", "only", "off"] = "too"
+    """Whether to make the rows of auto, which take minutes each."""
     images: tuple[int, ...] = (64, 128, 256, 512)
     """Numbers of calibration images besides all."""
     auto_images: tuple[int, ...] = (128,)
@@ -69,55 +71,67 @@ class Options(Setting):
 
 
 class Collected:
-    """All that one pass over the calibration images tells."""
+    """All that one pass over the calibration images tells, and the rows asked for need."""
 
     def __init__(self, dense: Dense, options: Options) -> None:
         train = dense.images("train")
-        order = balanced_order(train, 0)[: options.calibration]
-        pixels, labels = (torch.cat(part) for part in zip(*dense.read(train.select(order)), strict=True))
-        self.held_back = HeldBack(dense.model, pixels[: options.held_back].split(options.batch_size))
-        pivots = vbp.collect_statistics(dense.model, dense.sites, pixels[:32].split(options.batch_size)).means
-        self._gradients = GradientSum(dense.model, dense.sites)
+        chosen = train.select(balanced_order(train, 0)[: options.calibration])
+        self.pixels, self._labels = (torch.cat(part) for part in zip(*dense.read(chosen), strict=True))
+        self._dense, self._options, self._groups = dense, options, set(options.groups)
+        plain = options.auto != "only"
+        self._gradients = GradientSum(dense.model, dense.sites) if plain and "criterion" in self._groups else None
+        shares = options.tokens if plain and "tokens" in self._groups else ()
         self._samplers = {
-            share: TokenSampler(TokenSample(share)) for share in options.tokens if share != options.covariance_tokens
+            share: TokenSampler(TokenSample(share)) for share in shares if share != options.covariance_tokens
         }
-        before = {site.name: Observer() for site in dense.sites}
-        more = {share: {site.name: Observer(one) for site in dense.sites} for share, one in self._samplers.items()}
-        handles = [
-            before[site.name].watch_output(dense.model.get_submodule(layer), first, site.hidden)
-            for site in dense.sites
-            for layer, first in site.rows
-        ]
-        for observers in more.values():
-            handles += [
-                observers[site.name].watch_input(dense.model.get_submodule(site.consumer)) for site in dense.sites
-            ]
-        self.by_images: dict[int, Statistics] = {}
-        start, running = 0, None
-        for stop in sorted({*options.images, len(pixels)}):
-            part = vbp.collect_statistics(
-                dense.model, dense.sites, self._seen(pixels[start:stop], labels[start:stop], options.batch_size),
-                covariance=True, tokens=TokenSample(options.covariance_tokens, first=start),
-                sensitivity=Draws(first=start), pivots=pivots,
-            )  # fmt: skip
-            running = part if running is None else running.merge(part)
-            self.by_images[stop] = running
-            start = stop
-        for handle in handles:
+        before, more = self._watch_more()
+        self.by_images: dict[int, Statistics] = self._passes()
+        for handle in self._handles:
             handle.remove()
-        assert running is not None
-        self.all = running
-        self.gradients = self._gradients.mean()
+        self.all = self.by_images[len(self.pixels)]
+        self.gradients = None if self._gradients is None else self._gradients.mean()
         # What the moments are called does not tell where they were taken: the library knows none of these.
-        self.before = replace(running, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
-        self.by_tokens = {options.covariance_tokens: running} | {
-            share: replace(running, covariances={name: one.covariance.take() for name, one in found.items()})  # type: ignore[union-attr, misc]
+        self.before = replace(self.all, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
+        self.by_tokens = {options.covariance_tokens: self.all} | {
+            share: replace(self.all, covariances={name: one.covariance.take() for name, one in found.items()})  # type: ignore[union-attr, misc]
             for share, found in more.items()
         }
 
-    def _seen(self, pixels: Tensor, labels: Tensor, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        batches = zip(pixels.split(size), labels.split(size), strict=True)
-        for batch in self._gradients.seen_on_the_way(batches):
+    def _watch_more(self) -> tuple[dict[str, Observer], dict[float, dict[str, Observer]]]:
+        """See also what the producers give, and more shares of the tokens."""
+        model, sites = self._dense.model, self._dense.sites
+        before = {site.name: Observer() for site in sites}
+        more = {share: {site.name: Observer(one) for site in sites} for share, one in self._samplers.items()}
+        self._handles = [
+            before[site.name].watch_output(model.get_submodule(layer), first, site.hidden)
+            for site in sites
+            for layer, first in site.rows
+        ]
+        for observers in more.values():
+            self._handles += [observers[site.name].watch_input(model.get_submodule(site.consumer)) for site in sites]
+        return before, more
+
+    def _passes(self) -> dict[int, Statistics]:
+        """Read the images part by part, and merge."""
+        model, sites, size = self._dense.model, self._dense.sites, self._options.batch_size
+        sensed = self._options.auto != "off" and self._groups & {"criterion", "budget", "images"}
+        pivots = vbp.collect_statistics(model, sites, self.pixels[:32].split(size)).means
+        found: dict[int, Statistics] = {}
+        start = 0
+        for stop in sorted({*(self._options.images if "images" in self._groups else ()), len(self.pixels)}):
+            part = vbp.collect_statistics(
+                model, sites, self._seen(start, stop), covariance=True,
+                tokens=TokenSample(self._options.covariance_tokens, first=start),
+                sensitivity=Draws(first=start) if sensed else None, pivots=pivots,
+            )  # fmt: skip
+            found[stop] = found[start].merge(part) if start else part
+            start = stop
+        return found
+
+    def _seen(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        size = self._options.batch_size
+        batches = zip(self.pixels[start:stop].split(size), self._labels[start:stop].split(size), strict=True)
+        for batch in batches if self._gradients is None else self._gradients.seen_on_the_way(batches):
             for sampler in self._samplers.values():
                 sampler.begin(len(batch[1]))
             yield batch
@@ -142,9 +156,15 @@ class Ablation:
         start = time.perf_counter()
         self.seen = Collected(self.dense, options)
         _tell(f"one pass over the calibration images: {time.perf_counter() - start:.0f} s")
-        # Both are asked for once a ratio, and several rows share them.
-        self.scores = cache(self._scores)
-        self.orders = cache(self._orders)
+        # These are asked for once a ratio, and several rows share them.
+        self.scores, self.orders, self.auto_orders = (
+            cache(self._scores),
+            cache(self._orders),
+            cache(self._auto_orders),
+        )
+        self.auto_plans, self.held_back, self.answers = (
+            cache(self._auto_plan), cache(self._held_back), cache(self._answers),
+        )  # fmt: skip
 
     def rows(self) -> list[Row]:
         """Give all rows of the groups asked for."""
@@ -152,7 +172,14 @@ class Ablation:
             *self._statistics(), *self._compensations(), *self._criteria(), *self._budgets(), *self._images(),
             *self._tokens(), *self._ridges(),
         ]  # fmt: skip
-        return [row for row in everyone if row.group in self.options.groups and self.options.rows in row.name]
+        return [
+            row
+            for row in everyone
+            if row.group in self.options.groups
+            and {"too": True, "only": row.key.startswith("auto"), "off": not row.key.startswith("auto")}[
+                self.options.auto
+            ]
+        ]
 
     def _statistics(self) -> Iterable[Row]:
         after, before = self.seen.all, self.seen.before
@@ -176,7 +203,8 @@ class Ablation:
     def _criteria(self) -> Iterable[Row]:
         for name in _BASELINES:
             yield Row("criterion", name, name, self._by(name))
-        yield Row("criterion", "auto", "auto", self._auto(self.seen.all))
+        yield Row("criterion", "auto", "auto", self._auto("all"))
+        yield Row("criterion", "auto, then the last layer", "auto, last layer", self._auto_and_last_layer)
 
     def _budgets(self) -> Iterable[Row]:
         def of(scores: Callable[[], Scores], scope: str = "global") -> Callable[[float], nn.Module]:
@@ -197,7 +225,7 @@ class Ablation:
         yield Row("budget", "counts of the global variance", "dealt", of(dealt))
         yield Row("budget", "counts of the output variance", "elimination", self._by("elimination"))
         yield Row("budget", "elimination's own costs", "own", of(own))
-        yield Row("budget", "auto", "auto", self._auto(self.seen.all))
+        yield Row("budget", "auto", "auto", self._auto("all"))
 
     def _images(self) -> Iterable[Row]:
         for images, found in self.seen.by_images.items():
@@ -206,7 +234,7 @@ class Ablation:
         for images, found in self.seen.by_images.items():
             if images in self.options.auto_images or found is self.seen.all:
                 key = "auto" if found is self.seen.all else f"auto, {images}"
-                yield Row("images", f"{images}, auto", key, self._auto(found))
+                yield Row("images", f"{images}, auto", key, self._auto(f"images {images}"))
 
     def _tokens(self) -> Iterable[Row]:
         for share in self.options.tokens:
@@ -239,21 +267,39 @@ class Ablation:
             self._found(what), self.scores(criterion, what, ridge), ratio, ridge=ridge
         )
 
-    def _auto(self, found: Statistics) -> Callable[[float], nn.Module]:
-        @cache
-        def orders() -> Mapping[str, Elimination]:
-            return sensitivity_eliminations(self.dense.model, self.dense.sites, found)
+    def _auto_plan(self, what: str, ratio: float) -> AutoPlan:
+        found = self._found(what)
+        model, sites = self.dense.model, self.dense.sites
+        chosen = auto_plan(
+            model, sites, found, self.held_back(found.images), keep_ratio=ratio, orders=self.auto_orders(what)
+        )
+        _tell(chosen.table())
+        return chosen
 
+    def _auto_orders(self, what: str) -> Mapping[str, Elimination]:
+        return sensitivity_eliminations(self.dense.model, self.dense.sites, self._found(what))
+
+    def _held_back(self, images: int) -> HeldBack:
+        """Take the first calibration images, no more than the statistics are of."""
+        first = self.seen.pixels[: min(self.options.held_back, images)]
+        return HeldBack(self.dense.model, first.split(self.options.batch_size))
+
+    def _answers(self) -> DenseAnswers:
+        return DenseAnswers(self.dense.model, self.seen.pixels.split(self.options.batch_size))
+
+    def _auto(self, what: str) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
-            chosen = auto_plan(
-                self.dense.model, self.dense.sites, found, self.seen.held_back, keep_ratio=ratio, orders=orders()
-            )
-            _tell(chosen.table())
+            chosen = self.auto_plans(what, ratio)
             model = copy.deepcopy(self.dense.model)
             vbp.prune_(model, chosen.plan, chosen.means, chosen.covariances)
             return model
 
         return build
+
+    def _auto_and_last_layer(self, ratio: float) -> nn.Module:
+        model = self._auto("all")(ratio)
+        _tell(refit_head_(model, self.answers()).sentence())
+        return model
 
     def _refitted(
         self, found: Statistics, scores: Scores, ratio: float, *, scope: str = "global", ridge: float = RIDGE

@@ -25,6 +25,7 @@ import vbp
 from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
 from vbp.data.image_list import ImageList
 from vbp.divergence import HeldBack
+from vbp.head_refit import DenseAnswers, refit_head_
 from vbp.sensing import Draws
 
 
@@ -40,7 +41,7 @@ class Setting:
     """Its weights; by default those that timm names."""
     calibration: int = 1000
     """Calibration images, balanced over the classes."""
-    held_back: int = 128
+    held_back: int = 256
     """Those of them on which auto compares plans."""
     batch_size: int = 25
     """Images in a batch."""
@@ -54,7 +55,9 @@ class Options(Setting):
 
     ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
     """Shares of the hidden channels to keep."""
-    rules: tuple[str, ...] = ("paper", "variance", "output variance", "elimination", "equal shares", "auto")
+    rules: tuple[str, ...] = (
+        "paper", "variance", "output variance", "elimination", "equal shares", "auto", "auto, head"
+    )  # fmt: skip
     """What to compare."""
     round_to: int = 1
     """Step of the channel counts."""
@@ -114,6 +117,9 @@ class Bench(Dense):
         print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
         # A part of every class's share: every so-manieth image.
         everyone = torch.cat(train)
+        self.train = train
+        self.answers: DenseAnswers | None = None
+        self.found: dict[float, AutoPlan] = {}
         chosen = everyone[:: max(1, len(everyone) // options.held_back)][: options.held_back]
         self.held_back = HeldBack(self.model, chosen.split(options.batch_size))
 
@@ -157,15 +163,30 @@ class Bench(Dense):
 
     def auto(self, ratio: float) -> nn.Module:
         """Prune by the criterion auto."""
-        start = time.perf_counter()
-        found: AutoPlan = auto_plan(
-            self.model, self.sites, self.statistics, self.held_back,
-            keep_ratio=ratio, round_to=self.options.round_to, orders=self.orders,
-        )  # fmt: skip
-        print(f"auto at {ratio}: {time.perf_counter() - start:.1f} s\n{found.table()}", flush=True)
-        print([len(entry.keep) for entry in found.plan.sites], flush=True)
+        if ratio not in self.found:
+            start = time.perf_counter()
+            found = auto_plan(
+                self.model, self.sites, self.statistics, self.held_back,
+                keep_ratio=ratio, round_to=self.options.round_to, orders=self.orders,
+            )  # fmt: skip
+            print(f"auto at {ratio}: {time.perf_counter() - start:.1f} s\n{found.table()}", flush=True)
+            print([len(entry.keep) for entry in found.plan.sites], flush=True)
+            self.found[ratio] = found
+        found = self.found[ratio]
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
+        return model
+
+    def auto_head(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto, then refit the last layer to the dense model's answers."""
+        model = self.auto(ratio)
+        start = time.perf_counter()
+        if self.answers is None:
+            self.answers = DenseAnswers(self.model, self.train)
+            print(f"dense answers: {time.perf_counter() - start:.1f} s", flush=True)
+            start = time.perf_counter()
+        done = refit_head_(model, self.answers)
+        print(f"head at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
         return model
 
 
@@ -181,6 +202,7 @@ def main(options: Options) -> None:
         "elimination": bench.elimination,
         "equal shares": lambda ratio: bench.elimination(ratio, "per_layer"),
         "auto": bench.auto,
+        "auto, head": bench.auto_head,
     }
     rows = []
     for name in options.rules:

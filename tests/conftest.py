@@ -149,6 +149,12 @@ def demo_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def digits(demo_folder: Path) -> Path:
+    """Give the folder with the demo's images, to be read only."""
+    return demo_folder / "data"
+
+
+@pytest.fixture(scope="session")
 def demo_config(demo_folder: Path) -> RunConfig:
     """Give the demo's configuration, cut to one epoch."""
     return demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=1))

@@ -169,3 +169,26 @@ def test_attention_is_refitted_too(quick: RunConfig) -> None:
     found = run(auto(quick, bottleneck=True, attn_keep_ratio=0.75))
     assert found.keep_ratio == 0.5
     assert any("attn" in name for name in found.reconstruction)
+
+
+def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick: RunConfig) -> None:
+    whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2)
+    with_head, without = (run(changed(whole, compensation="refit", refit_head=wish)) for wish in ("on", "off"))
+    assert with_head.head is not None
+    assert with_head.head["after"] < with_head.head["before"]
+    assert (with_head.head["layer"], with_head.head["images"]) == ("head", 300)
+    assert without.head is None
+    one, two = (load_pruned(found_folder(found) / "vbp_final.pth").state_dict() for found in (with_head, without))
+    assert [name for name in one if not torch.equal(one[name], two[name])] == ["head.weight", "head.bias"]
+
+
+def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
+    quick: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    few = dataclasses.replace(quick, calib_samples=3)
+    with pytest.raises(InputError, match="last layer needs at least 4 images, got 3"):
+        run(changed(few, compensation="refit", refit_head="on"))
+    with caplog.at_level(logging.INFO, "vbp"):
+        found = run(changed(few, compensation="refit", refit_head="auto"))
+    assert found.head is None
+    assert "the last layer stays as it is: the refit of the last layer needs" in caplog.text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -46,6 +47,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "target_speedup": (None, ["1.2"], 1.2),
     "latency_batch": (None, ["8"], 8),
     "covariance_tokens": (0.1, ["0.5"], 0.5),
+    "refit_head": ("auto", ["off"], "off"),
     "ridge": (0.01, ["0.1"], 0.1),
     "round_to": (1, ["8"], 8),
     "min_keep_ratio": (0.02, ["0.1"], 0.1),
@@ -382,6 +384,32 @@ def test_the_command_alone_lists_its_commands(
     assert output.err == ""
 
 
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"]])
+def test_a_reader_that_went_away_is_no_traceback(
+    words: list[str],
+    type_: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert type_(*words, entry=main) == 1
+        stdout.write("what the interpreter flushes at its end goes nowhere")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("runs", [[], ["output/a"]])
+def test_a_comparison_of_less_than_two_runs_is_a_usage_error(
+    runs: list[str], type_: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        type_("compare", *runs, entry=main)
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err.startswith(f"vbp compare: needs at least two runs, got {len(runs)}")
+
+
 def test_every_command_of_the_usage_text_parses(
     ran: list[RunConfig],
     type_: Callable[..., int],
@@ -418,3 +446,21 @@ def test_the_script_shows_its_help_from_any_folder(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     assert "--keep_ratio" in result.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_while_the_libraries_load_is_one_line(tmp_path: Path) -> None:
+    # Loading a module of this name is the first thing that `vbp` does beyond Python's own.
+    (tmp_path / "jaxtyping.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-m", "vbp_command", "--help"], env=environment, capture_output=True, text=True, timeout=120,
+        preexec_fn=_hears_interrupts,
+    )  # fmt: skip
+    assert (result.returncode, result.stderr, result.stdout) == (130, "interrupted before anything began\n", "")
+
+
+def _hears_interrupts() -> None:
+    """Undo what a shell does to programs in its background."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Any] = {
     "target_latency_ms": None,
     "target_speedup": None,
     "ridge": 0.01,
+    "refit_head": "auto",
     "round_to": 1,
     "min_keep_ratio": 0.02,
     "seed": 0,
@@ -188,6 +189,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"criterion": "l2", "compensation": "none", "covariance_tokens": 0.5},
         "covariance_tokens changes nothing without covariances",
+    ),
+    (
+        {"criterion": "variance", "compensation": "mean", "refit_head": "on"},
+        "refit_head changes nothing without the refit, got on with compensation mean",
     ),
     ({"criterion": "magnitude"}, "criterion must be one of .*, got 'magnitude'"),
     ({"covariance_tokens": 0.0}, r"share of tokens must be in \(0, 1\], got 0.0"),

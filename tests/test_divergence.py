@@ -10,7 +10,7 @@ from conftest import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, PruningPlan, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.divergence import HeldBack, prices
+from vbp.divergence import HeldBack, mean_prices, prices
 from vbp.evaluation import logits_of
 
 
@@ -82,6 +82,14 @@ def test_prices_compare_with_the_median_site() -> None:
     found = prices({"a": 1.0, "b": 2.0, "c": 1.0, "none": 0.0}, {"a": 1.0, "b": 4.0, "c": 100.0, "none": 3.0})
     assert found == {"a": 0.5, "b": 1.0, "c": 4.0, "none": 1.0}
     assert prices({"a": 1.0, "b": 1.0}, {"a": -1.0, "b": 0.0}) == {"a": 1.0, "b": 1.0}
+
+
+def test_rounds_are_averaged_by_their_logarithms() -> None:
+    # Three quarters of the way to the first; then the mean, in which the start counts for less and less.
+    assert mean_prices([{"a": 16.0, "b": 1.0}]) == pytest.approx({"a": 8.0, "b": 1.0})
+    assert mean_prices([{"a": 4.0, "b": 2.0}, {"a": 0.25, "b": 64.0}]) == pytest.approx({"a": 1.0, "b": 8.0})
+    many = mean_prices([{"a": 3.0}] * 1000)
+    assert many["a"] == pytest.approx(3.0, rel=1e-3)
 
 
 def test_no_image_is_an_error() -> None:

@@ -2,41 +2,53 @@
 
 from __future__ import annotations
 
+import ast
 import dataclasses
+import importlib
 import importlib.util
 import re
 import shlex
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from vbp import RunConfig
 from vbp.cli import _parsed, parse_config
 from vbp.compare_command import CompareConfig
-from vbp.config import PAPER
+from vbp.config import PAPER, check_config
 from vbp.demo import DemoConfig
 from vbp.export_command import ExportConfig
 from vbp.inspect_command import InspectConfig
 from vbp.latency_command import LatencyConfig
-from vbp.sweep_config import SweepConfig
+from vbp.sweep_config import SweepConfig, check_sweep
 
 ROOT = Path(__file__).parent.parent
-DOCUMENTS = (
-    "README.md",
-    "benchmarks/vbp/README.md",
-    "docs/distributed.md",
-    "docs/data.md",
-    "docs/artifacts.md",
-    "docs/export.md",
-    "docs/report.md",
-    "docs/refit.md",
+DOCUMENTS = tuple(
+    sorted(
+        path.relative_to(ROOT).as_posix()
+        for pattern in ("README.md", "docs/**/*.md", "benchmarks/**/*.md")
+        for path in ROOT.glob(pattern)
+    )
 )
+KINDS: dict[str, Any] = {
+    "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig, "export": ExportConfig,
+    "compare": CompareConfig, "sweep": SweepConfig,
+}  # fmt: skip
+# What follows this line in a document is run by a test, with what earlier such blocks of the document left.
+RUN = "<!-- run -->\n"
 
 
 def blocks(document: str, language: str) -> list[str]:
     """Give the fenced blocks of one language."""
     return re.findall(rf"```{language}\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+
+
+def runnable(document: str) -> list[str]:
+    """Give the Python blocks that the document says can be run as they are."""
+    return re.findall(rf"^{RUN}```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL | re.MULTILINE)
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -46,13 +58,15 @@ def commands() -> list[tuple[str, list[str]]]:
         for block in blocks(document, "sh"):
             for line in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
+                while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+                    del words[0]
                 if words:
                     found.append((document, words))
     return found
 
 
 @pytest.mark.parametrize(("document", "words"), commands(), ids=lambda value: str(value)[:60])
-def test_commands_parse(document: str, words: list[str]) -> None:
+def test_commands_parse_and_fit_together(document: str, words: list[str]) -> None:
     if words[0] == "make":
         assert f"\n{words[1]}:" in (ROOT / "Makefile").read_text()
         return
@@ -63,16 +77,30 @@ def test_commands_parse(document: str, words: list[str]) -> None:
     elif words[0] == "python":
         del words[:1]
     elif words[0] == "vbp":
-        kinds = {
-            "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig,
-            "export": ExportConfig, "compare": CompareConfig, "sweep": SweepConfig,
-        }  # fmt: skip
-        _parsed(kinds[words[1]], words[2:], "vbp")
+        config = _parsed(KINDS[words[1]], words[2:], "vbp")
+        if isinstance(config, SweepConfig):
+            check_sweep(config)
+        elif isinstance(config, RunConfig):
+            check_config(config)
         return
     script, *arguments = words
     assert (ROOT / script).is_file()
     if script == "benchmarks/vbp/vbp_imagenet.py":
-        parse_config(arguments, prog=script)
+        check_config(parse_config(arguments, prog=script, defaults=PAPER))
+        return
+    source = (ROOT / script).read_text()
+    for flag in (word.removeprefix("--") for word in arguments if word.startswith("--")):
+        assert re.search(rf"^    {flag}: ", source, re.MULTILINE), flag
+
+
+def test_flags_in_the_text_exist() -> None:
+    known = {field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}
+    # Of every command, of torchrun, of a script in benchmarks/; and a whole group of flags.
+    known |= {"help", "node_rank", "ratios", "kd_"}
+    for document in DOCUMENTS:
+        text = (ROOT / document).read_text()
+        unknown = {flag for flag in re.findall(r"`--([a-zA-Z][\w-]*)", text) if flag.replace("-", "_") not in known}
+        assert not unknown, document
 
 
 def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
@@ -99,12 +127,35 @@ def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest
     assert (tmp_path / "output/pruned.pth").is_file()
 
 
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if runnable(document)])
+def test_examples_that_say_so_run(
+    document: str, digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "output").mkdir()
+    (tmp_path / "output/digits").symlink_to(digits)
+    torch.manual_seed(0)
+    printed: list[str] = []
+    names: dict[str, object] = {"print": lambda *words: printed.append(" ".join(map(str, words)))}
+    for block in runnable(document):
+        exec(compile(block, document, "exec"), names)
+    told = re.findall(r"^print\(.*top1\) +# ([\d.]+)$", "".join(runnable(document)), re.MULTILINE)
+    if told:
+        found = [float(line) for line in printed if re.fullmatch(r"\d+\.\d+", line)]
+        # One image is 0.11 points; other versions of the libraries round otherwise.
+        assert found == pytest.approx([float(value) for value in told], abs=0.5)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_other_examples_use_names_that_exist(document: str) -> None:
     import vbp
 
     for block in blocks(document, "python"):
         compile(block, document, "exec")
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "vbp":
+                module = importlib.import_module(node.module or "")
+                assert not [alias.name for alias in node.names if not hasattr(module, alias.name)]
         for name in re.findall(r"\bvbp\.(\w+)", block):
             assert hasattr(vbp, name) or importlib.util.find_spec(f"vbp.{name}"), name
 

@@ -238,6 +238,22 @@ def test_figures_are_files_too(folder: Path) -> None:
             assert len(picture.convert("RGB").getcolors(2**24)) > 20
 
 
+def test_the_page_tells_of_the_budget_and_of_the_plans_that_were_tried(tmp_path: Path) -> None:
+    told = "budget target_macs 0.94 G MACs (dense 1.26 G MACs): 0.93 G MACs; met"
+    tried = [
+        {"name": "equal shares", "divergence": 0.3, "widths": {}},
+        {"name": "priced", "divergence": 0.125, "widths": {}},
+    ]
+    write_run(tmp_path, budget={"sentence": told}, candidates=tried)
+    text = write_report(tmp_path).read_text()
+    assert f"Asked for and reached: {told}." in text
+    assert "0.1250" in text
+    write_run(tmp_path)
+    text = write_report(tmp_path).read_text()
+    assert "Asked for" not in text
+    assert "auto tried" not in text
+
+
 def test_names_from_users_are_text(tmp_path: Path) -> None:
     found = [Site((f"a.{i}.{HOSTILE}",), f"b.{i}", 4) for i in range(2)] + [Site((HOSTILE,), "c", 4)]
     folder = tmp_path / "<i>'\""

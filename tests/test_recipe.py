@@ -171,6 +171,7 @@ def test_lists_of_samples_need_no_class_folders(quick: RunConfig, tmp_path: Path
     found = run(dataclasses.replace(quick, data_path=str(data), limit_val=0))
     assert found.images["val"] == 896
     assert found.base.top1 > 95
+    assert read_artifact(quick.save_dir / "artifact").class_names is None
 
 
 def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp_path: Path) -> None:

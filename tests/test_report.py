@@ -137,6 +137,14 @@ def test_the_row_of_the_pruned_model_names_the_refit() -> None:
     assert labels(report)[1] == "pruned, refit"
 
 
+def test_the_table_tells_of_a_budget_other_than_the_keep_ratio_and_of_one_that_is_missed() -> None:
+    told = {"sentence": "budget told", "met": True, "budget": {"quantity": "macs", "amount": 0.8}}
+    assert dataclasses.replace(REPORT, budget=told).table().splitlines()[-1] == "budget told"
+    plain = told | {"budget": {"quantity": "keep_ratio", "amount": 0.5}}
+    assert "budget told" not in dataclasses.replace(REPORT, budget=plain).table()
+    assert "budget told" in dataclasses.replace(REPORT, budget=plain | {"met": False}).table()
+
+
 def test_without_compensation_no_row_speaks_of_a_mean_shift() -> None:
     report = dataclasses.replace(REPORT, config=config(compensation="none"))
     assert labels(report)[1] == "pruned, no compensation"

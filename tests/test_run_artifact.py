@@ -112,11 +112,14 @@ def test_what_is_told_of_the_settings(tmp_path: Path) -> None:
         save_dir=tmp_path, num_workers=8, crop_pct=0.9, push_to_hub="me/vit", resume="/home/me/run",
     )  # fmt: skip
     assert published_settings(config.to_dict()) == {
-        "model_name": "deit_tiny_patch16_224", "keep_ratio": 0.65, "compensation": "mean", "epochs_ft": 10,
-        "mixup": 0.2,
+        "model_name": "deit_tiny_patch16_224", "keep_ratio": 0.65, "criterion": "auto",
+        "compensation": "refit", "epochs_ft": 10, "mixup": 0.2,
     }  # fmt: skip
     local = dataclasses.replace(config, model_name=str(tmp_path))
     assert "model_name" not in published_settings(local.to_dict())
+    faster = published_settings(RunConfig("data", target_speedup=1.2).to_dict())
+    assert "keep_ratio" not in faster
+    assert faster["target_speedup"] == 1.2
 
 
 @pytest.mark.parametrize(

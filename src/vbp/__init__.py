@@ -9,17 +9,22 @@ ICCV 2025, arXiv 2507.12988.
 """
 
 from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_pruned
+from vbp.auto import AutoPlan, auto_plan
+from vbp.budgets import Budget, BudgetResult
 from vbp.compensation import mean_shift
 from vbp.config import RunConfig
 from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, plan_cost
 from vbp.covariance import ChannelCovariance, covariance_bytes
+from vbp.criteria import Evidence, criterion_scores
 from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
 from vbp.distillation import DistillationLoss
+from vbp.divergence import HeldBack
 from vbp.elimination import Elimination, eliminate
 from vbp.errors import InputError, OutputError
 from vbp.evaluation import Accuracy, evaluate
 from vbp.export import ExportReport, export_model, open_exported
 from vbp.finetune import EpochResult, Trainer
+from vbp.head_refit import DenseAnswers, HeadRefit, refit_head_
 from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
 from vbp.latency import LatencyReport, compare_latency
 from vbp.latency_runs import LatencySettings
@@ -35,6 +40,7 @@ from vbp.recipe import run
 from vbp.refit import Reconstruction
 from vbp.report import Measured, RunReport
 from vbp.sampling import TokenSample
+from vbp.sensing import Draws
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
 from vbp.surgery import prune_
@@ -48,13 +54,21 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
+    "AutoPlan",
+    "Budget",
+    "BudgetResult",
     "ChannelCovariance",
     "ChannelMoments",
     "Classifier",
+    "DenseAnswers",
     "DistillationLoss",
+    "Draws",
     "Elimination",
     "EpochResult",
+    "Evidence",
     "ExportReport",
+    "HeadRefit",
+    "HeldBack",
     "ImageList",
     "ImageLoader",
     "InputError",
@@ -77,6 +91,7 @@ __all__ = [
     "Statistics",
     "TokenSample",
     "Trainer",
+    "auto_plan",
     "balanced_subset",
     "build_model",
     "channel_moments",
@@ -85,6 +100,7 @@ __all__ = [
     "count_macs",
     "count_parameters",
     "covariance_bytes",
+    "criterion_scores",
     "describe_sites",
     "eliminate",
     "eliminations",
@@ -108,6 +124,7 @@ __all__ = [
     "prune_",
     "push_to_hub",
     "read_artifact",
+    "refit_head_",
     "run",
     "save_native",
     "save_pruned",

@@ -20,7 +20,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.covariance import ChannelCovariance
-from vbp.divergence import HeldBack, prices
+from vbp.divergence import HeldBack, mean_prices, prices
 from vbp.elimination import Elimination, eliminate, strictly_rising
 from vbp.errors import InputError
 from vbp.plan import PruningPlan
@@ -33,9 +33,8 @@ from vbp.surgery import prune_
 
 _log = logging.getLogger(__name__)
 
-# Price updates, and how far the first goes. One brings most of the gain.
+# Price updates. One brings most of the gain, the others less and less of the rest.
 _ROUNDS = 3
-_STEP = 0.75
 Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 
@@ -222,8 +221,8 @@ def auto_plan(
 
 
 @dataclass
-class _Best:
-    """The best candidate so far; `plan_for` gives its plan, and others like it."""
+class _Attempt:
+    """A candidate with its pruned model; `plan_for` gives its plan, and others like it."""
 
     divergence: float
     plan: PruningPlan
@@ -247,9 +246,9 @@ class _Search:
         self._covariances = refit_metrics(sites, statistics)
         self._means = statistics.means | {name: found.mean for name, found in self._covariances.items()}
         self._tried: list[Candidate] = []
-        self._seen: dict[tuple[int, ...], float] = {}
+        self._seen: set[tuple[int, ...]] = set()
         self.options: dict[str, Any] = {}
-        self.best: _Best | None = None
+        self.best: _Attempt | None = None
 
     def run(self, costs: Scores, *, equal_widths: bool) -> AutoPlan:
         if equal_widths:
@@ -272,23 +271,22 @@ class _Search:
         self.attempt("priced, quarter equal", blended(priced, 0.25))
 
     def _improve(self, costs: Scores) -> Scores:
-        """Update the prices in rounds, from the best plan so far; a round that does not help is tried at half."""
-        price = dict.fromkeys(costs, 1.0)
-        step, start, wanted = _STEP, None, price
+        """Update the prices in rounds: the mean of what all rounds asked for, each measured on the plan before.
+
+        What one round asks for is noisy, and answers what the plan before had wrong: alone it swings.
+        """
+        assert self.best is not None
+        latest, price, asked = self.best, dict.fromkeys(costs, 1.0), []
         for number in range(1, _ROUNDS + 1):
-            assert self.best is not None
-            if self.best is not start:
-                start = self.best
-                wanted = self._wanted(costs, start)
-            trial = {name: old ** (1 - step) * wanted[name] ** step for name, old in price.items()}
-            self.attempt(f"priced, round {number}", priced(costs, trial))
-            if self.best is start:
-                step /= 2
-            else:
-                price = trial
+            asked.append(self._wanted(costs, latest))
+            price = mean_prices(asked)
+            tried = self.attempt(f"priced, round {number}", priced(costs, price))
+            if tried is None:
+                break  # the plan was there before
+            latest = tried
         return priced(costs, price)
 
-    def _wanted(self, costs: Scores, start: _Best) -> dict[str, float]:
+    def _wanted(self, costs: Scores, start: _Attempt) -> dict[str, float]:
         lost = {
             entry.site.name: float(costs[entry.site.name][list(entry.removed)].sum())
             for entry in start.plan.sites
@@ -296,8 +294,8 @@ class _Search:
         }
         return prices(lost, self._held_back.shares(start.pruned, start.plan))
 
-    def attempt(self, name: str, scores: Scores, scope: Any = "global") -> None:
-        """Make a plan, prune a copy by it, and keep it if it is the best so far."""
+    def attempt(self, name: str, scores: Scores, scope: Any = "global") -> _Attempt | None:
+        """Make a plan, prune a copy by it, and keep it if it is the best so far; give it if it is a new one."""
 
         def plan_for(keep_ratio: float) -> PruningPlan:
             options = {**self.options, "keep_ratio": keep_ratio}
@@ -306,13 +304,16 @@ class _Search:
         plan = plan_for(self.options["keep_ratio"])
         key = tuple(hash(entry.keep) for entry in plan.sites)
         if key in self._seen:
-            return
+            return None
         if self._progress is not None:
             self._progress(name)
         pruned = copy.deepcopy(self._model)
         prune_(pruned, plan, self._means, self._covariances, ridge=self._ridge)
-        divergence = self._seen[key] = self._held_back.divergence(pruned)
+        self._seen.add(key)
+        divergence = self._held_back.divergence(pruned)
         self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
+        found = _Attempt(divergence, plan, pruned, plan_for)
         # A NaN is never better.
         if self.best is None or divergence < self.best.divergence:
-            self.best = _Best(divergence, plan, pruned, plan_for)
+            self.best = found
+        return found

@@ -168,7 +168,8 @@ class BudgetResult:
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         plain["budget"] = asdict(self.budget)
         plain["spread"] = None if self.spread is None else list(self.spread)
-        return {**plain, "miss": self.miss, "kept": self.plan.kept, "channels": self.plan.total}
+        told = {"miss": self.miss, "kept": self.plan.kept, "channels": self.plan.total, "sentence": self.sentence()}
+        return {**plain, **told}
 
     def sentence(self) -> str:
         """Say in words what was asked for, what came, and by how much and why it is missed."""

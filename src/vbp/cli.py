@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -24,7 +25,7 @@ _USAGE = """usage: vbp COMMAND [flags]
   vbp sweep    many ways to prune it, compared             vbp sweep --data_path DATA --keep_ratios 0.8 0.65 0.5
   vbp inspect  what can be pruned in a model               vbp inspect deit_tiny_patch16_224
   vbp latency  how much faster a pruned model is           vbp latency output/vbp/artifact
-  vbp export   a pruned model as ONNX or torch.export      vbp export output/vbp/artifact --output model.onnx
+  vbp export   a pruned model for use without vbp          vbp export output/vbp/artifact --output model.onnx
   vbp compare  runs side by side                           vbp compare output/keep_65 output/keep_50
   vbp demo     prune a small ViT on handwritten digits     vbp demo
 
@@ -68,8 +69,7 @@ def main() -> int:
     """Run the `vbp` command and give its exit code: 0, 1 for failure, 2 for usage."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        sys.stdout.write(_USAGE + "\n")
-        return 0
+        return _guarded(lambda: _say(_USAGE))
     jobs: dict[str, Callable[[], None]] = {
         "run": lambda: _run(parse_config(arguments, prog="vbp run")),
         "sweep": lambda: _sweep(arguments),
@@ -128,7 +128,11 @@ def _export(arguments: Sequence[str]) -> None:
 def _compare(arguments: Sequence[str]) -> None:
     from vbp.compare_command import CompareConfig, run_compare
 
-    _shown(run_compare, _parsed(CompareConfig, arguments, "vbp compare"))
+    config = _parsed(CompareConfig, arguments, "vbp compare")
+    if len(config.runs) < 2:
+        sys.stderr.write(f"vbp compare: needs at least two runs, got {len(config.runs)}; vbp compare RUN RUN ...\n")
+        raise SystemExit(2)
+    _shown(run_compare, config)
 
 
 def _demo(arguments: Sequence[str]) -> None:
@@ -160,7 +164,11 @@ _C = TypeVar("_C", bound=_Config)
 def _shown(job: Callable[[_C], _Report], config: _C) -> None:
     """Do a job whose result is for the standard output: a table for people, JSON for programs."""
     report = job(config)
-    sys.stdout.write((json.dumps(report.to_dict(), indent=2) if config.json else report.table()) + "\n")
+    _say(json.dumps(report.to_dict(), indent=2) if config.json else report.table())
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text + "\n")
 
 
 def _guarded(job: Callable[[], None]) -> int:
@@ -191,7 +199,7 @@ def _guarded(job: Callable[[], None]) -> int:
 
 def _code(job: Callable[[], None], place: str) -> int:
     try:
-        job()
+        _flushed(job)
     except (InputError, OutputError) as error:
         sys.stderr.write(f"{place}error: {error}\n")
         return 1
@@ -208,10 +216,22 @@ def _code(job: Callable[[], None], place: str) -> int:
         sys.stderr.write(f"{place}interrupted; files written so far are whole\n")
         return 128 + signal.SIGINT
     except BrokenPipeError:
-        # The reader of our output went away: nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
+        # The reader of our output went away: nothing more can be said, not even at the interpreter's end.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):  # a stream of a program that calls us may be no file
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return 1
     return 0
+
+
+def _flushed(job: Callable[[], None]) -> None:
+    """Do a job and hand on all that it said, while an error can still be told."""
+    try:
+        job()
+    except SystemExit:
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
 
 
 def _place() -> str:

@@ -20,6 +20,7 @@ from vbp.sampling import TokenSample
 
 ModelType = Literal["vit", "convnext", "swin", "auto"]
 Compensation = Literal["refit", "mean", "none"]
+RefitHead = Literal["auto", "on", "off"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
 
@@ -112,6 +113,9 @@ class RunConfig:
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: float = RIDGE
     """How much the refit is held back, as a share of each kept channel's variance."""
+    refit_head: RefitHead = "auto"
+    """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
+    (auto), always (on) or never (off)."""
     round_to: int | Literal["auto"] = 1
     """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
     min_keep_ratio: float = 0.02
@@ -346,6 +350,11 @@ def _check_criterion(config: RunConfig) -> None:
         raise InputError(
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
             "--norm_per_layer out"
+        )
+    if config.compensation != "refit" and config.refit_head != "auto":
+        raise InputError(
+            f"refit_head changes nothing without the refit, got {config.refit_head} with compensation "
+            f"{config.compensation}; leave --refit_head out, or choose the compensation refit"
         )
     if "covariance" not in config.needs:
         for name in ("covariance_tokens", "ridge"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,8 @@ from vbp.tracing import channel_dim
 _OFF, _ALONE = Precision(), Processes()
 # A share is measured on some hundred images, and near zero for a site that has lost little.
 _CLIP = 4.0
+# How many rounds the price of 1 counts for in their mean: the first then goes three quarters of the way.
+_PRIOR = 1 / 3
 
 
 class HeldBack:
@@ -141,3 +144,14 @@ def prices(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str,
     if not middle > 0:
         return dict.fromkeys(costs, 1.0)
     return {name: min(max(ratios.get(name, middle) / middle, 1 / _CLIP), _CLIP) for name in costs}
+
+
+def mean_prices(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Give the geometric mean of the prices that several rounds asked for, as if a part of a round had asked for 1.
+
+    Args:
+        rounds: From `prices`, each measured on another plan; at least one.
+    """
+    return {
+        name: math.exp(sum(math.log(asked[name]) for asked in rounds) / (len(rounds) + _PRIOR)) for name in rounds[0]
+    }

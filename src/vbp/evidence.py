@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 # What comes from observing the model, and is kept in `Statistics`.
 FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance", "sensitivity"})
 # Calibration images by which `auto` compares its plans.
-HELD_BACK_IMAGES: Final = 128
+HELD_BACK_IMAGES: Final = 256
 # Enough for a point near the channels' means; every process reads them.
 _PIVOT_IMAGES = 32
 # Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
@@ -177,13 +177,24 @@ def held_back(job: Job) -> HeldBack:
     Raises:
         InputError: None of them can be read.
     """
-    places = balanced_order(job.calibration, job.config.seed)[:HELD_BACK_IMAGES]
-    # Small enough for every process to have a batch.
-    size = min(job.config.val_batch_size, -(-len(places) // job.processes.world))
+    loader = calibration_share(job, HELD_BACK_IMAGES)
     with out_of_memory("calibration"):
-        loader = _share(job, list(places), size)
         batches = [] if loader is None else [pixels for pixels, _ in bar(job, loader, "held-back images")]
         return HeldBack(job.model, batches, precision=job.precision, processes=job.processes)
+
+
+def calibration_share(job: Job, images: int) -> ImageLoader | None:
+    """Load this process's share of the first calibration images in the order of `balanced_order`.
+
+    Args:
+        job: Whose images these are.
+        images: How many of all processes.
+
+    Returns:
+        Small batches, so that every process has one; None if there are fewer images than processes.
+    """
+    places = list(balanced_order(job.calibration, job.config.seed)[:images])
+    return _share(job, places, min(job.config.val_batch_size, -(-len(places) // job.processes.world)))
 
 
 def _share(job: Job, places: list[int], batch_size: int) -> ImageLoader | None:

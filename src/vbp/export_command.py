@@ -1,4 +1,4 @@
-"""The job of `vbp export`: a pruned model in, a proven ONNX or torch.export file out."""
+"""The job of `vbp export`: a pruned model in, a proven file or checkpoint out that needs no vbp."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import torch
 import tyro
@@ -14,19 +14,22 @@ from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
-from vbp.artifacts import load_pruned, read_artifact
+from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact
 from vbp.data import ImageLoader, Split, balanced_subset, list_images, make_loader
 from vbp.errors import InputError
 from vbp.evaluation import logits_of
-from vbp.export import ExportFormat, ExportPrecision, ExportReport, export_model
+from vbp.export import ExportPrecision, ExportReport, export_model
+from vbp.native_export import NativeReport, export_native
 from vbp.preprocessing import Preprocessing, evaluation_transform
 
 _log = logging.getLogger(__name__)
 
+Target = Literal["onnx", "pt2", "native"]
+
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Export a pruned model to a file that runs without vbp, and prove the file on real images.
+    """Export a pruned model to what runs without vbp, and prove it on real images.
 
     Example: vbp export output/vbp/artifact --to onnx --output model.onnx --data_path /data/imagenet
     """
@@ -34,9 +37,10 @@ class ExportConfig:
     artifact: tyro.conf.Positional[str]
     """A pruned model that vbp saved."""
     output: Path
-    """The file to write: ends in .onnx or .pt2, as --to says."""
-    to: ExportFormat = "onnx"
-    """onnx for onnxruntime and others, pt2 for torch.export."""
+    """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
+    to: Target = "onnx"
+    """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
+    its configuration can say the widths."""
     dtype: ExportPrecision = "float32"
     """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
     data_path: Path | None = None
@@ -62,16 +66,18 @@ class ExportConfig:
     json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 
-def run_export(config: ExportConfig) -> ExportReport:
+def run_export(config: ExportConfig) -> ExportReport | NativeReport:
     """Do what the configuration says.
 
     Raises:
-        InputError: The artefact, the images or the combination of arguments is wrong, or the file is not true to the
-            model; no file is left behind.
-        OutputError: The file could not be written.
+        InputError: The artefact, the images or the combination of arguments is wrong, or what was written is not
+            true to the model; then nothing is left of it.
+        OutputError: It could not be written.
     """
     if config.images < 2:
         raise InputError(f"images must be at least 2, got {config.images}; 32 is usual")
+    if config.to == "native":
+        _check_native(config)
     artifact = read_artifact(config.artifact)
     if artifact.preprocessing is None:
         raise InputError(
@@ -81,10 +87,12 @@ def run_export(config: ExportConfig) -> ExportReport:
     if config.data_path is None:
         if config.dtype == "int8":
             raise InputError("dtype int8 needs calibration images, got no data_path; give --data_path")
-        _log.info("no --data_path: the file is proven on two sample photographs alone")
+        _log.info("no --data_path: it is proven on two sample photographs alone")
         images, calibration, labelled = sample_photographs(artifact.preprocessing), None, None
     else:
         images, calibration, labelled = _images(config, config.data_path, artifact.preprocessing, model)
+    if config.to == "native":
+        return _native(config, artifact, model, images)
     return export_model(
         model,
         images,
@@ -95,6 +103,37 @@ def run_export(config: ExportConfig) -> ExportReport:
         labelled=labelled,
         tolerance=config.tolerance,
         overwrite=config.overwrite,
+    )
+
+
+def _check_native(config: ExportConfig) -> None:
+    if config.dtype != "float32":
+        raise InputError(
+            f"dtype is for onnx and pt2, got {config.dtype} with native, which keeps the weights as they are; leave "
+            "--dtype out"
+        )
+    if config.overwrite:
+        raise InputError(
+            "overwrite replaces a file, and native writes a folder, new or empty; leave --overwrite out and choose "
+            "another --output"
+        )
+
+
+def _native(config: ExportConfig, artifact: PrunedArtifact, model: nn.Module, images: Tensor) -> NativeReport:
+    if artifact.source is None:
+        raise InputError(
+            f"{config.artifact} does not say how its dense model is built; native is for models of timm and Hugging "
+            "Face"
+        )
+    return export_native(
+        model,
+        images,
+        config.output,
+        plans=artifact.plans,
+        source=artifact.source,
+        preprocessing=artifact.preprocessing,
+        class_names=artifact.class_names,
+        tolerance=config.tolerance,
     )
 
 

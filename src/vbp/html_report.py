@@ -133,6 +133,7 @@ def _page(run: RunFolder, drawings: dict[str, Drawing]) -> str:
         drawings=drawings,
         inline={name: Markup(drawing.inline_svg) for name, drawing in drawings.items()},
         missing=_MISSING,
+        candidates=[(name, f"{divergence:.4f}") for name, divergence in summary.candidates],
         artefacts=_artefacts(summary.folder),
         markdown=markdown_table(summary),
         seconds=[(stage, f"{seconds:.1f}") for stage, seconds in summary.seconds.items()],

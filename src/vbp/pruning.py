@@ -18,6 +18,7 @@ from vbp.criteria import Evidence
 from vbp.evidence import EvidenceReader
 from vbp.fingerprints import json_fingerprint
 from vbp.job import Job
+from vbp.last_layer import LastLayer, wants_head_refit
 from vbp.measuring import figures, latencies, measure
 from vbp.plan import PruningPlan
 from vbp.precision import move_
@@ -46,6 +47,7 @@ class Pruned:
         candidates: Plans that the criterion auto tried; none otherwise.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, on the
             calibration images; without refit none.
+        head: What the refit of the last layer did; None without one.
     """
 
     plan: PruningPlan
@@ -58,6 +60,7 @@ class Pruned:
     budget: Mapping[str, Any]
     candidates: Sequence[Mapping[str, Any]]
     reconstruction: Mapping[str, Mapping[str, float]]
+    head: Mapping[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
         """Give plain data."""
@@ -72,6 +75,7 @@ class Pruned:
             "budget": self.budget,
             "candidates": self.candidates,
             "reconstruction": self.reconstruction,
+            "head": self.head,
         }
 
     @staticmethod
@@ -89,6 +93,7 @@ class Pruned:
             value["budget"],
             value["candidates"],
             value["reconstruction"],
+            value["head"],
         )
 
 
@@ -107,7 +112,9 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
     dense = copy.deepcopy(job.model)
     uncompensated = _uncompensated(job, plan)
     with job.timed("surgery"):
+        last_layer = LastLayer(job) if wants_head_refit(job) else None
         errors = prune_(job.model, plan, chosen.means, chosen.covariances, ridge=job.config.ridge)
+        head = None if last_layer is None else last_layer.refit_(job.model)
     pruned = measure(job, job.model)
     _log.info("pruned: %s", figures(pruned))
     latency, batch = latencies(job, {"base": dense, "pruned": job.model})
@@ -122,6 +129,7 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
         chosen.result.to_dict(),
         [one.to_dict() for one in chosen.tried],
         {one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors},
+        None if head is None else head.to_dict(),
     ), dense
 
 

@@ -62,6 +62,7 @@ class RunReport:
         candidates: Plans that the criterion auto tried: name, divergence in nats, widths.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, measured
             on the calibration images; without refit none.
+        head: What the refit of the last layer did: layer, images, KL of the answers before and after; None without.
     """
 
     base: Measured
@@ -83,6 +84,7 @@ class RunReport:
     budget: Mapping[str, Any] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, Any]] = ()
     reconstruction: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    head: Mapping[str, Any] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Give the plain JSON data of `summary.json`."""
@@ -99,6 +101,7 @@ class RunReport:
             "budget": dict(self.budget),
             "candidates": [dict(one) for one in self.candidates],
             "reconstruction": {name: dict(errors) for name, errors in self.reconstruction.items()},
+            "head": None if self.head is None else dict(self.head),
             "latency_batch": self.latency_batch,
             "device": self.device,
             "processes": self.processes,
@@ -130,6 +133,8 @@ class RunReport:
                 f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
             )
         lines.append(f"{ratio}{speed}; {self.images['val']} validation images")
+        if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
+            lines.append(self.budget["sentence"])
         return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ _PRIVATE: Final = frozenset({
     "resume", "overwrite", "disable_ddp", "local_rank", "device", "checkpoint_minutes", "timeout_minutes",
     "push_to_hub", "compare_uncompensated", "model_kwargs", "img_size", "crop_pct", "interpolation", "mean", "std",
 })  # fmt: skip
-_ALWAYS: Final = frozenset({"model_name", "keep_ratio", "compensation", "epochs_ft"})
+_ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
 
 
 def check_shipping(config: RunConfig) -> None:
@@ -94,6 +94,8 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     Args:
         config: From `RunConfig.to_dict`. Paths of the machine are left out.
     """
+    # What was asked for in the place of a ratio is there instead.
+    other = any(value is not None for name, value in config.items() if name.startswith("target_"))
     usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     return {
         name: value
@@ -101,6 +103,7 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
         if name not in _PRIVATE
         and (name in _ALWAYS or value != (list(d) if isinstance(d := usual[name], tuple) else d))
         and not (name == "model_name" and Path(value).exists())
+        and not (name == "keep_ratio" and other)
     }
 
 

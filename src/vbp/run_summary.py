@@ -50,6 +50,8 @@ class RunSummary:
         keep_ratio: Share of the MLP channels that was kept in fact.
         sites: Site name -> (kept, total) channels.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output.
+        budget: What was asked for and what came of it, in words.
+        candidates: Plans that the criterion auto tried: name, and divergence of the answers in nats.
     """
 
     folder: Path
@@ -65,6 +67,8 @@ class RunSummary:
     processes: int
     versions: Mapping[str, str]
     config: Mapping[str, Any]
+    budget: str | None = None
+    candidates: tuple[tuple[str, float], ...] = ()
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -124,6 +128,8 @@ def _summary(folder: Path, value: Mapping[str, Any]) -> RunSummary:
         count(value.get("processes", 1)),
         {name: str(item) for name, item in value.get("versions", {}).items()},
         config,
+        str(value["budget"]["sentence"]) if value.get("budget") else None,
+        tuple((str(one["name"]), finite(one["divergence"])) for one in value.get("candidates", ())),
     )
 
 

@@ -126,6 +126,7 @@ def sweep(
     dense: Measured | None = None,
     known: Collection[SweepRow] = (),
     planners: Mapping[str, Callable[[Setting], Planned]] | None = None,
+    after_refit: Callable[[nn.Module], object] | None = None,
     on_row: Callable[[SweepReport], None] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> SweepReport:
@@ -145,6 +146,7 @@ def sweep(
         dense: The dense model's figures, where they are known.
         known: Rows of an earlier sweep with the same evidence and numbers, which are not measured again.
         planners: Criterion -> what makes its plans, for criteria that decide more than scores can say: `auto`.
+        after_refit: What else is done to a pruned model whose compensation is the refit, in place.
         on_row: Called with all that is known after the dense model and after each row.
         about: For the report.
 
@@ -173,6 +175,8 @@ def sweep(
         planned = planner.plan(setting)
         plan = planned.plan
         pruned = _pruned(model, planned, setting.compensation, evidence.ridge)
+        if after_refit is not None and setting.compensation == "refit":
+            after_refit(pruned)
         times = (None, None) if latency is None else latency(pruned)
         measured = measure(pruned)
         rows[setting] = SweepRow(setting, plan.kept, plan.total, replace(measured, latency_ms=times[1]), times[0])

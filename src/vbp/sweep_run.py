@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from vbp.distributed import process_group
 from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given, evidence_bytes
 from vbp.files import check_folder, clear_folder, write_bytes
 from vbp.job import Job, prepare
+from vbp.last_layer import LastLayer, check_last_layer, wants_head_refit
 from vbp.measuring import latencies, measure
 from vbp.run_log import RunLog, run_log
 from vbp.statistics import Statistics
@@ -54,6 +55,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         settings = deciding_settings(config, job)
         check_may_go_on(begun, settings, config.save_dir)
         check_given(job, sweep_needs(config.settings))
+        check_last_layer(job)
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, begun, settings)
         if processes.main:
@@ -90,6 +92,7 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         dense=None if begun is None else begun.dense,
         known=known,
         planners=_planners(job, evidence),
+        after_refit=_after_refit(job, missing),
         on_row=keep,
         about={
             "model_name": config.model_name,
@@ -124,6 +127,13 @@ def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Pla
         return {}
     search = AutoSearch(job, evidence.statistics, ridge=evidence.ridge)
     return {"auto": lambda setting: search.plan(setting.keep_ratio)}
+
+
+def _after_refit(job: Job, missing: Collection[Setting]) -> Callable[[torch.nn.Module], object] | None:
+    """Give what refits the last layer, where that is wanted and some model is to be refitted."""
+    if not any(setting.compensation == "refit" for setting in missing) or not wants_head_refit(job):
+        return None
+    return LastLayer(job).refit_
 
 
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:

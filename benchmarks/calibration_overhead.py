@@ -2,7 +2,9 @@
 
     python benchmarks/calibration_overhead.py
 
-Prints one JSON line: median milliseconds of both, and the median over rounds of their ratio.
+Passes: means and variances alone; with the covariance of a share of the tokens (what the refit needs), for each share
+asked for; with covariance and sensitivity (what `auto` needs). Prints one JSON line a pass: median milliseconds, and
+the median over rounds of the ratio to the bare forward of the same round.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import platform
 import statistics as stats
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import timm
@@ -18,12 +21,17 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from vbp import collect_statistics, find_sites
+from vbp import Site, collect_statistics, find_sites
+from vbp.config import COVARIANCE_TOKENS
+from vbp.sampling import TokenSample
+from vbp.sensing import Draws
+
+_FORWARD = "forward"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Time a statistics pass against the bare forward."""
+    """Time statistics passes against the bare forward."""
 
     model_name: str = "deit_tiny_patch16_224"
     """A timm model; random weights cost as much as trained ones."""
@@ -33,6 +41,10 @@ class Options:
     """Batches in one pass."""
     rounds: int = 15
     """Timed passes of each kind."""
+    covariance_tokens: tuple[float, ...] = (COVARIANCE_TOKENS, 1.0)
+    """Shares of the tokens, a pass for each."""
+    sensitivity: bool = True
+    """Also time the pass of auto: covariance of the first share, and sensitivity."""
     device: str = "cpu"
     """Where to run."""
 
@@ -44,43 +56,74 @@ def bare_forward(model: nn.Module, batches: list[Tensor]) -> None:
             model(batch)
 
 
+def passes_of(
+    options: Options, model: nn.Module, sites: tuple[Site, ...], batches: list[Tensor]
+) -> dict[str, Callable[[], object]]:
+    """Give what is timed, by name."""
+
+    def collecting(share: float, draws: Draws | None = None) -> Callable[[], object]:
+        tokens = TokenSample(share)
+        return lambda: collect_statistics(model, sites, batches, covariance=True, tokens=tokens, sensitivity=draws)
+
+    passes: dict[str, Callable[[], object]] = {
+        _FORWARD: lambda: bare_forward(model, batches),
+        "statistics": lambda: collect_statistics(model, sites, batches),
+    }
+    for share in options.covariance_tokens:
+        passes[f"covariance of {share:g} of the tokens"] = collecting(share)
+    if options.sensitivity:
+        passes[f"covariance of {options.covariance_tokens[0]:g} of the tokens, sensitivity"] = collecting(
+            options.covariance_tokens[0], Draws()
+        )
+    return passes
+
+
+def timed(passes: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Give the milliseconds of each pass in each round, after two rounds that do not count."""
+    times: dict[str, list[float]] = {name: [] for name in passes}
+    names = list(passes)
+    for turn in range(rounds + 2):
+        # Who comes later finds other caches and another clock: each is first in some rounds, and they go either way.
+        start_at = turn // 2 % len(names)
+        order = names[start_at:] + names[:start_at]
+        for name in order if turn % 2 else reversed(order):
+            start = time.perf_counter()
+            passes[name]()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if turn >= 2:
+                times[name].append((time.perf_counter() - start) * 1e3)
+    return times
+
+
 def main(options: Options) -> None:
-    """Time both passes in turn and print the medians."""
+    """Time all passes in turn and print the medians."""
     device = torch.device(options.device)
     model = timm.create_model(options.model_name).eval().to(device)
     size = timm.data.resolve_model_data_config(model)["input_size"]
     batches = [torch.randn(options.batch_size, *size, device=device) for _ in range(options.batches)]
     sites = find_sites(model, batches[0][:1])
-    passes = {
-        "forward": lambda: bare_forward(model, batches),
-        "statistics": lambda: collect_statistics(model, sites, batches),
-    }
-    times: dict[str, list[float]] = {name: [] for name in passes}
-    for turn in range(options.rounds + 2):
-        # The one that comes second finds other caches and another clock: each is first in every other round.
-        for name in sorted(passes, reverse=turn % 2 == 0):
-            run = passes[name]
-            start = time.perf_counter()
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if turn >= 2:
-                times[name].append((time.perf_counter() - start) * 1e3)
-    ratios = [with_it / bare for with_it, bare in zip(times["statistics"], times["forward"], strict=True)]
-    result = {
+    times = timed(passes_of(options, model, sites, batches), options.rounds, device)
+    setting = {
         "model": options.model_name,
         "images": options.batch_size * options.batches,
-        "forward_ms": round(stats.median(times["forward"]), 2),
-        "statistics_ms": round(stats.median(times["statistics"]), 2),
-        "ratio_median": round(stats.median(ratios), 4),
-        "ratio_min": round(min(ratios), 4),
-        "ratio_max": round(max(ratios), 4),
+        "batch": options.batch_size,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
-    print(json.dumps(result))
+    print(json.dumps(setting))
+    for name, took in times.items():
+        ratios = [with_it / bare for with_it, bare in zip(took, times[_FORWARD], strict=True)]
+        found = {
+            "pass": name,
+            "ms": round(stats.median(took), 2),
+            "ratio_median": round(stats.median(ratios), 4),
+            "ratio_min": round(min(ratios), 4),
+            "ratio_max": round(max(ratios), 4),
+        }
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(tyro.cli(Options, use_underscores=True))
+    main(tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,), use_underscores=True))

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,14 +23,15 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.data.image_list import ImageList
 from vbp.divergence import HeldBack
 from vbp.head_refit import DenseAnswers, refit_head_
 from vbp.sensing import Draws
 
 
 @dataclass(frozen=True)
-class Options:
-    """Compare training-free rules."""
+class Setting:
+    """A model, and images to calibrate and to judge it."""
 
     data: Path
     """Folder with train and val, each with one folder for each class."""
@@ -37,54 +39,79 @@ class Options:
     """A timm model."""
     checkpoint: Path | None = None
     """Its weights; by default those that timm names."""
-    ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
-    """Shares of the hidden channels to keep."""
-    rules: tuple[str, ...] = (
-        "paper",
-        "variance",
-        "output variance",
-        "elimination",
-        "equal shares",
-        "auto",
-        "auto, head",
-    )
-    """What to compare."""
     calibration: int = 1000
     """Calibration images, balanced over the classes."""
     held_back: int = 256
     """Those of them on which auto compares plans."""
-    round_to: int = 1
-    """Step of the channel counts."""
     batch_size: int = 25
     """Images in a batch."""
-    stats_path: Path | None = None
-    """Where statistics are kept for the next time."""
     device: str = "cpu"
     """Where to run."""
 
 
-def images_of(options: Options, classifier: vbp.Classifier, split: str) -> list[tuple[Tensor, Tensor]]:
-    """Decode a split into memory."""
-    images = vbp.list_images(options.data, split, classifier.num_classes)  # type: ignore[arg-type]
-    if split == "train":
-        images = vbp.balanced_subset(images, options.calibration, 0)
-    transform = vbp.evaluation_transform(classifier.preprocessing)
-    return list(vbp.make_loader(images, transform, batch_size=options.batch_size, num_workers=0))
+@dataclass(frozen=True)
+class Options(Setting):
+    """Compare training-free rules."""
+
+    ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
+    """Shares of the hidden channels to keep."""
+    rules: tuple[str, ...] = (
+        "paper", "variance", "output variance", "elimination", "equal shares", "auto", "auto, head"
+    )  # fmt: skip
+    """What to compare."""
+    round_to: int = 1
+    """Step of the channel counts."""
+    stats_path: Path | None = None
+    """Where statistics are kept for the next time."""
 
 
-class Bench:
+class Dense:
+    """The dense model, and how far pruned ones fall behind it on the validation images."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.classifier = vbp.load_classifier(setting.model_name, checkpoint=setting.checkpoint)
+        self.model = self.classifier.model.to(setting.device).eval()
+        self.sites = vbp.find_sites(self.model, self.classifier.example_input().to(setting.device))
+        self.val = self.read(self.images("val"))
+        self.dense = self._logits(self.model)
+        self.accuracy = self._accuracy(self.dense)
+
+    def images(self, split: Literal["train", "val"]) -> ImageList:
+        """List a split."""
+        return vbp.list_images(self.setting.data, split, self.classifier.num_classes)
+
+    def read(self, images: ImageList) -> list[tuple[Tensor, Tensor]]:
+        """Decode images into memory."""
+        transform = vbp.evaluation_transform(self.classifier.preprocessing)
+        return list(vbp.make_loader(images, transform, batch_size=self.setting.batch_size, num_workers=0))
+
+    def figures(self, model: nn.Module) -> tuple[float, float]:
+        """Give the relative top-1 and the KL on the validation images."""
+        logits = self._logits(model)
+        answers, dense = logits.log_softmax(1), self.dense.log_softmax(1)
+        return self._accuracy(logits) / self.accuracy, float(
+            F.kl_div(answers, dense, log_target=True, reduction="batchmean")
+        )
+
+    def _logits(self, model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(pixels.to(self.setting.device)).cpu() for pixels, _ in self.val])
+
+    def _accuracy(self, logits: Tensor) -> float:
+        labels = torch.cat([labels for _, labels in self.val])
+        return float((logits.argmax(1) == labels).double().mean())
+
+
+class Bench(Dense):
     """The dense model, its statistics, and what rules need of them."""
 
     def __init__(self, options: Options) -> None:
+        super().__init__(options)
         self.options = options
-        classifier = vbp.load_classifier(options.model_name, checkpoint=options.checkpoint)
-        self.model = classifier.model.to(options.device).eval()
-        self.sites = vbp.find_sites(self.model, classifier.example_input().to(options.device))
-        self.val = images_of(options, classifier, "val")
-        train = [pixels for pixels, _ in images_of(options, classifier, "train")]
+        images = vbp.balanced_subset(self.images("train"), options.calibration, 0)
+        train = [pixels for pixels, _ in self.read(images)]
         self.statistics = self._statistics(train)
-        self.dense = self._logits(self.model)
-        self.accuracy = self._accuracy(self.dense)
         start = time.perf_counter()
         self.orders = sensitivity_eliminations(self.model, self.sites, self.statistics)
         print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
@@ -106,22 +133,6 @@ class Bench:
         if path is not None:
             found.save(path)
         return found
-
-    def _logits(self, model: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            return torch.cat([model(pixels.to(self.options.device)).cpu() for pixels, _ in self.val])
-
-    def _accuracy(self, logits: Tensor) -> float:
-        labels = torch.cat([labels for _, labels in self.val])
-        return float((logits.argmax(1) == labels).double().mean())
-
-    def figures(self, model: nn.Module) -> tuple[float, float]:
-        """Give the relative top-1 and the KL on the validation images."""
-        logits = self._logits(model)
-        answers, dense = logits.log_softmax(1), self.dense.log_softmax(1)
-        return self._accuracy(logits) / self.accuracy, float(
-            F.kl_div(answers, dense, log_target=True, reduction="batchmean")
-        )
 
     def plan(self, scores: dict[str, Tensor], ratio: float, scope: str = "global") -> vbp.PruningPlan:
         """Make a plan."""

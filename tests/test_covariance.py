@@ -63,6 +63,12 @@ def test_pieces_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert_matches(running(values, [93]), values, 1e-13)
 
 
+def test_blocks_of_channels_the_last_of_them_narrower(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_BLOCK", 3)
+    values = correlated(93, 8, 5, 1)
+    assert_matches(running(values, [50, 43]), values, 1e-13)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_multiplied_in_float32_also_under_autocast(dtype: torch.dtype) -> None:
     values = correlated(5_000, 4, 8, 1).to(dtype)

@@ -14,6 +14,9 @@ from vbp.errors import InputError
 # Values handled at a time: bounds the copy that is centred, and the length of a sum in the values' own precision.
 _CPU_CHUNK = 2**22
 _GPU_CHUNK = 2**25
+# Columns multiplied at a time: a product of a matrix with itself is needed on one side of its diagonal alone, and
+# smaller blocks waste less on the other side.
+_BLOCK = 256
 
 
 @dataclass(frozen=True)
@@ -78,8 +81,8 @@ class CovarianceSum:
     """Running second moments, updated in place and without synchronising with the device.
 
     Each piece of the values is centred and multiplied in its own precision (half precision in float32), and added
-    in float64. The step between the means of two pieces joins the product as one more row, so that a piece costs
-    one product and one sum over hidden x hidden values.
+    in float64, on and above the diagonal. The step between the means of two pieces joins the product as one more row,
+    so that a piece costs one product and one sum over little more than half of hidden x hidden values.
     """
 
     def __init__(self) -> None:
@@ -102,7 +105,7 @@ class CovarianceSum:
         self.count, self.mean, self.m2 = 0, None, None
         if mean is None or m2 is None:
             return None
-        # A product of a matrix with itself is symmetric but for the order of summation.
+        # Below the diagonal the running sum is not kept up.
         return ChannelCovariance(count, mean, m2.triu_().add_(m2.triu(1).T))
 
     def _add_piece_(self, piece: Float[Tensor, "samples hidden"]) -> None:
@@ -121,7 +124,9 @@ class CovarianceSum:
             step = mean - self.mean
         centred[seen] = step * (self.count * seen / (self.count + seen)) ** 0.5
         with torch.autocast(piece.device.type, enabled=False):
-            self.m2 += centred.T @ centred
+            for start in range(0, centred.shape[1], _BLOCK):
+                stop = start + _BLOCK
+                self.m2[start:stop, start:] += centred[:, start:stop].T @ centred[:, start:]
         self.mean += step * (seen / (self.count + seen))
         self.count += seen
 

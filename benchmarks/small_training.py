@@ -44,7 +44,7 @@ class Recipe:
     label: str
     model_name: str
     model_kwargs: Mapping[str, Any]
-    steps: int = 600
+    steps: int = 1000
     lr: float = 1e-3
     weight_decay: float = 0.05
     planted: bool = False
@@ -57,7 +57,6 @@ RECIPES: Final = {
         "ViT, deeper",
         "vit_tiny_patch16_224",
         {**_VIT, "embed_dim": 48, "depth": 8, "global_pool": "avg", "drop_path_rate": 0.2, "init_values": 0.1},
-        steps=800,
         weight_decay=0.5,
     ),
     "vit_massive": Recipe(
@@ -171,7 +170,7 @@ def trained(name: str, train: Images, folder: Path | None, seed: int) -> nn.Modu
     if recipe.planted:
         teacher = copy.deepcopy(model)
         plant_massive_channel_(model)
-        fit_(model, train, replace(recipe, lr=3e-4, weight_decay=0.05), teacher)
+        fit_(model, train, replace(recipe, steps=500, lr=3e-4, weight_decay=0.05), teacher)
     print(f"{name}: trained in {time.perf_counter() - start:.0f} s", flush=True)
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,224 @@
+"""Train small models of several families and recipes on handwritten digits, prune each without training, and compare.
+
+    python benchmarks/small_models.py --save output/small_models
+
+Prints what is left of each model's top-1 right after pruning, with the mean KL(dense || pruned) on the same
+validation images: by the paper's rule, by equal shares, and by the criterion auto as `vbp run` uses it by default.
+Says at the end where auto is below another rule, by how many images, and where a rule collapses. Nothing is
+downloaded: the digits are scikit-learn's.
+"""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Final
+
+import timm
+import torch
+import torch.nn.functional as F
+import tyro
+from small_training import RECIPES, Images, load, trained
+from torch import Tensor, nn
+
+import vbp
+from vbp import digits
+from vbp.auto import sensitivity_eliminations
+from vbp.config import COVARIANCE_TOKENS
+from vbp.elimination import Elimination
+from vbp.evidence import HELD_BACK_IMAGES
+
+# The first batch gives the pivots of the sensitivity: `vbp run` takes 32 images too.
+_BATCH: Final = 32
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train small models and compare training-free rules on them."""
+
+    models: tuple[str, ...] = tuple(RECIPES)
+    """Which of them."""
+    ratios: tuple[float, ...] = (0.95, 0.8, 0.65, 0.5, 0.4, 0.3, 0.15)
+    """Shares of the hidden channels to keep."""
+    save: Path | None = None
+    """Folder in which weights are kept for the next time."""
+    seed: int = 0
+    """Of weights, training, and the sums over calibration images."""
+    data_path: Path = Path("output/digits")
+    """Where the digits are written as images, if they are not there."""
+
+
+def _batches(pixels: Tensor) -> tuple[Tensor, ...]:
+    return torch.split(pixels, _BATCH)
+
+
+class Bench:
+    """A dense model, its statistics, and the rules that are compared."""
+
+    def __init__(self, model: nn.Module, train: Images, val: Images, seed: int) -> None:
+        """Collect what the rules need, over all training images."""
+        self.model, self.val = model, val
+        self.batches = _batches(train.pixels)
+        self.sites = vbp.find_sites(model, train.pixels[:1])
+        self.statistics = vbp.collect_statistics(
+            model, self.sites, self.batches, covariance=True,
+            tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed), sensitivity=vbp.Draws(seed),
+        )  # fmt: skip
+        self.held_back = vbp.HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
+        self.dense = self._logits(model)
+        self.correct = self._correct(self.dense)
+
+    @cached_property
+    def orders(self) -> Mapping[str, Elimination]:
+        """Give the order of auto in each site, which is the same at all ratios."""
+        return sensitivity_eliminations(self.model, self.sites, self.statistics)
+
+    @cached_property
+    def plain_scores(self) -> Mapping[str, Tensor]:
+        """Give the scores of elimination in the plain covariance."""
+        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        return {name: one.scores for name, one in found.items()}
+
+    @cached_property
+    def answers(self) -> vbp.DenseAnswers | None:
+        """Give what the last layer is refitted to; None if the model ends in no linear layer."""
+        try:
+            return vbp.DenseAnswers(self.model, self.batches)
+        except vbp.InputError as error:
+            print(f"the last layer stays as it is: {error}")
+            return None
+
+    def paper(self, ratio: float) -> nn.Module:
+        """Prune as the paper does: variances of all sites together, and the mean shift."""
+        model = copy.deepcopy(self.model)
+        plan = vbp.make_plan(self.sites, vbp.variance_scores(self.statistics), keep_ratio=ratio)
+        vbp.prune_(model, plan, self.statistics.means)
+        return model
+
+    def equal_shares(self, ratio: float) -> nn.Module:
+        """Prune each site alike, by elimination in the plain covariance, with the refit."""
+        model = copy.deepcopy(self.model)
+        plan = vbp.make_plan(self.sites, self.plain_scores, keep_ratio=ratio, scope="per_layer")
+        vbp.prune_(model, plan, self.statistics.means, self.statistics.covariances)
+        return model
+
+    def auto(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto, then refit the last layer."""
+        answers = self.answers
+        found = vbp.auto_plan(
+            self.model, self.sites, self.statistics, self.held_back, keep_ratio=ratio, orders=self.orders
+        )
+        model = copy.deepcopy(self.model)
+        vbp.prune_(model, found.plan, found.means, found.covariances)
+        if answers is not None:
+            vbp.refit_head_(model, answers)
+        return model
+
+    def _logits(self, model: nn.Module) -> Tensor:
+        with torch.inference_mode():
+            return torch.cat([model(pixels) for pixels in _batches(self.val.pixels)])
+
+    def _correct(self, logits: Tensor) -> int:
+        return int((logits.argmax(1) == self.val.labels).sum())
+
+    def result(self, pruned: nn.Module) -> Result:
+        """Judge a pruned model on the validation images."""
+        logits = self._logits(pruned)
+        divergence = F.kl_div(
+            logits.log_softmax(1), self.dense.log_softmax(1), log_target=True, reduction="batchmean"
+        )
+        correct = self._correct(logits)
+        return Result(correct, correct / self.correct, float(divergence))
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a pruned model answers: images right, their share of the dense model's, and the mean KL."""
+
+    correct: int
+    relative: float
+    divergence: float
+
+
+PAPER, EQUAL, AUTO = "paper", "equal shares", "`auto`"
+RULES: Final[Mapping[str, Callable[[Bench, float], nn.Module]]] = {
+    PAPER: Bench.paper,
+    EQUAL: Bench.equal_shares,
+    AUTO: Bench.auto,
+}
+# (model, ratio) -> rule -> result
+Results = dict[tuple[str, float], dict[str, Result]]
+
+
+def compared(name: str, train: Images, val: Images, options: Options) -> Results:
+    """Train a model, prune it by all rules at all ratios, and say what came of it."""
+    label = RECIPES[name].label
+    bench = Bench(trained(name, train, options.save, options.seed), train, val, options.seed)
+    print(f"{label}: dense top-1 {bench.correct / len(val.labels):.2%}, {bench.correct} images right", flush=True)
+    found: Results = {}
+    for ratio in options.ratios:
+        start = time.perf_counter()
+        found[label, ratio] = {rule: bench.result(make(bench, ratio)) for rule, make in RULES.items()}
+        right = ", ".join(f"{rule} {one.correct}" for rule, one in found[label, ratio].items())
+        print(f"{label} at {ratio}: {right} images right; {time.perf_counter() - start:.0f} s", flush=True)
+    return found
+
+
+def table(found: Results, ratios: Iterable[float]) -> str:
+    """Give a Markdown table with one line for each model and rule."""
+    lines = [f"| model | rule | {' | '.join(map(str, ratios))} |", "|---|---|" + "---|" * len(tuple(ratios))]
+    for label in dict.fromkeys(label for label, _ in found):
+        for rule in RULES:
+            results = [found[label, ratio][rule] for ratio in ratios]
+            cells = " | ".join(f"{one.relative:.3f} ({one.divergence:.4f})" for one in results)
+            lines.append(f"| {label} | {rule} | {cells} |")
+    return "\n".join(lines)
+
+
+def deficits(found: Results, rule: str) -> str:
+    """Say where auto has fewer images right than a rule, by how many, and where its KL is higher."""
+    right, farther = [], []
+    for (label, ratio), results in found.items():
+        ours, theirs = results[AUTO], results[rule]
+        if ours.correct < theirs.correct:
+            right.append(f"{label} at {ratio} by {theirs.correct - ours.correct}")
+        if ours.divergence > theirs.divergence:
+            farther.append(f"{label} at {ratio}")
+    return (
+        f"auto below {rule}, in images: {'; '.join(right) or 'nowhere'}\n"
+        f"auto with a higher KL than {rule}: {'; '.join(farther) or 'nowhere'}"
+    )
+
+
+def collapses(found: Results) -> str:
+    """Say which rule keeps less than half of the accuracy where equal shares keeps more than 0.8."""
+    places = [
+        f"{rule} on {label} at {ratio}: {result.relative:.3f}"
+        for (label, ratio), results in found.items()
+        for rule, result in results.items()
+        if result.relative < 0.5 and results[EQUAL].relative > 0.8
+    ]
+    return f"collapses, below 0.5 where equal shares is above 0.8: {'; '.join(places) or 'none'}"
+
+
+def main(options: Options) -> None:
+    """Train, prune, and print the table."""
+    if unknown := set(options.models) - set(RECIPES):
+        raise vbp.InputError(f"models must be among {', '.join(RECIPES)}, got {', '.join(sorted(unknown))}")
+    digits.write_digits(options.data_path)
+    train, val = (load(options.data_path, split, options.seed) for split in ("train", "val"))
+    found: Results = {}
+    for name in options.models:
+        found |= compared(name, train, val, options)
+    print(f"\n{len(train.labels)} calibration and {len(val.labels)} validation images; share of the dense top-1 (KL)")
+    print(f"torch {torch.__version__}, timm {timm.__version__}, vbp {vbp.__version__}\n")
+    print(table(found, options.ratios))
+    print(f"\n{deficits(found, PAPER)}\n{deficits(found, EQUAL)}\n{collapses(found)}")
+
+
+if __name__ == "__main__":
+    main(tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)))

@@ -62,7 +62,7 @@ class Options(Setting):
     """Those of them for auto."""
     covariance_tokens: float = COVARIANCE_TOKENS
     """Share of the tokens for the covariance, where it is not what varies."""
-    tokens: tuple[float, ...] = (0.02, 0.1, 0.3, 1.0)
+    tokens: tuple[float, ...] = (0.02, 0.1, 0.2, 1.0)
     """Shares of the tokens."""
     ridges: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1)
     """Ridges."""

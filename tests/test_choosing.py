@@ -61,7 +61,7 @@ def test_auto_tries_plans_and_says_which(quick: RunConfig, caplog: pytest.LogCap
     assert "calibration: covariance of 4 sites, 2 MB on cpu" in text
     assert "calibration: sensitivity of 4 sites" in text
     statistics = Statistics.load(found_folder(found) / "statistics.safetensors")
-    assert statistics.token_fraction == 0.1
+    assert statistics.token_fraction == 0.2
     assert statistics.sensitivities.keys() == statistics.covariances.keys() == found.sites.keys()
 
 

@@ -26,8 +26,9 @@ MatmulPrecision = Literal["highest", "high"]
 
 # What the benchmark script does unless told otherwise: the published method.
 PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
-# Measured on DeiT-tiny (docs/refit.md): a tenth of the tokens gives the same refit as all of them.
-COVARIANCE_TOKENS = 0.1
+# The largest share with which the statistics pass of DeiT-tiny on a CPU stays below 1.3 times the bare forward pass; all
+# tokens double it (docs/refit.md).
+COVARIANCE_TOKENS = 0.2
 _TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
 # What only fine-tuning reads.
 _TUNING = (

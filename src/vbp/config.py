@@ -26,8 +26,8 @@ MatmulPrecision = Literal["highest", "high"]
 
 # What the benchmark script does unless told otherwise: the published method.
 PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
-# With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass; all tokens double
-# it (docs/refit.md).
+# With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
+# (benchmarks/results).
 COVARIANCE_TOKENS = 0.2
 _TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
 # What only fine-tuning reads.

@@ -192,3 +192,20 @@ def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
         found = run(changed(few, compensation="refit", refit_head="auto"))
     assert found.head is None
     assert "the last layer stays as it is: the refit of the last layer needs" in caplog.text
+
+
+def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = dataclasses.replace(
+        quick, epochs_ft=1, keep_ratio=0.65, target_speedup=1.05, latency_batch=1, round_to=8, train_batch_size=256
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr("vbp.timing._TURN_S", 0.005)
+        first = run(tuned)
+
+    def no_times(*_: object, **__: object) -> None:
+        raise AssertionError("the layers were timed again")
+
+    monkeypatch.setattr("vbp.aiming.measure_layer_times", no_times)
+    again = run(dataclasses.replace(tuned, resume="auto"))
+    assert again.sites == first.sites
+    assert again.budget == first.budget

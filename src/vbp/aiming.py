@@ -55,14 +55,18 @@ def find_target(
     example: Tensor,
     precision: Precision,
     rules: Mapping[str, Any],
+    *,
+    planned: bool = False,
 ) -> Target:
     """See whether the model can meet the budget; one of time is measured, by the main process for all.
+
+    Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
 
     Raises:
         InputError: It cannot, or nothing would be removed.
     """
     budget, times = config.budget, None
-    if budget.timed:
+    if budget.timed and not planned:
         times = processes.gather(
             _layer_times(config, model, sites, example, precision, rules["round_to"]) if processes.main else None
         )[0]

@@ -40,7 +40,7 @@ _TUNING = (
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Prune a trained image classifier without training, and fine-tune it.
+    """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
 
     Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
     """

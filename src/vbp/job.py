@@ -130,7 +130,7 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
         given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
     rules = plan_rules(config, sites, device, precision)
-    target = find_target(config, processes, model, sites, example, precision, rules)
+    target = find_target(config, processes, model, sites, example, precision, rules, planned=found is not None)
     if config.grad_checkpointing:
         enable_gradient_checkpointing_(model)
     val_loader = make_loader(

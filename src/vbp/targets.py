@@ -29,7 +29,7 @@ class Target:
         costs: Of the dense model.
         times: Of the dense model here, if the budget is one of time.
         keep_ratio: Share of the channels that meets the budget where all sites keep the same share, as far as can
-            be computed.
+            be computed; 1 for a budget of time without times.
     """
 
     budget: Budget
@@ -53,7 +53,7 @@ class Target:
             model: The dense model.
             sites: From `find_sites`.
             example: One image or more on the model's device.
-            times: Of this model, for a budget of time.
+            times: Of this model, for a budget of time that is still to be met.
             rules: Of the plans: `round_to`, `min_keep_ratio` and `attn_keep_ratio` of `make_plan`.
 
         Raises:
@@ -66,6 +66,8 @@ class Target:
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
             return Target(budget, costs, times, budget.amount)
+        if budget.timed and times is None:
+            return Target(budget, costs, None, 1.0)
         search = PlanSearch(equal_shares)
         if times is not None:
             check_faster(budget, times)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from conftest import FAMILIES, randomise_
 from torch import Tensor, nn
 
@@ -25,12 +24,14 @@ def collect(model: nn.Module, batches: list[Tensor], draws: Draws = Draws()) -> 
     return collect_statistics(model, sites, batches, covariance=True, sensitivity=draws)
 
 
-def weight_gradients(model: nn.Module, sites: tuple[Site, ...], image: Tensor, uniform: Tensor) -> list[Tensor]:
-    """Give "out hidden+1" gradients of -log p(y) by each consumer's weight and bias, by autograd."""
+def weight_gradients(model: nn.Module, sites: tuple[Site, ...], image: Tensor, noise: Tensor) -> list[Tensor]:
+    """Give "out hidden+1" gradients by each consumer's weight and bias, by autograd.
+
+    Of the logits in the direction J'e, with J the derivative of 2 sqrt(p) of the softened answer: J'J is Fisher's.
+    """
     model = copy.deepcopy(model).requires_grad_(True)
     logits = logits_of(model(image))
-    label = torch.searchsorted(logits.detach().softmax(-1).cumsum(-1), uniform[:, None], right=True)[:, 0]
-    F.cross_entropy(logits, label).backward()
+    (2 * (logits / 2).softmax(-1).sqrt() * noise).sum().backward()
     layers = [model.get_submodule(site.consumer) for site in sites]
     return [torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1) for layer in layers]
 
@@ -41,14 +42,15 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
     model, images = randomise_(family.build()).double().eval(), family.example(3)
     sites = find_sites(model, images[:1])
     found = collect(model, [images[:2], images[2:]]).sensitivities
+    classes = logits_of(model(images)).shape[1]
     for place, site in enumerate(sites):
         one = found[site.name].about(torch.zeros(site.hidden, dtype=torch.float64))
         out = len(one.outputs)
         inputs, outputs = torch.zeros_like(one.inputs), torch.zeros_like(one.outputs)
         widest = [max(len(found[s.name].outputs) for s in sites), max(s.hidden for s in sites)]
         for image in range(3):
-            uniform, left, right = Draws().of(image, 1, *widest)
-            gradient = weight_gradients(model, sites, images[image : image + 1], uniform)[place]
+            noise, left, right = Draws().of(image, 1, classes, *widest)
+            gradient = weight_gradients(model, sites, images[image : image + 1], noise)[place]
             sketch = left[0, :out].double().T @ gradient
             inputs += sketch.T @ sketch / left.shape[2]
             centred = gradient[:, :-1] - torch.outer(gradient[:, -1], found[site.name].pivot)
@@ -65,7 +67,8 @@ def test_the_sketch_has_the_gradients_product_as_its_mean(monkeypatch: pytest.Mo
     sites = find_sites(model, images)
     monkeypatch.setattr(module, "_INPUT_COLUMNS", 20_000)
     found = collect(model, [images]).sensitivities[sites[0].name]
-    gradient = weight_gradients(model, sites, images, Draws().of(0, 1, 1, 1)[0])[0]
+    classes = logits_of(model(images)).shape[1]
+    gradient = weight_gradients(model, sites, images, Draws().of(0, 1, classes, 1, 1)[0])[0]
     exact = gradient.T @ gradient
     about = found.about(torch.zeros(sites[0].hidden, dtype=torch.float64)).inputs
     assert float((about - exact).norm() / exact.norm()) < 0.05

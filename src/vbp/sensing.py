@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
 from vbp.sampling import check_numbers, image_number
-from vbp.sensitivity import SiteSensitivity
+from vbp.sensitivity import TEMPERATURE, SiteSensitivity
 from vbp.sites import Site
 from vbp.tracing import channel_dim
 
@@ -35,7 +35,7 @@ class Draws:
     """The random numbers of an image: a matter of the seed and its number alone, not of batch size and process.
 
     Attributes:
-        seed: Another seed draws other labels and sketches.
+        seed: Another seed draws other directions of the answers, and other sketches.
         first: Number of the first image that this process reads.
         step: Distance between its images: the number of processes, if they share the images by stride.
         block: As for `image_number`, if whole batches are dealt out; the step is then between these.
@@ -54,16 +54,16 @@ class Draws:
         """
         check_numbers(self.seed, self.first, self.step, self.block)
 
-    def of(self, start: int, images: int, outputs: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Give, for images from `start` on, one number in [0, 1) and the two sketch matrices of each, on the CPU."""
-        uniform, left, right = [], [], []
+    def of(self, start: int, images: int, classes: int, outputs: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Give the normal numbers of images from `start` on: of each class, and the two sketches; on the CPU."""
+        noise, left, right = [], [], []
         for image in range(start, start + images):
             number = image_number(image, self.first, self.step, self.block)
             generator = np.random.default_rng((self.seed, 1, number))
-            uniform.append(generator.random())
+            noise.append(generator.standard_normal(classes, dtype=np.float32))
             left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
             right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
-        return torch.tensor(uniform, dtype=torch.float64), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
+        return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
 
 
 class SensitivitySums:
@@ -108,12 +108,12 @@ class SensitivitySums:
         images = logits.shape[0]
         outputs = max(output.shape[dim] for _, output, dim in self._seen.values())
         hidden = max(h.shape[dim] for h, _, dim in self._seen.values())
-        uniform, left, right = (
+        noise, left, right = (
             draw.to(logits.device, non_blocking=True)
-            for draw in self._draws.of(self._images, images, outputs, hidden)
+            for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
         )
         scale = _HALF_SCALE if logits.dtype == torch.float16 else 1.0
-        cotangent = score_of_sampled_class(logits.detach(), uniform) * scale
+        cotangent = fisher_direction(logits.detach(), noise) * scale
         self._open = False
         try:
             gradients = torch.autograd.grad(
@@ -168,18 +168,21 @@ class SensitivitySums:
         return found
 
 
-def score_of_sampled_class(
-    logits: Float[Tensor, "images classes"], uniform: Float[Tensor, "images"]
+def fisher_direction(
+    logits: Float[Tensor, "images classes"], noise: Float[Tensor, "images classes"]
 ) -> Float[Tensor, "images classes"]:
-    """Give the gradient of -log p(y) by the logits, y drawn from their softmax: the first class whose sum exceeds.
+    """Give for each image a random vector whose covariance is the Fisher information of its softened answer.
+
+    With p = softmax(z / T) that is (diag p - p p') / T^2. A class drawn from p has the same covariance; but where the
+    model is sure of itself it nearly always has a gradient near zero, and once in a while a large one.
 
     Args:
-        logits: Of the dense model.
-        uniform: One number in [0, 1) for each image.
+        logits: z, of the dense model.
+        noise: Independent standard normal numbers.
     """
-    probabilities = logits.double().softmax(-1)
-    drawn = (probabilities.cumsum(-1) <= uniform[:, None]).sum(-1).clamp_max(logits.shape[-1] - 1)
-    return (probabilities - F.one_hot(drawn, logits.shape[-1])).to(logits.dtype)
+    probabilities = (logits.double() / TEMPERATURE).softmax(-1)
+    spread = probabilities.sqrt() * noise
+    return ((spread - probabilities * spread.sum(-1, keepdim=True)) / TEMPERATURE).to(logits.dtype)
 
 
 def check_single_positions(site: Site, consumer: nn.Module) -> None:

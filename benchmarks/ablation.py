@@ -204,7 +204,9 @@ class Ablation:
         for name in _BASELINES:
             yield Row("criterion", name, name, self._by(name))
         yield Row("criterion", "auto", "auto", self._auto("all"))
-        yield Row("criterion", "auto, then the last layer", "auto, last layer", self._auto_and_last_layer)
+        yield Row("criterion", "auto, last layer", "auto, last layer", self._auto_with(stream=False, head=True))
+        yield Row("criterion", "auto, stream", "auto, stream", self._auto_with(stream=True, head=False))
+        yield Row("criterion", "auto, stream, last layer", "auto, both", self._auto_with(stream=True, head=True))
 
     def _budgets(self) -> Iterable[Row]:
         def of(scores: Callable[[], Scores], scope: str = "global") -> Callable[[float], nn.Module]:
@@ -296,10 +298,18 @@ class Ablation:
 
         return build
 
-    def _auto_and_last_layer(self, ratio: float) -> nn.Module:
-        model = self._auto("all")(ratio)
-        _tell(refit_head_(model, self.answers()).sentence())
-        return model
+    def _auto_with(self, *, stream: bool, head: bool) -> Callable[[float], nn.Module]:
+        def build(ratio: float) -> nn.Module:
+            model = self._auto("all")(ratio)
+            if stream:
+                judge = self.held_back(self.seen.all.images)
+                others = self.seen.pixels[judge.images :].split(self.options.batch_size)
+                _tell(vbp.refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
+            if head:
+                _tell(refit_head_(model, self.answers()).sentence())
+            return model
+
+        return build
 
     def _refitted(
         self, found: Statistics, scores: Scores, ratio: float, *, scope: str = "global", ridge: float = RIDGE

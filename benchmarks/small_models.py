@@ -61,7 +61,7 @@ class Bench:
 
     def __init__(self, model: nn.Module, train: Images, val: Images, seed: int) -> None:
         """Collect what the rules need, over all training images."""
-        self.model, self.val = model, val
+        self.model, self.train, self.val = model, train, val
         self.batches = _batches(train.pixels)
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
@@ -107,15 +107,16 @@ class Bench:
         return model
 
     def auto(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, then refit the last layer."""
-        answers = self.answers
+        """Prune by the criterion auto, then refit the residual stream and the last layer."""
         found = vbp.auto_plan(
             self.model, self.sites, self.statistics, self.held_back, keep_ratio=ratio, orders=self.orders
         )
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
-        if answers is not None:
-            vbp.refit_head_(model, answers)
+        rest = _batches(self.train.pixels[HELD_BACK_IMAGES:])
+        vbp.refit_stream_(model, self.model, self.sites, rest, self.held_back)
+        if self.answers is not None:
+            vbp.refit_head_(model, self.answers)
         return model
 
     def _logits(self, model: nn.Module) -> Tensor:

@@ -56,7 +56,8 @@ class Options(Setting):
     ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
     """Shares of the hidden channels to keep."""
     rules: tuple[str, ...] = (
-        "paper", "variance", "output variance", "elimination", "equal shares", "auto", "auto, head"
+        "paper", "variance", "output variance", "elimination", "equal shares",
+        "auto", "auto, head", "auto, stream", "auto, stream, head",
     )  # fmt: skip
     """What to compare."""
     round_to: int = 1
@@ -120,8 +121,11 @@ class Bench(Dense):
         self.train = train
         self.answers: DenseAnswers | None = None
         self.found: dict[float, AutoPlan] = {}
-        chosen = everyone[:: max(1, len(everyone) // options.held_back)][: options.held_back]
-        self.held_back = HeldBack(self.model, chosen.split(options.batch_size))
+        step = max(1, len(everyone) // options.held_back)
+        chosen = torch.arange(len(everyone)) % step == 0
+        chosen[step * options.held_back :] = False
+        self.held_back = HeldBack(self.model, everyone[chosen].split(options.batch_size))
+        self.others = everyone[~chosen].split(options.batch_size)
 
     def _statistics(self, train: list[Tensor]) -> vbp.Statistics:
         path = self.options.stats_path
@@ -177,9 +181,16 @@ class Bench(Dense):
         vbp.prune_(model, found.plan, found.means, found.covariances)
         return model
 
-    def auto_head(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, then refit the last layer to the dense model's answers."""
+    def auto_stream(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto, then bring the residual stream back to the dense model's."""
         model = self.auto(ratio)
+        start = time.perf_counter()
+        done = vbp.refit_stream_(model, self.model, self.sites, self.others, self.held_back)
+        print(f"stream at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
+        return model
+
+    def with_head(self, model: nn.Module, ratio: float) -> nn.Module:
+        """Refit the last layer to the dense model's answers."""
         start = time.perf_counter()
         if self.answers is None:
             self.answers = DenseAnswers(self.model, self.train)
@@ -202,7 +213,9 @@ def main(options: Options) -> None:
         "elimination": bench.elimination,
         "equal shares": lambda ratio: bench.elimination(ratio, "per_layer"),
         "auto": bench.auto,
-        "auto, head": bench.auto_head,
+        "auto, head": lambda ratio: bench.with_head(bench.auto(ratio), ratio),
+        "auto, stream": bench.auto_stream,
+        "auto, stream, head": lambda ratio: bench.with_head(bench.auto_stream(ratio), ratio),
     }
     rows = []
     for name in options.rules:

@@ -172,8 +172,8 @@ def test_attention_is_refitted_too(quick: RunConfig) -> None:
 
 
 def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick: RunConfig) -> None:
-    whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2)
-    with_head, without = (run(changed(whole, compensation="refit", refit_head=wish)) for wish in ("on", "off"))
+    whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit", refit_stream="off")
+    with_head, without = (run(changed(whole, refit_head=wish)) for wish in ("on", "off"))
     assert with_head.head is not None
     assert with_head.head["after"] < with_head.head["before"]
     assert (with_head.head["layer"], with_head.head["images"]) == ("head", 300)
@@ -182,16 +182,33 @@ def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick:
     assert [name for name in one if not torch.equal(one[name], two[name])] == ["head.weight", "head.bias"]
 
 
+def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) -> None:
+    whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit", refit_head="off")
+    mended, without = (run(changed(whole, refit_stream=wish)) for wish in ("on", "off"))
+    assert mended.stream is not None
+    assert mended.stream["after"] < mended.stream["before"]
+    assert (mended.stream["images"], mended.stream["judged"]) == (225, 75)
+    assert without.stream is None
+    assert mended.pruned.top1 >= without.pruned.top1
+    one, two = (load_pruned(found_folder(found) / "vbp_final.pth").state_dict() for found in (mended, without))
+    differing = {name.rpartition(".")[0] for name in one if not torch.equal(one[name], two[name])}
+    assert differing == {name.replace("fc1", "fc2") for name in mended.stream["sites"]}
+
+
 def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
     quick: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     few = dataclasses.replace(quick, calib_samples=3)
     with pytest.raises(InputError, match="last layer needs at least 4 images, got 3"):
         run(changed(few, compensation="refit", refit_head="on"))
+    with pytest.raises(InputError, match="residual stream needs at least 4 images, got 3"):
+        run(changed(few, compensation="refit", refit_stream="on"))
     with caplog.at_level(logging.INFO, "vbp"):
         found = run(changed(few, compensation="refit", refit_head="auto"))
     assert found.head is None
+    assert found.stream is None
     assert "the last layer stays as it is: the refit of the last layer needs" in caplog.text
+    assert "the residual stream stays as it is: the refit of the residual stream needs" in caplog.text
 
 
 def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

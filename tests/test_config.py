@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Any] = {
     "target_latency_ms": None,
     "target_speedup": None,
     "ridge": 0.01,
+    "refit_stream": "auto",
     "refit_head": "auto",
     "round_to": 1,
     "min_keep_ratio": 0.02,
@@ -189,6 +190,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"criterion": "l2", "compensation": "none", "covariance_tokens": 0.5},
         "covariance_tokens changes nothing without covariances",
+    ),
+    (
+        {"criterion": "variance", "compensation": "mean", "refit_stream": "on"},
+        "refit_stream changes nothing without the refit, got on with compensation mean",
     ),
     (
         {"criterion": "variance", "compensation": "mean", "refit_head": "on"},

@@ -43,6 +43,7 @@ from vbp.sampling import TokenSample
 from vbp.sensing import Draws
 from vbp.sites import Site, find_sites
 from vbp.statistics import Statistics, collect_statistics
+from vbp.stream_refit import StreamRefit, refit_stream_
 from vbp.surgery import prune_
 from vbp.timing import measure_latency_ms
 from vbp.torch_pruning import install as _install_in_torch_pruning
@@ -89,6 +90,7 @@ __all__ = [
     "SiteDescription",
     "SitePlan",
     "Statistics",
+    "StreamRefit",
     "TokenSample",
     "Trainer",
     "auto_plan",
@@ -125,6 +127,7 @@ __all__ = [
     "push_to_hub",
     "read_artifact",
     "refit_head_",
+    "refit_stream_",
     "run",
     "save_native",
     "save_pruned",

@@ -38,7 +38,7 @@ class AutoSearch:
 
     @cached_property
     def _held_back(self) -> HeldBack:
-        return held_back(self._job)
+        return held_back(self._job, self._job.model)
 
     def plan(self, keep_ratio: float) -> AutoPlan:
         """Search the plan that keeps this share.

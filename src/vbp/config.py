@@ -20,7 +20,7 @@ from vbp.sampling import TokenSample
 
 ModelType = Literal["vit", "convnext", "swin", "auto"]
 Compensation = Literal["refit", "mean", "none"]
-RefitHead = Literal["auto", "on", "off"]
+Wish = Literal["auto", "on", "off"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
 
@@ -114,7 +114,10 @@ class RunConfig:
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: float = RIDGE
     """How much the refit is held back, as a share of each kept channel's variance."""
-    refit_head: RefitHead = "auto"
+    refit_stream: Wish = "auto"
+    """With refit: also bring the residual stream back to the dense model's, by least squares at three depths, where
+    there is one (auto), always (on) or never (off)."""
+    refit_head: Wish = "auto"
     """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
     (auto), always (on) or never (off)."""
     round_to: int | Literal["auto"] = 1
@@ -352,11 +355,12 @@ def _check_criterion(config: RunConfig) -> None:
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
             "--norm_per_layer out"
         )
-    if config.compensation != "refit" and config.refit_head != "auto":
-        raise InputError(
-            f"refit_head changes nothing without the refit, got {config.refit_head} with compensation "
-            f"{config.compensation}; leave --refit_head out, or choose the compensation refit"
-        )
+    for name in ("refit_stream", "refit_head"):
+        if config.compensation != "refit" and (wish := getattr(config, name)) != "auto":
+            raise InputError(
+                f"{name} changes nothing without the refit, got {wish} with compensation {config.compensation}; "
+                f"leave --{name} out, or choose the compensation refit"
+            )
     if "covariance" not in config.needs:
         for name in ("covariance_tokens", "ridge"):
             if getattr(config, name) != _default(name):

@@ -55,7 +55,7 @@ def compensate_(
         consumer = model.get_submodule(entry.site.consumer)
         assert isinstance(consumer.weight, Tensor)
         mean = means[entry.site.name]
-        _add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
+        add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
     for refit in refits:
         if isinstance(refit, _QueryRefit):
             _apply_to_queries_(model, refit)
@@ -98,7 +98,7 @@ def _apply_(model: nn.Module, refit: _Refit, mean: Tensor) -> None:
     added = columns.double() - weight.detach()[:, keep].double()
     with torch.no_grad():
         weight[:, keep] = columns
-    _add_to_bias_(consumer, -mean_shift(added, mean[keep], torch.arange(len(keep))))
+    add_to_bias_(consumer, -mean_shift(added, mean[keep], torch.arange(len(keep))))
 
 
 def refits_logits(site: Site) -> bool:
@@ -152,7 +152,7 @@ def _apply_to_queries_(model: nn.Module, refit: _QueryRefit) -> None:
             bias[rows] = (held + refit.fit.turn @ held + refit.fit.shift).to(bias.dtype)
 
 
-def _add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
+def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
     """Add to a layer's bias; a layer without one gains it."""
     weight = layer.weight
     assert isinstance(weight, Tensor)

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import Final
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbp.covariance import covariance_bytes
 from vbp.criteria import Need
@@ -168,16 +168,20 @@ def check_given(job: Job, needs: Collection[Need]) -> None:
         )
 
 
-def held_back(job: Job) -> HeldBack:
-    """Read the images by which `auto` compares plans, and let the dense model answer; all processes call it.
+def held_back(job: Job, dense: nn.Module, images: int = HELD_BACK_IMAGES) -> HeldBack:
+    """Read images by which pruned models are compared, and let the dense model answer; all processes call it.
 
-    They are the first `HELD_BACK_IMAGES` of the calibration images in the order of `balanced_order`, dealt out to
-    the processes.
+    They are the first of the calibration images in the order of `balanced_order`, dealt out to the processes.
+
+    Args:
+        job: Whose images these are.
+        dense: The dense model.
+        images: How many of all processes.
 
     Raises:
         InputError: None of them can be read.
     """
-    loader = calibration_share(job, HELD_BACK_IMAGES)
+    loader = calibration_share(job, range(images))
     with out_of_memory("calibration"):
         # In pieces, since the search goes backward through them.
         size = _sensed(job)
@@ -185,20 +189,20 @@ def held_back(job: Job) -> HeldBack:
             piece for pixels, _ in ([] if loader is None else bar(job, loader, "held-back images"))
             for piece in pixels.split(size)
         ]  # fmt: skip
-        return HeldBack(job.model, batches, precision=job.precision, processes=job.processes)
+        return HeldBack(dense, batches, precision=job.precision, processes=job.processes)
 
 
-def calibration_share(job: Job, images: int) -> ImageLoader | None:
-    """Load this process's share of the first calibration images in the order of `balanced_order`.
+def calibration_share(job: Job, images: range) -> ImageLoader | None:
+    """Load this process's share of some calibration images.
 
     Args:
         job: Whose images these are.
-        images: How many of all processes.
+        images: Their places in the order of `balanced_order`, for all processes; those beyond the last are left out.
 
     Returns:
         Small batches, so that every process has one; None if there are fewer images than processes.
     """
-    places = list(balanced_order(job.calibration, job.config.seed)[:images])
+    places = list(balanced_order(job.calibration, job.config.seed)[images.start : images.stop])
     return _share(job, places, min(job.config.val_batch_size, -(-len(places) // job.processes.world)))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vbp.after_surgery import AfterSurgery
 from vbp.artifacts import rebuild_
 from vbp.calibration import calibrate
 from vbp.choosing import Chosen, choose, plan_of
@@ -18,7 +19,6 @@ from vbp.criteria import Evidence
 from vbp.evidence import EvidenceReader
 from vbp.fingerprints import json_fingerprint
 from vbp.job import Job
-from vbp.last_layer import LastLayer, wants_head_refit
 from vbp.measuring import figures, latencies, measure
 from vbp.plan import PruningPlan
 from vbp.precision import move_
@@ -47,6 +47,7 @@ class Pruned:
         candidates: Plans that the criterion auto tried; none otherwise.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, on the
             calibration images; without refit none.
+        stream: What the refit of the residual stream did; None without one.
         head: What the refit of the last layer did; None without one.
     """
 
@@ -60,6 +61,7 @@ class Pruned:
     budget: Mapping[str, Any]
     candidates: Sequence[Mapping[str, Any]]
     reconstruction: Mapping[str, Mapping[str, float]]
+    stream: Mapping[str, Any] | None
     head: Mapping[str, Any] | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -75,6 +77,7 @@ class Pruned:
             "budget": self.budget,
             "candidates": self.candidates,
             "reconstruction": self.reconstruction,
+            "stream": self.stream,
             "head": self.head,
         }
 
@@ -93,6 +96,7 @@ class Pruned:
             value["budget"],
             value["candidates"],
             value["reconstruction"],
+            value["stream"],
             value["head"],
         )
 
@@ -112,9 +116,9 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
     dense = copy.deepcopy(job.model)
     uncompensated = _uncompensated(job, plan)
     with job.timed("surgery"):
-        last_layer = LastLayer(job) if wants_head_refit(job) else None
+        after = AfterSurgery(job, dense)
         errors = prune_(job.model, plan, chosen.means, chosen.covariances, ridge=job.config.ridge)
-        head = None if last_layer is None else last_layer.refit_(job.model)
+        refitted = after.refit_(job.model)
     pruned = measure(job, job.model)
     _log.info("pruned: %s", figures(pruned))
     latency, batch = latencies(job, {"base": dense, "pruned": job.model})
@@ -129,7 +133,8 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
         chosen.result.to_dict(),
         [one.to_dict() for one in chosen.tried],
         {one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors},
-        None if head is None else head.to_dict(),
+        None if refitted.stream is None else refitted.stream.to_dict(),
+        None if refitted.head is None else refitted.head.to_dict(),
     ), dense
 
 

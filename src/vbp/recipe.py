@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from vbp.after_surgery import check_refits
 from vbp.artifact_files import remove_folder
 from vbp.artifacts import installed_versions
 from vbp.checkpoints import clear_checkpoints
@@ -15,7 +16,6 @@ from vbp.distributed import process_group
 from vbp.evidence import check_given
 from vbp.files import clear_folder, write_json
 from vbp.job import Job, prepare
-from vbp.last_layer import check_last_layer
 from vbp.pruning import PLAN, STATISTICS, Pruned, prune, prune_again
 from vbp.report import Measured, RunReport
 from vbp.resume import CONFIG, SUMMARY
@@ -49,7 +49,7 @@ def run(config: RunConfig) -> RunReport:
             check_shipping(config)
         job = prepare(config, processes, device)
         check_given(job, config.needs)
-        check_last_layer(job)
+        check_refits(job)
         _open(job, log)
         torch.manual_seed(config.seed + processes.rank)
         rehearse(job)
@@ -111,6 +111,7 @@ def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunRep
         budget=pruned.budget,
         candidates=pruned.candidates,
         reconstruction=pruned.reconstruction,
+        stream=pruned.stream,
         head=pruned.head,
         latency_batch=pruned.latency_batch,
         device=str(job.device.type),

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vbp.config import COVARIANCE_TOKENS, Amp, MatmulPrecision, ModelType, RefitHead, RunConfig, check_config
+from vbp.config import COVARIANCE_TOKENS, Amp, MatmulPrecision, ModelType, RunConfig, Wish, check_config
 from vbp.errors import InputError
 from vbp.planning import check_ratios
 from vbp.refit import RIDGE
@@ -42,7 +42,10 @@ class SweepConfig:
     """Also time each pruned model, in turns with the dense one."""
     covariance_tokens: float = COVARIANCE_TOKENS
     """Share of the tokens of each image that count for the covariance, in (0, 1]."""
-    refit_head: RefitHead = "auto"
+    refit_stream: Wish = "auto"
+    """With refit: also bring the residual stream back to the dense model's, by least squares at three depths, where
+    there is one (auto), always (on) or never (off)."""
+    refit_head: Wish = "auto"
     """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
     (auto), always (on) or never (off)."""
     ridge: float = RIDGE

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 import torch
 
+from vbp.after_surgery import AfterSurgery, check_refits
 from vbp.artifacts import installed_versions
 from vbp.auto_search import AutoSearch
 from vbp.calibration import merge_across
@@ -17,7 +18,6 @@ from vbp.distributed import process_group
 from vbp.evidence import FROM_STATISTICS, EvidenceReader, check_given, evidence_bytes
 from vbp.files import check_folder, clear_folder, write_bytes
 from vbp.job import Job, prepare
-from vbp.last_layer import LastLayer, check_last_layer, wants_head_refit
 from vbp.measuring import latencies, measure
 from vbp.run_log import RunLog, run_log
 from vbp.statistics import Statistics
@@ -55,7 +55,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         settings = deciding_settings(config, job)
         check_may_go_on(begun, settings, config.save_dir)
         check_given(job, sweep_needs(config.settings))
-        check_last_layer(job)
+        check_refits(job)
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, begun, settings)
         if processes.main:
@@ -130,10 +130,10 @@ def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Pla
 
 
 def _after_refit(job: Job, missing: Collection[Setting]) -> Callable[[torch.nn.Module], object] | None:
-    """Give what refits the last layer, where that is wanted and some model is to be refitted."""
-    if not any(setting.compensation == "refit" for setting in missing) or not wants_head_refit(job):
+    """Give what else is refitted to the dense model's answers, if some model is to be refitted at all."""
+    if not any(setting.compensation == "refit" for setting in missing):
         return None
-    return LastLayer(job).refit_
+    return AfterSurgery(job, job.model).refit_
 
 
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:

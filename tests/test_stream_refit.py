@@ -1,0 +1,258 @@
+"""The refit of the residual stream: where streams run, the least squares, other images as judge, every family."""
+
+from __future__ import annotations
+
+import copy
+from concurrent.futures import ThreadPoolExecutor
+from threading import Barrier
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, Family, randomise_
+from torch import Tensor, nn
+
+from vbp import (
+    HeldBack,
+    InputError,
+    collect_statistics,
+    find_sites,
+    make_plan,
+    prune_,
+    refit_stream_,
+    variance_scores,
+)
+from vbp import stream_refit as module
+from vbp.distributed import Processes
+from vbp.joins import Join, find_joins
+from vbp.sites import Site
+from vbp.tracing import channel_dim
+
+
+def pruned_pair(
+    family: Family, keep_ratio: float = 0.5, images: int = 32
+) -> tuple[nn.Module, nn.Module, tuple[Site, ...], Tensor]:
+    """Give a dense model, the same pruned with mean shift, its sites, and images."""
+    model, pixels = randomise_(family.build()).double().eval(), family.example(images)
+    sites = find_sites(model, pixels[:1])
+    statistics = collect_statistics(model, sites, [pixels])
+    pruned = copy.deepcopy(model)
+    prune_(pruned, make_plan(sites, variance_scores(statistics), keep_ratio=keep_ratio), statistics.means)
+    return model, pruned, sites, pixels
+
+
+def streams(model: nn.Module, joins: tuple[Join, ...], images: Tensor) -> dict[str, Tensor]:
+    """Give what the modules at the joins give, by site."""
+    found: dict[str, Tensor] = {}
+    handles = []
+    for join in joins:
+
+        def hook(module: nn.Module, args: Any, output: Any, name: str = join.site.name) -> None:
+            found[name] = output[0] if isinstance(output, tuple) else output
+
+        handles.append(model.get_submodule(join.module).register_forward_hook(hook))
+    with torch.no_grad():
+        model(images)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_has_a_stream_that_moves_with_its_consumers(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = randomise_(family.build()).double().eval(), family.example(2)
+    sites = find_sites(model, images[:1])
+    joins = find_joins(model, images, sites)
+    assert {join.site for join in joins} == {site for site in sites if site.kind == "mlp"}
+    before = streams(model, joins, images)
+    for join in joins:
+        changed = copy.deepcopy(model)
+        bias = changed.get_submodule(join.site.consumer).bias
+        assert isinstance(bias, nn.Parameter)
+        step = torch.randn(len(bias), generator=torch.Generator().manual_seed(1), dtype=bias.dtype)
+        with torch.no_grad():
+            bias.add_(step)
+        moved = streams(changed, (join,), images)[join.site.name] - before[join.site.name]
+        expected = (step * join.gain).reshape(-1, *[1] * (-join.dim - 1)).expand_as(moved)
+        torch.testing.assert_close(moved, expected, rtol=1e-6, atol=1e-6 * float(before[join.site.name].abs().max()))
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+class PostNorm(nn.Module):
+    """A block that normalises after the addition, as Swin v2 does not and BERT does."""
+
+    def __init__(self, inside: bool) -> None:
+        super().__init__()
+        self.up, self.down, self.norm, self.inside = nn.Linear(6, 12), nn.Linear(12, 6), nn.LayerNorm(6), inside
+        self.up.name = "up"  # type: ignore[assignment]
+
+    def forward(self, x: Tensor) -> Tensor:
+        branch = self.down(torch.nn.functional.gelu(self.up(x)))
+        return x + self.norm(branch) if self.inside else self.norm(x + branch)
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_a_norm_behind_the_consumer_is_no_join(inside: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 6), PostNorm(inside), nn.Linear(6, 3))
+    images = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    sites = find_sites(model, images[:1])
+    assert [site.consumer for site in sites if site.kind == "mlp"] == ["1.down"]
+    assert find_joins(model, images, sites) == ()
+    judge = HeldBack(model, [images])
+    with pytest.raises(InputError, match="needs an MLP whose output is added to a stream"):
+        refit_stream_(copy.deepcopy(model), model, sites, [images], judge)
+
+
+def test_the_streams_come_nearer_and_more_images_bring_them_nearest() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    joins = find_joins(model, images[:1], sites)
+    judge = HeldBack(model, [images])
+    before = streams(pruned, joins, images)
+    # The same images many times over count as many: the penalty goes to nothing.
+    errors = []
+    for times in (1, 300):
+        fitted = copy.deepcopy(pruned)
+        done = refit_stream_(fitted, model, sites, [images] * times, judge)
+        assert done.sites == tuple(join.site.name for join in joins)
+        assert done.images == 32 * times
+        assert done.after < done.before
+        dense, after = streams(model, joins, images), streams(fitted, joins, images)
+        errors.append([float((dense[join.site.name] - after[join.site.name]).square().sum()) for join in joins])
+    unfitted = [float((streams(model, joins, images)[name] - one).square().sum()) for name, one in before.items()]
+    assert errors[1][0] < errors[0][0] < unfitted[0]
+    assert errors[1][1] < unfitted[1]
+
+
+class Pleased(HeldBack):
+    """Finds every model nearer than the one before."""
+
+    def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
+        super().__init__(model, batches)
+        self.found = 1.0
+
+    def divergence(self, pruned: nn.Module) -> float:
+        """Give half of the last one."""
+        self.found /= 2
+        return self.found
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-convnext-conv"])
+def test_the_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_RIDGE_TIMES_IMAGES", 1e-9)
+    monkeypatch.setattr(module, "_DEPTHS", (0.0,))
+    model, pruned, sites, images = pruned_pair(FAMILIES[name], keep_ratio=0.25)
+    join = find_joins(model, images[:1], sites)[0]
+    refit_stream_(pruned, model, sites, [images[:20], images[20:]], Pleased(model, [images]))
+    layer = pruned.get_submodule(join.site.consumer)
+    assert channel_dim(layer) == join.dim
+    reads: list[Tensor] = []
+    layer.register_forward_pre_hook(lambda module, args: reads.append(args[0]))
+    wanted = streams(model, (join,), images)[join.site.name]
+    with torch.enable_grad():
+        found: list[Tensor] = []
+        pruned.get_submodule(join.module).register_forward_hook(lambda module, args, output: found.append(output))
+        pruned(images)
+    # The objective again, by its definition.
+    read, lacking = (one.movedim(join.dim, -1).flatten(1, -2) for one in (reads[0].detach(), wanted - found[0]))
+    centred = read - read.mean((0, 1))
+    loss = 0.75 * lacking.square().sum() / centred.square().sum()
+    loss = loss + 0.25 * lacking.mean(1).square().sum() / centred.mean(1).square().sum()
+    assert isinstance(layer, nn.Linear | nn.Conv2d)
+    for slope in torch.autograd.grad(loss, (layer.weight, layer.bias)):
+        assert float(slope.abs().max()) < 1e-7 * float(loss.detach())
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_comes_closer_to_the_dense_model(name: str) -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES[name])
+    untouched = copy.deepcopy(pruned)
+    judge = HeldBack(model, [images])
+    done = refit_stream_(pruned, model, sites, [images] * 20, judge)
+    assert done.after < done.before == judge.divergence(untouched)
+    assert judge.divergence(pruned) == done.after
+    consumers = {site.consumer for site in sites if site.name in done.sites}
+    changed = {
+        key for key, value in pruned.state_dict().items() if not torch.equal(value, untouched.state_dict()[key])
+    }
+    assert changed == {f"{name}.{kind}" for name in consumers for kind in ("weight", "bias")}
+    assert not any(module._forward_hooks for one in (model, pruned) for module in one.modules())
+
+
+def test_a_consumer_without_bias_gains_one_and_loses_it_if_nothing_helps() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    pruned.blocks[0].mlp.fc2.bias = None  # type: ignore[union-attr, index]
+    bare = copy.deepcopy(pruned)
+    assert refit_stream_(pruned, model, sites, [images], HeldBack(model, [images])).sites
+    assert isinstance(pruned.blocks[0].mlp.fc2.bias, nn.Parameter)  # type: ignore[union-attr, index]
+
+    class Deaf(HeldBack):
+        def divergence(self, pruned: nn.Module) -> float:
+            return 1.0
+
+    done = refit_stream_(bare, model, sites, [images], Deaf(model, [images]))
+    assert (done.sites, done.before, done.after) == ((), 1.0, 1.0)
+    assert bare.blocks[0].mlp.fc2.bias is None  # type: ignore[union-attr, index]
+    assert "stays as it is" in done.sentence()
+
+
+def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:
+    model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    same = copy.deepcopy(model)
+    done = refit_stream_(same, model, sites, [images], HeldBack(model, [images]))
+    assert done.sites == ()
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
+
+
+class Pair(Processes):
+    """Two processes as threads: they wait for each other."""
+
+    def __init__(self, rank: int, barrier: Barrier, slots: list[Any]) -> None:
+        super().__init__(rank=rank, world=2)
+        object.__setattr__(self, "meet", (barrier, slots))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Give both values to both."""
+        barrier, slots = self.meet
+        slots[self.rank] = value
+        barrier.wait(60)
+        found = list(slots)
+        barrier.wait(60)
+        return found
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up both."""
+        return values.copy_(sum(self.gather(values.clone())))
+
+
+def test_two_processes_fit_what_one_does() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    alone = copy.deepcopy(pruned)
+    done = refit_stream_(alone, model, sites, [images], HeldBack(model, [images[:6]]))
+    barrier, slots = Barrier(2), [None, None]
+
+    def work(rank: int, share: list[Tensor]) -> tuple[Any, nn.Module]:
+        mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
+        judge = HeldBack(dense, [images[:6]] if rank == 0 else [], processes=processes)
+        return refit_stream_(mine, dense, sites, share, judge, processes=processes), mine
+
+    for shares in ([[images[:15]], [images[15:]]], [[], [images]]):
+        with ThreadPoolExecutor(2) as pool:
+            (first, one), (second, other) = pool.map(work, range(2), shares)
+        assert first == second
+        assert first.images == done.images
+        assert first.after == pytest.approx(done.after, rel=1e-7)
+        for key, value in alone.state_dict().items():
+            torch.testing.assert_close(one.state_dict()[key], value)
+            assert torch.equal(one.state_dict()[key], other.state_dict()[key])
+
+
+def test_bad_input_is_refused_before_anything_changes() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    judge = HeldBack(model, [images])
+    with pytest.raises(InputError, match="at least one image, got none"):
+        refit_stream_(pruned, model, sites, [], judge)
+    with torch.no_grad():
+        pruned.blocks[0].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    with pytest.raises(InputError, match="must be finite"):
+        refit_stream_(pruned, model, sites, [images], judge)

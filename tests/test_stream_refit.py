@@ -247,12 +247,17 @@ def test_two_processes_fit_what_one_does() -> None:
             assert torch.equal(one.state_dict()[key], other.state_dict()[key])
 
 
-def test_bad_input_is_refused_before_anything_changes() -> None:
+def test_bad_input_is_refused_and_nothing_stays_changed() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     judge = HeldBack(model, [images])
     with pytest.raises(InputError, match="at least one image, got none"):
         refit_stream_(pruned, model, sites, [], judge)
+    # The first depth is fitted before the second one's layer gives what cannot be.
     with torch.no_grad():
-        pruned.blocks[0].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+        pruned.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
+    before = copy.deepcopy(pruned.state_dict())
     with pytest.raises(InputError, match="must be finite"):
         refit_stream_(pruned, model, sites, [images], judge)
+    for key, value in pruned.state_dict().items():
+        torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
+    assert all(parameter.requires_grad for parameter in pruned.parameters())

@@ -59,6 +59,11 @@ class HeldBack:
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
+    def example(self) -> Tensor:
+        """Give one image, the same to all processes, where the model is."""
+        mine = next((batch[:1].cpu() for batch in self._batches if len(batch)), None)
+        return next(one for one in self._processes.gather(mine) if one is not None).to(self._device)
+
     def divergence(self, pruned: nn.Module) -> float:
         """Give the mean of KL(dense || pruned) over the images of all processes, in nats."""
         total = torch.zeros(1, dtype=torch.float64, device=self._device)

@@ -18,7 +18,8 @@ closer to the dense model's, the model stays as it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -105,25 +106,22 @@ def refit_stream_(
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
-    example = _example(batches, processes).to(next(pruned.parameters()).device)
+    example = judge.example()
     joins = _at_depths(_found(dense, example, sites))
     before = judge.divergence(pruned)
-    saved = {join.site.consumer: _parameters(pruned, join) for join in joins}
-    images = 0
-    with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
-        for join in joins:
-            sums = _Sums.of(pruned, dense, join, example, batches, precision, processes)
-            images = sums.images
-            # Sums in another order could differ by a bit: all take what the first process found.
-            _add_(pruned, join, sums, processes.gather(sums.solve(join.site.name))[0])
-    after = judge.divergence(pruned)
-    if after < before:
-        return StreamRefit(tuple(join.site.name for join in joins), images, judge.images, before, after)
-    for name, (weight, bias) in saved.items():
-        layer = pruned.get_submodule(name)
-        layer.register_parameter("weight", weight)
-        layer.register_parameter("bias", bias)
-    return StreamRefit((), images, judge.images, before, before)
+    with _restored_unless_kept(pruned, joins) as keep:
+        images = 0
+        with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
+            for join in joins:
+                sums = _Sums.of(pruned, dense, join, example, batches, precision, processes)
+                images = sums.images
+                # Sums in another order could differ by a bit: all take what the first process found.
+                _add_(pruned, join, sums, processes.gather(sums.solve(join.site.name))[0])
+        after = judge.divergence(pruned)
+        if not after < before:
+            return StreamRefit((), images, judge.images, before, before)
+        keep()
+    return StreamRefit(tuple(join.site.name for join in joins), images, judge.images, before, after)
 
 
 def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> None:
@@ -145,30 +143,24 @@ def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Jo
     return joins
 
 
-def _example(batches: Iterable[Tensor], processes: Processes) -> Tensor:
-    """Give the first image of the first process that has one.
-
-    Raises:
-        InputError: None has.
-    """
-    mine = next((batch[:1].cpu() for batch in batches if len(batch)), None)
-    for one in processes.gather(mine):
-        if one is not None:
-            return one
-    raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-
-
 def _at_depths(joins: Sequence[Join]) -> tuple[Join, ...]:
     places = dict.fromkeys(int(len(joins) * depth) for depth in _DEPTHS)
     return tuple(joins[place] for place in places)
 
 
-def _parameters(model: nn.Module, join: Join) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """Give copies of a consumer's weight and bias."""
-    layer = model.get_submodule(join.site.consumer)
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, nn.Parameter)
-    return copy.deepcopy(weight), copy.deepcopy(bias) if isinstance(bias, nn.Parameter) else None
+@contextmanager
+def _restored_unless_kept(model: nn.Module, joins: Sequence[Join]) -> Iterator[Callable[[], None]]:
+    """Give the consumers their weights back in the end, whatever happened, unless what is given was called."""
+    saved = {
+        (join.site.consumer, name): copy.deepcopy(getattr(model.get_submodule(join.site.consumer), name))
+        for join in joins
+        for name in ("weight", "bias")
+    }
+    try:
+        yield saved.clear
+    finally:
+        for (layer, name), parameter in saved.items():
+            model.get_submodule(layer).register_parameter(name, parameter)
 
 
 @dataclass(frozen=True)
@@ -214,6 +206,8 @@ class _Sums:
             images += len(batch)
         for one in (images, *squares, *products):
             processes.sum_(one)
+        if not images:
+            raise InputError("the refit of the residual stream needs at least one image, got none on any process")
         return _Sums(int(images), pivot, (squares[0], squares[1]), (products[0], products[1]))
 
     @property

@@ -27,11 +27,11 @@ def collect(model: nn.Module, batches: list[Tensor], draws: Draws = Draws()) -> 
 def weight_gradients(model: nn.Module, sites: tuple[Site, ...], image: Tensor, noise: Tensor) -> list[Tensor]:
     """Give "out hidden+1" gradients by each consumer's weight and bias, by autograd.
 
-    Of the logits in the direction J'e, with J the derivative of 2 sqrt(p) of the softened answer: J'J is Fisher's.
+    Of the logits in the direction J'e, with J the derivative of 2 sqrt(p) of the answer: J'J is Fisher's.
     """
     model = copy.deepcopy(model).requires_grad_(True)
     logits = logits_of(model(image))
-    (2 * (logits / 2).softmax(-1).sqrt() * noise).sum().backward()
+    (2 * logits.softmax(-1).sqrt() * noise).sum().backward()
     layers = [model.get_submodule(site.consumer) for site in sites]
     return [torch.cat([layer.weight.grad.flatten(1), layer.bias.grad[:, None]], 1) for layer in layers]
 

@@ -20,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
 from vbp.sampling import check_numbers, image_number
-from vbp.sensitivity import TEMPERATURE, SiteSensitivity
+from vbp.sensitivity import SiteSensitivity
 from vbp.sites import Site
 from vbp.tracing import channel_dim
 
@@ -171,18 +171,18 @@ class SensitivitySums:
 def fisher_direction(
     logits: Float[Tensor, "images classes"], noise: Float[Tensor, "images classes"]
 ) -> Float[Tensor, "images classes"]:
-    """Give for each image a random vector whose covariance is the Fisher information of its softened answer.
+    """Give for each image a random vector whose covariance is the Fisher information of its answer.
 
-    With p = softmax(z / T) that is (diag p - p p') / T^2. A class drawn from p has the same covariance; but where the
+    With p = softmax(z) that is diag p - p p'. A class drawn from p has the same covariance; but where the
     model is sure of itself it nearly always has a gradient near zero, and once in a while a large one.
 
     Args:
         logits: z, of the dense model.
         noise: Independent standard normal numbers.
     """
-    probabilities = (logits.double() / TEMPERATURE).softmax(-1)
+    probabilities = logits.double().softmax(-1)
     spread = probabilities.sqrt() * noise
-    return ((spread - probabilities * spread.sum(-1, keepdim=True)) / TEMPERATURE).to(logits.dtype)
+    return (spread - probabilities * spread.sum(-1, keepdim=True)).to(logits.dtype)
 
 
 def check_single_positions(site: Site, consumer: nn.Module) -> None:

@@ -12,9 +12,6 @@ M = mean_i G_i' G_i and an output metric D = mean_i G_i G_i' of trace 1:
 
     KL = 1/2 tr(D E M E').
 
-The answer is softened by a temperature, as in distillation: a pruned model is less sure than the dense one, and what
-it then confuses the sharp answer does not weigh.
-
 Source: Amari (1998), natural gradient; Martens, Grosse (2015) and Gupta, Koren, Singer (2018), the factored form.
 """
 
@@ -32,8 +29,6 @@ from vbp.covariance import ChannelCovariance
 # Share of the sensitivity in the metric that refit and elimination use; the rest is the plain covariance, which says
 # what the few images' gradients happen not to say.
 SHARE = 0.5
-# Of the answers whose divergence is measured. On DeiT-tiny 2 and 3 are as good as each other, and better than 1.
-TEMPERATURE = 2.0
 
 
 @dataclass(frozen=True)

@@ -189,6 +189,7 @@ def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) ->
     assert mended.stream["after"] < mended.stream["before"]
     assert (mended.stream["images"], mended.stream["judged"]) == (225, 75)
     assert without.stream is None
+    assert mended.seconds["refit"] > mended.seconds["surgery"]
     assert mended.pruned.top1 >= without.pruned.top1
     one, two = (load_pruned(found_folder(found) / "vbp_final.pth").state_dict() for found in (mended, without))
     differing = {name.rpartition(".")[0] for name in one if not torch.equal(one[name], two[name])}

@@ -144,11 +144,8 @@ def test_gradients_go_on_from_part_to_part(job: Job) -> None:
         _close(found[name], gradient)
 
 
-def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(
-    job: Job, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(module, "HELD_BACK_IMAGES", 11)
-    alone = held_back(job)
+def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(job: Job) -> None:
+    alone = held_back(job, job.model, 11)
     assert alone.images == 11
     order = balanced_order(job.calibration, job.config.seed)
     transform = module.evaluation_transform(job.classifier.preprocessing)
@@ -165,7 +162,7 @@ def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(
     def work(rank: int) -> tuple[int, float]:
         model = copy.deepcopy(job.model)
         mine = replace(job, processes=Pair(rank, barrier, slots), classifier=replace(job.classifier, model=model))
-        images = held_back(mine)
+        images = held_back(mine, mine.model, 11)
         assert 5 <= sum(map(len, images._batches)) <= 6
         return images.images, images.divergence(copy.deepcopy(changed))
 

@@ -10,11 +10,11 @@ from threading import Barrier
 import pytest
 import torch
 from conftest import FAMILIES, randomise_
+from pairs import Pair
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
 from vbp.auto import AutoPlan, auto_plan, blended, priced, sensitivity_eliminations
-from vbp.distributed import Processes
 from vbp.divergence import HeldBack
 from vbp.evaluation import logits_of
 from vbp.sensing import Draws
@@ -112,23 +112,6 @@ def test_it_is_deterministic_and_leaves_the_model_alone() -> None:
     assert first.tried == second.tried
     assert told == [one.name for one in first.tried] * 2
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-class Pair(Processes):
-    """Two processes as threads: sums wait for each other."""
-
-    def __init__(self, rank: int, barrier: Barrier, slots: list[Tensor]) -> None:
-        super().__init__(rank=rank, world=2)
-        object.__setattr__(self, "meet", (barrier, slots))
-
-    def sum_(self, values: Tensor) -> Tensor:
-        """Add up over both, in the order of ranks."""
-        barrier, slots = self.meet
-        slots[self.rank] = values.clone()
-        barrier.wait(60)
-        total = slots[0] + slots[1]
-        barrier.wait(60)
-        return values.copy_(total)
 
 
 def test_two_processes_choose_what_one_does() -> None:

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 import torch
+from pairs import Pair
 from PIL import Image
-from test_auto import Pair
 from torch import Tensor
 
 import vbp.evidence as module

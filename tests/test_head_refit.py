@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, Family, randomise_
+from pairs import Pair
 from torch import Tensor, nn
 
 from vbp import InputError, collect_statistics, find_sites, make_plan, prune_, variance_scores
 from vbp.convex_head import HeadProblem
-from vbp.distributed import Processes
 from vbp.evaluation import logits_of
 from vbp.head_refit import DenseAnswers, refit_head_
 
@@ -119,23 +119,6 @@ def test_where_nothing_helps_the_head_stays_as_it_is() -> None:
     assert done.strength == float("inf")
     assert done.before == done.after == pytest.approx(0, abs=1e-9)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
-
-
-class Pair(Processes):
-    """Two processes as threads: they wait for each other."""
-
-    def __init__(self, rank: int, barrier: Barrier, slots: list[Any]) -> None:
-        super().__init__(rank=rank, world=2)
-        object.__setattr__(self, "meet", (barrier, slots))
-
-    def gather(self, value: Any) -> list[Any]:
-        """Give both values to both."""
-        barrier, slots = self.meet
-        slots[self.rank] = value
-        barrier.wait(60)
-        found = list(slots)
-        barrier.wait(60)
-        return found
 
 
 def test_two_processes_fit_what_one_does() -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import FAMILIES, Family, randomise_
+from pairs import Pair
 from torch import Tensor, nn
 
 from vbp import (
@@ -23,7 +24,6 @@ from vbp import (
     variance_scores,
 )
 from vbp import stream_refit as module
-from vbp.distributed import Processes
 from vbp.joins import Join, find_joins
 from vbp.sites import Site
 from vbp.tracing import channel_dim
@@ -202,27 +202,6 @@ def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:
     done = refit_stream_(same, model, sites, [images], HeldBack(model, [images]))
     assert done.sites == ()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
-
-
-class Pair(Processes):
-    """Two processes as threads: they wait for each other."""
-
-    def __init__(self, rank: int, barrier: Barrier, slots: list[Any]) -> None:
-        super().__init__(rank=rank, world=2)
-        object.__setattr__(self, "meet", (barrier, slots))
-
-    def gather(self, value: Any) -> list[Any]:
-        """Give both values to both."""
-        barrier, slots = self.meet
-        slots[self.rank] = value
-        barrier.wait(60)
-        found = list(slots)
-        barrier.wait(60)
-        return found
-
-    def sum_(self, values: Tensor) -> Tensor:
-        """Add up both."""
-        return values.copy_(sum(self.gather(values.clone())))
 
 
 def test_two_processes_fit_what_one_does() -> None:

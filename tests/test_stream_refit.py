@@ -80,16 +80,38 @@ def test_every_family_has_a_stream_that_moves_with_its_consumers(name: str) -> N
 
 
 class PostNorm(nn.Module):
-    """A block that normalises after the addition, as Swin v2 does not and BERT does."""
+    """A block that normalises its branch, as Swin v2 does, or the sum, as BERT does."""
 
     def __init__(self, inside: bool) -> None:
         super().__init__()
         self.up, self.down, self.norm, self.inside = nn.Linear(6, 12), nn.Linear(12, 6), nn.LayerNorm(6), inside
-        self.up.name = "up"  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         branch = self.down(torch.nn.functional.gelu(self.up(x)))
         return x + self.norm(branch) if self.inside else self.norm(x + branch)
+
+
+class Loose(nn.Module):
+    """Blocks that are only names: no module around a consumer is ever called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"up": nn.Linear(6, 12), "down": nn.Linear(12, 6)})])
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = x + block["down"](torch.nn.functional.gelu(block["up"](x)))
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_a_stream_that_is_no_modules_output_is_not_found() -> None:
+    model, images = Loose(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
+    sites = find_sites(model, images[:1])
+    assert [site.consumer for site in sites if site.kind == "mlp"] == ["blocks.0.down"]
+    assert find_joins(model, images, sites) == ()
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -60,9 +60,8 @@ class AfterSurgery:
             InputError: No image can be read.
         """
         self._job, self._dense = job, dense
-        refits = job.config.compensation == "refit"
-        stream = refits and _wanted(job, job.config.refit_stream, _check_stream, "the residual stream")
-        head = refits and _wanted(job, job.config.refit_head, _check_head, "the last layer")
+        stream = _wanted(job, job.config.refit_stream, _check_stream, "the residual stream")
+        head = _wanted(job, job.config.refit_head, _check_head, "the last layer")
         self._judge = held_back(job, dense, _judging(job)) if stream else None
         with out_of_memory("calibration"):
             self._answers = (

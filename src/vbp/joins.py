@@ -50,7 +50,7 @@ def find_joins(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tupl
         sites: From `find_sites`, of this model or of the one that it was before pruning.
     """
     named = {site.consumer: site for site in sites if site.kind == "mlp"}
-    around = {name: [one for one in _ancestors(name) if one not in named] for name in named}
+    around = {name: _ancestors(name) for name in named}
     with evaluation_mode(model), torch.no_grad():
         clean = _Outputs(model, {*named, *(one for names in around.values() for one in names)})
         with clean.watched():
@@ -102,12 +102,14 @@ def _ancestors(name: str) -> list[str]:
 
 
 def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], clean: _Outputs) -> Join | None:
+    # A module that is only a container, or gives no tensor, has no output of its own.
+    around = [name for name in around if clean.order.count(name) == 1 and name in clean.of]
     if clean.order.count(site.consumer) != 1 or not around:
         return None
     consumer = model.get_submodule(site.consumer)
     given, dim, images = clean.of[site.consumer], channel_dim(consumer), len(example)
     # As large as the stream is, so that rounding stays small against it.
-    size = max(float(clean.of[name].std()) for name in around if name in clean.of)
+    size = max(float(clean.of[name].std()) for name in around)
     generator = torch.Generator().manual_seed(0)
     disturbance = (size * torch.randn(given.shape, generator=generator)).to(given)
     disturbed = _Outputs(model, set(around))
@@ -118,8 +120,6 @@ def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], 
     finally:
         handle.remove()
     for name in around:
-        if clean.order.count(name) != 1 or name not in clean.of:
-            continue
         for place in (-1, -3):
             gain = _gain(clean.of[name], disturbed.of[name], rows(disturbance, dim, images), place)
             if gain is not None and _is_more(clean.of[name], rows(given, dim, images), gain, place):

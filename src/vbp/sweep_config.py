@@ -150,6 +150,10 @@ def check_sweep(config: SweepConfig) -> None:
         value = getattr(config, name)
         if value != default and "covariance" not in needs:
             raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
+    for name in ("refit_stream", "refit_head"):
+        wish = getattr(config, name)
+        if wish != "auto" and not any(setting.compensation == "refit" for setting in config.settings):
+            raise InputError(f"{name} changes nothing without the refit, got {wish}; leave --{name} out")
     if config.stats_path is not None and not needs & {"statistics", "covariance"}:
         raise InputError(
             f"stats_path changes nothing, for nothing that was asked for reads statistics, got {config.stats_path}; "

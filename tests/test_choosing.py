@@ -173,6 +173,7 @@ def test_attention_is_refitted_too(quick: RunConfig) -> None:
 
 def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick: RunConfig) -> None:
     whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit", refit_stream="off")
+    whole = dataclasses.replace(whole, refit_producers="off")
     with_head, without = (run(changed(whole, refit_head=wish)) for wish in ("on", "off"))
     assert with_head.head is not None
     assert with_head.head["after"] < with_head.head["before"]
@@ -182,8 +183,24 @@ def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick:
     assert [name for name in one if not torch.equal(one[name], two[name])] == ["head.weight", "head.bias"]
 
 
+def test_the_producers_take_part_in_the_refit(quick: RunConfig) -> None:
+    whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit")
+    whole = dataclasses.replace(whole, refit_head="off", refit_stream="off")
+    mended, without = (run(changed(whole, refit_producers=wish)) for wish in ("on", "off"))
+    assert mended.producers is not None
+    assert mended.producers["images"] == 225
+    assert without.producers is None
+    better = {name for name, (before, after) in mended.producers["errors"].items() if after < before}
+    one, two = (load_pruned(found_folder(found) / "vbp_final.pth").state_dict() for found in (mended, without))
+    differing = {name.rpartition(".")[0] for name in one if not torch.equal(one[name], two[name])}
+    assert better
+    assert differing == better | {name.replace("fc1", "fc2") for name in better}
+    assert mended.pruned.top1 > without.pruned.top1
+
+
 def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) -> None:
     whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit", refit_head="off")
+    whole = dataclasses.replace(whole, refit_producers="off")
     mended, without = (run(changed(whole, refit_stream=wish)) for wish in ("on", "off"))
     assert mended.stream is not None
     assert mended.stream["after"] < mended.stream["before"]
@@ -193,7 +210,8 @@ def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) ->
     assert mended.pruned.top1 >= without.pruned.top1
     one, two = (load_pruned(found_folder(found) / "vbp_final.pth").state_dict() for found in (mended, without))
     differing = {name.rpartition(".")[0] for name in one if not torch.equal(one[name], two[name])}
-    assert differing == {name.replace("fc1", "fc2") for name in mended.stream["sites"]}
+    assert differing
+    assert differing <= {name.replace("fc1", fc) for name in mended.stream["sites"] for fc in ("fc1", "fc2")}
 
 
 def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
@@ -202,6 +220,8 @@ def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
     few = dataclasses.replace(quick, calib_samples=3)
     with pytest.raises(InputError, match="last layer needs at least 4 images, got 3"):
         run(changed(few, compensation="refit", refit_head="on"))
+    with pytest.raises(InputError, match="producers needs at least 4 images, got 3"):
+        run(changed(few, compensation="refit", refit_producers="on"))
     with pytest.raises(InputError, match="residual stream needs at least 4 images, got 3"):
         run(changed(few, compensation="refit", refit_stream="on"))
     with caplog.at_level(logging.INFO, "vbp"):
@@ -209,6 +229,8 @@ def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
     assert found.head is None
     assert found.stream is None
     assert "the last layer stays as it is: the refit of the last layer needs" in caplog.text
+    assert found.producers is None
+    assert "the producers stay as they are: the refit of the producers needs" in caplog.text
     assert "the residual stream stays as it is: the refit of the residual stream needs" in caplog.text
 
 

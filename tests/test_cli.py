@@ -47,6 +47,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "target_speedup": (None, ["1.2"], 1.2),
     "latency_batch": (None, ["8"], 8),
     "covariance_tokens": (0.2, ["0.5"], 0.5),
+    "refit_producers": ("auto", ["off"], "off"),
     "refit_stream": ("auto", ["off"], "off"),
     "refit_head": ("auto", ["off"], "off"),
     "ridge": (0.01, ["0.1"], 0.1),

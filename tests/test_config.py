@@ -45,6 +45,7 @@ PUBLISHED: dict[str, Any] = {
     "target_latency_ms": None,
     "target_speedup": None,
     "ridge": 0.01,
+    "refit_producers": "auto",
     "refit_stream": "auto",
     "refit_head": "auto",
     "round_to": 1,
@@ -190,6 +191,10 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     (
         {"criterion": "l2", "compensation": "none", "covariance_tokens": 0.5},
         "covariance_tokens changes nothing without covariances",
+    ),
+    (
+        {"criterion": "variance", "compensation": "mean", "refit_producers": "off"},
+        "refit_producers changes nothing without the refit, got off with compensation mean",
     ),
     (
         {"criterion": "variance", "compensation": "mean", "refit_stream": "on"},

@@ -208,6 +208,7 @@ def test_given_statistics_are_used(config: SweepConfig, monkeypatch: pytest.Monk
         ({"criteria": ("variance/refit",), "covariance_tokens": 2.0}, "the share of tokens must be in"),
         ({"covariance_tokens": 0.5}, "covariance_tokens changes nothing without refit or elimination"),
         ({"ridge": 0.5}, "ridge changes nothing without refit or elimination"),
+        ({"refit_producers": "on"}, "refit_producers changes nothing without the refit, got on"),
         ({"refit_stream": "on"}, "refit_stream changes nothing without the refit, got on"),
         ({"refit_head": "off"}, "refit_head changes nothing without the refit, got off"),
         ({"criteria": ("l1/none",), "stats_path": Path("x")}, "stats_path changes nothing"),

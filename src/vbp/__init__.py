@@ -25,6 +25,7 @@ from vbp.evaluation import Accuracy, evaluate
 from vbp.export import ExportReport, export_model, open_exported
 from vbp.finetune import EpochResult, Trainer
 from vbp.head_refit import DenseAnswers, HeadRefit, refit_head_
+from vbp.hidden_samples import HiddenSamples
 from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
 from vbp.latency import LatencyReport, compare_latency
 from vbp.latency_runs import LatencySettings
@@ -34,6 +35,7 @@ from vbp.native import save_native
 from vbp.plan import PruningPlan, SitePlan
 from vbp.planning import make_plan
 from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
+from vbp.producer_refit import ProducerRefit, refit_producers_
 from vbp.publishing import model_card, push_to_hub
 from vbp.ranking import eliminations, output_variance_scores, variance_scores
 from vbp.recipe import run
@@ -70,6 +72,7 @@ __all__ = [
     "ExportReport",
     "HeadRefit",
     "HeldBack",
+    "HiddenSamples",
     "ImageList",
     "ImageLoader",
     "InputError",
@@ -81,6 +84,7 @@ __all__ = [
     "OutputError",
     "PlanCost",
     "Preprocessing",
+    "ProducerRefit",
     "PrunedArtifact",
     "PruningPlan",
     "Reconstruction",
@@ -127,6 +131,7 @@ __all__ = [
     "push_to_hub",
     "read_artifact",
     "refit_head_",
+    "refit_producers_",
     "refit_stream_",
     "run",
     "save_native",

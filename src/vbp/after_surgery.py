@@ -1,9 +1,9 @@
-"""What a job refits after surgery: the residual stream, then the last layer; whether, and to which images."""
+"""What a job refits after surgery: producers, residual stream, last layer; whether, and to which images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -11,16 +11,18 @@ from torch import Tensor, nn
 
 from vbp.data import ImageLoader
 from vbp.errors import InputError
-from vbp.evidence import HELD_BACK_IMAGES, calibration_share, held_back
+from vbp.evidence import HELD_BACK_IMAGES, calibration_share, draws_of, held_back, hidden_samples
 from vbp.head_refit import DenseAnswers, HeadRefit, check_images, last_linear, refit_head_
+from vbp.hidden_samples import check_mlps
 from vbp.job import Job
 from vbp.measuring import bar
 from vbp.memory import out_of_memory
+from vbp.producer_refit import ProducerRefit, refit_producers_
 from vbp.stream_refit import StreamRefit, check_stream, refit_stream_
 
 _log = logging.getLogger(__name__)
 
-# Calibration images from which each of the two is refitted.
+# Calibration images from which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 # One image in this many, and no more than the plans of `auto` are compared by, judges the refit of the stream.
 _ONE_IN = 4
@@ -30,6 +32,7 @@ _ONE_IN = 4
 class Refitted:
     """What the refits did; None for one that is not wanted or not possible."""
 
+    producers: ProducerRefit | None = None
     stream: StreamRefit | None = None
     head: HeadRefit | None = None
 
@@ -38,12 +41,12 @@ def check_refits(job: Job) -> None:
     """Refuse `on` where nothing can be refitted.
 
     Raises:
-        InputError: The model has no residual stream or no last linear layer, or there are too few images.
+        InputError: The model has no such MLP, stream or last layer, or there are too few images.
     """
     if job.config.compensation == "refit":
-        for wish, check in ((job.config.refit_stream, _check_stream), (job.config.refit_head, _check_head)):
-            if wish == "on":
-                check(job)
+        for flag, (check, _) in _CHECKS.items():
+            if getattr(job.config, flag) == "on":
+                check(job, job.model)
 
 
 class AfterSurgery:
@@ -60,9 +63,10 @@ class AfterSurgery:
             InputError: No image can be read.
         """
         self._job, self._dense = job, dense
-        stream = _wanted(job, job.config.refit_stream, _check_stream, "the residual stream")
-        head = _wanted(job, job.config.refit_head, _check_head, "the last layer")
+        producers, stream, head = (_wanted(job, dense, flag) for flag in _CHECKS)
         self._judge = held_back(job, dense, _judging(job)) if stream else None
+        # The images that judge the stream must be new to the producers too.
+        self._samples = hidden_samples(job, dense, _fitted(job)) if producers else None
         with out_of_memory("calibration"):
             self._answers = (
                 DenseAnswers(
@@ -77,48 +81,73 @@ class AfterSurgery:
         Raises:
             InputError: An answer is not finite.
         """
-        job, stream, head = self._job, None, None
+        job, producers, stream, head = self._job, None, None, None
         with out_of_memory("calibration"):
+            if self._samples is not None:
+                producers = refit_producers_(pruned, self._samples)
+                _log.info("%s", producers.sentence())
             if self._judge is not None:
-                places = range(_judging(job), _judging(job) + REFIT_IMAGES)
+                others = _Pixels(job, _fitted(job), "residual stream")
                 stream = refit_stream_(
-                    pruned, self._dense, job.sites, _Pixels(job, places, "residual stream"), self._judge,
-                    precision=job.precision, processes=job.processes,
+                    pruned, self._dense, job.sites, others, self._judge,
+                    draws=others.draws, precision=job.precision, processes=job.processes,
                 )  # fmt: skip
                 _log.info("%s", stream.sentence())
             if self._answers is not None:
                 head = refit_head_(pruned, self._answers)
                 _log.info("%s", head.sentence())
-        return Refitted(stream, head)
+        return Refitted(producers, stream, head)
 
 
-def _wanted(job: Job, wish: str, check: Callable[[Job], None], what: str) -> bool:
+def _wanted(job: Job, dense: nn.Module, flag: str) -> bool:
     """Say whether something is to be refitted, and in the log why not if it cannot be."""
-    if wish == "off":
+    check, what = _CHECKS[flag]
+    if getattr(job.config, flag) == "off":
         return False
     try:
-        check(job)
+        check(job, dense)
     except InputError as error:
-        _log.info("%s stays as it is: %s", what, error)
+        _log.info("%s: %s", what, error)
         return False
     return True
 
 
-def _check_stream(job: Job) -> None:
+def _check_producers(job: Job, dense: nn.Module) -> None:
+    _check_judged(job, "producers")
+    check_mlps(dense, job.example, job.sites)
+
+
+def _check_stream(job: Job, dense: nn.Module) -> None:
+    _check_judged(job, "residual stream")
+    check_stream(dense, job.example, job.sites)
+
+
+def _check_judged(job: Job, what: str) -> None:
     if len(job.calibration) < _ONE_IN:
         raise InputError(
-            f"the refit of the residual stream needs at least {_ONE_IN} images, got {len(job.calibration)}; give more"
+            f"the refit of the {what} needs at least {_ONE_IN} images, got {len(job.calibration)}; give more"
         )
-    check_stream(job.model, job.example, job.sites)
 
 
-def _check_head(job: Job) -> None:
-    last_linear(job.model, job.example)
+def _check_head(job: Job, dense: nn.Module) -> None:
+    last_linear(dense, job.example)
     check_images(len(job.calibration))
+
+
+# By flag: what must hold, and what is said of it.
+_CHECKS: Final[Mapping[str, tuple[Callable[[Job, nn.Module], None], str]]] = {
+    "refit_producers": (_check_producers, "the producers stay as they are"),
+    "refit_stream": (_check_stream, "the residual stream stays as it is"),
+    "refit_head": (_check_head, "the last layer stays as it is"),
+}
 
 
 def _judging(job: Job) -> int:
     return min(HELD_BACK_IMAGES, len(job.calibration) // _ONE_IN)
+
+
+def _fitted(job: Job) -> range:
+    return range(_judging(job), _judging(job) + REFIT_IMAGES)
 
 
 class _Pixels:
@@ -127,6 +156,7 @@ class _Pixels:
     def __init__(self, job: Job, places: range, name: str) -> None:
         self._job, self._name = job, name
         self._loader: ImageLoader | None = calibration_share(job, places)
+        self.draws = draws_of(job, self._loader)
 
     def __iter__(self) -> Iterator[Tensor]:
         if self._loader is not None:

@@ -24,6 +24,9 @@ Wish = Literal["auto", "on", "off"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
 
+# Flags of what is refitted after surgery, in the order in which it is.
+REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
+
 # What the benchmark script does unless told otherwise: the published method.
 PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
 # With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
@@ -114,6 +117,9 @@ class RunConfig:
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: float = RIDGE
     """How much the refit is held back, as a share of each kept channel's variance."""
+    refit_producers: Wish = "auto"
+    """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
+    there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
     refit_stream: Wish = "auto"
     """With refit: also bring the residual stream back to the dense model's, by least squares at three depths, where
     there is one (auto), always (on) or never (off)."""
@@ -355,7 +361,7 @@ def _check_criterion(config: RunConfig) -> None:
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
             "--norm_per_layer out"
         )
-    for name in ("refit_stream", "refit_head"):
+    for name in REFITS:
         if config.compensation != "refit" and (wish := getattr(config, name)) != "auto":
             raise InputError(
                 f"{name} changes nothing without the refit, got {wish} with compensation {config.compensation}; "

@@ -13,6 +13,7 @@ from vbp.criteria import Need
 from vbp.data import ImageLoader, balanced_order, make_loader
 from vbp.divergence import HeldBack
 from vbp.gradients import GradientSum
+from vbp.hidden_samples import HiddenSamples
 from vbp.job import Job, reading
 from vbp.measuring import bar
 from vbp.memory import out_of_memory
@@ -190,6 +191,33 @@ def held_back(job: Job, dense: nn.Module, images: int = HELD_BACK_IMAGES) -> Hel
             for piece in pixels.split(size)
         ]  # fmt: skip
         return HeldBack(dense, batches, precision=job.precision, processes=job.processes)
+
+
+def hidden_samples(job: Job, dense: nn.Module, images: range) -> HiddenSamples:
+    """Sample what the dense model's MLPs read and give on some calibration images; all processes call it.
+
+    Args:
+        job: Whose images these are.
+        dense: The dense model.
+        images: Their places in the order of `balanced_order`.
+
+    Raises:
+        InputError: No image can be read, or there is no MLP whose hidden layer can be refitted.
+    """
+    loader = calibration_share(job, images)
+    seen: Iterable[tuple[Tensor, Tensor]] = () if loader is None else bar(job, loader, "hidden layers")
+    with out_of_memory("calibration"):
+        return HiddenSamples(
+            dense, job.sites, job.example, (pixels for pixels, _ in _in_pieces(seen, _sensed(job))),
+            draws=draws_of(job, loader), precision=job.precision, processes=job.processes,
+        )  # fmt: skip
+
+
+def draws_of(job: Job, share: ImageLoader | None) -> Draws:
+    """Give the random numbers of the images of this process's share: as if one process read them all."""
+    size, rank, world = 1 if share is None else share.batch_size, job.processes.rank, job.processes.world
+    # Batch b is that of process b mod world.
+    return Draws(job.config.seed, first=rank * size, step=world * size, block=size)
 
 
 def calibration_share(job: Job, images: range) -> ImageLoader | None:

@@ -47,6 +47,7 @@ class Pruned:
         candidates: Plans that the criterion auto tried; none otherwise.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, on the
             calibration images; without refit none.
+        producers: What the refit of the producers did; None without one.
         stream: What the refit of the residual stream did; None without one.
         head: What the refit of the last layer did; None without one.
     """
@@ -61,6 +62,7 @@ class Pruned:
     budget: Mapping[str, Any]
     candidates: Sequence[Mapping[str, Any]]
     reconstruction: Mapping[str, Mapping[str, float]]
+    producers: Mapping[str, Any] | None
     stream: Mapping[str, Any] | None
     head: Mapping[str, Any] | None
 
@@ -77,6 +79,7 @@ class Pruned:
             "budget": self.budget,
             "candidates": self.candidates,
             "reconstruction": self.reconstruction,
+            "producers": self.producers,
             "stream": self.stream,
             "head": self.head,
         }
@@ -96,6 +99,7 @@ class Pruned:
             value["budget"],
             value["candidates"],
             value["reconstruction"],
+            value["producers"],
             value["stream"],
             value["head"],
         )
@@ -132,6 +136,7 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
         chosen.result.to_dict(),
         [one.to_dict() for one in chosen.tried],
         {one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors},
+        None if refitted.producers is None else refitted.producers.to_dict(),
         None if refitted.stream is None else refitted.stream.to_dict(),
         None if refitted.head is None else refitted.head.to_dict(),
     ), dense

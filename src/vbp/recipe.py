@@ -111,6 +111,7 @@ def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunRep
         budget=pruned.budget,
         candidates=pruned.candidates,
         reconstruction=pruned.reconstruction,
+        producers=pruned.producers,
         stream=pruned.stream,
         head=pruned.head,
         latency_batch=pruned.latency_batch,

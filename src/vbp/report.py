@@ -62,6 +62,8 @@ class RunReport:
         candidates: Plans that the criterion auto tried: name, divergence in nats, widths.
         reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, measured
             on the calibration images; without refit none.
+        producers: What the refit of the producers did: sites, images, KL of the answers before and after; None
+            without.
         stream: What the refit of the residual stream did: sites, images, KL of the answers before and after; None
             without.
         head: What the refit of the last layer did: layer, images, KL of the answers before and after; None without.
@@ -86,6 +88,7 @@ class RunReport:
     budget: Mapping[str, Any] = field(default_factory=dict)
     candidates: Sequence[Mapping[str, Any]] = ()
     reconstruction: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
 
@@ -104,6 +107,7 @@ class RunReport:
             "budget": dict(self.budget),
             "candidates": [dict(one) for one in self.candidates],
             "reconstruction": {name: dict(errors) for name, errors in self.reconstruction.items()},
+            "producers": None if self.producers is None else dict(self.producers),
             "stream": None if self.stream is None else dict(self.stream),
             "head": None if self.head is None else dict(self.head),
             "latency_batch": self.latency_batch,

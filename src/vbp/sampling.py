@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from vbp.errors import InputError
@@ -112,3 +113,26 @@ class TokenSampler:
             ]
             self._drawn[count] = torch.tensor(chosen).to(rows.device, non_blocking=True)
         return rows.index_select(0, self._drawn[count])
+
+
+def priority_sample(
+    sizes: Float[Tensor, "images tokens"], uniform: Float[Tensor, "images tokens"], count: int
+) -> tuple[Int[Tensor, "images count"], Float[Tensor, "images count"]]:
+    """Draw tokens of each image, large ones rather than small ones, so that weighted sums over them are unbiased.
+
+    Args:
+        sizes: How much each token matters, positive.
+        uniform: Independent random numbers in (0, 1).
+        count: Tokens of each image; if it has no more, all are taken.
+
+    Returns:
+        Their places, and what each counts for: its size, or, if larger, that of the first token left out over its
+        random number.
+
+    Source: Duffield, Lund, Thorup (2007), priority sampling.
+    """
+    if sizes.shape[1] <= count:
+        return torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape), sizes
+    first = (sizes / uniform).topk(count + 1, dim=1)
+    places = first.indices[:, :count]
+    return places, torch.maximum(sizes.gather(1, places), first.values[:, count:])

@@ -27,7 +27,7 @@ from vbp.tracing import channel_dim
 # Columns of the sketches that estimate the input and the output metric.
 _INPUT_COLUMNS, _OUTPUT_COLUMNS = 8, 32
 # float16 knows no gradient below 6e-8; a power of two changes no other digit.
-_HALF_SCALE = 2.0**12
+HALF_SCALE = 2.0**12
 
 
 @dataclass(frozen=True)
@@ -58,12 +58,22 @@ class Draws:
         """Give the normal numbers of images from `start` on: of each class, and the two sketches; on the CPU."""
         noise, left, right = [], [], []
         for image in range(start, start + images):
-            number = image_number(image, self.first, self.step, self.block)
+            number = self.number(image)
             generator = np.random.default_rng((self.seed, 1, number))
             noise.append(generator.standard_normal(classes, dtype=np.float32))
             left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
             right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
         return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
+
+    def number(self, image: int) -> int:
+        """Give the number of an image of this process among those of all."""
+        return image_number(image, self.first, self.step, self.block)
+
+    def uniform(self, start: int, images: int, tokens: int) -> Tensor:
+        """Give a number in (0, 1] for each token of images from `start` on; on the CPU."""
+        numbers = map(self.number, range(start, start + images))
+        drawn = [np.random.default_rng((self.seed, 2, number)).random(tokens, dtype=np.float32) for number in numbers]
+        return 1 - torch.tensor(np.stack(drawn))
 
 
 class SensitivitySums:
@@ -112,7 +122,7 @@ class SensitivitySums:
             draw.to(logits.device, non_blocking=True)
             for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
         )
-        scale = _HALF_SCALE if logits.dtype == torch.float16 else 1.0
+        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
         self._open = False
         try:

@@ -1,15 +1,14 @@
 """Bring the residual stream of a pruned model back to where the dense model's runs, at a few depths.
 
 A site's own refit makes up for that site's channels, from what the dense model reads there. What it leaves adds up
-along the residual stream, and the layers behind read it. So at a few depths one consumer gets a second task: from
-what it reads in the pruned model, it predicts what the stream after it lacks,
+along the residual stream, and the layers behind read it. So at a few depths one MLP gets a second task: from what it
+reads in the pruned model, it gives what the stream after it lacks as well,
 
-    d = stream of the dense model - stream of the pruned model,     minimise  mean |d - E [h;1]|^2 + ridge,
+    y = what it gives + (stream of the dense model - stream of the pruned model),
 
-by least squares in closed form, without labels and without a backward pass, and E is added to its weight and bias.
-The squares are those of single positions and those of each image's mean: errors that all positions of an image share
-are few among the first, but are what the answer reads. The depths come one after the other, since each changes what
-those behind it read.
+by one step of `vbp.hidden_fit` at random positions of all images, strongly held back, without labels and without a
+backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one after
+the other, since each changes what those behind it read.
 
 Few images say little of so many coefficients. So other images have the last word: if the answers there do not come
 closer to the dense model's, the model stays as it is.
@@ -24,27 +23,27 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.consumers import add_to_bias_
 from vbp.distributed import Processes
 from vbp.divergence import HeldBack
 from vbp.errors import InputError
+from vbp.hidden_fit import HiddenSample
+from vbp.hidden_samples import FoundMLP, draw, find_mlps, merged
 from vbp.joins import Join, find_joins, first_tensor, rows
+from vbp.mlp_step import add_step_, step_of
 from vbp.modes import evaluation_mode
 from vbp.precision import Precision, in_float32
+from vbp.sensing import Draws
 from vbp.sites import Site
 from vbp.tracing import channel_dim
 
-_OFF, _ALONE = Precision(), Processes()
+_OFF, _ALONE, _FIRST = Precision(), Processes(), Draws()
 # Where the stream is mended: after these parts of the sites that write into it.
 _DEPTHS = (0.25, 0.5, 0.75)
-# What the means of images count for; single positions are the rest.
-_MEANS_SHARE = 0.25
-# Penalty, in variances of what is read, times the number of images: more of them can tell more coefficients.
-_RIDGE_TIMES_IMAGES = 1_500.0
+# Ridge and caution, times the number of images: more of them can tell more coefficients.
+_HELD_TIMES_IMAGES = 1_000.0
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ class StreamRefit:
     """What bringing the stream back did, on images that it was not fitted to.
 
     Attributes:
-        sites: Whose consumers changed; none if the answers did not come closer.
+        sites: Whose layers changed; none if the answers did not come closer.
         images: Images fitted to, of all processes.
         judged: Other images, by which the answers were compared.
         before: Mean KL(dense || pruned) on these without it, in nats.
@@ -86,6 +85,7 @@ def refit_stream_(
     batches: Iterable[Tensor],
     judge: HeldBack,
     *,
+    draws: Draws = _FIRST,
     precision: Precision = _OFF,
     processes: Processes = _ALONE,
 ) -> StreamRefit:
@@ -94,12 +94,13 @@ def refit_stream_(
     Same result on all processes, which must all call it.
 
     Args:
-        pruned: The model, pruned; up to three consumers change.
+        pruned: The model, pruned; up to three MLPs change.
         dense: The dense model, on the same device; left as it was.
         sites: Those that were pruned, from `find_sites` on the dense model.
         batches: Calibration images, without labels, which can be gone through several times; none is allowed where
             another process has some.
         judge: Other images, and the dense model's answers.
+        draws: The random numbers of the images of this process.
         precision: Of all forward passes.
         processes: Whose images count together.
 
@@ -108,20 +109,28 @@ def refit_stream_(
     """
     example = judge.example()
     joins = _at_depths(_found(dense, example, sites))
+    plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
+    work = _Work(pruned, dense, draws, precision, processes)
     before = judge.divergence(pruned)
-    with _restored_unless_kept(pruned, joins) as keep:
-        images = 0
+    layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
+    with _restored_unless_kept(pruned, layers) as keep:
+        images, changed = 0, []
         with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
             for join in joins:
-                sums = _Sums.of(pruned, dense, join, example, batches, precision, processes)
-                images = sums.images
-                # Sums in another order could differ by a bit: all take what the first process found.
-                _add_(pruned, join, sums, processes.gather(sums.solve(join.site.name))[0])
+                mlp = plain.get(join.site)
+                sample, images = work.sample(join, mlp, batches)
+                held = _HELD_TIMES_IMAGES / images
+                activation = None if mlp is None else mlp.activation
+                # Another machine's sums could differ by a bit: all take what the first process found.
+                step = processes.gather(step_of(pruned, join.site, activation, sample, ridge=held, caution=held))[0]
+                if step.better:
+                    add_step_(pruned, join.site, step)
+                    changed.append(join.site.name)
         after = judge.divergence(pruned)
-        if not after < before:
+        if not changed or not after < before:
             return StreamRefit((), images, judge.images, before, before)
         keep()
-    return StreamRefit(tuple(join.site.name for join in joins), images, judge.images, before, after)
+    return StreamRefit(tuple(changed), images, judge.images, before, after)
 
 
 def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> None:
@@ -149,11 +158,11 @@ def _at_depths(joins: Sequence[Join]) -> tuple[Join, ...]:
 
 
 @contextmanager
-def _restored_unless_kept(model: nn.Module, joins: Sequence[Join]) -> Iterator[Callable[[], None]]:
-    """Give the consumers their weights back in the end, whatever happened, unless what is given was called."""
+def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
+    """Give layers their weights back in the end, whatever happened, unless what is given was called."""
     saved = {
-        (join.site.consumer, name): copy.deepcopy(getattr(model.get_submodule(join.site.consumer), name))
-        for join in joins
+        (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
+        for layer in layers
         for name in ("weight", "bias")
     }
     try:
@@ -164,128 +173,68 @@ def _restored_unless_kept(model: nn.Module, joins: Sequence[Join]) -> Iterator[C
 
 
 @dataclass(frozen=True)
-class _Sums:
-    """Sums over the images of all processes; the hidden channels count from `pivot`, and a last one is always 1.
+class _Work:
+    """Both models, and how they are run."""
 
-    Attributes:
-        images: Images.
-        pivot: Near the means of the hidden channels, float64.
-        squares: Of what is read: over single positions, and over the means of images; "hidden+1 hidden+1", float64.
-        products: With what the stream lacks, likewise; "hidden+1 out", float64.
-    """
+    pruned: nn.Module
+    dense: nn.Module
+    draws: Draws
+    precision: Precision
+    processes: Processes
 
-    images: int
-    pivot: Float[Tensor, "hidden"]
-    squares: tuple[Tensor, Tensor]
-    products: tuple[Tensor, Tensor]
-
-    @staticmethod
-    def of(
-        pruned: nn.Module,
-        dense: nn.Module,
-        join: Join,
-        example: Tensor,
-        batches: Iterable[Tensor],
-        precision: Precision,
-        processes: Processes,
-    ) -> _Sums:
-        """Run both models as far as the join on all images."""
-        read, _ = _run_to(pruned, join, example, precision)
-        pivot = processes.gather(read.double().mean((0, 1)).cpu())[0].to(read.device)
-        squares = tuple(pivot.new_zeros(len(pivot) + 1, len(pivot) + 1) for _ in range(2))
-        products = tuple(pivot.new_zeros(len(pivot) + 1, len(join.gain)) for _ in range(2))
-        images = pivot.new_zeros(1)
+    def sample(self, join: Join, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
+        """Run both models as far as the join on all images; give the sample, and the images of all processes."""
+        parts, images = [], 0
+        reader = join.site.consumer if mlp is None else join.site.producers[0]
+        # Squares of the stream count, not of what the consumer gives.
+        metric = join.gain.square().diag()
+        gain = torch.where(join.gain == 0, torch.inf, join.gain)
         for batch in batches:
-            pixels = batch.to(pivot.device, non_blocking=True)
-            _, wanted = _run_to(dense, join, pixels, precision)
-            read, found = _run_to(pruned, join, pixels, precision)
-            x, y = F.pad(read - pivot.to(read.dtype), (0, 1), value=1.0), wanted - found
-            for place, (left, right) in enumerate(((x.flatten(0, 1), y.flatten(0, 1)), (x.mean(1), y.mean(1)))):
-                squares[place].add_(left.T @ left)
-                products[place].add_(left.T @ right)
+            pixels = batch.to(next(self.dense.parameters()).device, non_blocking=True)
+            _, _, wanted = self._run(self.dense, join, reader, pixels)
+            read, given, found = self._run(self.pruned, join, reader, pixels)
+            target = given + (wanted - found) / gain.to(given)
+            parts.append(draw(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        for one in (images, *squares, *products):
-            processes.sum_(one)
-        if not images:
+        total = sum(self.processes.gather(images))
+        if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return _Sums(int(images), pivot, (squares[0], squares[1]), (products[0], products[1]))
+        return merged(join.site.name, parts, metric, self.processes), total
 
-    @property
-    def mean(self) -> Float[Tensor, "hidden"]:
-        """Mean of each channel over all positions, from the pivot."""
-        single = self.squares[0]
-        return single[:-1, -1] / single[-1, -1]
+    def _run(
+        self, model: nn.Module, join: Join, reader: str, pixels: Tensor
+    ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
+        """Give what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
+        seen: dict[str, Tensor] = {}
+        layers = {"read": model.get_submodule(reader), "given": model.get_submodule(join.site.consumer)}
 
-    def solve(self, name: str) -> Float[Tensor, "hidden_and_one out"]:
-        """Give the coefficients of the channels, each counted from its mean, on the CPU.
+        def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+            seen["read"] = rows(args[0], channel_dim(module), len(pixels))
 
-        Raises:
-            InputError: What was read is not finite.
-        """
-        if not all(bool(one.isfinite().all()) for one in (*self.squares, *self.products)):
-            raise InputError(
-                f"what the consumer of site {name} reads and the stream after it must be finite, got NaN or "
-                "infinity; prune less, or in float32"
-            )
-        shift = torch.eye(len(self.mean) + 1, dtype=self.pivot.dtype, device=self.pivot.device)
-        shift[:-1, -1] = -self.mean
-        metric, target = torch.zeros_like(self.squares[0]), torch.zeros_like(self.products[0])
-        shares = (1 - _MEANS_SHARE, _MEANS_SHARE)
-        for share, square, product in zip(shares, self.squares, self.products, strict=True):
-            about = shift @ square @ shift.T
-            scale = share / about.diagonal()[:-1].sum().clamp_min(torch.finfo(about.dtype).tiny)
-            metric += scale * about
-            target += scale * (shift @ product)
-        penalty = _RIDGE_TIMES_IMAGES / self.images * metric.diagonal()
-        penalty[-1] /= 10  # one number an output, which every position tells
-        # A channel that never changes gets nothing.
-        penalty = torch.where(penalty > 0, penalty, torch.ones_like(penalty))
-        found: Tensor = torch.linalg.solve(metric + penalty.diag(), target)
-        return found.cpu()
+        def given(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            seen["given"] = rows(output, channel_dim(module), len(pixels)).clone()  # some models add to it in place
 
+        def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stream = first_tensor(output)
+            assert stream is not None
+            seen["stream"] = rows(stream, join.dim, len(pixels))
+            raise _ReachedError
 
-def _add_(model: nn.Module, join: Join, sums: _Sums, coefficients: Float[Tensor, "hidden_and_one out"]) -> None:
-    """Add to the consumer what brings the stream nearer: as much less as the stream gains more from it."""
-    layer = model.get_submodule(join.site.consumer)
-    weight = layer.weight
-    assert isinstance(weight, nn.Parameter)
-    found = torch.where(join.gain == 0, 0.0, coefficients / join.gain).T.to(weight.device)
-    change, centre = found[:, :-1], sums.pivot + sums.mean
-    weight.copy_((weight.double() + change.reshape(weight.shape)).to(weight.dtype))
-    add_to_bias_(layer, found[:, -1] - change @ centre)
+        handles = [
+            layers["read"].register_forward_pre_hook(read),
+            layers["given"].register_forward_hook(given),
+            model.get_submodule(join.module).register_forward_hook(stop),
+        ]
+        try:
+            with self.precision.autocast():
+                model(pixels)
+        except _ReachedError:
+            return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])
+        finally:
+            for handle in handles:
+                handle.remove()
+        raise AssertionError(f"{join.module} did not run")
 
 
 class _ReachedError(Exception):
     """The forward pass has come as far as it is needed."""
-
-
-def _run_to(
-    model: nn.Module, join: Join, pixels: Tensor, precision: Precision
-) -> tuple[Float[Tensor, "images positions hidden"], Float[Tensor, "images positions out"]]:
-    """Give what the consumer reads, and the stream after it; no layer behind it runs."""
-    consumer = model.get_submodule(join.site.consumer)
-    seen: list[Tensor] = []
-
-    def read(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.append(rows(args[0], channel_dim(consumer), len(pixels)))
-
-    def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        stream = first_tensor(output)
-        assert stream is not None
-        seen.append(rows(stream, join.dim, len(pixels)))
-        raise _ReachedError
-
-    handles = [
-        consumer.register_forward_pre_hook(read),
-        model.get_submodule(join.module).register_forward_hook(stop),
-    ]
-    try:
-        with precision.autocast():
-            model(pixels)
-    except _ReachedError:
-        hidden, stream = seen
-        return in_float32(hidden), in_float32(stream)
-    finally:
-        for handle in handles:
-            handle.remove()
-    raise AssertionError(f"{join.module} did not run")

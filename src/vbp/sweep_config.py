@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from vbp.config import COVARIANCE_TOKENS, Amp, MatmulPrecision, ModelType, RunConfig, Wish, check_config
+from vbp.config import COVARIANCE_TOKENS, REFITS, Amp, MatmulPrecision, ModelType, RunConfig, Wish, check_config
 from vbp.errors import InputError
 from vbp.planning import check_ratios
 from vbp.refit import RIDGE
@@ -42,6 +42,9 @@ class SweepConfig:
     """Also time each pruned model, in turns with the dense one."""
     covariance_tokens: float = COVARIANCE_TOKENS
     """Share of the tokens of each image that count for the covariance, in (0, 1]."""
+    refit_producers: Wish = "auto"
+    """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
+    there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
     refit_stream: Wish = "auto"
     """With refit: also bring the residual stream back to the dense model's, by least squares at three depths, where
     there is one (auto), always (on) or never (off)."""
@@ -150,7 +153,7 @@ def check_sweep(config: SweepConfig) -> None:
         value = getattr(config, name)
         if value != default and "covariance" not in needs:
             raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
-    for name in ("refit_stream", "refit_head"):
+    for name in REFITS:
         wish = getattr(config, name)
         if wish != "auto" and not any(setting.compensation == "refit" for setting in config.settings):
             raise InputError(f"{name} changes nothing without the refit, got {wish}; leave --{name} out")

@@ -162,8 +162,8 @@ class Ablation:
             cache(self._orders),
             cache(self._auto_orders),
         )
-        self.auto_plans, self.held_back, self.answers = (
-            cache(self._auto_plan), cache(self._held_back), cache(self._answers),
+        self.auto_plans, self.held_back, self.answers, self.samples = (
+            cache(self._auto_plan), cache(self._held_back), cache(self._answers), cache(self._samples),
         )  # fmt: skip
 
     def rows(self) -> list[Row]:
@@ -204,9 +204,11 @@ class Ablation:
         for name in _BASELINES:
             yield Row("criterion", name, name, self._by(name))
         yield Row("criterion", "auto", "auto", self._auto("all"))
-        yield Row("criterion", "auto, last layer", "auto, last layer", self._auto_with(stream=False, head=True))
-        yield Row("criterion", "auto, stream", "auto, stream", self._auto_with(stream=True, head=False))
-        yield Row("criterion", "auto, stream, last layer", "auto, both", self._auto_with(stream=True, head=True))
+        with_ = self._auto_with
+        yield Row("criterion", "auto, last layer", "auto, last layer", with_(head=True))
+        yield Row("criterion", "auto, producers", "auto, producers", with_(producers=True))
+        yield Row("criterion", "auto, producers, stream", "auto, two", with_(producers=True, stream=True))
+        yield Row("criterion", "auto, all three", "auto, three", with_(producers=True, stream=True, head=True))
 
     def _budgets(self) -> Iterable[Row]:
         def of(scores: Callable[[], Scores], scope: str = "global") -> Callable[[float], nn.Module]:
@@ -298,12 +300,22 @@ class Ablation:
 
         return build
 
-    def _auto_with(self, *, stream: bool, head: bool) -> Callable[[float], nn.Module]:
+    def _samples(self) -> vbp.HiddenSamples:
+        return vbp.HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
+
+    def _others(self) -> tuple[Tensor, ...]:
+        """Give the images that do not judge."""
+        return self.seen.pixels[self.held_back(self.seen.all.images).images :].split(self.options.batch_size)
+
+    def _auto_with(
+        self, *, producers: bool = False, stream: bool = False, head: bool = False
+    ) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
             model = self._auto("all")(ratio)
+            if producers:
+                _tell(vbp.refit_producers_(model, self.samples()).sentence())
             if stream:
-                judge = self.held_back(self.seen.all.images)
-                others = self.seen.pixels[judge.images :].split(self.options.batch_size)
+                judge, others = self.held_back(self.seen.all.images), self._others()
                 _tell(vbp.refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
             if head:
                 _tell(refit_head_(model, self.answers()).sentence())

@@ -84,6 +84,12 @@ class Bench:
         return {name: one.scores for name, one in found.items()}
 
     @cached_property
+    def samples(self) -> vbp.HiddenSamples:
+        """Give what the producers are refitted to."""
+        rest = self.train.pixels[HELD_BACK_IMAGES:]
+        return vbp.HiddenSamples(self.model, self.sites, rest[:1], _batches(rest))
+
+    @cached_property
     def answers(self) -> vbp.DenseAnswers | None:
         """Give what the last layer is refitted to; None if the model ends in no linear layer."""
         try:
@@ -107,13 +113,14 @@ class Bench:
         return model
 
     def auto(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, then refit the residual stream and the last layer."""
+        """Prune by the criterion auto, then refit producers, residual stream and last layer, as a run does."""
         found = vbp.auto_plan(
             self.model, self.sites, self.statistics, self.held_back, keep_ratio=ratio, orders=self.orders
         )
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
         rest = _batches(self.train.pixels[HELD_BACK_IMAGES:])
+        vbp.refit_producers_(model, self.samples)
         vbp.refit_stream_(model, self.model, self.sites, rest, self.held_back)
         if self.answers is not None:
             vbp.refit_head_(model, self.answers)

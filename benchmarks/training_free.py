@@ -57,7 +57,7 @@ class Options(Setting):
     """Shares of the hidden channels to keep."""
     rules: tuple[str, ...] = (
         "paper", "variance", "output variance", "elimination", "equal shares",
-        "auto", "auto, head", "auto, stream", "auto, stream, head",
+        "auto", "auto, head", "auto, producers", "auto, stream", "auto, stream, head",
     )  # fmt: skip
     """What to compare."""
     round_to: int = 1
@@ -120,6 +120,7 @@ class Bench(Dense):
         everyone = torch.cat(train)
         self.train = train
         self.answers: DenseAnswers | None = None
+        self.samples: vbp.HiddenSamples | None = None
         self.found: dict[float, AutoPlan] = {}
         step = max(1, len(everyone) // options.held_back)
         chosen = torch.arange(len(everyone)) % step == 0
@@ -181,9 +182,21 @@ class Bench(Dense):
         vbp.prune_(model, found.plan, found.means, found.covariances)
         return model
 
-    def auto_stream(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, then bring the residual stream back to the dense model's."""
+    def auto_producers(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto, then let the producers take part in the refit."""
         model = self.auto(ratio)
+        start = time.perf_counter()
+        if self.samples is None:
+            self.samples = vbp.HiddenSamples(self.model, self.sites, self.others[0][:1], self.others)
+            print(f"samples: {time.perf_counter() - start:.1f} s", flush=True)
+            start = time.perf_counter()
+        done = vbp.refit_producers_(model, self.samples)
+        print(f"producers at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
+        return model
+
+    def auto_stream(self, ratio: float) -> nn.Module:
+        """Prune by the criterion auto, refit the producers, then bring the residual stream back."""
+        model = self.auto_producers(ratio)
         start = time.perf_counter()
         done = vbp.refit_stream_(model, self.model, self.sites, self.others, self.held_back)
         print(f"stream at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
@@ -214,6 +227,7 @@ def main(options: Options) -> None:
         "equal shares": lambda ratio: bench.elimination(ratio, "per_layer"),
         "auto": bench.auto,
         "auto, head": lambda ratio: bench.with_head(bench.auto(ratio), ratio),
+        "auto, producers": bench.auto_producers,
         "auto, stream": bench.auto_stream,
         "auto, stream, head": lambda ratio: bench.with_head(bench.auto_stream(ratio), ratio),
     }

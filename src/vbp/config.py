@@ -121,7 +121,7 @@ class RunConfig:
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
     refit_stream: Wish = "auto"
-    """With refit: also bring the residual stream back to the dense model's, by least squares at three depths, where
+    """With refit: also bring the residual stream back to the dense model's, by a fit at three depths, where
     there is one (auto), always (on) or never (off)."""
     refit_head: Wish = "auto"
     """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer

@@ -152,6 +152,7 @@ def test_every_familys_mlps_come_nearer_to_the_dense_ones(name: str) -> None:
     assert {key.rpartition(".")[0] for key in changed} >= {site.consumer for site in sites if site.name in better}
     assert all(torch.equal(value, dense[key]) for key, value in model.state_dict().items())
     assert all(parameter.requires_grad for one in (model, pruned) for parameter in one.parameters())
+    assert not images.requires_grad
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert f"{len(better)} of {len(done.errors)} sites" in done.sentence()
 

@@ -160,6 +160,7 @@ class HiddenSamples:
         """
         read: dict[str, Tensor] = {}
         given: dict[str, Tensor] = {}
+        values: dict[str, Tensor] = {}
         with ExitStack() as hooks:
             for mlp in self.mlps:
                 name = mlp.site.name
@@ -170,11 +171,13 @@ class HiddenSamples:
 
                 def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
                     given[name] = output
+                    values[name] = output.detach().clone()  # some models add to it in place
 
                 hooks.callback(producer.register_forward_pre_hook(before).remove)
                 hooks.callback(consumer.register_forward_hook(after).remove)
             with torch.enable_grad(), self._precision.autocast():
-                logits = logits_of(dense(pixels.requires_grad_(pixels.is_floating_point())))
+                # A tensor of its own: the caller's images are not to learn.
+                logits = logits_of(dense(pixels.detach().requires_grad_()))
         noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
         scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
@@ -184,8 +187,7 @@ class HiddenSamples:
         for mlp in self.mlps:
             name, dim = mlp.site.name, channel_dim(dense.get_submodule(mlp.site.consumer))
             inputs, outputs, slope = (
-                in_float32(rows(one, dim, len(pixels)))
-                for one in (read[name], given[name].detach(), slopes[name] / scale)
+                in_float32(rows(one, dim, len(pixels))) for one in (read[name], values[name], slopes[name] / scale)
             )
             found.append((name, inputs, outputs, slope))
         return found

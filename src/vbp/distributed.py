@@ -185,6 +185,8 @@ def device_of(name: str, processes: Processes) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device must be auto, cpu, cuda or cuda:N and present, got {name!r} ({error})") from error
     if device.type == "cuda":
+        # With its number: torch.cuda takes no device without one, and tensors' devices have one.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         torch.cuda.set_device(device)
     return device
 

@@ -2,6 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Set in some containers: each of the many processes of the tests would then compile vbp anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install demo test docs clean
 
 install: .venv/installed
@@ -21,7 +24,7 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/pytest
+	$(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Material announces at each build that it ends in May 2027. Its successor, Zensical, runs no hooks yet.
 docs: install

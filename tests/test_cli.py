@@ -50,6 +50,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "refit_producers": ("auto", ["off"], "off"),
     "refit_stream": ("auto", ["off"], "off"),
     "refit_head": ("auto", ["off"], "off"),
+    "refit_views": ("auto", ["2"], 2),
     "ridge": (0.01, ["0.1"], 0.1),
     "round_to": (1, ["8"], 8),
     "min_keep_ratio": (0.02, ["0.1"], 0.1),

@@ -48,6 +48,7 @@ PUBLISHED: dict[str, Any] = {
     "refit_producers": "auto",
     "refit_stream": "auto",
     "refit_head": "auto",
+    "refit_views": "auto",
     "round_to": 1,
     "min_keep_ratio": 0.02,
     "seed": 0,
@@ -204,6 +205,15 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"criterion": "variance", "compensation": "mean", "refit_head": "on"},
         "refit_head changes nothing without the refit, got on with compensation mean",
     ),
+    (
+        {"criterion": "variance", "compensation": "mean", "refit_views": 2},
+        "refit_views changes nothing without the refit, got 2 with compensation mean",
+    ),
+    (
+        {"refit_views": 2, "refit_producers": "off", "refit_stream": "off", "refit_head": "off"},
+        "refit_views changes nothing where nothing is refitted after surgery, got 2",
+    ),
+    ({"refit_views": 0}, "refit_views must be at least 1 or auto, got 0"),
     ({"criterion": "magnitude"}, "criterion must be one of .*, got 'magnitude'"),
     ({"covariance_tokens": 0.0}, r"share of tokens must be in \(0, 1\], got 0.0"),
     ({"ridge": 0.0}, r"ridge must be in \(0, 1\], got 0.0"),

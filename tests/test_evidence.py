@@ -8,6 +8,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import reduce
+from itertools import zip_longest
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -18,8 +19,10 @@ from pairs import Pair
 from PIL import Image
 from torch import Tensor
 
-import vbp.evidence as module
+import vbp.calibration_images
+import vbp.evidence
 from vbp import InputError, Preprocessing, RunConfig, Statistics
+from vbp.calibration_images import calibration_share, views_of
 from vbp.criteria import Need
 from vbp.data import balanced_order
 from vbp.demo import PREPROCESSING_OVERRIDES
@@ -55,13 +58,14 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = module.evaluation_transform
+    real = vbp.evidence.evaluation_transform
 
     def exact(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
         transform = real(preprocessing)
         return lambda image: transform(image).double()
 
-    monkeypatch.setattr(module, "evaluation_transform", exact)
+    for module in (vbp.evidence, vbp.calibration_images):
+        monkeypatch.setattr(module, "evaluation_transform", exact)
 
 
 def _read(job: Job, needs: tuple[Need, ...], parts: list[range], sizes: list[int], world: int) -> Statistics:
@@ -148,7 +152,7 @@ def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(job: Job
     alone = held_back(job, job.model, 11)
     assert alone.images == 11
     order = balanced_order(job.calibration, job.config.seed)
-    transform = module.evaluation_transform(job.classifier.preprocessing)
+    transform = vbp.evidence.evaluation_transform(job.classifier.preprocessing)
     pixels = []
     for place in order[:11]:
         with job.calibration.read(place) as file:
@@ -180,3 +184,38 @@ def test_given_statistics_must_hold_what_is_needed(job: Job) -> None:
     with pytest.raises(InputError, match="stored must hold the sensitivity"):
         check_given(with_file, ALL)
     check_given(job, ALL)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_views_of_an_image_follow_it_whoever_reads_them(job: Job, world: int) -> None:
+    size, views, images = 7, 3, 11
+    config = replace(job.config, val_batch_size=size, hflip=False)
+
+    def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
+        found = replace(job, config=config, processes=Processes(rank, world))
+        loader = calibration_share(found, range(2, 2 + images), views)
+        return [] if loader is None else [*loader]
+
+    alone = replace(job, config=config)
+    loader = calibration_share(alone, range(2, 2 + images), views)
+    assert loader is not None
+    pixels, labels = (torch.cat(part) for part in zip(*loader, strict=True))
+    again = torch.cat([one for one, _ in loader])
+    assert torch.equal(again, pixels)
+    shares = [batches(rank) for rank in range(world)]
+    dealt = torch.cat([one for batch in zip_longest(*shares) for one, _ in filter(None, batch)])
+    assert torch.equal(dealt, pixels)
+    order = balanced_order(job.calibration, config.seed)[2 : 2 + images]
+    assert labels.tolist() == [job.calibration.labels[place] for place in order for _ in range(views)]
+    # One in three is the image as for evaluation, the others are crops.
+    single = calibration_share(alone, range(2, 2 + images))
+    assert single is not None
+    plain = torch.cat([one for one, _ in single])
+    same = (pixels == plain.repeat_interleave(views, 0)).flatten(1).all(1)
+    assert 3 < int(same.sum()) < 20
+
+
+def test_a_gpu_reads_four_views_and_a_cpu_one_unless_told_otherwise(job: Job) -> None:
+    assert views_of(job) == 1
+    assert views_of(replace(job, device=torch.device("cuda", 0))) == 4
+    assert views_of(replace(job, config=replace(job.config, refit_views=6))) == 6

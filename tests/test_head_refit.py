@@ -55,6 +55,14 @@ def test_the_fit_is_the_least_of_a_convex_function() -> None:
     assert given.divergence(change.detach()) < 0.5 * given.divergence(None)
 
 
+def test_views_of_an_image_are_left_out_together() -> None:
+    given, layer, features = problem(40)
+    doubled = HeadProblem.of(layer, features.repeat_interleave(2, 0), given.target.repeat_interleave(2, 0))
+    # The same images twice tell nothing more.
+    assert doubled.cross_validated(0.1, views=2) == pytest.approx(given.cross_validated(0.1), rel=1e-4)
+    assert doubled.cross_validated(0.1) < 0.99 * given.cross_validated(0.1)
+
+
 def test_folding_gives_the_answers_of_the_change() -> None:
     given, _, features = problem()
     change = given.fit(1.0)
@@ -132,11 +140,14 @@ def test_two_processes_fit_what_one_does() -> None:
         answers = DenseAnswers(dense, share, processes=Pair(rank, barrier, slots))
         return refit_head_(mine, answers), mine
 
-    for shares in ([[images[:15]], [images[15:]]], [[images], []]):
+    dealt = [[images[:6], images[12:18]], [images[6:12], images[18:]]]
+    for shares in (dealt, [[images[:15]], [images[15:]]], [[images], []]):
         with ThreadPoolExecutor(2) as pool:
             (first, one), (second, other) = pool.map(work, range(2), shares)
         assert first == second
         assert first.before == pytest.approx(done.before, rel=1e-9)
+        # Images in the order of one process: the same ones are left out together.
+        assert first.after == pytest.approx(done.after, rel=1e-6)
         for key, value in alone.state_dict().items():
             torch.testing.assert_close(one.state_dict()[key], value)
             assert torch.equal(one.state_dict()[key], other.state_dict()[key])

@@ -21,6 +21,7 @@ from vbp.preprocessing import (
     CROP_MODES,
     INTERPOLATIONS,
     Preprocessing,
+    ViewTransform,
     evaluation_transform,
     training_transform,
 )
@@ -109,6 +110,19 @@ def test_hflip_mirrors_about_half_of_the_images_and_only_when_asked() -> None:
     assert all(torch.equal(keeping(image), plain) for _ in range(20))
 
 
+def test_one_view_in_so_many_is_as_for_evaluation() -> None:
+    image = random_image(40, 48)
+    plain = evaluation_transform(IMAGENET)(image)
+    alone = ViewTransform(IMAGENET, 1)
+    assert all(torch.equal(alone(image), plain) for _ in range(20))
+    torch.manual_seed(0)
+    views = [ViewTransform(IMAGENET, 4)(image) for _ in range(200)]
+    assert all(view.shape == plain.shape for view in views)
+    assert 30 < sum(torch.equal(view, plain) for view in views) < 70
+    torch.manual_seed(0)
+    assert torch.equal(ViewTransform(IMAGENET, 4)(image), views[0])
+
+
 @pytest.mark.parametrize("crop_mode", CROP_MODES)
 def test_one_mean_makes_a_grey_input(crop_mode: str) -> None:
     grey = Preprocessing((16, 16), 0.9, "bilinear", (0.5,), (0.25,), crop_mode)
@@ -124,6 +138,7 @@ def test_transforms_can_be_sent_to_worker_processes() -> None:
     transform = evaluation_transform(IMAGENET)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))
     pickle.dumps(training_transform(IMAGENET))
+    pickle.dumps(ViewTransform(IMAGENET, 4))
 
 
 def test_through_json_and_back() -> None:

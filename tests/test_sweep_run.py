@@ -211,6 +211,7 @@ def test_given_statistics_are_used(config: SweepConfig, monkeypatch: pytest.Monk
         ({"refit_producers": "on"}, "refit_producers changes nothing without the refit, got on"),
         ({"refit_stream": "on"}, "refit_stream changes nothing without the refit, got on"),
         ({"refit_head": "off"}, "refit_head changes nothing without the refit, got off"),
+        ({"refit_views": 2}, "refit_views changes nothing without the refit, got 2"),
         ({"criteria": ("l1/none",), "stats_path": Path("x")}, "stats_path changes nothing"),
     ],
 )

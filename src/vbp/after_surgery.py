@@ -9,9 +9,10 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from vbp.calibration_images import calibration_share, draws_of, views_of
 from vbp.data import ImageLoader
 from vbp.errors import InputError
-from vbp.evidence import HELD_BACK_IMAGES, calibration_share, draws_of, held_back, hidden_samples
+from vbp.evidence import HELD_BACK_IMAGES, held_back, hidden_samples
 from vbp.head_refit import DenseAnswers, HeadRefit, check_images, last_linear, refit_head_
 from vbp.hidden_samples import check_mlps
 from vbp.job import Job
@@ -71,7 +72,7 @@ class AfterSurgery:
             self._answers = (
                 DenseAnswers(
                     dense, _Pixels(job, range(REFIT_IMAGES), "last layer"),
-                    precision=job.precision, processes=job.processes,
+                    views=views_of(job), precision=job.precision, processes=job.processes,
                 ) if head else None
             )  # fmt: skip
 
@@ -155,7 +156,7 @@ class _Pixels:
 
     def __init__(self, job: Job, places: range, name: str) -> None:
         self._job, self._name = job, name
-        self._loader: ImageLoader | None = calibration_share(job, places)
+        self._loader: ImageLoader | None = calibration_share(job, places, views_of(job))
         self.draws = draws_of(job, self._loader)
 
     def __iter__(self) -> Iterator[Tensor]:

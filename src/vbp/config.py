@@ -126,6 +126,9 @@ class RunConfig:
     refit_head: Wish = "auto"
     """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
     (auto), always (on) or never (off)."""
+    refit_views: int | Literal["auto"] = "auto"
+    """With refit: how many views of each image the refits after surgery read, one in so many as for evaluation, the
+    others random crops; auto is 4 on a GPU and 1 on a CPU."""
     round_to: int | Literal["auto"] = 1
     """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
     min_keep_ratio: float = 0.02
@@ -283,6 +286,8 @@ def _check_ranges(config: RunConfig) -> None:
     _ = config.budget
     TokenSample(config.covariance_tokens)
     check_ridge(config.ridge)
+    if config.refit_views != "auto" and config.refit_views < 1:
+        raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:
         raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
     for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
@@ -361,12 +366,17 @@ def _check_criterion(config: RunConfig) -> None:
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
             "--norm_per_layer out"
         )
-    for name in REFITS:
+    for name in (*REFITS, "refit_views"):
         if config.compensation != "refit" and (wish := getattr(config, name)) != "auto":
             raise InputError(
                 f"{name} changes nothing without the refit, got {wish} with compensation {config.compensation}; "
                 f"leave --{name} out, or choose the compensation refit"
             )
+    if config.refit_views != "auto" and all(getattr(config, name) == "off" for name in REFITS):
+        raise InputError(
+            f"refit_views changes nothing where nothing is refitted after surgery, got {config.refit_views} with "
+            f"{', '.join(REFITS)} off; leave --refit_views out"
+        )
     if "covariance" not in config.needs:
         for name in ("covariance_tokens", "ridge"):
             if getattr(config, name) != _default(name):

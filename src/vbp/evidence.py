@@ -8,13 +8,14 @@ from typing import Final
 
 from torch import Tensor, nn
 
+from vbp.calibration_images import calibration_share, draws_of, share_of, views_of
 from vbp.covariance import covariance_bytes
 from vbp.criteria import Need
 from vbp.data import ImageLoader, balanced_order, make_loader
 from vbp.divergence import HeldBack
 from vbp.gradients import GradientSum
 from vbp.hidden_samples import HiddenSamples
-from vbp.job import Job, reading
+from vbp.job import Job
 from vbp.measuring import bar
 from vbp.memory import out_of_memory
 from vbp.preprocessing import evaluation_transform
@@ -138,7 +139,7 @@ class EvidenceReader:
             return collect_statistics(job.model, job.sites, loader, device=job.device).means
 
     def _loader(self, part: range) -> ImageLoader | None:
-        return _share(self._job, [self._order[place] for place in part], self._job.config.val_batch_size)
+        return share_of(self._job, [self._order[place] for place in part], self._job.config.val_batch_size)
 
 
 def evidence_bytes(job: Job, needs: Collection[Need]) -> dict[Need, int]:
@@ -204,47 +205,15 @@ def hidden_samples(job: Job, dense: nn.Module, images: range) -> HiddenSamples:
     Raises:
         InputError: No image can be read, or there is no MLP whose hidden layer can be refitted.
     """
-    loader = calibration_share(job, images)
+    loader = calibration_share(job, images, views_of(job))
     seen: Iterable[tuple[Tensor, Tensor]] = () if loader is None else bar(job, loader, "hidden layers")
     with out_of_memory("calibration"):
-        return HiddenSamples(
+        samples = HiddenSamples(
             dense, job.sites, job.example, (pixels for pixels, _ in _in_pieces(seen, _sensed(job))),
             draws=draws_of(job, loader), precision=job.precision, processes=job.processes,
         )  # fmt: skip
-
-
-def draws_of(job: Job, share: ImageLoader | None) -> Draws:
-    """Give the random numbers of the images of this process's share: as if one process read them all."""
-    size, rank, world = 1 if share is None else share.batch_size, job.processes.rank, job.processes.world
-    # Batch b is that of process b mod world.
-    return Draws(job.config.seed, first=rank * size, step=world * size, block=size)
-
-
-def calibration_share(job: Job, images: range) -> ImageLoader | None:
-    """Load this process's share of some calibration images.
-
-    Args:
-        job: Whose images these are.
-        images: Their places in the order of `balanced_order`, for all processes; those beyond the last are left out.
-
-    Returns:
-        Small batches, so that every process has one; None if there are fewer images than processes.
-    """
-    places = list(balanced_order(job.calibration, job.config.seed)[images.start : images.stop])
-    return _share(job, places, min(job.config.val_batch_size, -(-len(places) // job.processes.world)))
-
-
-def _share(job: Job, places: list[int], batch_size: int) -> ImageLoader | None:
-    """Load this process's share of some calibration images; None if it has none."""
-    loader = make_loader(
-        job.calibration.select(places),
-        evaluation_transform(job.classifier.preprocessing),
-        batch_size=batch_size,
-        rank=job.processes.rank,
-        world=job.processes.world,
-        **reading(job.config),
-    )
-    return loader if len(loader) else None
+    _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
+    return samples
 
 
 def _sensed(job: Job) -> int:

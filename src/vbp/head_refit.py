@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ class DenseAnswers:
         model: nn.Module,
         batches: Iterable[Tensor],
         *,
+        views: int = 1,
         precision: Precision = _OFF,
         processes: Processes = _ALONE,
     ) -> None:
@@ -81,18 +83,19 @@ class DenseAnswers:
         Args:
             model: The dense model, on its device.
             batches: Calibration images, without labels, which can be gone through again; none is allowed where
-                another process has some.
+                another process has some. Batch b of all is that of process b mod world.
+            views: So many that follow each other are views of one image: left out together where fits are compared.
             precision: Of all forward passes.
             processes: Whose images count together; all of them make this object, and call `refit_head_`.
 
         Raises:
             InputError: There are too few images to fit anything, or the model has no last linear layer.
         """
-        self.batches, self.precision, self.processes = batches, precision, processes
+        self.batches, self.views, self.precision, self.processes = batches, views, precision, processes
         found = [_seen_by_head(model, batch, precision) for batch in batches]
         self.layer = _agreed([name for name, _, _ in found], processes)
         self.log_probabilities = _gathered([logits.log_softmax(-1) for _, _, logits in found], processes)
-        check_images(len(self.log_probabilities))
+        check_images(len(self.log_probabilities) // views)
 
 
 def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
@@ -121,10 +124,10 @@ def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
         )
     before = problem.divergence(None)
     strength = _STRENGTH_TIMES_IMAGES / len(features)
-    after = problem.cross_validated(strength)
+    after = problem.cross_validated(strength, dense.views)
     if not after < before:
         strength *= 10
-        after = problem.cross_validated(strength)
+        after = problem.cross_validated(strength, dense.views)
     if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
@@ -189,9 +192,9 @@ def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tupl
 
 
 def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "images width"]:
-    """Give the rows of all processes, on the CPU."""
-    mine = torch.cat([one.cpu() for one in rows]) if rows else None
-    return torch.cat([one for one in processes.gather(mine) if one is not None])
+    """Give the rows of all processes, on the CPU, in the order in which one process would have them."""
+    shares = processes.gather([one.cpu() for one in rows])
+    return torch.cat([one for batches in zip_longest(*shares) for one in batches if one is not None])
 
 
 def _agreed(names: Sequence[str], processes: Processes) -> str:

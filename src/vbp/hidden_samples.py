@@ -153,6 +153,15 @@ class HiddenSamples:
             raise InputError("the refit of the producers needs at least one image, got none on any process")
         self.samples = {name: merged(name, part, metrics.get(name), processes) for name, part in parts.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """Give what the samples take of the host's memory, in bytes."""
+        return sum(
+            part.nbytes
+            for one in self.samples.values()
+            for part in (one.inputs, one.outputs, one.weights, one.metric)
+        )
+
     def _seen(self, dense: nn.Module, pixels: Tensor, start: int) -> list[tuple[str, Tensor, Tensor, Tensor]]:
         """Give what the hidden layer of each site reads, what the consumer gives, and the slopes of the answer there.
 

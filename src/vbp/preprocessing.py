@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from jaxtyping import Float
 from PIL import Image
 from timm.data.transforms_factory import create_transform
@@ -165,6 +166,41 @@ def training_transform(
     steps += [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
     transform: Transform = _in_colour_or_grey(preprocessing, steps)
     return transform
+
+
+class ViewTransform:
+    """One of several views of an image: one of so many as for evaluation, the others random crops.
+
+    It draws from torch's default generator.
+    """
+
+    def __init__(
+        self,
+        preprocessing: Preprocessing,
+        views: int,
+        *,
+        hflip: bool = True,
+        scale: tuple[float, float] = (0.35, 1.0),
+    ) -> None:
+        """Prepare both.
+
+        Args:
+            preprocessing: As for evaluation.
+            views: One in so many is as for evaluation: all of them if 1.
+            hflip: Mirror every second crop.
+            scale: Least and greatest share of the image's area that a crop covers.
+
+        Raises:
+            InputError: `scale` is no range, or lies outside (0, 1].
+        """
+        self._whole = evaluation_transform(preprocessing)
+        self._crop = training_transform(preprocessing, hflip=hflip, scale=scale)
+        self._views = views
+
+    def __call__(self, image: Image.Image, /) -> Float[Tensor, "channels height width"]:
+        """Give one view."""
+        whole = self._views == 1 or int(torch.randint(self._views, ())) == 0
+        return (self._whole if whole else self._crop)(image)
 
 
 def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Any:

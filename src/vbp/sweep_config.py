@@ -51,6 +51,9 @@ class SweepConfig:
     refit_head: Wish = "auto"
     """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
     (auto), always (on) or never (off)."""
+    refit_views: int | Literal["auto"] = "auto"
+    """With refit: how many views of each image the refits after surgery read, one in so many as for evaluation, the
+    others random crops; auto is 4 on a GPU and 1 on a CPU."""
     ridge: float = RIDGE
     """How much the refit is held back, as a share of each kept channel's variance."""
 
@@ -153,7 +156,7 @@ def check_sweep(config: SweepConfig) -> None:
         value = getattr(config, name)
         if value != default and "covariance" not in needs:
             raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
-    for name in REFITS:
+    for name in (*REFITS, "refit_views"):
         wish = getattr(config, name)
         if wish != "auto" and not any(setting.compensation == "refit" for setting in config.settings):
             raise InputError(f"{name} changes nothing without the refit, got {wish}; leave --{name} out")

@@ -40,11 +40,13 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
 
     A module counts what runs inside its call, so one contains its children. Modules that cost nothing are left out.
     """
-    norms: dict[Any, Callable[..., int]] = {
+    counted: dict[Any, Callable[..., int]] = {
         torch.ops.aten.native_layer_norm: _layer_norm_flops,
         torch.ops.aten.native_group_norm: _group_norm_flops,
+        # Before 2.15 torch's counter knows attention on GPUs alone.
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
-    counter = FlopCounterMode(display=False, custom_mapping=norms)
+    counter = FlopCounterMode(display=False, custom_mapping=counted)
     # The counter wants to know where every input comes from; a bare parameter that a module is handed has no past.
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), torch.no_grad(), counter:
@@ -67,6 +69,11 @@ def _layer_norm_flops(
 
 def _group_norm_flops(shape: Sequence[int], weight: Sequence[int] | None, *_: Any, **__: Any) -> int:
     return 2 * math.prod(shape) * (4 if weight is None else 5)
+
+
+def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[int], *_: Any, **__: Any) -> int:
+    (*stack, tokens, width), others, outputs = query, key[-2], value[-1]
+    return 2 * math.prod(stack) * tokens * others * (width + outputs)
 
 
 @dataclass(frozen=True)

@@ -161,6 +161,10 @@ def test_models_without_one_last_layer_are_refused() -> None:
     model, pruned, images = pruned_pair(FAMILIES["timm-vit"])
     with pytest.raises(InputError, match="at least 4 images, got 3"):
         DenseAnswers(model, [images[:3]])
+    with pytest.raises(InputError, match="at least 4 images, got 2"):
+        DenseAnswers(model, [images[:11]], views=4)
+    with pytest.raises(InputError, match="views must be at least 1, got 0"):
+        DenseAnswers(model, [images], views=0)
     answers = DenseAnswers(model, [images])
     with torch.no_grad():
         pruned.head.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]

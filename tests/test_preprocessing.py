@@ -113,14 +113,14 @@ def test_hflip_mirrors_about_half_of_the_images_and_only_when_asked() -> None:
 def test_one_view_in_so_many_is_as_for_evaluation() -> None:
     image = random_image(40, 48)
     plain = evaluation_transform(IMAGENET)(image)
-    alone = ViewTransform(IMAGENET, 1)
+    alone = ViewTransform(IMAGENET, 1, scale=(0.35, 1.0))
     assert all(torch.equal(alone(image), plain) for _ in range(20))
     torch.manual_seed(0)
-    views = [ViewTransform(IMAGENET, 4)(image) for _ in range(200)]
+    views = [ViewTransform(IMAGENET, 4, scale=(0.35, 1.0))(image) for _ in range(200)]
     assert all(view.shape == plain.shape for view in views)
     assert 30 < sum(torch.equal(view, plain) for view in views) < 70
     torch.manual_seed(0)
-    assert torch.equal(ViewTransform(IMAGENET, 4)(image), views[0])
+    assert torch.equal(ViewTransform(IMAGENET, 4, scale=(0.35, 1.0))(image), views[0])
 
 
 @pytest.mark.parametrize("crop_mode", CROP_MODES)
@@ -138,7 +138,7 @@ def test_transforms_can_be_sent_to_worker_processes() -> None:
     transform = evaluation_transform(IMAGENET)
     assert torch.equal(pickle.loads(pickle.dumps(transform))(image), transform(image))
     pickle.dumps(training_transform(IMAGENET))
-    pickle.dumps(ViewTransform(IMAGENET, 4))
+    pickle.dumps(ViewTransform(IMAGENET, 4, scale=(0.35, 1.0)))
 
 
 def test_through_json_and_back() -> None:

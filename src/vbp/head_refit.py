@@ -89,8 +89,11 @@ class DenseAnswers:
             processes: Whose images count together; all of them make this object, and call `refit_head_`.
 
         Raises:
-            InputError: There are too few images to fit anything, or the model has no last linear layer.
+            InputError: There are too few images to fit anything, the model has no last linear layer, or `views` is no
+                positive number.
         """
+        if views < 1:
+            raise InputError(f"views must be at least 1, got {views}; 1 if no two images are views of one")
         self.batches, self.views, self.precision, self.processes = batches, views, precision, processes
         found = [_seen_by_head(model, batch, precision) for batch in batches]
         self.layer = _agreed([name for name, _, _ in found], processes)

@@ -180,7 +180,7 @@ class ViewTransform:
         views: int,
         *,
         hflip: bool = True,
-        scale: tuple[float, float] = (0.35, 1.0),
+        scale: tuple[float, float],
     ) -> None:
         """Prepare both.
 

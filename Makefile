@@ -19,12 +19,13 @@ install: .venv/installed
 demo: install
 	$(BIN)/vbp demo
 
+# A thread for each process: threads of several processes on the same cores wait for each other.
 test: install
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile  # a core for each of its processes
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadfile
 
 # Material announces at each build that it ends in May 2027. Its successor, Zensical, runs no hooks yet.
 docs: install

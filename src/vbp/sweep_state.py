@@ -22,8 +22,7 @@ _FORMAT: Final = "vbp-sweep/1"
 # What decides about a row besides its own setting; model and images are compared by their contents.
 _DECIDING: Final = (
     "round_to", "min_keep_ratio", "bottleneck", "seed", "limit_val", "val_batch_size", "matmul_precision", "latency",
-    "covariance_tokens", "ridge", "refit_producers", "refit_stream", "refit_head",
-    "refit_views",
+    "covariance_tokens", "ridge", "refit_producers", "refit_stream", "refit_head", "refit_views",
 )  # fmt: skip
 
 

@@ -5,7 +5,7 @@
 Prints what is left of each model's top-1 right after pruning, with the mean KL(dense || pruned) on the same
 validation images: by the paper's rule, by equal shares, and by the criterion auto as `vbp run` uses it by default
 on a CPU. Each validation image is judged at nine places, shifted by up to two of its 32 pixels, as the models were
-trained to see them: where all rules are within a few answers of the dense model, as it stands alone would tell little.
+trained to see them: where all rules are within a few answers of the dense model, one place would tell little.
 Says at the end where auto is below another rule, by how many answers, and where a rule collapses. Nothing is
 downloaded: the digits are scikit-learn's.
 """

@@ -198,9 +198,14 @@ def test_the_producers_take_part_in_the_refit(quick: RunConfig) -> None:
     assert mended.pruned.top1 > without.pruned.top1
 
 
-def test_refits_read_as_many_views_of_each_image_as_asked_for(quick: RunConfig) -> None:
+def test_refits_read_as_many_views_of_each_image_as_asked_for(
+    quick: RunConfig, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     whole = dataclasses.replace(quick, calib_samples=60, keep_ratio=0.3, compensation="refit", refit_stream="off")
-    one, three = (run(changed(whole, refit_views=views)) for views in (1, 3))
+    one, three = (run(changed(whole, refit_views=views)) for views in ("auto", 3))
+    said = [line for line in caplog.messages if "of each image" in line]
+    assert said == [f"the refits after surgery read {views} of each image" for views in ("1 view", "3 views")]
     for name, images in (("producers", 45), ("head", 60)):
         single, several = (getattr(found, name) for found in (one, three))
         assert (single["images"], several["images"]) == (images, 3 * images)

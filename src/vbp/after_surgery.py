@@ -64,7 +64,10 @@ class AfterSurgery:
             InputError: No image can be read.
         """
         self._job, self._dense = job, dense
-        producers, stream, head = (_wanted(job, dense, flag) for flag in _CHECKS)
+        wanted = producers, stream, head = [_wanted(job, dense, flag) for flag in _CHECKS]
+        if any(wanted):
+            views = views_of(job)
+            _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
         self._judge = held_back(job, dense, _judging(job)) if stream else None
         # The images that judge the stream must be new to the producers too.
         self._samples = hidden_samples(job, dense, _fitted(job)) if producers else None

@@ -352,8 +352,8 @@ def table(ablation: Ablation, options: Options) -> str:
         for ratio in options.ratios:
             if (row.key, ratio) not in cells:
                 start = time.perf_counter()
-                relative, divergence = ablation.dense.figures(row.build(ratio))
-                cells[row.key, ratio] = f"{relative:.3f} ({divergence:.3f})"
+                found = ablation.dense.judge(row.build(ratio))
+                cells[row.key, ratio] = f"{found.relative:.3f} ({found.divergence:.3f})"
                 took = time.perf_counter() - start
                 _tell(f"{row.group}: {row.name}, keep {ratio:g}: {cells[row.key, ratio]}, {took:.0f} s")
         lines.append(
@@ -365,10 +365,10 @@ def table(ablation: Ablation, options: Options) -> str:
 def main(options: Options) -> None:
     """Print the table."""
     ablation = Ablation(options)
-    dense = ablation.dense
+    judge = ablation.dense.judge
     setting = (
-        f"{options.model_name}, {ablation.seen.all.images} calibration and {len(dense.dense)} validation images, "
-        f"dense {100 * dense.accuracy:.2f} %; unless a row says otherwise all images, {options.covariance_tokens:g} "
+        f"{options.model_name}, {ablation.seen.all.images} calibration and {len(judge.labels)} validation images, "
+        f"dense {100 * judge.accuracy:.2f} %; unless a row says otherwise all images, {options.covariance_tokens:g} "
         f"of their tokens, ridge {RIDGE:g}. {platform.machine()}, {torch.get_num_threads()} thread(s), "
         f"Python {platform.python_version()}, torch {torch.__version__}, timm {timm.__version__}, "
         f"{datetime.now(UTC).date()}."

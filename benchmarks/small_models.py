@@ -13,7 +13,6 @@ downloaded: the digits are scikit-learn's.
 from __future__ import annotations
 
 import copy
-import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import timm
 import torch
 import torch.nn.functional as F
 import tyro
+from judging import Judge, Verdict
 from small_training import RECIPES, Images, load, trained
 from torch import Tensor, nn
 
@@ -39,7 +39,6 @@ from vbp.evidence import HELD_BACK_IMAGES
 _BATCH: Final = 32
 # Pixels by which validation images are shifted: training shifts by up to 2.4.
 _SHIFT: Final = 2
-_PLACES: Final = 9
 
 
 @dataclass(frozen=True)
@@ -62,13 +61,10 @@ def _batches(pixels: Tensor) -> tuple[Tensor, ...]:
     return torch.split(pixels, _BATCH)
 
 
-def shifted(images: Images) -> Images:
-    """Give each image at nine places; first all as they stand."""
-    height, width = images.pixels.shape[-2:]
+def bordered(images: Images) -> list[tuple[Tensor, Tensor]]:
+    """Give batches of images with a border to shift them over, and their labels."""
     padded = F.pad(images.pixels, (_SHIFT,) * 4, mode="replicate")
-    places = sorted(itertools.product((0, _SHIFT, 2 * _SHIFT), repeat=2), key=lambda place: place != (_SHIFT, _SHIFT))
-    pixels = torch.cat([padded[..., top : top + height, left : left + width] for top, left in places])
-    return Images(pixels, images.labels.repeat(len(places)))
+    return list(zip(_batches(padded), images.labels.split(_BATCH), strict=True))
 
 
 class Bench:
@@ -76,7 +72,7 @@ class Bench:
 
     def __init__(self, model: nn.Module, train: Images, val: Images, seed: int) -> None:
         """Collect what the rules need, over all training images."""
-        self.model, self.train, self.val = model, train, val
+        self.model, self.train = model, train
         self.batches = _batches(train.pixels)
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
@@ -84,8 +80,7 @@ class Bench:
             tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed), sensitivity=vbp.Draws(seed),
         )  # fmt: skip
         self.held_back = vbp.HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
-        self.dense = self._logits(model)
-        self.correct = int(self._correct(self.dense).sum())
+        self.judge = Judge(model, bordered(val), shift=_SHIFT)
 
     @cached_property
     def orders(self) -> Mapping[str, Elimination]:
@@ -141,40 +136,6 @@ class Bench:
             vbp.refit_head_(model, self.answers)
         return model
 
-    def _logits(self, model: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            return torch.cat([model(pixels) for pixels in _batches(self.val.pixels)])
-
-    def _correct(self, logits: Tensor) -> Tensor:
-        return (logits.argmax(1) == self.val.labels).view(_PLACES, -1)
-
-    def result(self, pruned: nn.Module) -> Result:
-        """Judge a pruned model on the validation images."""
-        logits = self._logits(pruned)
-        divergence = F.kl_div(
-            logits.log_softmax(1), self.dense.log_softmax(1), log_target=True, reduction="batchmean"
-        )
-        correct = self._correct(logits)
-        right = int(correct.sum())
-        return Result(right, int(correct[0].sum()), right / self.correct, float(divergence))
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a pruned model answers.
-
-    Attributes:
-        correct: Right answers, of all images at all places.
-        standing: Right answers of the images as they stand.
-        relative: Right answers over the dense model's.
-        divergence: Mean KL.
-    """
-
-    correct: int
-    standing: int
-    relative: float
-    divergence: float
-
 
 PAPER, EQUAL, AUTO = "paper", "equal shares", "`auto`"
 RULES: Final[Mapping[str, Callable[[Bench, float], nn.Module]]] = {
@@ -182,21 +143,37 @@ RULES: Final[Mapping[str, Callable[[Bench, float], nn.Module]]] = {
     EQUAL: Bench.equal_shares,
     AUTO: Bench.auto,
 }
-# (model, ratio) -> rule -> result
-Results = dict[tuple[str, float], dict[str, Result]]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """All rules on one model at one ratio."""
+
+    judge: Judge
+    verdicts: Mapping[str, Verdict]
+
+    def correct(self, rule: str) -> tuple[int, int]:
+        """Give a rule's right answers: of the images at all places, and as they stand."""
+        right = self.verdicts[rule].right
+        return int(right.sum()), int(right[:, 0].sum())
+
+
+# By model and ratio.
+Results = dict[tuple[str, float], Cell]
 
 
 def compared(name: str, train: Images, val: Images, options: Options) -> Results:
     """Train a model, prune it by all rules at all ratios, and say what came of it."""
     label = RECIPES[name].label
-    bench = Bench(trained(name, train, options.save, options.seed), train, shifted(val), options.seed)
-    print(f"{label}: dense top-1 {bench.correct / len(bench.val.labels):.2%}, {bench.correct} right", flush=True)
+    bench = Bench(trained(name, train, options.save, options.seed), train, val, options.seed)
+    print(f"{label}: dense top-1 {bench.judge.accuracy:.2%}, {int(bench.judge.right.sum())} right", flush=True)
     found: Results = {}
     for ratio in options.ratios:
         start = time.perf_counter()
-        found[label, ratio] = {rule: bench.result(make(bench, ratio)) for rule, make in RULES.items()}
-        right = ", ".join(f"{rule} {one.correct} ({one.standing})" for rule, one in found[label, ratio].items())
+        cell = Cell(bench.judge, {rule: bench.judge(make(bench, ratio)) for rule, make in RULES.items()})
+        right = ", ".join("{} {} ({})".format(rule, *cell.correct(rule)) for rule in RULES)
         print(f"{label} at {ratio}: {right} right; {time.perf_counter() - start:.0f} s", flush=True)
+        found[label, ratio] = cell
     return found
 
 
@@ -205,8 +182,8 @@ def table(found: Results, ratios: Iterable[float]) -> str:
     lines = [f"| model | rule | {' | '.join(map(str, ratios))} |", "|---|---|" + "---|" * len(tuple(ratios))]
     for label in dict.fromkeys(label for label, _ in found):
         for rule in RULES:
-            results = [found[label, ratio][rule] for ratio in ratios]
-            cells = " | ".join(f"{one.relative:.3f} ({one.divergence:.4f})" for one in results)
+            verdicts = [found[label, ratio].verdicts[rule] for ratio in ratios]
+            cells = " | ".join(f"{one.relative:.3f} ({one.divergence:.4f})" for one in verdicts)
             lines.append(f"| {label} | {rule} | {cells} |")
     return "\n".join(lines)
 
@@ -214,12 +191,14 @@ def table(found: Results, ratios: Iterable[float]) -> str:
 def deficits(found: Results, rule: str) -> str:
     """Say where auto has fewer right answers than a rule, by how many, and where its KL is higher."""
     right, standing, farther = [], [], []
-    for (label, ratio), results in found.items():
-        ours, theirs = results[AUTO], results[rule]
-        if ours.correct < theirs.correct:
-            right.append(f"{label} at {ratio} by {theirs.correct - ours.correct}")
-        if ours.standing < theirs.standing:
-            standing.append(f"{label} at {ratio} by {theirs.standing - ours.standing}")
+    for (label, ratio), cell in found.items():
+        ours, theirs = cell.verdicts[AUTO], cell.verdicts[rule]
+        more, more_standing = (b - a for a, b in zip(cell.correct(AUTO), cell.correct(rule), strict=True))
+        if more > 0:
+            share, error = cell.judge.difference(ours, theirs)
+            right.append(f"{label} at {ratio} by {more} ({share:+.5f} ± {error:.5f} of the dense top-1)")
+        if more_standing > 0:
+            standing.append(f"{label} at {ratio} by {more_standing}")
         if ours.divergence > theirs.divergence:
             farther.append(f"{label} at {ratio}")
     return (
@@ -232,10 +211,10 @@ def deficits(found: Results, rule: str) -> str:
 def collapses(found: Results) -> str:
     """Say which rule keeps less than half of the accuracy where equal shares keeps more than 0.8."""
     places = [
-        f"{rule} on {label} at {ratio}: {result.relative:.3f}"
-        for (label, ratio), results in found.items()
-        for rule, result in results.items()
-        if result.relative < 0.5 and results[EQUAL].relative > 0.8
+        f"{rule} on {label} at {ratio}: {verdict.relative:.3f}"
+        for (label, ratio), cell in found.items()
+        for rule, verdict in cell.verdicts.items()
+        if verdict.relative < 0.5 and cell.verdicts[EQUAL].relative > 0.8
     ]
     return f"collapses, below 0.5 where equal shares is above 0.8: {'; '.join(places) or 'none'}"
 
@@ -250,7 +229,7 @@ def main(options: Options) -> None:
     for name in options.models:
         found |= compared(name, train, val, options)
     print(
-        f"\n{len(train.labels)} calibration images, {len(val.labels)} validation images at {_PLACES} places each; "
+        f"\n{len(train.labels)} calibration images, {len(val.labels)} validation images at nine places each; "
         "share of the dense top-1 (KL)"
     )
     print(f"torch {torch.__version__}, timm {timm.__version__}, vbp {vbp.__version__}\n")

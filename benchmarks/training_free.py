@@ -3,26 +3,32 @@
     python benchmarks/training_free.py --data ../imagenet --checkpoint deit_tiny.safetensors
 
 Statistics are collected once, over all calibration images; every row is pruned from the dense model and evaluated on
-all validation images. Prints a Markdown table: top-1 relative to the dense model's, with the mean KL(dense || pruned)
-there, and what each step took.
+all validation images, with `--shift` on each at nine places, and on all images of other folders (`--judges`). Prints
+for each of these a Markdown table: top-1 relative to the dense model's, the share of the answers that are the dense
+model's class, and the mean KL(dense || pruned); and how far each rule is above the first one, paired by image. Where
+rules are a few images apart, only this tells whether that is more than scatter.
 """
 
 from __future__ import annotations
 
 import copy
+import platform
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
 
+import timm
 import torch
-import torch.nn.functional as F
 import tyro
+from judging import Judge, Verdict
 from torch import Tensor, nn
 
 import vbp
 from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.config import COVARIANCE_TOKENS
 from vbp.data.image_list import ImageList
 from vbp.divergence import HeldBack
 from vbp.head_refit import DenseAnswers, refit_head_
@@ -64,6 +70,10 @@ class Options(Setting):
     """Step of the channel counts."""
     stats_path: Path | None = None
     """Where statistics are kept for the next time."""
+    shift: int = 0
+    """Pixels by which each validation image is shifted to be judged at nine places; 0 judges it as it stands."""
+    judges: tuple[Path, ...] = ()
+    """Other folders, whose images, of train and val, are judged too."""
 
 
 class Dense:
@@ -74,34 +84,23 @@ class Dense:
         self.classifier = vbp.load_classifier(setting.model_name, checkpoint=setting.checkpoint)
         self.model = self.classifier.model.to(setting.device).eval()
         self.sites = vbp.find_sites(self.model, self.classifier.example_input().to(setting.device))
-        self.val = self.read(self.images("val"))
-        self.dense = self._logits(self.model)
-        self.accuracy = self._accuracy(self.dense)
+        self.judge = Judge(self.model, self.read(self.images("val")))
 
-    def images(self, split: Literal["train", "val"]) -> ImageList:
-        """List a split."""
-        return vbp.list_images(self.setting.data, split, self.classifier.num_classes)
+    def images(self, split: Literal["train", "val"], folder: Path | None = None) -> ImageList:
+        """List a split, by default of the data."""
+        return vbp.list_images(folder or self.setting.data, split, self.classifier.num_classes)
 
-    def read(self, images: ImageList) -> list[tuple[Tensor, Tensor]]:
-        """Decode images into memory."""
-        transform = vbp.evaluation_transform(self.classifier.preprocessing)
-        return list(vbp.make_loader(images, transform, batch_size=self.setting.batch_size, num_workers=0))
-
-    def figures(self, model: nn.Module) -> tuple[float, float]:
-        """Give the relative top-1 and the KL on the validation images."""
-        logits = self._logits(model)
-        answers, dense = logits.log_softmax(1), self.dense.log_softmax(1)
-        return self._accuracy(logits) / self.accuracy, float(
-            F.kl_div(answers, dense, log_target=True, reduction="batchmean")
+    def read(self, images: ImageList, border: int = 0) -> list[tuple[Tensor, Tensor]]:
+        """Decode images into memory, with a border of more pixels around the crop."""
+        whole = self.classifier.preprocessing
+        if border:
+            grown = tuple(edge + 2 * border for edge in whole.img_size)
+            # The crop grows as the input does, so that the images are resized as before.
+            whole = replace(whole, img_size=grown, crop_pct=whole.crop_pct * grown[0] / whole.img_size[0])
+        loader = vbp.make_loader(
+            images, vbp.evaluation_transform(whole), batch_size=self.setting.batch_size, num_workers=0
         )
-
-    def _logits(self, model: nn.Module) -> Tensor:
-        with torch.inference_mode():
-            return torch.cat([model(pixels.to(self.setting.device)).cpu() for pixels, _ in self.val])
-
-    def _accuracy(self, logits: Tensor) -> float:
-        labels = torch.cat([labels for _, labels in self.val])
-        return float((logits.argmax(1) == labels).double().mean())
+        return list(loader)
 
 
 class Bench(Dense):
@@ -110,30 +109,42 @@ class Bench(Dense):
     def __init__(self, options: Options) -> None:
         super().__init__(options)
         self.options = options
+        self.judges = self._judges()
         images = vbp.balanced_subset(self.images("train"), options.calibration, 0)
         train = [pixels for pixels, _ in self.read(images)]
         self.statistics = self._statistics(train)
         start = time.perf_counter()
         self.orders = sensitivity_eliminations(self.model, self.sites, self.statistics)
         print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
-        # A part of every class's share: every so-manieth image.
-        everyone = torch.cat(train)
         self.train = train
         self.answers: DenseAnswers | None = None
         self.samples: vbp.HiddenSamples | None = None
         self.found: dict[float, AutoPlan] = {}
-        step = max(1, len(everyone) // options.held_back)
-        chosen = torch.arange(len(everyone)) % step == 0
-        chosen[step * options.held_back :] = False
-        self.held_back = HeldBack(self.model, everyone[chosen].split(options.batch_size))
-        self.others = everyone[~chosen].split(options.batch_size)
+        # The first ones judge, as in `vbp sweep`: the order is balanced over the classes.
+        everyone = torch.cat(train)
+        self.held_back = HeldBack(self.model, everyone[: options.held_back].split(options.batch_size))
+        self.others = everyone[options.held_back :].split(options.batch_size)
+
+    def _judges(self) -> dict[str, Judge]:
+        """Give all that judge, by what their images are called."""
+        shift, own = self.options.shift, self.judge
+        if shift:
+            own = Judge(self.model, self.read(self.images("val"), shift), shift=shift)
+        found = {"validation images" + (" at nine places" if shift else ""): own}
+        for folder in self.options.judges:
+            batches = [batch for split in ("train", "val") for batch in self.read(self.images(split, folder))]
+            found[f"images of {folder.name}"] = Judge(self.model, batches)
+        return found
 
     def _statistics(self, train: list[Tensor]) -> vbp.Statistics:
         path = self.options.stats_path
         if path is not None and path.exists():
             return vbp.Statistics.load(path)
         start = time.perf_counter()
-        found = vbp.collect_statistics(self.model, self.sites, train, covariance=True, sensitivity=Draws())
+        found = vbp.collect_statistics(
+            self.model, self.sites, train,
+            covariance=True, tokens=vbp.TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
+        )  # fmt: skip
         print(f"statistics, covariance and sensitivity: {time.perf_counter() - start:.1f} s", flush=True)
         if path is not None:
             found.save(path)
@@ -231,18 +242,40 @@ def main(options: Options) -> None:
         "auto, stream": bench.auto_stream,
         "auto, stream, head": lambda ratio: bench.with_head(bench.auto_stream(ratio), ratio),
     }
-    rows = []
+    verdicts: dict[tuple[str, float], dict[str, Verdict]] = {}
     for name in options.rules:
-        cells = []
         for ratio in options.ratios:
-            relative, divergence = bench.figures(rules[name](ratio))
-            cells.append(f"{relative:.3f} ({divergence:.3f})")
-            print(f"{name} at {ratio}: {cells[-1]}", flush=True)
-        rows.append(f"| {name} | {' | '.join(cells)} |")
-    print(f"dense top-1 {100 * bench.accuracy:.2f} % of {len(bench.dense)} images; torch {torch.__version__}")
-    print(f"| rule | {' | '.join(f'keep {ratio}' for ratio in options.ratios)} |")
-    print("|---|" + "---|" * len(options.ratios))
-    print("\n".join(rows))
+            model = rules[name](ratio)
+            verdicts[name, ratio] = {images: judge(model) for images, judge in bench.judges.items()}
+            for images, one in verdicts[name, ratio].items():
+                print(f"{name} at {ratio}, {images}: {_cell(one)}", flush=True)
+    print(
+        f"{options.model_name}, {platform.machine()}, {torch.get_num_threads()} thread(s), "
+        f"torch {torch.__version__}, timm {timm.__version__}, {datetime.now(UTC).date()}"
+    )
+    for name, judge in bench.judges.items():
+        print(f"\n{len(judge.labels)} {name}, dense top-1 {100 * judge.accuracy:.2f} %")
+        of_judge = {key: found[name] for key, found in verdicts.items()}
+        print(_table(options, {key: _cell(one) for key, one in of_judge.items()}))
+        print(f"\nAbove {options.rules[0]}, in relative top-1, with the standard error")
+        first = {ratio: of_judge[options.rules[0], ratio] for ratio in options.ratios}
+        print(_table(options, {key: _above(judge, one, first[key[1]]) for key, one in of_judge.items()}))
+
+
+def _cell(one: Verdict) -> str:
+    return f"{one.relative:.3f}, {one.agreement:.3f} ({one.divergence:.3f})"
+
+
+def _above(judge: Judge, ours: Verdict, theirs: Verdict) -> str:
+    share, error = judge.difference(ours, theirs)
+    return f"{share:+.4f} ± {error:.4f}"
+
+
+def _table(options: Options, cells: dict[tuple[str, float], str]) -> str:
+    lines = [f"| rule | {' | '.join(f'keep {ratio}' for ratio in options.ratios)} |"]
+    lines.append("|---|" + "---|" * len(options.ratios))
+    lines += [f"| {rule} | {' | '.join(cells[rule, ratio] for ratio in options.ratios)} |" for rule in options.rules]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

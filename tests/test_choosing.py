@@ -211,6 +211,18 @@ def test_refits_read_as_many_views_of_each_image_as_asked_for(
         assert (single["images"], several["images"]) == (images, 3 * images)
 
 
+def test_refits_bear_the_precision_of_a_gpu(quick: RunConfig) -> None:
+    whole = dataclasses.replace(quick, calib_samples=300, limit_val=0, amp="bf16")
+    found = run(auto(whole, keep_ratio=0.2, refit_views=2))
+    assert found.producers is not None
+    assert found.stream is not None
+    assert found.head is not None
+    assert all(after <= before for before, after in found.producers["errors"].values())
+    for one in (found.stream, found.head):
+        assert one["after"] <= one["before"] < 0.05
+    assert found.pruned.top1 > 95
+
+
 def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) -> None:
     whole = dataclasses.replace(quick, calib_samples=300, keep_ratio=0.2, compensation="refit", refit_head="off")
     whole = dataclasses.replace(whole, refit_producers="off")

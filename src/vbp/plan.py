@@ -110,19 +110,19 @@ class PruningPlan:
             )
         return plan
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write JSON that `load` reads, whole or not at all."""
-        write_json(path, self.to_dict())
+        write_json(Path(path), self.to_dict())
 
     @staticmethod
-    def load(path: Path) -> PruningPlan:
+    def load(path: Path | str) -> PruningPlan:
         """Read a file that `save` wrote.
 
         Raises:
             InputError: The file is missing, damaged or something else.
         """
         try:
-            return PruningPlan.from_dict(json.loads(path.read_text()))
+            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
 

@@ -150,7 +150,7 @@ class Statistics:
                     "--stats_path out to collect it, or choose another criterion"
                 )
 
-    def save(self, path: Path) -> None:
+    def save(self, path: Path | str) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
         tensors = {}
         for name, moments in self.moments.items():
@@ -172,15 +172,16 @@ class Statistics:
             "token_fraction": self.token_fraction,
             "sensitivity_images": {name: seen.images for name, seen in self.sensitivities.items()},
         }
-        write_bytes(path, save(tensors, metadata={"format": _FORMAT, "header": json.dumps(header)}))
+        write_bytes(Path(path), save(tensors, metadata={"format": _FORMAT, "header": json.dumps(header)}))
 
     @staticmethod
-    def load(path: Path) -> Statistics:
+    def load(path: Path | str) -> Statistics:
         """Read a file that `save` wrote.
 
         Raises:
             InputError: The file is missing, damaged or something else.
         """
+        path = Path(path)
         if not path.is_file():
             raise InputError(f"statistics file must exist, got {path}; leave it out to collect statistics")
         try:

@@ -31,8 +31,8 @@ def load_classifier(
     model_name: str,
     *,
     model_type: ModelType = "auto",
-    checkpoint: Path | None = None,
-    convnext_checkpoint: Path | None = None,
+    checkpoint: Path | str | None = None,
+    convnext_checkpoint: Path | str | None = None,
     allow_random_init: bool = False,
     model_kwargs: Mapping[str, Any] | None = None,
     img_size: int | None = None,
@@ -62,7 +62,8 @@ def load_classifier(
         InputError: anything given does not exist, does not fit, or cannot be fetched.
     """
     kind = _check_model(model_name, model_type)
-    file = _weight_file(model_name, kind, checkpoint, convnext_checkpoint)
+    files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
+    file = _weight_file(model_name, kind, *files)
     values = (_checked_size(img_size), crop_pct, interpolation, mean, std)
     overrides = dict(zip(("img_size", "crop_pct", "interpolation", "mean", "std"), values, strict=True))
     check = partial(_check_family, model_name, model_type)

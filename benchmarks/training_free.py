@@ -18,7 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import timm
 import torch
@@ -33,6 +33,11 @@ from vbp.data.image_list import ImageList
 from vbp.divergence import HeldBack
 from vbp.head_refit import DenseAnswers, refit_head_
 from vbp.sensing import Draws
+
+Rule = Literal[
+    "paper", "variance", "output variance", "elimination", "equal shares",
+    "auto", "auto, head", "auto, producers", "auto, stream", "auto, stream, head",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,7 @@ class Options(Setting):
 
     ratios: tuple[float, ...] = (0.65, 0.5, 0.4)
     """Shares of the hidden channels to keep."""
-    rules: tuple[str, ...] = (
-        "paper", "variance", "output variance", "elimination", "equal shares",
-        "auto", "auto, head", "auto, producers", "auto, stream", "auto, stream, head",
-    )  # fmt: skip
+    rules: tuple[Rule, ...] = get_args(Rule)
     """What to compare."""
     round_to: int = 1
     """Step of the channel counts."""
@@ -228,7 +230,7 @@ class Bench(Dense):
 def main(options: Options) -> None:
     """Print the table."""
     bench = Bench(options)
-    rules: dict[str, Callable[[float], nn.Module]] = {
+    rules: dict[Rule, Callable[[float], nn.Module]] = {
         "paper": bench.paper,
         "variance": lambda ratio: bench.refitted(vbp.variance_scores(bench.statistics), ratio),
         "output variance": lambda ratio: bench.refitted(

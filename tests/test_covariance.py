@@ -64,7 +64,7 @@ def test_pieces_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_blocks_of_channels_the_last_of_them_narrower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_BLOCK", 3)
+    monkeypatch.setattr(module, "_LEAST_BLOCK", 3)
     values = correlated(93, 8, 5, 1)
     assert_matches(running(values, [50, 43]), values, 1e-13)
 

@@ -14,9 +14,9 @@ from vbp.errors import InputError
 # Values handled at a time: bounds the copy that is centred, and the length of a sum in the values' own precision.
 _CPU_CHUNK = 2**22
 _GPU_CHUNK = 2**25
-# Columns multiplied at a time: a product of a matrix with itself is needed on one side of its diagonal alone, and
-# smaller blocks waste less on the other side.
-_BLOCK = 256
+# Columns multiplied at a time, of at most so many blocks: a product of a matrix with itself is needed on one side of
+# its diagonal alone. Smaller blocks waste less on the other side; many small ones lose that again.
+_LEAST_BLOCK, _MOST_BLOCKS = 128, 12
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,9 @@ class CovarianceSum:
             step = mean - self.mean
         centred[seen] = step * (self.count * seen / (self.count + seen)) ** 0.5
         with torch.autocast(piece.device.type, enabled=False):
-            for start in range(0, centred.shape[1], _BLOCK):
-                stop = start + _BLOCK
+            block = max(_LEAST_BLOCK, -(-len(mean) // _MOST_BLOCKS))
+            for start in range(0, len(mean), block):
+                stop = start + block
                 self.m2[start:stop, start:] += centred[:, start:stop].T @ centred[:, start:]
         self.mean += step * (seen / (self.count + seen))
         self.count += seen

@@ -10,7 +10,7 @@ from torch import Tensor
 
 # Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
-_CPU_CHUNK = 2**20
+_CPU_CHUNK = 2**18
 _GPU_CHUNK = 2**25
 
 

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -86,7 +87,12 @@ class Dense:
         self.classifier = vbp.load_classifier(setting.model_name, checkpoint=setting.checkpoint)
         self.model = self.classifier.model.to(setting.device).eval()
         self.sites = vbp.find_sites(self.model, self.classifier.example_input().to(setting.device))
-        self.judge = Judge(self.model, self.read(self.images("val")))
+        self.val = self.images("val")
+
+    @cached_property
+    def judge(self) -> Judge:
+        """Give what judges by the validation images as they stand."""
+        return Judge(self.model, self.read(self.val))
 
     def images(self, split: Literal["train", "val"], folder: Path | None = None) -> ImageList:
         """List a split, by default of the data."""
@@ -129,10 +135,11 @@ class Bench(Dense):
 
     def _judges(self) -> dict[str, Judge]:
         """Give all that judge, by what their images are called."""
-        shift, own = self.options.shift, self.judge
-        if shift:
-            own = Judge(self.model, self.read(self.images("val"), shift), shift=shift)
-        found = {"validation images" + (" at nine places" if shift else ""): own}
+        if shift := self.options.shift:
+            own = Judge(self.model, self.read(self.val, shift), shift=shift)
+            found = {"validation images at nine places": own}
+        else:
+            found = {"validation images": self.judge}
         for folder in self.options.judges:
             batches = [batch for split in ("train", "val") for batch in self.read(self.images(split, folder))]
             found[f"images of {folder.name}"] = Judge(self.model, batches)

@@ -28,19 +28,19 @@ from torch import Tensor, nn
 from training_free import Dense, Setting
 
 import vbp
-from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
-from vbp.config import COVARIANCE_TOKENS
-from vbp.criteria import Evidence, criterion_scores
-from vbp.data.subset import balanced_order
-from vbp.divergence import HeldBack
-from vbp.elimination import Elimination, strictly_rising
-from vbp.gradients import GradientSum
-from vbp.head_refit import DenseAnswers, refit_head_
-from vbp.observers import Observer
-from vbp.refit import RIDGE
-from vbp.sampling import TokenSample, TokenSampler
-from vbp.sensing import Draws
-from vbp.statistics import Statistics
+from vbp.data.images import balanced_order
+from vbp.method.elimination import Elimination, strictly_rising
+from vbp.method.ridge import RIDGE
+from vbp.method.sampling import Draws, TokenSample, TokenSampler
+from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.pruning.criteria import criterion_scores
+from vbp.pruning.divergence import HeldBack
+from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.statistics.collect import Observer
+from vbp.statistics.evidence import Evidence
+from vbp.statistics.gradients import GradientSum
+from vbp.statistics.statistics import Statistics
 
 Scores = dict[str, Tensor]
 _BASELINES = ("random", "l2", "taylor", "variance", "output_variance", "elimination")
@@ -167,7 +167,7 @@ class Ablation:
         )  # fmt: skip
 
     def rows(self) -> list[Row]:
-        """Give all rows of the groups asked for."""
+        """Return all rows of the groups asked for."""
         everyone = [
             *self._statistics(), *self._compensations(), *self._criteria(), *self._budgets(), *self._images(),
             *self._tokens(), *self._ridges(),
@@ -304,7 +304,7 @@ class Ablation:
         return vbp.HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
 
     def _others(self) -> tuple[Tensor, ...]:
-        """Give the images that do not judge."""
+        """Return the images that do not judge."""
         return self.seen.pixels[self.held_back(self.seen.all.images).images :].split(self.options.batch_size)
 
     def _auto_with(

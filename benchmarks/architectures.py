@@ -17,11 +17,11 @@ import tyro
 from torch import Tensor, nn
 
 from vbp import InputError, collect_statistics, make_plan, plan_cost, variance_scores
-from vbp.artifacts import installed_versions
-from vbp.surgery import check_prunable
+from vbp.deploy.artifact import installed_versions
+from vbp.pruning.surgery import check_prunable
 
 _ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(_ROOT / "tests"))
+sys.path.insert(0, str(_ROOT / "tests" / "support"))
 
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
 
@@ -29,7 +29,7 @@ KEEP_RATIO = 0.6
 HEAD = ("Family", "Library", "Model", "MLP sites", "Mean shift", "Attention (`--bottleneck`)", "MACs (M) at keep 0.6")
 INTRODUCTION = f"""# Architectures
 
-Each family below is built small (few blocks, narrow, random weights) and checked by `tests/test_architectures.py`:
+Each family below is built small (few blocks, random weights), checked by `tests/project/test_architectures.py`:
 
 - all its sites are found, and pruned globally at keep ratio {KEEP_RATIO}, and to a tenth in every site;
 - the logits of the pruned model equal those of the dense one whose removed channels are held at their means (float64,
@@ -103,7 +103,9 @@ def _attentions(entry: Architecture, model: nn.Module, images: Tensor) -> int | 
 
 def _expect(entry: Architecture, what: str, found: object, wanted: object) -> None:
     if found != wanted:
-        raise RuntimeError(f"{what} of {entry.label} must be {wanted}, got {found}; correct tests/architectures.py")
+        raise RuntimeError(
+            f"{what} of {entry.label} must be {wanted}, got {found}; correct tests/support/architectures.py"
+        )
 
 
 def main(options: Options) -> None:

@@ -22,9 +22,8 @@ import tyro
 from torch import Tensor, nn
 
 from vbp import Site, collect_statistics, find_sites
-from vbp.config import COVARIANCE_TOKENS
-from vbp.sampling import TokenSample
-from vbp.sensing import Draws
+from vbp.method.sampling import Draws, TokenSample
+from vbp.recipes.config import COVARIANCE_TOKENS
 
 _FORWARD = "forward"
 
@@ -59,7 +58,7 @@ def bare_forward(model: nn.Module, batches: list[Tensor]) -> None:
 def passes_of(
     options: Options, model: nn.Module, sites: tuple[Site, ...], batches: list[Tensor]
 ) -> dict[str, Callable[[], object]]:
-    """Give what is timed, by name."""
+    """Return what is timed, by name."""
 
     def collecting(share: float, draws: Draws | None = None) -> Callable[[], object]:
         tokens = TokenSample(share)
@@ -79,7 +78,7 @@ def passes_of(
 
 
 def timed(passes: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Give the milliseconds of each pass in each round, after two rounds that do not count."""
+    """Return the milliseconds of each pass in each round, after two rounds that do not count."""
     times: dict[str, list[float]] = {name: [] for name in passes}
     names = list(passes)
     for turn in range(rounds + 2):

@@ -22,9 +22,9 @@ import tyro
 from torch import Tensor
 
 import vbp
-from vbp.covariance import ChannelCovariance, covariance_bytes
-from vbp.moments import ChannelMoments
-from vbp.statistics import Statistics
+from vbp.method.covariance import ChannelCovariance, covariance_bytes
+from vbp.method.moments import ChannelMoments
+from vbp.statistics.statistics import Statistics
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Options:
 
 
 def random_covariance(hidden: int, samples: int, generator: torch.Generator) -> ChannelCovariance:
-    """Give a covariance of full rank, its k-th eigenvalue about 1/k, seen through channels of different scale."""
+    """Return a covariance of full rank, its k-th eigenvalue about 1/k, seen through channels of different scale."""
     axes = torch.randn(hidden, hidden, generator=generator, dtype=torch.float64)
     axes *= torch.arange(1, hidden + 1, dtype=torch.float64).rsqrt()
     axes *= torch.randn(hidden, 1, generator=generator, dtype=torch.float64).exp()
@@ -51,7 +51,7 @@ def random_covariance(hidden: int, samples: int, generator: torch.Generator) -> 
 
 
 def random_statistics(sites: tuple[vbp.Site, ...], samples: int) -> Statistics:
-    """Give statistics of all sites."""
+    """Return statistics of all sites."""
     generator = torch.Generator().manual_seed(0)
     found = {site.name: random_covariance(site.hidden, samples, generator) for site in sites}
     moments = {name: ChannelMoments(samples, one.mean, one.m2.diagonal().clone()) for name, one in found.items()}
@@ -66,7 +66,7 @@ class Clock:
         self._wall, self._cpu = time.perf_counter(), time.process_time()
 
     def read(self) -> dict[str, float]:
-        """Give both since the last reading, once the device has done its work."""
+        """Return both since the last reading, once the device has done its work."""
         if self._device.type == "cuda":
             torch.cuda.synchronize()
         wall, cpu = time.perf_counter(), time.process_time()

@@ -30,7 +30,7 @@ class Verdict:
 
 
 def places(pixels: Tensor, shift: int) -> Iterator[Tensor]:
-    """Give images without their borders of `shift` pixels, and eight shifts by as much; the middle first.
+    """Return images without their borders of `shift` pixels, and eight shifts by as much; the middle first.
 
     Args:
         pixels: Images with borders.
@@ -72,7 +72,7 @@ class Judge:
         )
 
     def difference(self, ours: Verdict, theirs: Verdict) -> tuple[float, float]:
-        """Give how far our relative top-1 is above theirs, and the standard error of that, paired by image.
+        """Return how far our relative top-1 is above theirs, and the standard error of that, paired by image.
 
         The places of one image are not independent, so the images are what is counted.
         """

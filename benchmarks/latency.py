@@ -19,8 +19,8 @@ import tyro
 from torch import Tensor, nn
 
 import vbp
-from vbp.latency import LatencyRow, compare_latency
-from vbp.latency_runs import Backend, LatencySettings, Precision
+from vbp.deploy.latency import LatencyRow, compare_latency
+from vbp.deploy.latency_backends import Backend, LatencySettings, Precision
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Options:
 
 
 def pruned_copy(model: nn.Module, example: Tensor, keep_ratio: float, round_to: int) -> tuple[nn.Module, list[int]]:
-    """Give the model with as many channels left as asked, and the widths that it then has."""
+    """Return the model with as many channels left as asked, and the widths that it then has."""
     sites = vbp.find_sites(model, example)
     generator = torch.Generator().manual_seed(0)
     scores = {site.name: torch.rand(site.hidden, generator=generator, dtype=torch.float64) for site in sites}
@@ -67,7 +67,7 @@ def pruned_copy(model: nn.Module, example: Tensor, keep_ratio: float, round_to: 
 
 
 def line(keep: float, multiple: int, widths: list[int], threads: int | None, row: LatencyRow) -> str:
-    """Give a row of the table."""
+    """Return a row of the table."""
     width = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
     cpu = "" if row.cpu_speedup is None else f"{row.cpu_speedup.median / row.ideal:.3f}"
     return (

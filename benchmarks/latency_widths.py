@@ -16,7 +16,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from vbp.timing import time_in_turns
+from vbp.cost.timing import time_in_turns
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Options:
 
 
 def forward(layers: nn.Module, inputs: Tensor) -> Callable[[], object]:
-    """Give one pass."""
+    """Return one pass."""
     return lambda: layers(inputs)
 
 

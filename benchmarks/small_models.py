@@ -29,11 +29,11 @@ from small_training import RECIPES, Images, load, trained
 from torch import Tensor, nn
 
 import vbp
-from vbp import digits
-from vbp.auto import sensitivity_eliminations
-from vbp.config import COVARIANCE_TOKENS
-from vbp.elimination import Elimination
-from vbp.evidence import HELD_BACK_IMAGES
+from vbp.data import digits
+from vbp.method.elimination import Elimination
+from vbp.pruning.auto import sensitivity_eliminations
+from vbp.pruning.divergence import HELD_BACK_IMAGES
+from vbp.recipes.config import COVARIANCE_TOKENS
 
 # The first batch gives the pivots of the sensitivity: `vbp run` takes 32 images too.
 _BATCH: Final = 32
@@ -62,7 +62,7 @@ def _batches(pixels: Tensor) -> tuple[Tensor, ...]:
 
 
 def bordered(images: Images) -> list[tuple[Tensor, Tensor]]:
-    """Give batches of images with a border to shift them over, and their labels."""
+    """Return batches of images with a border to shift them over, and their labels."""
     padded = F.pad(images.pixels, (_SHIFT,) * 4, mode="replicate")
     return list(zip(_batches(padded), images.labels.split(_BATCH), strict=True))
 
@@ -84,24 +84,24 @@ class Bench:
 
     @cached_property
     def orders(self) -> Mapping[str, Elimination]:
-        """Give the order of auto in each site, which is the same at all ratios."""
+        """Return the order of auto in each site, which is the same at all ratios."""
         return sensitivity_eliminations(self.model, self.sites, self.statistics)
 
     @cached_property
     def plain_scores(self) -> Mapping[str, Tensor]:
-        """Give the scores of elimination in the plain covariance."""
+        """Return the scores of elimination in the plain covariance."""
         found = vbp.eliminations(self.model, self.sites, self.statistics)
         return {name: one.scores for name, one in found.items()}
 
     @cached_property
     def samples(self) -> vbp.HiddenSamples:
-        """Give what the producers are refitted to."""
+        """Return what the producers are refitted to."""
         rest = self.train.pixels[HELD_BACK_IMAGES:]
         return vbp.HiddenSamples(self.model, self.sites, rest[:1], _batches(rest))
 
     @cached_property
     def answers(self) -> vbp.DenseAnswers | None:
-        """Give what the last layer is refitted to; None if the model ends in no linear layer."""
+        """Return what the last layer is refitted to; None if the model ends in no linear layer."""
         try:
             return vbp.DenseAnswers(self.model, self.batches)
         except vbp.InputError as error:
@@ -153,7 +153,7 @@ class Cell:
     verdicts: Mapping[str, Verdict]
 
     def correct(self, rule: str) -> tuple[int, int]:
-        """Give a rule's right answers: of the images at all places, and as they stand."""
+        """Return a rule's right answers: of the images at all places, and as they stand."""
         right = self.verdicts[rule].right
         return int(right.sum()), int(right[:, 0].sum())
 
@@ -178,7 +178,7 @@ def compared(name: str, train: Images, val: Images, options: Options) -> Results
 
 
 def table(found: Results, ratios: Iterable[float]) -> str:
-    """Give a Markdown table with one line for each model and rule."""
+    """Return a Markdown table with one line for each model and rule."""
     lines = [f"| model | rule | {' | '.join(map(str, ratios))} |", "|---|---|" + "---|" * len(tuple(ratios))]
     for label in dict.fromkeys(label for label, _ in found):
         for rule in RULES:
@@ -209,7 +209,7 @@ def deficits(found: Results, rule: str) -> str:
 
 
 def collapses(found: Results) -> str:
-    """Say which rule keeps less than half of the accuracy where equal shares keeps more than 0.8."""
+    """Return which rule keeps less than half of the accuracy where equal shares keeps more than 0.8."""
     places = [
         f"{rule} on {label} at {ratio}: {verdict.relative:.3f}"
         for (label, ratio), cell in found.items()

@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 import vbp
-from vbp import digits
-from vbp.data import Split, balanced_order
-from vbp.files import write_bytes
-from vbp.fingerprints import json_fingerprint
+from vbp.data import digits
+from vbp.data.images import Split, balanced_order
+from vbp.runtime.files import write_bytes
+from vbp.runtime.fingerprints import json_fingerprint
 
 _CLASSES: Final = 10
 _BATCH: Final = 64

@@ -27,8 +27,8 @@ import tyro
 from torch import Tensor, nn
 
 from vbp import Trainer, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
-from vbp.distributed import Processes, process_group
-from vbp.precision import Precision, move_, set_matmul_precision
+from vbp.runtime.precision import Precision, move_, set_matmul_precision
+from vbp.runtime.processes import Processes, process_group
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Images:
         self.start = start
 
     def global_size(self, batch: int) -> int:
-        """Give the images of a batch over all processes."""
+        """Return the images of a batch over all processes."""
         return len(self.batches[batch][1]) * self.world
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -84,7 +84,7 @@ def plain_forward(model: nn.Module, images: Images, device: torch.device) -> Non
 
 
 def plain_finetuning(student: nn.Module, teacher: nn.Module | None, device: torch.device) -> Callable[[Images], None]:
-    """Give an epoch of distillation in float32, as one would write it down first."""
+    """Return an epoch of distillation in float32, as one would write it down first."""
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5, weight_decay=0.01)
 
     def epoch(images: Images) -> None:
@@ -110,7 +110,7 @@ def plain_finetuning(student: nn.Module, teacher: nn.Module | None, device: torc
 def variants(
     options: Options, images: Images, processes: Processes, device: torch.device
 ) -> dict[str, tuple[str, Callable[[], Any]]]:
-    """Give name -> (stage, one pass)."""
+    """Return name -> (stage, one pass)."""
     dense = timm.create_model(options.model_name).eval()
     plain_dense = deepcopy(dense).to(device)
     dense = move_(dense, device)

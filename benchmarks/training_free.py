@@ -28,12 +28,12 @@ from judging import Judge, Verdict
 from torch import Tensor, nn
 
 import vbp
-from vbp.auto import AutoPlan, auto_plan, sensitivity_eliminations
-from vbp.config import COVARIANCE_TOKENS
-from vbp.data.image_list import ImageList
-from vbp.divergence import HeldBack
-from vbp.head_refit import DenseAnswers, refit_head_
-from vbp.sensing import Draws
+from vbp.data.folder import ImageList
+from vbp.method.sampling import Draws
+from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.pruning.divergence import HeldBack
+from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.refit.head import DenseAnswers, refit_head_
 
 Rule = Literal[
     "paper", "variance", "output variance", "elimination", "equal shares",
@@ -91,7 +91,7 @@ class Dense:
 
     @cached_property
     def judge(self) -> Judge:
-        """Give what judges by the validation images as they stand."""
+        """Return what judges by the validation images as they stand."""
         return Judge(self.model, self.read(self.val))
 
     def images(self, split: Literal["train", "val"], folder: Path | None = None) -> ImageList:
@@ -134,7 +134,7 @@ class Bench(Dense):
         self.others = everyone[options.held_back :].split(options.batch_size)
 
     def _judges(self) -> dict[str, Judge]:
-        """Give all that judge, by what their images are called."""
+        """Return all that judge, by what their images are called."""
         if shift := self.options.shift:
             own = Judge(self.model, self.read(self.val, shift), shift=shift)
             found = {"validation images at nine places": own}

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 import vbp
-from vbp.demo import load_demo
+from vbp.recipes.demo import load_demo
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Options:
 
 
 def calibration_images(options: Options, classifier: vbp.Classifier) -> Iterable[Any]:
-    """Give batches of images, prepared as the model wants them."""
+    """Return batches of images, prepared as the model wants them."""
     if options.data_path is None:
         channels, size = len(classifier.preprocessing.mean), classifier.preprocessing.img_size
         generator = torch.Generator().manual_seed(0)

@@ -60,13 +60,13 @@ class DigitNetwork(nn.Module):
         self.head = nn.Linear(width, 10)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Give the logits of the ten digits."""
+        """Return the logits of the ten digits."""
         logits: Tensor = self.head(self.blocks(self.embed(images.flatten(1))))
         return logits
 
 
 def digit_batches() -> tuple[list[tuple[Tensor, Tensor]], list[tuple[Tensor, Tensor]]]:
-    """Give training and validation batches of (images, labels)."""
+    """Return training and validation batches of (images, labels)."""
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 16
     labels = torch.tensor(digits.target)

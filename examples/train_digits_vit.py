@@ -20,11 +20,13 @@ from safetensors.torch import save
 from torch import nn
 from tqdm import trange
 
-from vbp import digits
-from vbp.data import ImageLoader, Split, list_images, make_loader
-from vbp.evaluation import Accuracy, evaluate
-from vbp.files import write_bytes
-from vbp.preprocessing import evaluation_transform, training_transform
+from vbp.data import digits
+from vbp.data.data_path import list_images
+from vbp.data.images import Split
+from vbp.data.loader import ImageLoader, make_loader
+from vbp.data.preprocessing import evaluation_transform, training_transform
+from vbp.runtime.files import write_bytes
+from vbp.training.evaluate import Accuracy, evaluate
 
 
 @dataclass(frozen=True)

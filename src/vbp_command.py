@@ -9,7 +9,7 @@ import sys
 def main() -> int:
     """Run `vbp.cli.main` and give its exit code."""
     try:
-        from vbp.cli import main as command
+        from vbp.cli.main import main as command
     except KeyboardInterrupt:
         sys.stderr.write("interrupted before anything began\n")
         return 128 + signal.SIGINT

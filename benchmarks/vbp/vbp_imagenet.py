@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from vbp.cli import run_benchmark
+from vbp.cli.main import run_benchmark
 
 if __name__ == "__main__":
     sys.exit(run_benchmark("benchmarks/vbp/vbp_imagenet.py"))

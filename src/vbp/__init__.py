@@ -8,47 +8,52 @@ Source: Berisha, Mehnert, Condurache, "Variance-Based Pruning for Accelerating a
 ICCV 2025, arXiv 2507.12988.
 """
 
-from vbp.artifacts import PrunedArtifact, load_pruned, read_artifact, save_pruned
-from vbp.auto import AutoPlan, auto_plan
-from vbp.budgets import Budget, BudgetResult
-from vbp.compensation import mean_shift
-from vbp.config import RunConfig
-from vbp.cost import PlanCost, count_macs, count_parameters, format_plan, plan_cost
-from vbp.covariance import ChannelCovariance, covariance_bytes
-from vbp.criteria import Evidence, criterion_scores
-from vbp.data import ImageList, ImageLoader, balanced_subset, list_images, make_loader
-from vbp.distillation import DistillationLoss
-from vbp.divergence import HeldBack
-from vbp.elimination import Elimination, eliminate
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.inspection import Inspection, SiteDescription, describe_sites, inspect_model
+from vbp.cost.macs import PlanCost, count_macs, count_parameters, format_plan, plan_cost
+from vbp.cost.timing import measure_latency_ms
+from vbp.data.data_path import list_images
+from vbp.data.folder import ImageList
+from vbp.data.images import balanced_subset
+from vbp.data.loader import ImageLoader, make_loader
+from vbp.data.preprocessing import Preprocessing, evaluation_transform, training_transform
+from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact, save_pruned
+from vbp.deploy.export import ExportReport, export_model, open_exported
+from vbp.deploy.latency import LatencyReport, compare_latency
+from vbp.deploy.latency_backends import LatencySettings
+from vbp.deploy.model_card import model_card, push_to_hub
+from vbp.deploy.native import save_native
 from vbp.errors import InputError, OutputError
-from vbp.evaluation import Accuracy, evaluate
-from vbp.export import ExportReport, export_model, open_exported
-from vbp.finetune import EpochResult, Trainer
-from vbp.head_refit import DenseAnswers, HeadRefit, refit_head_
-from vbp.hidden_samples import HiddenSamples
-from vbp.inspection import Inspection, SiteDescription, describe_sites, inspect_model
-from vbp.latency import LatencyReport, compare_latency
-from vbp.latency_runs import LatencySettings
-from vbp.models import Classifier, ModelSource, build_model, load_classifier
-from vbp.moments import ChannelMoments, channel_moments
-from vbp.native import save_native
-from vbp.plan import PruningPlan, SitePlan
-from vbp.planning import make_plan
-from vbp.preprocessing import Preprocessing, evaluation_transform, training_transform
-from vbp.producer_refit import ProducerRefit, refit_producers_
-from vbp.publishing import model_card, push_to_hub
-from vbp.ranking import eliminations, output_variance_scores, variance_scores
-from vbp.recipe import run
-from vbp.refit import Reconstruction
-from vbp.report import Measured, RunReport
-from vbp.sampling import TokenSample
-from vbp.sensing import Draws
-from vbp.sites import Site, find_sites
-from vbp.statistics import Statistics, collect_statistics
-from vbp.stream_refit import StreamRefit, refit_stream_
-from vbp.surgery import prune_
-from vbp.timing import measure_latency_ms
-from vbp.torch_pruning import install as _install_in_torch_pruning
+from vbp.method.covariance import ChannelCovariance, covariance_bytes
+from vbp.method.elimination import Elimination, eliminate
+from vbp.method.mean_shift import mean_shift
+from vbp.method.moments import ChannelMoments, channel_moments
+from vbp.method.ridge import Reconstruction
+from vbp.method.sampling import Draws, TokenSample
+from vbp.models.classifier import Classifier, ModelSource
+from vbp.models.load import build_model, load_classifier
+from vbp.pruning.auto import AutoPlan, auto_plan
+from vbp.pruning.criteria import criterion_scores, eliminations, output_variance_scores, variance_scores
+from vbp.pruning.divergence import HeldBack
+from vbp.pruning.make_plan import make_plan
+from vbp.pruning.plan import PruningPlan, SitePlan
+from vbp.pruning.surgery import prune_
+from vbp.recipes.config import RunConfig
+from vbp.recipes.run import run
+from vbp.refit.head import DenseAnswers, HeadRefit, refit_head_
+from vbp.refit.producers import ProducerRefit, refit_producers_
+from vbp.refit.stream import StreamRefit, refit_stream_
+from vbp.report.run_report import Measured, RunReport
+from vbp.sites.site import Site, find_sites
+from vbp.statistics.collect import collect_statistics
+from vbp.statistics.evidence import Evidence
+from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.statistics import Statistics
+from vbp.torch_pruning.install import install as _install_in_torch_pruning
+from vbp.training.evaluate import Accuracy, evaluate
+from vbp.training.losses import DistillationLoss
+from vbp.training.meters import EpochResult
+from vbp.training.trainer import Trainer
 
 # Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
 _install_in_torch_pruning()

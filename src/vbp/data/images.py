@@ -1,4 +1,4 @@
-"""What the loader knows of a source of images, wherever they lie."""
+"""What the loader knows of a source of images, and which of them to take if not all are: evenly from every class."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, Protocol, TypeVar
 
+import numpy as np
+import torch
+
+from vbp.errors import InputError
+
 Split = Literal["train", "val"]
+
+
 SPLITS: tuple[Split, ...] = ("train", "val")
+
 
 AnyImages = TypeVar("AnyImages", bound="Images")
 
@@ -44,3 +52,37 @@ class Images(Protocol):
 
     def fingerprint(self) -> str:
         """SHA-256 over what names the images, and their labels, in order: equal wherever the data lies."""
+
+
+def balanced_subset(images: AnyImages, count: int, seed: int) -> AnyImages:
+    """Draw `count` images so that the classes' shares differ by at most one image.
+
+    A class that has too few gives all it has, and the others fill its place evenly. The drawn images keep
+    their order. 0, or a count not below the number of images, gives all of them.
+
+    Raises:
+        InputError: `count` is negative.
+    """
+    if count < 0:
+        raise InputError(f"the number of images must be 0 (all of them) or more, got {count}")
+    if count == 0 or count >= len(images):
+        return images
+    return images.select(sorted(balanced_order(images, seed)[:count]))
+
+
+def balanced_order(images: Images, seed: int) -> tuple[int, ...]:
+    """Order all images so that the first `count`, for every `count`, are those that `balanced_subset` draws."""
+    generator = torch.Generator().manual_seed(seed)
+    classes, class_of = np.unique(np.asarray(images.labels, dtype=np.int64), return_inverse=True)
+    # The order of the classes decides which of them give the one image more.
+    turn = torch.randperm(len(classes), generator=generator).numpy()
+    drawn = torch.randperm(len(images), generator=generator).numpy()
+    drawn_class = class_of[drawn]
+    by_class = np.argsort(drawn_class, kind="stable")
+    sizes = np.bincount(drawn_class, minlength=len(classes))
+    # Which draw of its class an image is: its place among all draws of the class, counted from 0.
+    rounds = np.empty(len(images), dtype=np.int64)
+    rounds[by_class] = np.arange(len(images)) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+    # By round, then by turn: each round takes one image from every class that still has one.
+    order = np.lexsort((turn[drawn_class], rounds))
+    return tuple(drawn[order].tolist())

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from timm.data.imagenet_info import ImageNetInfo
 
-from vbp.data.image_folder import IMAGENET_CLASSES, imagenet_labels
+from vbp.data.folder import IMAGENET_CLASSES, imagenet_labels
 from vbp.errors import InputError
 
 
@@ -36,7 +36,7 @@ def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], 
 
 
 def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> list[int]:
-    """Give the head's label of each class of a dataset, by name where the names say it.
+    """Return the head's label of each class of a dataset, by name where the names say it.
 
     Raises:
         InputError: the classes are not the head's, or stand in another order.

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vbp.data.batches import PlannedBatches
+from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate
 from vbp.data.images import Images
-from vbp.data.samples import Batch, DecodedImages, Failure, Sample, collate
+from vbp.data.preprocessing import Transform
 from vbp.errors import InputError
-from vbp.interruption import leave_signals_to_parent
-from vbp.preprocessing import Transform
+from vbp.runtime.signals import leave_signals_to_parent
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from vbp.data.image_index import Listing, Source
+from vbp.data.listing_cache import Listing, Source
 from vbp.errors import InputError
 
 

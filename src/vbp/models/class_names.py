@@ -9,7 +9,11 @@ from typing import Any
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
 ClassNames = tuple[str, ...]
+
+
 IMAGENET_CLASSES = 1000
+
+
 # What transformers calls the classes of a model that was given no names.
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 

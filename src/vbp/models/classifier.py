@@ -10,11 +10,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError
-from vbp.models.checkpoints import one_line
-from vbp.preprocessing import Preprocessing
+from vbp.models.weights import one_line
 
 Library = Literal["timm", "transformers"]
+
+
 Family = Literal["vit", "convnext", "swin", "other"]
 
 
@@ -80,7 +82,7 @@ class Classifier:
     class_names: tuple[str, ...] | None = None
 
     def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
-        """Give blank images of the size that the model takes, on the CPU."""
+        """Return blank images of the size that the model takes, on the CPU."""
         return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
 
 

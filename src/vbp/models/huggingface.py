@@ -12,12 +12,13 @@ import torch
 from torch import nn
 
 from vbp.errors import InputError
-from vbp.models.checkpoints import describe_mismatch, one_line
 from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource
-from vbp.models.huggingface_preprocessing import LOADING_ERRORS, processor_preprocessing
+from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
+from vbp.models.weights import describe_mismatch, one_line
 
 logger = logging.getLogger(__name__)
+
 
 FAMILIES: dict[str, Family] = {
     "vit": "vit",
@@ -27,8 +28,12 @@ FAMILIES: dict[str, Family] = {
     "swin": "swin",
     "swinv2": "swin",
 }
+
+
 # Saved with some backbones, but no part of a classifier's weights.
 HARMLESS = ("pooler.", "relative_position_index", "relative_coords_table", "position_ids")
+
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",

@@ -24,15 +24,16 @@ from timm.models import (
 )
 from torch import nn
 
+from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError
-from vbp.models.checkpoints import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
 from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource
-from vbp.models.facebook import check_facebook_layout, with_facebook_tag
+from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
-from vbp.preprocessing import Preprocessing
+from vbp.models.weights import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
 
 logger = logging.getLogger(__name__)
+
 
 FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
     ("vit", (vision_transformer.VisionTransformer,)),  # DeiT is one, distilled or not
@@ -46,6 +47,8 @@ FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
         ),
     ),
 )
+
+
 # What a constructor raises for arguments that it cannot use.
 BUILDING_ERRORS = (
     ArithmeticError,

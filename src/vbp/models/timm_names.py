@@ -12,9 +12,11 @@ import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
 from vbp.errors import InputError
-from vbp.models.checkpoints import one_line
+from vbp.models.weights import one_line
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
+
 # Set here or by the caller's other options: as model arguments they would go behind their back.
 RESERVED = (
     "cache_dir",

@@ -7,7 +7,11 @@ from dataclasses import dataclass
 from torch import nn
 
 _HEADS = ("num_heads", "num_attention_heads")
+
+
 _HEAD_DIM = ("head_dim", "attention_head_size")
+
+
 _WIDTH = ("all_head_size", "attn_dim", "inner_dim", "all_head_dim")
 
 

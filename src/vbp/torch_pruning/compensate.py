@@ -1,21 +1,70 @@
-"""Move what pruned channels contributed on average into the layers that read them."""
+"""Move what pruned channels contributed on average into the layers that read them; estimate BatchNorm again."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbp.compensation import grouped_mean_shift
-from vbp.torch_pruning.groups import Coupling
+from vbp.errors import InputError
+from vbp.method.mean_shift import grouped_mean_shift
+from vbp.runtime.forward import evaluation_mode
+from vbp.torch_pruning.graph import Coupling
 from vbp.torch_pruning.means import ChannelMeans
 
 _log = logging.getLogger(__name__)
+
+
+def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+    """Replace the running mean and variance of every BatchNorm by the average over all batches.
+
+    Pruning changes the variance that a BatchNorm sees, which the mean shift does not mend. Nothing else of the model
+    changes; dropout stays off.
+
+    Args:
+        model: A model with BatchNorm layers.
+        loader: Image tensors "batch channels height width", or tuples that begin with one; each batch counts the
+            same, so give batches of one size, as large as the memory allows.
+        device: Where the images go; by default where the model is.
+
+    Raises:
+        InputError: The model has no BatchNorm with running statistics, or there is no image; nothing changes then.
+    """
+    norms = [
+        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
+    ]
+    if not norms:
+        raise InputError(
+            f"{type(model).__name__} has no BatchNorm with running statistics; there is none to estimate"
+        )
+    target = torch.device(device) if device is not None else next(model.parameters()).device
+    before = [
+        (norm, norm.momentum, {key: value.clone() for key, value in norm.state_dict().items()}) for norm in norms
+    ]
+    images = 0
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over batches
+                norm.train()
+            for batch in loader:
+                pixels = batch if isinstance(batch, Tensor) else batch[0]
+                model(pixels.to(target, non_blocking=True))
+                images += pixels.shape[0]
+    finally:
+        for norm, momentum, state in before:
+            norm.momentum = momentum
+            if not images:
+                norm.load_state_dict(state)
+    if not images:
+        raise InputError("BatchNorm statistics need at least one image, got none; check the loader")
 
 
 def compensate_(
@@ -109,6 +158,6 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
 
 
 def only_read_by_norm(graph: object, layer: nn.Module) -> bool:
-    """Say whether the graph shows one reader of a layer's output."""
+    """Return whether the graph shows one reader of a layer's output."""
     node = graph.module2node.get(layer)  # type: ignore[attr-defined]
     return node is not None and len(node.outputs) == 1

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from vbp.modes import evaluation_mode
-from vbp.moments import ChannelMoments, channel_moments
-from vbp.torch_pruning.groups import Coupling, channel_axis
+from vbp.method.moments import ChannelMoments, channel_moments
+from vbp.runtime.forward import evaluation_mode
+from vbp.torch_pruning.graph import Coupling, channel_axis
 from vbp.torch_pruning.means import without
 
 _log = logging.getLogger(__name__)

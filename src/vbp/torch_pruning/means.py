@@ -9,7 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.torch_pruning.groups import Coupling, Edge, input_width
+from vbp.torch_pruning.graph import Coupling, Edge, input_width
 
 
 class ChannelMeans(dict[nn.Module, Tensor]):
@@ -34,7 +34,7 @@ class ChannelMeans(dict[nn.Module, Tensor]):
         return ChannelMeans(means, getattr(means, "inputs", None))
 
     def at(self, edge: Edge, coupling: Coupling, name: str) -> Float[Tensor, "hidden"]:
-        """Give the mean of each input channel of a consumer; those outside the edge are 0.
+        """Return the mean of each input channel of a consumer; those outside the edge are 0.
 
         Args:
             edge: One of the coupling's consumers.
@@ -84,7 +84,7 @@ class ChannelMeans(dict[nn.Module, Tensor]):
 
 
 def without(values: Float[Tensor, "channels"], removed: Tensor) -> Float[Tensor, "kept"]:
-    """Give a vector without some of its entries."""
+    """Return a vector without some of its entries."""
     keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
     keep[removed.to(values.device)] = False
     return values[keep]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,59 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.torch_pruning.allocation import Stack, allocate
+from vbp.method.allocation import Bounds, global_counts
 from vbp.torch_pruning.attention import HeadChange
-from vbp.torch_pruning.graph import pair_gates_
-from vbp.torch_pruning.groups import Coupling, canonical_roots, check_indices, read_group
+from vbp.torch_pruning.graph import Coupling, canonical_roots, check_indices, pair_gates_, read_group
 from vbp.torch_pruning.trial import Removal
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Units of one layer that may go.
+
+    Attributes:
+        scores: One a unit; the lowest go first.
+        width: Channels in each unit.
+        removable: Units that may go at most.
+        step: A layer that loses units keeps a multiple of this many.
+    """
+
+    scores: Float[Tensor, "units"]
+    width: int = 1
+    removable: int = 0
+    step: int = 1
+
+    def bounds(self) -> Bounds:
+        """Return the channel counts that the layer may have: all, then multiples of the step down to its floor."""
+        units = len(self.scores)
+        least = max(units - self.removable, self.step)
+        multiples = range(units // self.step * self.step, least - 1, -self.step)
+        return Bounds(tuple(count * self.width for count in (units, *(m for m in multiples if m != units))))
+
+
+def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "gone"]], int]:
+    """Choose the units to remove: the lowest scores over all stacks, `budget` channels in total.
+
+    Equal scores go in the order of the stacks, then of the units. Where steps, widths or floors make the number
+    unreachable, the nearest one is taken, the smaller of two that are as near.
+
+    Returns:
+        Indices of the units that go, ascending, for each stack; and the number of channels they hold.
+    """
+    orders = [torch.argsort(stack.scores, stable=True) for stack in stacks]
+    scores = [
+        stack.scores.double()[order].repeat_interleave(stack.width).numpy()
+        for stack, order in zip(stacks, orders, strict=True)
+    ]
+    total = sum(len(channels) for channels in scores)
+    kept = global_counts(scores, [stack.bounds() for stack in stacks], total - max(budget, 0))
+    chosen = [
+        order[: len(stack.scores) - count // stack.width].sort().values
+        for stack, order, count in zip(stacks, orders, kept, strict=True)
+    ]
+    return chosen, total - sum(kept)
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,12 +88,12 @@ class Candidate:
 
     @property
     def root(self) -> nn.Module:
-        """Give the layer by whose channels the group is counted."""
+        """Return the layer by whose channels the group is counted."""
         return self.coupling.root
 
 
 def candidates(pruner: Any) -> Iterator[Candidate]:
-    """Give the groups that a pruner may cut, in the order in which their first layers stand in the model.
+    """Return the groups that a pruner may cut, in the order in which their first layers stand in the model.
 
     Raises:
         InputError: A group's channel numbers do not fit, its channels cannot be divided, or scores are not finite.
@@ -93,7 +139,7 @@ def _checked(scores: Tensor, width: int, name: str) -> Tensor:
 
 
 def _units(pruner: Any, group: Any, name: str) -> Tensor:
-    """Give the root channels that must go together: one of each channel group, a gate with its value."""
+    """Return the root channels that must go together: one of each channel group, a gate with its value."""
     width = len(group[0].idxs)
     declared = [1]
     for dependency, _ in group.items:
@@ -199,7 +245,7 @@ def _plan_heads(pruner: Any, found: list[Candidate]) -> dict[nn.Module, Tensor]:
 
 
 def _scope(pruner: Any, candidate: Candidate) -> tuple[Hashable, float]:
-    """Give the set of groups within which a group's channels are ranked, and its share to remove by this step."""
+    """Return the set of groups within which a group's channels are ranked, and its share to remove by this step."""
     for dependency, _ in candidate.group.items:
         layer = dependency.target.module
         if layer in pruner._layer_to_scope and pruner.DG.is_out_channel_pruning_fn(dependency.handler):

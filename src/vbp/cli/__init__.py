@@ -1,0 +1,1 @@
+"""Flags in, exit code out; the small jobs inspect, latency, export, compare."""

@@ -1,0 +1,169 @@
+"""The job of `vbp export`: a pruned model in, a proven file or checkpoint out that needs no vbp."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+from PIL import Image
+from sklearn.datasets import load_sample_images
+from torch import Tensor, nn
+
+from vbp.data.data_path import list_images
+from vbp.data.images import Split, balanced_subset
+from vbp.data.loader import ImageLoader, make_loader
+from vbp.data.preprocessing import Preprocessing, evaluation_transform
+from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact
+from vbp.deploy.export import ExportPrecision, ExportReport, export_model
+from vbp.deploy.native_check import NativeReport, export_native
+from vbp.errors import InputError
+from vbp.runtime.forward import logits_of
+
+_log = logging.getLogger(__name__)
+
+
+Target = Literal["onnx", "pt2", "native"]
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a pruned model to what runs without vbp, and prove it on real images.
+
+    Example: vbp export output/vbp/artifact --to onnx --output model.onnx --data_path /data/imagenet
+    """
+
+    artifact: tyro.conf.Positional[str]
+    """A pruned model that vbp saved."""
+    output: Path
+    """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
+    to: Target = "onnx"
+    """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
+    its configuration can say the widths."""
+    dtype: ExportPrecision = "float32"
+    """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
+    data_path: Path | None = None
+    """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
+    accuracy is measured. Without it two sample photographs prove it; int8 needs it."""
+    images: int = 32
+    """Validation images on which the file must give the model's logits, at least 2."""
+    calib_samples: int = 128
+    """With --dtype int8: training images that set the ranges, chosen class-balanced by the seed."""
+    limit_val: int = 1000
+    """In reduced precision: validation images for the accuracy, chosen class-balanced by the seed; 0 takes all."""
+    batch_size: int = 32
+    """Images in a calibration or evaluation batch."""
+    num_workers: int = 4
+    """Processes that read images; 0 reads in the main process."""
+    tolerance: float | None = None
+    """Greatest difference of two logits, as a share of the largest logit; 1e-4 for float32, 0.01 for float16, 0.1 for
+    bfloat16 and 0.25 for int8 unless given."""
+    overwrite: bool = False
+    """Replace an earlier file of that name."""
+    seed: int = 0
+    """Seed of the subsets."""
+    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
+
+
+def run_export(config: ExportConfig) -> ExportReport | NativeReport:
+    """Do what the configuration says.
+
+    Raises:
+        InputError: The artefact, the images or the combination of arguments is wrong, or what was written is not
+            true to the model; then nothing is left of it.
+        OutputError: It could not be written.
+    """
+    if config.images < 2:
+        raise InputError(f"images must be at least 2, got {config.images}; 32 is usual")
+    if config.to == "native":
+        _check_native(config)
+    artifact = read_artifact(config.artifact)
+    if artifact.preprocessing is None:
+        raise InputError(
+            f"{config.artifact} does not say how its images are prepared; export it in Python: vbp.export_model"
+        )
+    model = load_pruned(config.artifact)
+    if config.data_path is None:
+        if config.dtype == "int8":
+            raise InputError("dtype int8 needs calibration images, got no data_path; give --data_path")
+        _log.info("no --data_path: it is proven on two sample photographs alone")
+        images, calibration, labelled = sample_photographs(artifact.preprocessing), None, None
+    else:
+        images, calibration, labelled = _images(config, config.data_path, artifact.preprocessing, model)
+    if config.to == "native":
+        return _native(config, artifact, model, images)
+    return export_model(
+        model,
+        images,
+        config.output,
+        to=config.to,
+        dtype=config.dtype,
+        calibration=calibration,
+        labelled=labelled,
+        tolerance=config.tolerance,
+        overwrite=config.overwrite,
+    )
+
+
+def _check_native(config: ExportConfig) -> None:
+    if config.dtype != "float32":
+        raise InputError(
+            f"dtype is for onnx and pt2, got {config.dtype} with native, which keeps the weights as they are; leave "
+            "--dtype out"
+        )
+    if config.overwrite:
+        raise InputError(
+            "overwrite replaces a file, and native writes a folder, new or empty; leave --overwrite out and choose "
+            "another --output"
+        )
+
+
+def _native(config: ExportConfig, artifact: PrunedArtifact, model: nn.Module, images: Tensor) -> NativeReport:
+    if artifact.source is None:
+        raise InputError(
+            f"{config.artifact} does not say how its dense model is built; native is for models of timm and Hugging "
+            "Face"
+        )
+    return export_native(
+        model,
+        images,
+        config.output,
+        plans=artifact.plans,
+        source=artifact.source,
+        preprocessing=artifact.preprocessing,
+        class_names=artifact.class_names,
+        tolerance=config.tolerance,
+    )
+
+
+def sample_photographs(preprocessing: Preprocessing) -> Tensor:
+    """Return the two photographs that scikit-learn carries, prepared for a model."""
+    transform = evaluation_transform(preprocessing)
+    return torch.stack([transform(Image.fromarray(photograph)) for photograph in load_sample_images().images])
+
+
+def _images(
+    config: ExportConfig, data_path: Path, preprocessing: Preprocessing, model: nn.Module
+) -> tuple[Tensor, Iterable[Tensor] | None, ImageLoader | None]:
+    """Return the images that prove the file, and in reduced precision those for ranges and accuracy."""
+    with torch.inference_mode():
+        classes = logits_of(model(sample_photographs(preprocessing)[:1])).shape[1]
+
+    def loader(split: Split, count: int) -> ImageLoader:
+        images = balanced_subset(list_images(data_path, split, classes), count, config.seed)
+        return make_loader(
+            images,
+            evaluation_transform(preprocessing),
+            batch_size=config.batch_size,
+            num_workers=config.num_workers,
+        )
+
+    proof = torch.cat([pixels for pixels, _ in loader("val", config.images)])
+    calibration = None
+    if config.dtype == "int8":
+        calibration = [pixels for pixels, _ in loader("train", config.calib_samples)]
+    return proof, calibration, None if config.dtype == "float32" else loader("val", config.limit_val)

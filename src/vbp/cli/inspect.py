@@ -1,0 +1,64 @@
+"""The job of `vbp inspect`: what can be pruned in a model or artefact, and what it costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import tyro
+
+from vbp.cost.inspection import Inspection, inspect_model
+from vbp.deploy.artifact import load_pruned, read_artifact
+from vbp.deploy.artifact_files import MANIFEST
+from vbp.deploy.hub import is_reference
+from vbp.errors import InputError
+from vbp.models.load import load_classifier
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """List the sites of a model with their shapes, MACs and parameters; nothing is pruned.
+
+    Example: vbp inspect deit_tiny_patch16_224 --attention
+    """
+
+    model: tyro.conf.Positional[str]
+    """A pruned model that vbp saved, a folder with a Hugging Face model, a hub id, or a timm name (built of random
+    weights: nothing is downloaded)."""
+    attention: bool = False
+    """Also the channels inside attention."""
+    convolutions: bool = False
+    """Also channels between larger convolutions, as in a ResNet."""
+    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
+
+
+def run_inspect(config: InspectConfig) -> Inspection:
+    """Do what the configuration says.
+
+    Raises:
+        InputError: The model cannot be loaded, or has nothing to prune.
+    """
+    place = Path(config.model)
+    if not (is_reference(config.model) or place.suffix == ".pth" or (place / MANIFEST).is_file()):
+        classifier = load_classifier(config.model, allow_random_init=True)
+        return inspect_model(
+            classifier.model,
+            classifier.example_input(),
+            attention=config.attention,
+            convolutions=config.convolutions,
+        )
+    artifact = read_artifact(config.model)
+    if artifact.preprocessing is None:
+        raise InputError(
+            f"{config.model} does not say which images it takes; inspect it in Python: vbp.inspect_model"
+        )
+    image = torch.zeros(1, len(artifact.preprocessing.mean), *artifact.preprocessing.img_size)
+    return inspect_model(
+        load_pruned(config.model),
+        image,
+        attention=config.attention,
+        convolutions=config.convolutions,
+        plans=artifact.plans,
+    )

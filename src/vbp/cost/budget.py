@@ -1,0 +1,198 @@
+"""What a pruned model may cost, and whether it does: a budget as it was asked for, and what came of it."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from typing import Any, Literal, get_args
+
+from vbp.cost.macs import format_count
+from vbp.errors import InputError
+from vbp.pruning.make_plan import check_keep_ratio
+from vbp.pruning.plan import PruningPlan
+
+Quantity = Literal["keep_ratio", "macs", "params", "latency_ms", "speedup"]
+
+
+_FLAGS: dict[Quantity, str] = {
+    "keep_ratio": "keep_ratio",
+    "macs": "target_macs",
+    "params": "target_params",
+    "latency_ms": "target_latency_ms",
+    "speedup": "target_speedup",
+}
+
+
+_AMOUNT = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kMGT%]?)\s*")
+
+
+_SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "%": 0.01}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """One limit on what the pruned model costs; `Budget.of` checks it.
+
+    Attributes:
+        quantity: What is limited: the share of MLP channels, MACs of one image, parameters, milliseconds of a batch,
+            or the speed-up, of which there must be at least so much.
+        amount: MACs and parameters below 1 are a share of the dense model's, others a count.
+    """
+
+    quantity: Quantity
+    amount: float
+
+    @staticmethod
+    def of(
+        *,
+        keep_ratio: float | None = None,
+        target_macs: float | str | None = None,
+        target_params: float | str | None = None,
+        target_latency_ms: float | None = None,
+        target_speedup: float | None = None,
+    ) -> Budget:
+        """Return the one budget that was asked for, its number checked; what a model can reach is found out later.
+
+        Args:
+            keep_ratio: Share of the MLP channels, in (0, 1].
+            target_macs: A share in (0, 1), as 0.75 or `75%`, or a count, as 940000000 or `0.94G`.
+            target_params: Likewise.
+            target_latency_ms: Milliseconds of a batch.
+            target_speedup: Dense time over pruned time, above 1.
+
+        Raises:
+            InputError: None or several were given, or the number is no such budget.
+        """
+        given = {
+            "keep_ratio": keep_ratio,
+            "macs": target_macs,
+            "params": target_params,
+            "latency_ms": target_latency_ms,
+            "speedup": target_speedup,
+        }
+        asked = [name for name in get_args(Quantity) if given[name] is not None]
+        if len(asked) != 1:
+            allowed = ", ".join(_FLAGS.values())
+            got = " and ".join(_FLAGS[name] for name in asked) or "none"
+            raise InputError(f"a run has one budget, one of {allowed}; got {got}; give one")
+        quantity: Quantity = asked[0]
+        value = given[quantity]
+        assert value is not None
+        if quantity == "keep_ratio":
+            check_keep_ratio(quantity, float(value))
+        budget = Budget(quantity, parse_amount(_FLAGS[quantity], value))
+        budget._check()
+        return budget
+
+    @property
+    def flag(self) -> str:
+        """Return the name under which users know the quantity."""
+        return _FLAGS[self.quantity]
+
+    @property
+    def timed(self) -> bool:
+        """Return whether it can only be met by measuring."""
+        return self.quantity in ("latency_ms", "speedup")
+
+    def limit(self, dense: float) -> float:
+        """Return the count that MACs, parameters or channels must not exceed.
+
+        Args:
+            dense: What the dense model has of it.
+        """
+        assert not self.timed
+        return self.amount * dense if self.quantity == "keep_ratio" or self.amount < 1 else self.amount
+
+    def _check(self) -> None:
+        if self.quantity in ("macs", "params") and not (self.amount < 1 or self.amount >= 2):
+            raise InputError(
+                f"{self.flag} must be a share in (0, 1) or a count, got {self.amount}; give 0.75 for three quarters "
+                "of the dense model, or 0.94G"
+            )
+        if self.quantity == "speedup" and not self.amount > 1:
+            raise InputError(f"target_speedup must be above 1, got {self.amount}; 1.2 is 1.2 times as fast")
+
+
+def parse_amount(name: str, value: float | str) -> float:
+    """Read a positive number, plain or as people write it: 0.75, `75%`, `1.1G`, `4.3 M`.
+
+    Args:
+        name: Of the setting, for the error.
+        value: A number or text; k, M, G and T are powers of ten.
+
+    Raises:
+        InputError: It is no such number.
+    """
+    found = value
+    if isinstance(value, str):
+        match = _AMOUNT.fullmatch(value)
+        found = float(match[1]) * _SCALES[match[2]] if match else math.nan
+    if isinstance(found, str | bool) or not 0 < found < math.inf:
+        raise InputError(f"{name} must be a number above 0, got {value!r}; write 0.75, 75%, 940000000 or 0.94G")
+    return float(found)
+
+
+@dataclass(frozen=True)
+class BudgetResult:
+    """A plan, and whether it meets its budget.
+
+    Attributes:
+        budget: As it was asked for.
+        plan: The largest that meets it, or else the one that comes nearest.
+        target: What was asked for in the units of `reached`: channels, MACs, parameters, milliseconds or times.
+        dense: What the dense model has of it.
+        reached: What the plan has of it: counted, or the measured median.
+        met: Whether that meets the target.
+        reason: Why not, if not.
+        predicted: What a table of measured layers had promised for the plan, of a latency or speed-up.
+        spread: Quartiles of the measured values.
+        detail: Further plain data, as the attempts of a latency budget and the conditions of its measurements.
+    """
+
+    budget: Budget
+    plan: PruningPlan
+    target: float
+    dense: float
+    reached: float
+    met: bool
+    reason: str = ""
+    predicted: float | None = None
+    spread: tuple[float, float] | None = None
+    detail: dict[str, Any] | None = None
+
+    @property
+    def miss(self) -> float:
+        """Return by what share of the target the plan is on its wrong side; negative on the right side."""
+        over = self.reached / self.target - 1
+        return -over if self.budget.quantity == "speedup" else over
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data, without the plan, which has a file of its own."""
+        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+        plain["budget"] = asdict(self.budget)
+        plain["spread"] = None if self.spread is None else list(self.spread)
+        told = {"miss": self.miss, "kept": self.plan.kept, "channels": self.plan.total, "sentence": self.sentence()}
+        return {**plain, **told}
+
+    def sentence(self) -> str:
+        """Say in words what was asked for, what came, and by how much and why it is missed."""
+        show = _shown(self.budget.quantity)
+        asked = f"budget {self.budget.flag} {show(self.target)} (dense {show(self.dense)}): {show(self.reached)}"
+        if self.spread is not None:
+            asked += f" measured ({show(self.spread[0])} to {show(self.spread[1])})"
+        if self.predicted is not None:
+            asked += f", {show(self.predicted)} predicted"
+        return f"{asked}; met" if self.met else f"{asked}; missed by {self.miss:.2%}: {self.reason}"
+
+
+def _shown(quantity: Quantity) -> Callable[[float], str]:
+    if quantity == "latency_ms":
+        return lambda value: f"{value:.2f} ms"
+    if quantity == "speedup":
+        return lambda value: f"{value:.3f}x"
+    if quantity == "keep_ratio":
+        return lambda value: f"{value:.0f} channels"
+    unit = {"macs": "MACs", "params": "parameters"}[quantity]
+    return lambda value: f"{format_count(round(value))} {unit}"

@@ -1,0 +1,241 @@
+"""Find the largest plan that meets a latency or a speed-up: predicted from layer times, decided by measurement."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.layer_table import LayerTimes
+from vbp.cost.layer_timing import Timer, clock_of, read_ms
+from vbp.cost.search import PlanFor, PlanSearch
+from vbp.cost.timing import Spread, time_in_turns
+from vbp.errors import InputError
+from vbp.pruning.plan import PruningPlan
+from vbp.pruning.surgery import prune_
+from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.precision import Precision
+
+# Measured savings further from the predicted ones than this are noise more likely than truth.
+_CORRECTION = (0.25, 4.0)
+
+
+# A plan that is faster than asked for by more than this could keep more channels. The search aims at half of it.
+_SLACK = 0.02
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The dense and a pruned model, timed in turns.
+
+    Attributes:
+        dense_ms: Of a batch.
+        pruned_ms: Of a batch.
+        speedup: Dense over pruned, round by round.
+        rounds: How many were timed.
+        seconds: That all of it took.
+        load: Programs that wanted the processor, mean of the last minute.
+    """
+
+    dense_ms: Spread
+    pruned_ms: Spread
+    speedup: Spread
+    rounds: int
+    seconds: float
+    load: float
+
+
+def compare_in_turns(
+    model: nn.Module,
+    plan: PruningPlan,
+    images: Tensor,
+    *,
+    precision: Precision,
+    rounds: int = 15,
+    budget_s: float = 10,
+    timer: Timer = time_in_turns,
+) -> Comparison:
+    """Time a dense model beside a copy that is pruned by a plan.
+
+    Args:
+        model: Dense, on the device of the images; left as it was.
+        plan: For this model.
+        images: The batch.
+        precision: Of the forward pass.
+        rounds: Timed turns of each.
+        budget_s: Seconds after which no further round begins; three are timed in any case.
+        timer: Takes turns; for tests.
+    """
+    begin = time.perf_counter()
+    pruned = copy.deepcopy(model)
+    prune_(pruned, plan)
+
+    def forward(which: nn.Module) -> None:
+        with precision.autocast():
+            which(images)
+
+    passes = {"dense": lambda: forward(model), "pruned": lambda: forward(pruned)}
+    with evaluation_mode(model), evaluation_mode(pruned), torch.inference_mode():
+        turns = timer(passes, images.device, rounds=rounds, warmup=2, budget_s=budget_s)
+    dense, narrow = ([read_ms(turn, clock_of(images.device)) for turn in turns[name]] for name in passes)
+    return Comparison(
+        Spread.of(dense),
+        Spread.of(narrow),
+        Spread.of([one / other for one, other in zip(dense, narrow, strict=True)]),
+        len(dense),
+        time.perf_counter() - begin,
+        os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
+    )
+
+
+def check_faster(budget: Budget, times: LayerTimes) -> None:
+    """Refuse a latency that the dense model has already.
+
+    Raises:
+        InputError: It has.
+    """
+    if budget.quantity == "latency_ms" and budget.amount >= times.dense_ms:
+        raise InputError(
+            f"target_latency_ms must be below the {times.dense_ms:.2f} ms that the dense model takes for a batch of "
+            f"{times.conditions.batch[0]}, got {budget.amount}; lower it"
+        )
+
+
+def meet_latency(
+    budget: Budget,
+    plan_for: PlanFor,
+    times: LayerTimes,
+    compare: Callable[[PruningPlan], Comparison],
+    *,
+    attempts: int = 5,
+    budget_s: float = 60,
+) -> BudgetResult:
+    """Find the largest keep ratio whose plan is measured to meet a latency or a speed-up.
+
+    The layer times propose a plan, the measurement decides. Where the target is missed, or beaten by more than 2 %
+    and more than the measured spread, the savings that the layer times promise are scaled by what was measured, and
+    another plan is proposed.
+
+    Every process may call it: with the same times and the same comparisons all come to the same plan.
+
+    Args:
+        budget: Of a latency or a speed-up.
+        plan_for: Keep ratio -> plan, by the scores and rules of the run; deterministic.
+        times: Of this model, on this device.
+        compare: `compare_in_turns` of the dense model; under several processes, of one process for all.
+        attempts: Plans that are measured at most.
+        budget_s: Seconds of comparing after which no further plan is measured.
+
+    Raises:
+        InputError: The dense model takes no longer than that already.
+    """
+    check_faster(budget, times)
+    search, tried = PlanSearch(plan_for), list[_Attempt]()
+    scale, dense_ms = 1.0, times.dense_ms
+    while len(tried) < attempts and sum(attempt.found.seconds for attempt in tried) <= budget_s:
+        allowed = _between(tried, 1 - (1 - allowed_share(budget, dense_ms)) / scale)
+        plan = search.largest(times.share, allowed) or search.floor
+        if any(plan.widths == attempt.plan.widths for attempt in tried):
+            break
+        found = compare(plan)
+        tried.append(_Attempt(budget, plan, times.share(plan), found))
+        if tried[-1].close or (plan is search.floor and not tried[-1].met):
+            break
+        dense_ms = found.dense_ms.median
+        # Of all attempts: each alone is noisy.
+        scale = statistics.median(attempt.scale for attempt in tried)
+    return _result(budget, times, search.floor, tried)
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A plan that was measured.
+
+    Attributes:
+        share: Predicted part of the dense time.
+    """
+
+    budget: Budget
+    plan: PruningPlan
+    share: float
+    found: Comparison
+
+    @property
+    def measured(self) -> Spread:
+        return self.found.speedup if self.budget.quantity == "speedup" else self.found.pruned_ms
+
+    @property
+    def slack(self) -> float:
+        """Return how much better than asked for it is, as a share."""
+        ratio = self.measured.median / self.budget.amount
+        return ratio - 1 if self.budget.quantity == "speedup" else 1 / ratio - 1
+
+    @property
+    def met(self) -> bool:
+        return self.slack >= 0
+
+    @property
+    def close(self) -> bool:
+        """Return whether it is met, and by no more than can be told apart."""
+        return self.met and (self.slack <= _SLACK or self.measured.low <= self.budget.amount <= self.measured.high)
+
+    @property
+    def scale(self) -> float:
+        """Return the measured savings over the predicted ones."""
+        low, high = _CORRECTION
+        promised = 1 - self.share
+        return min(high, max(low, (1 - 1 / self.found.speedup.median) / promised)) if promised > 0 else 1.0
+
+
+def allowed_share(budget: Budget, dense_ms: float) -> float:
+    """Return the part of the dense time that a proposed plan may take."""
+    share = 1 / budget.amount if budget.quantity == "speedup" else budget.amount / dense_ms
+    return min(1.0, share * (1 - _SLACK / 2))
+
+
+def _between(tried: list[_Attempt], share: float) -> float:
+    """Keep a proposal between the largest plan that met the target and the smallest that missed it."""
+    met = max((attempt.share for attempt in tried if attempt.met), default=-math.inf)
+    missed = min((attempt.share for attempt in tried if not attempt.met), default=math.inf)
+    if met < share < missed or not (math.isfinite(met) and math.isfinite(missed)):
+        return share
+    return (met + missed) / 2
+
+
+def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_Attempt]) -> BudgetResult:
+    met = [attempt for attempt in tried if attempt.met]
+    best = max(met, key=lambda attempt: attempt.share) if met else max(tried, key=lambda attempt: attempt.slack)
+    speed = budget.quantity == "speedup"
+    reason = ""
+    if not met and best.plan.widths == floor.widths:
+        reason = (
+            f"every site is at its floor (min_keep_ratio {floor.min_keep_ratio}, round_to {floor.round_to}), and the "
+            f"rest of the model takes {1 / best.found.speedup.median:.0%} of the dense time"
+        )
+    elif not met:
+        reason = f"none of {len(tried)} plans was fast enough when measured; the layer times promised more"
+    return BudgetResult(
+        budget,
+        best.plan,
+        budget.amount,
+        1.0 if speed else best.found.dense_ms.median,
+        best.measured.median,
+        bool(met),
+        reason,
+        1 / best.share if speed else best.share * best.found.dense_ms.median,
+        (best.measured.low, best.measured.high),
+        {
+            "conditions": times.to_dict()["conditions"],
+            "attempts": [
+                {"kept": one.plan.kept, "predicted_speedup": 1 / one.share, **asdict(one.found)} for one in tried
+            ],
+        },
+    )

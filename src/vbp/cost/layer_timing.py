@@ -1,0 +1,335 @@
+"""Measure the layers around each site at several widths, inside the modules and on the inputs of the real model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
+from vbp.cost.timing import Turn, time_in_turns
+from vbp.method.allocation import Bounds
+from vbp.pruning.plan import PruningPlan, SitePlan
+from vbp.pruning.surgery import prune_
+from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.precision import Precision
+from vbp.sites.site import Site
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a module was given."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def shapes(self) -> list[Any]:
+        """Return the shapes of its tensors, and the types of the rest."""
+        values = [*self.args, *self.kwargs.values()]
+        return [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Sites that lose channels together: one of an MLP, or the values, queries and keys of an attention.
+
+    Attributes:
+        home: The smallest module that is called and holds all their layers.
+        call: What it is given.
+    """
+
+    sites: tuple[Site, ...]
+    home: str
+    call: Call
+
+    @property
+    def name(self) -> str:
+        """Return the name of the first site, whose width stands for all."""
+        return self.sites[0].name
+
+
+def find_units(
+    model: nn.Module, sites: Sequence[Site], images: Tensor, precision: Precision
+) -> tuple[list[list[Unit]], float]:
+    """Return the units of a model, those that must take the same time together, and the seconds of a dense pass."""
+    members = list(_together(sites))
+    paths = [_common_path(group) for group in members]
+    called, seconds = _calls(model, {name for path in paths for name in _upwards(path)}, images, precision)
+    alike: dict[str, list[Unit]] = {}
+    for group, path in zip(members, paths, strict=True):
+        home = next(name for name in _upwards(path) if name in called)
+        unit = Unit(group, home, called[home])
+        alike.setdefault(_shape_of(model, unit), []).append(unit)
+    return list(alike.values()), seconds
+
+
+def disjoint(units: Sequence[Unit], most: int) -> list[Unit]:
+    """Return the first units of which none has its home within another's, so that each can be timed alone."""
+    chosen = list(units[:1])
+    for unit in units[1:]:
+        if len(chosen) < most and not any(_overlap(unit.home, other.home) for other in chosen):
+            chosen.append(unit)
+    return chosen
+
+
+def within(name: str, home: str) -> bool:
+    """Return whether a dotted name lies in a module."""
+    return not home or name == home or name.startswith(f"{home}.")
+
+
+def run_pass(modules: Sequence[tuple[nn.Module, Call]], precision: Precision) -> Callable[[], object]:
+    """Return what calls modules one after the other."""
+
+    def forward() -> None:
+        with precision.autocast():
+            for module, call in modules:
+                module(*call.args, **call.kwargs)
+
+    return forward
+
+
+def _together(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
+    """Return each MLP site alone, and the value site of an attention with its queries and keys, which follow it."""
+    for place, site in enumerate(sites):
+        if site.kind == "query_key" and place and sites[place - 1].kind == "value":
+            continue
+        following = sites[place + 1 : place + 2]
+        pair = site.kind == "value" and bool(following) and following[0].kind == "query_key"
+        yield (site, following[0]) if pair else (site,)
+
+
+def _common_path(group: Sequence[Site]) -> tuple[str, ...]:
+    names = [
+        name
+        for site in group
+        for name in (*site.producers, *([site.consumer] if site.consumer else []), *site.inner, *site.parameters)
+    ]
+    paths = [name.split(".")[:-1] for name in names]
+    common = []
+    for parts in zip(*paths, strict=False):
+        if len(set(parts)) > 1:
+            break
+        common.append(parts[0])
+    return tuple(common)
+
+
+def _upwards(path: tuple[str, ...]) -> list[str]:
+    """Return the module at a path, and those around it up to the model: not all are called, as lists of modules."""
+    return [".".join(path[:length]) for length in range(len(path), -1, -1)]
+
+
+def _overlap(one: str, other: str) -> bool:
+    return within(one, other) or within(other, one)
+
+
+def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precision) -> tuple[dict[str, Call], float]:
+    """Run the model, and note what the named modules are given."""
+    calls: dict[str, Call] = {}
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        return lambda _module, args, kwargs: calls.update({name: Call(args, kwargs)})
+
+    forward = run_pass([(model, Call((images,), {}))], precision)
+    forward()
+    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
+    start = time.perf_counter()
+    try:
+        forward()
+        if images.device.type == "cuda":
+            torch.cuda.synchronize(images.device)
+        return calls, time.perf_counter() - start
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _shape_of(model: nn.Module, unit: Unit) -> str:
+    """Return what decides about a unit's time."""
+    home = model.get_submodule(unit.home)
+    inside = len(unit.home) + 1 if unit.home else 0
+    return json_fingerprint([
+        [[site.kind, site.hidden, site.heads, [name[inside:] for name in site.producers]] for site in unit.sites],
+        [[name, type(module).__name__] for name, module in home.named_modules()],
+        [[name, list(value.shape)] for name, value in home.named_parameters()],
+        unit.call.shapes,
+    ])  # fmt: skip
+
+
+Timer = Callable[..., dict[str, list[Turn]]]
+
+
+_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+
+
+# Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.
+_BLOCKS = 4
+
+
+# A pass of this many seconds flushes the caches by itself.
+_SLOW_S = 1.0
+
+
+def clock_of(device: torch.device) -> Literal["wall", "processor"]:
+    """Return the clock that is read on a device: processor time where one thread of a CPU does the work.
+
+    On an idle machine the two agree then; on a busy one the wall clock counts other programs, too.
+    """
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def read_ms(turn: Turn, clock: str) -> float:
+    """Return the milliseconds of a pass by a clock of `clock_of`."""
+    return turn.cpu_ms if clock == "processor" else turn.ms
+
+
+def timing_conditions(
+    model: nn.Module, sites: Sequence[Site], images: Tensor, *, precision: Precision, round_to: int = 1
+) -> TimingConditions:
+    """Return the conditions under which times are measured here and now.
+
+    Args:
+        model: Dense, on the device of the images.
+        sites: From `find_sites`.
+        images: The batch.
+        precision: Of the forward pass.
+        round_to: Of the plans.
+    """
+    shapes = [[name, list(value.shape)] for name, value in model.named_parameters()]
+    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
+    return TimingConditions(
+        hardware=_hardware(images.device),
+        threads=torch.get_num_threads() if images.device.type == "cpu" else 0,
+        precision=weights if precision.dtype is None else f"{weights}, autocast {precision.name}",
+        batch=tuple(images.shape),
+        torch=torch.__version__,
+        model=json_fingerprint([type(model).__name__, shapes, [[site.name, site.hidden] for site in sites]]),
+        round_to=round_to,
+        clock=clock_of(images.device),
+    )
+
+
+def measure_layer_times(
+    model: nn.Module,
+    sites: Sequence[Site],
+    images: Tensor,
+    *,
+    precision: Precision,
+    round_to: int = 1,
+    rounds: int = 9,
+    budget_s: float = 30,
+    timer: Timer = time_in_turns,
+) -> LayerTimes:
+    """Time the dense model, and the modules around its sites at eight widths each, all taking turns.
+
+    Sites of one shape are timed once, each in the module and on the input that it has in the dense model. A time
+    counts as a part of the dense one of the same round, so that other programs spoil little of it.
+
+    Args:
+        model: Dense, on the device of the images.
+        sites: From `find_sites`.
+        images: The batch.
+        precision: Of the forward pass.
+        round_to: Of the plans; with 1 odd widths are timed, as most of a plan's are then no round numbers.
+        rounds: Timed turns of each.
+        budget_s: Seconds after which no further round begins; three are timed in any case.
+        timer: Takes turns; for tests.
+    """
+    conditions = timing_conditions(model, sites, images, precision=precision, round_to=round_to)
+    passes: dict[str, Callable[[], object]] = {}
+    taken: dict[str, list[tuple[str, int, int]]] = {}
+    with evaluation_mode(model), torch.inference_mode():
+        groups, seconds = find_units(model, sites, images, precision)
+        passes["dense"] = run_pass([(model, Call((images,), {}))], precision)
+        for group in groups:
+            chosen = disjoint(group, 1 if seconds > _SLOW_S else _BLOCKS)
+            for width, modules in _trials(model, chosen, round_to):
+                label = f"{group[0].name} at {width}"
+                taken.setdefault(group[0].name, []).append((label, width, len(chosen)))
+                passes[label] = run_pass(modules, precision)
+        turns = timer(passes, images.device, rounds=rounds, warmup=1 if seconds > _SLOW_S else 2, budget_s=budget_s)
+    read = {label: [read_ms(turn, conditions.clock) for turn in timed] for label, timed in turns.items()}
+    dense = read["dense"]
+    parts = {
+        label: statistics.median(ms / whole for ms, whole in zip(timed, dense, strict=True))
+        for label, timed in read.items()
+    }
+    dense_ms = statistics.median(dense)
+    return LayerTimes(
+        conditions,
+        dense_ms,
+        tuple(
+            TimedUnit(tuple(site.name for site in unit.sites), group[0].name) for group in groups for unit in group
+        ),
+        {
+            name: _ascending([(width, parts[label] * dense_ms / blocks) for label, width, blocks in labels])
+            for name, labels in taken.items()
+        },
+    )
+
+
+def _trials(
+    model: nn.Module, units: Sequence[Unit], round_to: int
+) -> Iterator[tuple[int, list[tuple[nn.Module, Call]]]]:
+    """Return the units' modules at each width, the dense one first."""
+    yield units[0].sites[0].hidden, [(model.get_submodule(unit.home), unit.call) for unit in units]
+    for kept, entries in _narrower(units, round_to).items():
+        # What is not pruned is shared with the model, for several copies of a large one would fill the memory.
+        shared: dict[int, object] = {
+            id(value): value
+            for name, value in model.named_parameters()
+            if not any(within(name, unit.home) for unit in units)
+        }
+        trial = copy.deepcopy(model, shared)
+        prune_(trial, PruningPlan(tuple(entries), 1.0, "per_layer"))
+        yield kept, [(trial.get_submodule(unit.home), unit.call) for unit in units]
+
+
+def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]:
+    """Return what is cut for each width of a site below the dense one."""
+    first = units[0].sites[0]
+    size = first.hidden // first.heads
+    widths = {}
+    for share in _SHARES:
+        count = min(Bounds.of(size, round_to, 0.0).counts, key=lambda count: abs(count - size * share))
+        if round_to == 1 and first.kind == "mlp" and count % 2 == 0:
+            count -= 1
+        if count < size:
+            widths[count * first.heads] = [_first_channels(site, count) for unit in units for site in unit.sites]
+    return widths
+
+
+def _first_channels(site: Site, count: int) -> SitePlan:
+    size = site.hidden // site.heads
+    return SitePlan(site, tuple(head * size + index for head in range(site.heads) for index in range(count)))
+
+
+def _ascending(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
+    """Order by width, and smooth out what is slower though narrower: noise, which would lead a search astray."""
+    from sklearn.isotonic import isotonic_regression  # slow to import
+
+    ordered = sorted(points)
+    times = isotonic_regression([ms for _, ms in ordered])
+    return tuple((width, float(ms)) for (width, _), ms in zip(ordered, times, strict=True))
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            name = match[1].strip()
+    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"

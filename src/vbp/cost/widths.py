@@ -1,0 +1,156 @@
+"""What a model would cost at other widths: counted once, then computed for any plan without surgery."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+
+from vbp.cost.macs import count_parameters, macs_by_module
+from vbp.pruning.plan import PruningPlan
+from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.site import Site
+
+
+@dataclass(frozen=True)
+class WidthCosts:
+    """MACs and parameters of a model as functions of the widths of its sites.
+
+    Rows and columns of a layer may belong to different sites: its cost goes with the product of what stays of both,
+    so that costs are not always sums over sites. Exact but for products of an attention that are none of its own:
+    MaxViT's relative positions (1e-5 of the model) are taken for such.
+
+    Attributes:
+        sites: In the order of the plans that are asked about.
+        macs: Of the dense model, for one image.
+        params: Of the dense model.
+        layers: Layers that make or read channels of sites.
+        single: What goes with the channels of one site alone: site name -> (MACs, parameters) of norms, depthwise
+            convolutions, bare parameters and products of an attention.
+    """
+
+    sites: tuple[Site, ...]
+    macs: int
+    params: int
+    layers: Mapping[str, LayerCost]
+    single: Mapping[str, tuple[float, int]]
+
+    @staticmethod
+    def of(model: nn.Module, sites: Sequence[Site], example: Tensor) -> WidthCosts:
+        """Count a dense model.
+
+        Args:
+            model: Dense; left as it was.
+            sites: From `find_sites`.
+            example: One image or more on the model's device.
+        """
+        macs = macs_by_module(model, example)
+        layers: dict[str, LayerCost] = {}
+        single = {}
+        for site in sites:
+            for name in {*site.producers, *([site.consumer] if site.consumer else [])}:
+                layers[name] = _layer(model, name, macs)
+            inside = [model.get_submodule(name) for name in site.inner]
+            products = attention_products(model, site, macs) if site.kind != "mlp" else 0
+            single[site.name] = (
+                sum(macs.get(name, 0) for name in site.inner) + products,
+                sum(map(count_parameters, inside))
+                + sum(model.get_parameter(name).numel() for name in site.parameters),
+            )
+        for site in sites:
+            for name in site.producers:
+                layers[name].rows.append(site.name)
+            if site.consumer:
+                layers[site.consumer].columns.append(site.name)
+        return WidthCosts(tuple(sites), macs[""], count_parameters(model), layers, single)
+
+    def macs_of(self, plan: PruningPlan) -> int:
+        """Return the MACs of one image under a plan."""
+        removed = _removed(plan)
+        saved = sum(layer.macs * (1 - math.prod(layer.shares(removed))) for layer in self.layers.values())
+        for site in self.sites:
+            saved += self.single[site.name][0] * removed.get(site.name, 0) / site.hidden
+        return round(self.macs - saved)
+
+    def params_of(self, plan: PruningPlan, *, compensated: bool = False) -> int:
+        """Return the parameters under a plan.
+
+        Args:
+            plan: For the sites of this model.
+            compensated: Count the biases, too, that consumers without one gain by compensation.
+        """
+        removed = _removed(plan)
+        saved = 0.0
+        for layer in self.layers.values():
+            rows, columns = layer.shares(removed)
+            saved += layer.weights * (1 - rows * columns) + layer.bias * (1 - rows)
+            if compensated and not layer.bias and any(removed.get(name) for name in layer.columns):
+                saved -= layer.outputs * rows
+        for site in self.sites:
+            saved += self.single[site.name][1] * removed.get(site.name, 0) / site.hidden
+        return round(self.params - saved)
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """A `Linear` or `Conv2d`: what it costs dense, and whose channels its rows and columns are.
+
+    Attributes:
+        rows: Names of the sites whose channels it makes, one entry a run of rows.
+        columns: Names of the sites whose channels it reads.
+    """
+
+    macs: int
+    weights: int
+    bias: int
+    outputs: int
+    inputs: int
+    rows: list[str] = field(default_factory=list)
+    columns: list[str] = field(default_factory=list)
+
+    def shares(self, removed: Mapping[str, int]) -> tuple[float, float]:
+        """Return the share of the rows, and that of the columns, that stay."""
+        return (
+            1 - sum(removed.get(name, 0) for name in self.rows) / self.outputs,
+            1 - sum(removed.get(name, 0) for name in self.columns) / self.inputs,
+        )
+
+
+def attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
+    """Return the half of an attention's products, q k or softmax v, that runs over a site's channels.
+
+    Args:
+        model: The model.
+        site: Of kind `value` or `query_key`.
+        macs: From `macs_by_module`.
+    """
+    block = site.producers[0]
+    while block := block.rpartition(".")[0]:
+        inside = model.get_submodule(block).named_modules()
+        leaves = [f"{block}.{name}" for name, module in inside if not [*module.children()]]
+        products = macs.get(block, 0) - sum(macs.get(name, 0) for name in leaves)
+        if products > 0:
+            return products / 2
+    return 0.0
+
+
+def _layer(model: nn.Module, name: str, macs: Mapping[str, int]) -> LayerCost:
+    layer = model.get_submodule(name)
+    weights = model.get_parameter(f"{name}.weight").numel()
+    return LayerCost(
+        macs.get(name, 0),
+        weights,
+        count_parameters(layer) - weights,
+        output_channels(layer),
+        input_channels(layer),
+    )
+
+
+def _removed(plan: PruningPlan) -> dict[str, int]:
+    removed: dict[str, int] = defaultdict(int)
+    for entry in plan.sites:
+        removed[entry.site.name] += entry.site.hidden - len(entry.keep)
+    return removed

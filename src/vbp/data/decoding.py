@@ -1,0 +1,102 @@
+"""From an encoded image to a tensor, in whichever process: what a worker of the loader does."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from typing import NamedTuple
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from vbp.data.batches import mixed_seed
+from vbp.data.images import Images
+from vbp.data.preprocessing import Transform
+
+# What Pillow's decoders raise on damaged files, beside OSError.
+_DECODING_ERRORS = (
+    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, AttributeError),
+    *(struct.error, MemoryError, Image.DecompressionBombError),
+)
+
+
+class Failure(NamedTuple):
+    """An image that could not be read, and why."""
+
+    name: str
+    reason: str
+
+
+class Sample(NamedTuple):
+    """One image of a batch, after those in its place that could not be read."""
+
+    image: Tensor | None  # None: no attempt gave an image
+    label: int
+    failures: tuple[Failure, ...]
+
+
+class Batch(NamedTuple):
+    """What came of one batch's keys."""
+
+    images: Tensor | None
+    labels: Tensor
+    failures: tuple[Failure, ...]
+
+
+class DecodedImages(Dataset[Sample]):
+    """Samples by `(epoch, index)`: a worker that lives through epochs hears of nothing else.
+
+    Args:
+        images: what to read.
+        transform: draws from torch's default generator, which is seeded for each image.
+        seed: with the epoch and the index, it decides what `transform` draws.
+        attempts: how many images to try, from the index on and around the list's end, until one can be read.
+    """
+
+    def __init__(self, images: Images, transform: Transform, seed: int, attempts: int) -> None:
+        self.images = images
+        self.transform = transform
+        self.seed = seed
+        self.attempts = attempts
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        epoch, first = key
+        failures: list[Failure] = []
+        for attempt in range(self.attempts):
+            index = (first + attempt) % len(self.images)
+            try:
+                image = _read_rgb(self.images, index)
+            except _DECODING_ERRORS as error:
+                # Told by the main process: a worker's log may go nowhere.
+                failures.append(Failure(self.images.name(index), _reason(error)))
+                continue
+            with torch.random.fork_rng(devices=[]):
+                # Not torch.manual_seed, which would also reseed the GPUs.
+                torch.default_generator.manual_seed(mixed_seed(self.seed, epoch, index))
+                return Sample(self.transform(image), self.images.labels[index], tuple(failures))
+        return Sample(None, -1, tuple(failures))
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack the images that could be read."""
+    read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
+    failures = tuple(failure for sample in samples for failure in sample.failures)
+    labels = torch.tensor([label for _, label in read], dtype=torch.int64)
+    return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
+
+
+def _read_rgb(images: Images, index: int) -> Image.Image:
+    with warnings.catch_warnings():
+        # Pillow warns of harmless things (odd EXIF data, transparent palettes); a file that it cannot
+        # decode raises, and so does one that unpacks to twice its pixel limit.
+        warnings.simplefilter("ignore")
+        with images.read(index) as stream, Image.open(stream) as image:
+            return image.convert("RGB")
+
+
+def _reason(error: BaseException) -> str:
+    # Pillow's own text names the object in memory, not the image.
+    text = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    return f"{type(error).__name__}: {text}"

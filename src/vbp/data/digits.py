@@ -1,0 +1,111 @@
+"""The demo's data and model: scikit-learn's handwritten digits on disk, and a small trained ViT for them."""
+
+from __future__ import annotations
+
+import io
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from vbp.data.preprocessing import Preprocessing
+from vbp.errors import InputError, OutputError
+
+# A ViT in the usual proportions (a head of 32 dimensions, an MLP four times as wide as the embedding): 16 patches,
+# 214,218 parameters. It is trained by examples/train_digits_vit.py.
+MODEL_NAME: Final = "vit_tiny_patch16_224"
+
+
+MODEL_KWARGS: Final[Mapping[str, Any]] = {
+    "img_size": 32,
+    "patch_size": 8,
+    "embed_dim": 64,
+    "depth": 4,
+    "num_heads": 2,
+    "num_classes": 10,
+}
+
+
+# The digits fill their 8 x 8 pixels to the border, so nothing of them may be cropped away in evaluation.
+PREPROCESSING: Final = Preprocessing(
+    img_size=(32, 32), crop_pct=1.0, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
+)
+
+
+# What the weights were trained with, and what fine-tuning has to use: mirrored digits are other characters.
+HFLIP: Final = False
+
+
+CROP_SCALE: Final = (0.7, 1.0)
+
+
+WEIGHTS: Final = Path(__file__).parent / "assets" / "digits_vit.safetensors"
+
+
+_WHITE = 16  # the brightest value in scikit-learn's images
+
+
+def write_digits(folder: Path) -> None:
+    """Write the 1,797 digits as `folder/{train,val}/<digit>/NNNN.png`, 8 x 8 grey pixels each.
+
+    `NNNN` is the image's place in scikit-learn's data. Of each digit every second image goes to `val`; since the
+    data run writer by writer, both splits know every writer. A complete folder is left alone, and missing or
+    damaged images of an incomplete one are written again.
+
+    Raises:
+        InputError: `train` or `val` of the folder holds something else.
+        OutputError: The folder cannot be read or written; images written so far are whole.
+    """
+    images = _encode()
+    try:
+        _check_no_strangers(folder, images)
+        wanting = [path for path, png in images.items() if not _holds(folder / path, png)]
+        if not wanting:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        # An image comes into place by a rename, so that no reader and no interruption meets half of one.
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".digits.") as staging:
+            for path in wanting:
+                staged = Path(staging) / "image.png"
+                staged.write_bytes(images[path])
+                (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                staged.replace(folder / path)
+    except OSError as error:
+        raise OutputError(
+            f"the digits could not be written into {folder} ({error}); choose another folder or free some space"
+        ) from error
+
+
+def _encode() -> dict[str, bytes]:
+    """Relative path to PNG, for every image."""
+    digits = load_digits()
+    seen: Counter[int] = Counter()
+    images: dict[str, bytes] = {}
+    for index, (pixels, digit) in enumerate(zip(digits.images, digits.target.tolist(), strict=True)):
+        split = "val" if seen[digit] % 2 else "train"
+        seen[digit] += 1
+        png = io.BytesIO()
+        Image.fromarray(np.rint(pixels * (255 / _WHITE)).astype(np.uint8)).save(png, "PNG")
+        images[f"{split}/{digit}/{index:04}.png"] = png.getvalue()
+    return images
+
+
+def _check_no_strangers(folder: Path, images: Mapping[str, bytes]) -> None:
+    """Refuse to mix the digits with other data, which would then be trained on and counted as digits."""
+    known = set(images) | {str(Path(path).parent) for path in images}
+    for split in ("train", "val"):
+        for entry in sorted((folder / split).rglob("[!.]*")):
+            if entry.relative_to(folder).as_posix() not in known:
+                raise InputError(
+                    f"the folder for the digits must be new, empty or hold nothing but them in train and val, "
+                    f"got {entry}; choose another folder"
+                )
+
+
+def _holds(file: Path, content: bytes) -> bool:
+    return file.is_file() and file.read_bytes() == content

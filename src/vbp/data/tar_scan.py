@@ -1,0 +1,152 @@
+"""What a tar shard holds: one pass over its headers, which finds every sample or says what is wrong."""
+
+from __future__ import annotations
+
+import json
+import re
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from vbp.errors import InputError
+
+_META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
+
+
+_NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
+
+
+@dataclass(frozen=True)
+class SampleFormat:
+    """Which files of a sample hold the image and the label.
+
+    Attributes:
+        image: extensions, any one of which is the image.
+        label: extension of the label.
+        field: name of the label in a JSON file; without it the file is the number as text.
+    """
+
+    image: tuple[str, ...]
+    label: str
+    field: str | None
+
+    @classmethod
+    def of(cls, image: str | None, label: str | None) -> SampleFormat:
+        """From the options `image=jpg,png` and `label=cls` or `label=json:label`."""
+        extensions = image.split(",") if image else [extension.removeprefix(".") for extension in IMG_EXTENSIONS]
+        name, _, field = (label or "cls").partition(":")
+        return cls(tuple(extension.lower() for extension in extensions), name.lower(), field or None)
+
+    def text(self) -> str:
+        """The two options written out: what was read from a shard depends on them."""
+        return f"image={','.join(self.image)}&label={self.label}:{self.field or ''}"
+
+
+class Place(NamedTuple):
+    """A sample: where its image lies in the shard, in bytes, and which label it has."""
+
+    key: str
+    offset: int
+    size: int
+    label: int
+
+
+def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
+    """Return the samples of a shard in their order.
+
+    Raises:
+        InputError: the shard is torn, or a sample is incomplete or there twice.
+    """
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            # All headers first: what a torn shard lacks must not be blamed on a sample.
+            members = tar.getmembers()
+            _check_end(tar, shard)
+            for key, files in _grouped(members, shard):
+                yield _place(tar, shard, key, files, form)
+    except InputError:
+        raise
+    except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
+        raise InputError(
+            f"the shard {shard} must be a whole, uncompressed tar file, got: {error}; make it anew"
+        ) from error
+
+
+def _grouped(members: list[tarfile.TarInfo], shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
+    # The format's own rule: the key is the path up to the first dot of the file name, the rest is the extension.
+    from webdataset.tariterators import base_plus_ext
+
+    seen: set[str] = set()
+    key: str | None = None
+    files: dict[str, tarfile.TarInfo] = {}
+    for member in members:
+        if not member.isreg() or _META.match(member.name):
+            continue
+        base, extension = base_plus_ext(member.name)
+        if base is None:
+            continue
+        if base != key:
+            if key is not None:
+                yield key, files
+            if base in seen:
+                raise InputError(
+                    f"each key must be once in a shard, with its files side by side, got {base} again in {shard}"
+                )
+            key, files = base, {}
+            seen.add(base)
+        if extension.lower() in files:
+            raise InputError(f"each file of a sample must be there once, got {member.name} twice in {shard}")
+        files[extension.lower()] = member
+    if key is not None:
+        yield key, files
+
+
+def _place(
+    tar: tarfile.TarFile, shard: Path, key: str, files: dict[str, tarfile.TarInfo], form: SampleFormat
+) -> Place:
+    images = [extension for extension in form.image if extension in files]
+    if len(images) != 1 or form.label not in files:
+        wanted = f"one image ({', '.join(form.image)}) and a label ({form.label})"
+        raise InputError(
+            f"each sample must have {wanted}, got {', '.join(sorted(files))} for {key} in {shard}; "
+            "name the extensions with ?image=...&label=..."
+        )
+    image = files[images[0]]
+    if image.issparse():
+        raise InputError(f"images must be stored whole, got the sparse file {image.name} in {shard}; make it anew")
+    stream = tar.extractfile(files[form.label])
+    text = stream.read() if stream is not None else b""
+    return Place(key, image.offset_data, image.size, _label(text, form, f"{key} in {shard}"))
+
+
+def _label(text: bytes, form: SampleFormat, name: str) -> int:
+    if form.field is None:
+        if not _NUMBER.fullmatch(text):
+            raise InputError(f"the label of {name} must be a whole number as text, got {text[:40]!r}; use ?label=")
+        return int(text)
+    try:
+        value: Any = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"the {form.label} of {name} must be JSON, got {error}") from error
+    label = value.get(form.field) if isinstance(value, dict) else None
+    if not isinstance(label, int) or isinstance(label, bool) or label.bit_length() > 63:
+        raise InputError(
+            f"the field {form.field} in the {form.label} of {name} must be a whole number, got {str(label)[:40]!r}"
+        )
+    return label
+
+
+def _check_end(tar: tarfile.TarFile, shard: Path) -> None:
+    """Refuse what `tarfile` takes for the end: a torn or damaged header, or a second archive behind the first."""
+    with shard.open("rb") as stream:
+        stream.seek(tar.offset)
+        block = stream.read(tarfile.BLOCKSIZE)
+        if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):
+            raise tarfile.ReadError(f"no header and no end at byte {tar.offset}")
+        while block := stream.read(2**20):
+            if block.strip(b"\0"):
+                raise tarfile.ReadError(f"more data behind its end at byte {tar.offset}")

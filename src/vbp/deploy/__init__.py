@@ -1,0 +1,1 @@
+"""What ships: artefact folder, hub, native checkpoints, ONNX and torch.export, measured speed-up."""

@@ -1,0 +1,219 @@
+"""Save a pruned model so that it loads anywhere: weights, plan and what model they belong to, in plain types."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbp.data.preprocessing import Preprocessing
+from vbp.deploy.artifact_files import (
+    MANIFEST,
+    WEIGHTS,
+    plain_state,
+    read_file,
+    read_folder,
+    shared_names,
+    write_file,
+    write_folder,
+)
+from vbp.deploy.hub import fetch, is_reference
+from vbp.errors import InputError
+from vbp.models.classifier import ModelSource
+from vbp.models.load import build_model
+from vbp.pruning.plan import PruningPlan
+from vbp.pruning.surgery import prune_
+
+
+@dataclass(frozen=True)
+class PrunedArtifact:
+    """What the file or folder of a pruned model holds.
+
+    Attributes:
+        plans: Applied in this order to the dense model.
+        weights: State of the pruned model; tied weights are one object under several names.
+        source: How the dense model is built; None for a model of the user's own.
+        preprocessing: How its images are prepared, if known.
+        metrics: Figures measured on the model, by name.
+        class_names: What each logit stands for, if known.
+        versions: Of the packages with which it was written.
+        settings: How it was made, by name, if known.
+    """
+
+    plans: tuple[PruningPlan, ...]
+    weights: Mapping[str, Tensor]
+    source: ModelSource | None = None
+    preprocessing: Preprocessing | None = None
+    metrics: Mapping[str, Any] | None = None
+    class_names: tuple[str, ...] | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    settings: Mapping[str, Any] | None = None
+
+
+def installed_versions() -> dict[str, str]:
+    """Return the versions of the packages that a result depends on."""
+    names = ("vbp-pruning", "torch", "torchvision", "timm", "transformers", "torch-pruning", "numpy", "pillow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def save_pruned(
+    model: nn.Module | Mapping[str, Tensor],
+    path: Path | str,
+    *,
+    plans: PruningPlan | Sequence[PruningPlan],
+    source: ModelSource | None = None,
+    preprocessing: Preprocessing | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    class_names: Sequence[str] | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> None:
+    """Write what `load_pruned` reads, whole or not at all.
+
+    Args:
+        model: The pruned model, or its state; may be wrapped in DistributedDataParallel or compiled.
+        path: A folder, which gets `model.safetensors` and a readable `vbp.json`; or one file that ends in `.pth`,
+            which `torch.load(weights_only=True)` reads. An earlier model there is replaced.
+        plans: The plan that was applied to the dense model, or several in their order.
+        source: From `load_classifier`; without it, loading needs `model=`.
+        preprocessing: From `load_classifier`.
+        metrics: Plain JSON data to keep with the weights.
+        class_names: What each logit stands for.
+        settings: Plain JSON data that says how the model was made.
+
+    Raises:
+        InputError: The folder holds something else, or something given cannot be written in this format.
+        OutputError: The disk is full or cannot be written; an earlier model there stays whole.
+    """
+    entries = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
+    manifest = {
+        "source": None if source is None else source.to_dict(),
+        "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
+        "class_names": None if class_names is None else [str(name) for name in class_names],
+        "metrics": dict(metrics or {}),
+        **({} if settings is None else {"settings": dict(settings)}),
+        "versions": installed_versions(),
+        "plans": [plan.to_dict() for plan in entries],
+    }
+    target = Path(path)
+    write = write_file if target.suffix == ".pth" else write_folder
+    write(target, manifest, plain_state(model))
+
+
+def read_artifact(path: Path | str) -> PrunedArtifact:
+    """Read what `save_pruned` wrote, without building a model.
+
+    Args:
+        path: A folder, a `.pth` file, or `hf://USER/REPO` with `@REVISION` or without.
+
+    Raises:
+        InputError: It is missing, damaged, or something else.
+    """
+    place = fetch(str(path), (MANIFEST, WEIGHTS)) if is_reference(path) else Path(path)
+    if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
+        place = place.parent
+    if not place.is_dir() and not place.is_file():
+        raise InputError(
+            f"a pruned model must be an existing file or folder, got {place}; give the path of a vbp folder "
+            "or .pth file"
+        )
+    manifest, weights = read_folder(place) if place.is_dir() else read_file(place)
+    try:
+        source, preprocessing, names = manifest["source"], manifest["preprocessing"], manifest.get("class_names")
+        return PrunedArtifact(
+            tuple(PruningPlan.from_dict(plan) for plan in manifest["plans"]),
+            weights,
+            None if source is None else ModelSource.from_dict(source),
+            None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+            manifest["metrics"],
+            None if names is None else tuple(names),
+            manifest["versions"],
+            manifest.get("settings"),
+        )
+    except KeyError as error:
+        raise InputError(f"{place} lacks {error}; make it again") from error
+    except TypeError as error:
+        raise InputError(f"{place} is damaged ({error}); make it again") from error
+
+
+def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
+    """Return a pruned model back: its logits are bit-equal to those of the model that was saved.
+
+    The dense architecture is built without weights, the plan is replayed, and the saved weights are loaded strictly.
+    Nothing is downloaded, unless the path is `hf://...`.
+
+    Args:
+        path: A folder or file that `save_pruned` wrote, or `hf://USER/REPO` with `@REVISION` or without.
+        model: A fresh dense model of the same architecture; needed for models that neither timm nor Hugging Face
+            builds. It is pruned in place and returned.
+
+    Returns:
+        The model in evaluation mode, on the CPU unless `model` lies elsewhere.
+
+    Raises:
+        InputError: The file is missing or damaged, or does not fit the model.
+    """
+    artifact = read_artifact(path)
+    if model is None and artifact.source is None:
+        raise InputError(
+            f"{path} does not say how its dense model is built; pass it: load_pruned(path, model=fresh_dense_model)"
+        )
+    device = next(model.parameters()).device if model is not None else torch.device("cpu")
+    pruned = model if model is not None else build_model(_known(artifact.source))
+    try:
+        rebuild_(pruned, artifact.plans, artifact.weights)
+    except RuntimeError as error:
+        raise InputError(f"the weights of {path} do not fit {type(pruned).__name__}: {error}") from error
+    return pruned.to(device).eval()
+
+
+def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
+    """Turn a dense model into the pruned one whose weights these are.
+
+    Raises:
+        RuntimeError: The weights do not fit.
+    """
+    for plan in plans:
+        prune_(model, plan)
+    _add_missing_biases_(model, plans, weights)
+    # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
+    model.load_state_dict(dict(weights), strict=True, assign=True)
+    _tie_(model, weights)
+    types = {value.dtype for value in weights.values() if value.is_floating_point()}
+    if len(types) == 1 and types != {torch.get_default_dtype()}:
+        model.to(types.pop())  # buffers that are in no state dict, such as the mask of shifted windows
+
+
+def _known(source: ModelSource | None) -> ModelSource:
+    assert source is not None
+    return source
+
+
+def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """Make one parameter again of each that has several names; assigning made one for each name."""
+    for alias, name in shared_names(weights).items():
+        parent, _, attribute = alias.rpartition(".")
+        owner, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, getattr(model.get_submodule(owner), own))
+
+
+def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
+    """Return consumers the biases that they gained through compensation."""
+    for plan in plans:
+        for entry in plan.sites:
+            if not entry.site.consumer:
+                continue
+            consumer = model.get_submodule(entry.site.consumer)
+            bias = weights.get(f"{entry.site.consumer}.bias")
+            if consumer.bias is None and bias is not None:
+                consumer.bias = nn.Parameter(torch.zeros_like(bias))

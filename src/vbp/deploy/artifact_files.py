@@ -1,0 +1,271 @@
+"""A pruned model on disk: a folder of safetensors and readable JSON, or one `.pth` file; neither runs code."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from vbp.errors import InputError, OutputError
+from vbp.models.weights import PREFIXES, one_line
+from vbp.runtime.files import clear_folder, write_atomically, write_bytes
+
+FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
+
+
+MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
+
+
+# Lists of numbers that `json.dumps` spreads over one line each; no text can hold these line breaks.
+_NUMBERS = re.compile(r"\[\n\s*(?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+\n\s*\]")
+
+
+State = dict[str, Tensor]
+
+
+def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
+    """Return the state of a model as contiguous tensors of their own on the CPU; tied ones are one object.
+
+    Raises:
+        InputError: Something in it is no tensor.
+    """
+    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
+    for prefix in PREFIXES * 2:  # DistributedDataParallel and torch.compile put them there; either may be outside
+        if state and all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
+    if strangers:
+        name = strangers[0]
+        raise InputError(
+            f"the state of a pruned model must be tensors, got {type(state[name]).__name__} in {name}; drop what is "
+            "no tensor from its state dict"
+        )
+    shared = shared_names(state)
+    plain: State = {}
+    for name, value in state.items():
+        own = value.detach().cpu()
+        # A view would carry the whole storage that it is cut from into the file.
+        plain[name] = plain[shared[name]] if name in shared else own.clone(memory_format=torch.contiguous_format)
+    return plain
+
+
+def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Return each name whose tensor is that of an earlier name (tied weights), with the earlier name."""
+    first: dict[tuple[Any, ...], str] = {}
+    shared = {}
+    for name, value in state.items():
+        if value.numel() == 0 or value.is_meta:
+            continue
+        place = (value.device, value.data_ptr(), value.dtype, value.shape, value.stride())
+        earlier = first.setdefault(place, name)
+        if earlier != name:
+            shared[name] = earlier
+    return shared
+
+
+def write_file(path: Path, manifest: Mapping[str, Any], state: State) -> None:
+    """Write one `.pth` file that `torch.load(weights_only=True)` reads, whole or not at all.
+
+    Raises:
+        OutputError: It could not be written; an earlier one of that name stays whole.
+    """
+    content = {"format": FILE_FORMAT, **manifest, "state_dict": state}
+    write_atomically(path, lambda file: torch.save(content, file))
+
+
+def write_folder(folder: Path, manifest: Mapping[str, Any], state: State) -> None:
+    """Write `model.safetensors` and `vbp.json`, whole or not at all.
+
+    Replacing `vbp.json` is the one step that makes the new model valid. The weights lie beside the old ones until
+    then; a reader that finds them still there, because the writer was killed, takes them. So the folder holds the old
+    model or the new one at every moment, and never a part of each.
+
+    Raises:
+        InputError: The folder holds something else, or the content cannot be said in these formats.
+        OutputError: It could not be written; an earlier model in the folder stays whole.
+    """
+    check_target(folder)
+    shared = shared_names(state)
+    try:
+        data = save({name: value for name, value in state.items() if name not in shared}, {"format": "pt"})
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise InputError(f"safetensors cannot hold these weights: {one_line(error)}; save to a .pth file") from error
+    digest = hashlib.sha256(data).hexdigest()
+    weights = {"file": WEIGHTS, "bytes": len(data), "sha256": digest, "shared": shared}
+    text = _readable_json({"format": FOLDER_FORMAT, "weights": weights, **manifest})
+    new = not folder.exists()
+    staged = _staged(folder, digest)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_bytes(staged, data)
+        write_bytes(folder / MANIFEST, text)
+    except OSError as error:  # an OutputError is one
+        with contextlib.suppress(OSError):
+            staged.unlink(missing_ok=True)
+            if new:
+                folder.rmdir()
+        if isinstance(error, OutputError):
+            raise
+        raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
+    with contextlib.suppress(OSError):  # what fails here, a reader makes good
+        staged.replace(folder / WEIGHTS)
+        for left_over in folder.glob(f".{WEIGHTS}.*"):
+            left_over.unlink()
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to write over anything but an earlier pruned model.
+
+    Raises:
+        InputError: The path is a file, looks like one, or is a folder with the weights of something else.
+    """
+    if folder.is_file() or folder.suffix in (".pt", ".bin", ".safetensors", ".json"):
+        raise InputError(
+            f"a pruned model goes into a folder, or into one file that ends in .pth, got {folder}; choose another "
+            "name"
+        )
+    if (folder / WEIGHTS).exists() and not (folder / MANIFEST).exists():
+        raise InputError(
+            f"{folder} holds {WEIGHTS} of something else (there is no {MANIFEST} beside it), which would be "
+            "overwritten; choose another folder"
+        )
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove what `write_folder` wrote; other files in the folder, and then the folder itself, stay.
+
+    Raises:
+        OutputError: A file could not be removed.
+    """
+    # The manifest last: weights that were left without it would be taken for somebody else's.
+    for name in (WEIGHTS, MANIFEST):
+        clear_folder(folder, (name, *(staged.name for staged in folder.glob(f".{name}.*"))))
+    with contextlib.suppress(OSError):
+        folder.rmdir()
+
+
+def read_file(file: Path) -> tuple[dict[str, Any], State]:
+    """Read what `write_file` wrote: the manifest and the weights.
+
+    Raises:
+        InputError: The file is damaged, or something else.
+    """
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{file} is damaged or no file of a pruned model ({one_line(error)}); copy or make it again"
+        ) from error
+    check_format(file, content, FILE_FORMAT)
+    try:
+        state: State = content.pop("state_dict")
+    except KeyError as error:
+        raise InputError(f"{file} lacks {error}; make it again") from error
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{file} is damaged: its state_dict must hold tensors by name; copy or make it again")
+    return content, state
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read the `vbp.json` of a folder.
+
+    Raises:
+        InputError: It is missing, damaged, or of something else.
+    """
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise InputError(
+            f"{folder} holds no pruned model: there is no {MANIFEST} in it; give the folder that has one"
+        )
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{file} is damaged ({one_line(error)}); copy or make the folder again") from error
+    check_format(file, content, FOLDER_FORMAT)
+    weights = content.get("weights")
+    fields = {"bytes": int, "sha256": str, "shared": dict}
+    if not isinstance(weights, dict) or not all(isinstance(weights.get(key), kind) for key, kind in fields.items()):
+        raise InputError(f"{file} is damaged: its weights must have {', '.join(fields)}; make the folder again")
+    return dict(content)
+
+
+def read_folder(folder: Path) -> tuple[dict[str, Any], State]:
+    """Read what `write_folder` wrote: the manifest and the weights.
+
+    Raises:
+        InputError: A file is missing, damaged, truncated, or of another model than the file beside it.
+    """
+    manifest = read_manifest(folder)
+    expected = manifest["weights"]
+    file = weights_path(folder, manifest)
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error}); copy or make the folder again") from error
+    if len(data) < expected["bytes"]:
+        raise InputError(
+            f"{file} is truncated or of another model: {MANIFEST} says {expected['bytes']} bytes, got {len(data)}; "
+            "copy or make the folder again"
+        )
+    if hashlib.sha256(data).hexdigest() != expected["sha256"]:
+        raise InputError(
+            f"{file} is damaged or of another model than {MANIFEST} beside it (its sha256 differs); copy or make the "
+            "folder again"
+        )
+    try:
+        state = load(data)
+        state.update({alias: state[name] for alias, name in expected["shared"].items()})
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise InputError(f"{file} is no readable safetensors file ({error}); make the folder again") from error
+    return manifest, state
+
+
+def weights_path(folder: Path, manifest: Mapping[str, Any]) -> Path:
+    """Return the file with the weights that belong to this manifest of a folder."""
+    staged = _staged(folder, manifest["weights"]["sha256"])
+    return staged if staged.is_file() else folder / WEIGHTS
+
+
+def check_format(path: Path, content: object, wanted: str) -> None:
+    """Refuse what another program, or a newer version of this one, wrote.
+
+    Raises:
+        InputError: The format is not the one that is read here.
+    """
+    found = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if found == wanted:
+        return
+    name, number = wanted.split("/")
+    given = re.fullmatch(rf"{name}/(\d+)", str(found))
+    remedy = "it is no pruned model; give a file or folder that save_pruned wrote"
+    if given:
+        newer = int(given[1]) > int(number)
+        remedy = "a newer vbp wrote it; install that version" if newer else "use the vbp version that wrote it"
+    raise InputError(f"{path} must have format {wanted}, got {found!r}; {remedy}")
+
+
+def _staged(folder: Path, digest: str) -> Path:
+    # Only the characters of a digest: what stands in a foreign vbp.json must not lead out of the folder.
+    return folder / f".{WEIGHTS}.{re.sub('[^0-9a-f]', '', digest)[:16]}"
+
+
+def _readable_json(content: Mapping[str, Any]) -> bytes:
+    try:
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(
+            f"metrics and settings must be plain JSON data without NaN or infinity ({error}); convert or leave "
+            "out what is not"
+        ) from error
+    # The kept channels of a site on one line.
+    return (_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n").encode()

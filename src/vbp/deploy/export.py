@@ -1,0 +1,245 @@
+"""Export a classifier to a file that runs without vbp, and prove the file on real images before it is kept.
+
+ONNX by torch's current exporter (run by onnxruntime, or anything that reads ONNX) or `torch.export` (`.pt2`, loaded
+by torch alone); both take any batch size.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.deploy.onnx import OnnxClassifier, quantize_onnx, require_onnx, write_onnx
+from vbp.deploy.parity import Parity, measure_parity
+from vbp.deploy.torch_export import Portable, ProgramClassifier, write_program
+from vbp.errors import InputError
+from vbp.runtime.files import write_atomically
+from vbp.training.evaluate import evaluate
+
+_log = logging.getLogger(__name__)
+
+
+ExportFormat = Literal["onnx", "pt2"]
+
+
+ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
+
+
+Batches = Iterable[tuple[Tensor, Tensor]]
+
+
+# Greatest difference of two logits, as a share of the model's greatest logit.
+TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written, and how far it lies from the model.
+
+    Attributes:
+        file: The file, whole and proven.
+        size: Its bytes.
+        parity: Its logits against those of the model in float32.
+        tolerance: The greatest `parity.relative_error` that was allowed.
+        top1: Top-1 accuracy in percent of the model and of the file, over the labelled images if any were given.
+    """
+
+    file: Path
+    to: ExportFormat
+    dtype: ExportPrecision
+    size: int
+    parity: Parity
+    tolerance: float
+    top1: tuple[float, float] | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        top1 = None if self.top1 is None else {"model": self.top1[0], "file": self.top1[1]}
+        return {
+            "file": str(self.file),
+            "to": self.to,
+            "dtype": self.dtype,
+            "bytes": self.size,
+            **asdict(self.parity),
+            "tolerance": self.tolerance,
+            "top1": top1,
+        }
+
+    def table(self) -> str:
+        """Return the report as lines for the terminal."""
+        parity = self.parity
+        lines = [
+            f"{self.file}: {self.to}, {self.dtype}, {self.size / 2**20:.1f} MiB",
+            f"  run on {parity.images} images against the PyTorch model in float32:",
+            f"  largest error of a logit  {parity.max_abs_error:.3g}, or {parity.relative_error:.2e} of the largest "
+            f"logit (tolerance {self.tolerance:.2g})",
+            f"  same class first          {parity.top1_agreement:.1%}",
+        ]
+        if self.top1 is not None:
+            lines.append(f"  top-1                     {self.top1[0]:.2f} % -> {self.top1[1]:.2f} %")
+        return "\n".join(lines)
+
+
+def export_model(
+    model: nn.Module,
+    images: Float[Tensor, "images channels height width"],
+    output: Path | str,
+    *,
+    to: ExportFormat = "onnx",
+    dtype: ExportPrecision = "float32",
+    calibration: Iterable[Tensor] | None = None,
+    labelled: Batches | None = None,
+    tolerance: float | None = None,
+    overwrite: bool = False,
+) -> ExportReport:
+    """Write a file with one input `images` and one output of logits, both float32, for any batch size.
+
+    The file is run again, by onnxruntime or as reloaded program on the CPU, over `images`. It is put in its place
+    only if its logits agree with those of the model.
+
+    Args:
+        model: Dense or pruned, of any library; left as it was.
+        images: At least two real images, prepared as the model wants them.
+        output: Ends in `.onnx` or `.pt2`, as `to` says.
+        to: `onnx` needs the extra `export`.
+        dtype: Of weights and arithmetic; int8 for ONNX alone, bfloat16 for pt2 alone.
+        calibration: Batches of prepared training images that set the ranges of int8; 128 images or more.
+        labelled: Batches of images and labels, gone through twice: for the accuracy of model and file.
+        tolerance: Of the relative error of a logit, in the place of `TOLERANCES[dtype]`.
+        overwrite: Whether an earlier file of that name may be replaced.
+
+    Raises:
+        InputError: The combination is not supported, the model cannot be exported, or the file's logits are too far
+            from the model's; no file is left behind.
+        OutputError: The file could not be written.
+    """
+    path, allowed = Path(output), TOLERANCES[dtype] if tolerance is None and dtype in TOLERANCES else tolerance
+    _check_choice(to, dtype, calibration)
+    _check_output(path, to, overwrite)
+    if images.ndim != 4 or len(images) < 2:
+        raise InputError(f"images must be two or more of one size, stacked, got shape {tuple(images.shape)}")
+    assert allowed is not None
+    if calibration is not None:
+        calibration = _not_empty(calibration)
+    reference = Portable(model, torch.float32)
+    images = images.detach().cpu().float()
+    with tempfile.TemporaryDirectory(prefix="vbp-export-") as folder:
+        draft = Path(folder) / f"model.{to}"
+        _write(model, images, draft, to, dtype, calibration)
+        exported = open_exported(draft)
+        parity = measure_parity(reference, exported, images)
+        if not parity.relative_error <= allowed:
+            raise InputError(
+                f"the exported {dtype} file must give the model's logits within {allowed:g} of the largest one, got "
+                f"a difference of {parity.relative_error:.3g} (same class first on {parity.top1_agreement:.1%} of "
+                f"{parity.images} images); nothing was written to {path}: {_remedy(dtype)}"
+            )
+        top1 = None if labelled is None else (_top1(reference, labelled), _top1(exported, labelled))
+        with draft.open("rb") as content:
+            write_atomically(path, lambda file: shutil.copyfileobj(content, file))
+    report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1)
+    _log.info("%s", report.table())
+    return report
+
+
+def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
+    """Open an exported file as a module on the CPU: float32 images to logits.
+
+    Args:
+        path: A file of `export_model`, known by its ending.
+        threads: For ONNX: threads inside one operation; 0 leaves the choice to onnxruntime.
+
+    Raises:
+        InputError: The file is missing or has another ending, or onnxruntime is not installed.
+    """
+    file = Path(path)
+    if not file.is_file() or file.suffix not in (".onnx", ".pt2"):
+        raise InputError(f"an exported model must be an existing .onnx or .pt2 file, got {file}; check the path")
+    if file.suffix == ".pt2":
+        return ProgramClassifier(file)
+    require_onnx()
+    return OnnxClassifier(file, threads)
+
+
+def _check_choice(to: str, dtype: str, calibration: object | None) -> None:
+    for name, value, allowed in (("to", to, get_args(ExportFormat)), ("dtype", dtype, get_args(ExportPrecision))):
+        if value not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+    if (to, dtype) == ("onnx", "bfloat16"):
+        raise InputError(
+            "dtype bfloat16 is for pt2 alone: onnxruntime has no bfloat16 matrix product on the CPU, so that an ONNX "
+            "file could not be proven; use --to pt2, or float16"
+        )
+    if (to, dtype) == ("pt2", "int8"):
+        raise InputError("dtype int8 is for onnx alone: only onnxruntime quantises here; use --to onnx")
+    if dtype == "int8" and calibration is None:
+        raise InputError("dtype int8 needs calibration images, got none; give prepared training images, 128 or more")
+    if dtype != "int8" and calibration is not None:
+        raise InputError(f"calibration images are for dtype int8 alone, got them with {dtype}; leave them out")
+    if to == "onnx":
+        require_onnx()
+
+
+def _not_empty(calibration: Iterable[Tensor]) -> Iterable[Tensor]:
+    batches = iter(calibration)
+    first = next(batches, None)
+    if first is None:
+        raise InputError("dtype int8 needs calibration images, got none; give prepared training images, 128 or more")
+    return itertools.chain((first,), batches)
+
+
+def _check_output(path: Path, to: str, overwrite: bool) -> None:
+    if path.suffix != f".{to}":
+        raise InputError(f"output must end in .{to}, got {path}; the ending tells others how to read it")
+    if not path.parent.is_dir():
+        raise InputError(f"output must lie in an existing folder, got {path}; create {path.parent}")
+    if path.exists() and not overwrite:
+        raise InputError(f"output must be a new file, got the existing {path}; choose another or pass --overwrite")
+
+
+def _write(
+    model: nn.Module,
+    images: Tensor,
+    path: Path,
+    to: ExportFormat,
+    dtype: ExportPrecision,
+    calibration: Iterable[Tensor] | None,
+) -> None:
+    portable = Portable(model, torch.float32 if dtype == "int8" else getattr(torch, dtype))
+    write: Callable[[Portable, Tensor, Path], None] = write_onnx if to == "onnx" else write_program
+    try:
+        with torch.no_grad():
+            write(portable, images, path)
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError) as error:
+        # The exporters' own errors derive from these; what follows their first line is a listing of the graph.
+        reason = next(iter(str(error).splitlines()), type(error).__name__)
+        raise InputError(
+            f"{type(model).__name__} cannot be exported to {to} in {dtype}: {reason}; try the other format, or a "
+            "model whose forward does not depend on the values of its input"
+        ) from error
+    if calibration is not None:
+        floats = path.with_name("float32.onnx")
+        path.replace(floats)
+        quantize_onnx(floats, path, calibration)
+
+
+def _top1(model: nn.Module, batches: Batches) -> float:
+    return evaluate(model, batches, "cpu").top1
+
+
+def _remedy(dtype: str) -> str:
+    if dtype == "float32":
+        return "report this with the model's name, or give a tolerance"
+    return "give more calibration images, or use float16" if dtype == "int8" else "use float32"

@@ -1,0 +1,182 @@
+"""How much faster a pruned model is than its dense one, beside what its MACs promise."""
+
+from __future__ import annotations
+
+import copy
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.cost.macs import count_macs, format_count
+from vbp.cost.timing import Spread, Turn, time_in_turns
+from vbp.deploy.latency_backends import LatencySettings, batch_for, check_settings, cpu_threads, runner_of
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """One batch size.
+
+    Attributes:
+        dense: Milliseconds of a batch.
+        pruned: Milliseconds of a batch.
+        speedup: Dense over pruned, round by round.
+        cpu_speedup: The same by processor time: steadier on a machine with other work; None on a GPU.
+        ideal: Dense over pruned by MACs.
+        rounds: How many were timed.
+    """
+
+    batch: int
+    dense: Spread
+    pruned: Spread
+    speedup: Spread
+    cpu_speedup: Spread | None
+    ideal: float
+    rounds: int
+
+    @property
+    def of_ideal(self) -> float:
+        """Return the share of the ideal speed-up that was measured."""
+        return self.speedup.median / self.ideal
+
+
+@dataclass(frozen=True)
+class LatencyReport:
+    """Dense against pruned for several batch sizes.
+
+    Attributes:
+        macs: Multiply-accumulates of one image, dense and pruned.
+        hardware: The device, in words.
+        threads: In use on the CPU.
+        load: Programs that wanted the processor, mean of the minute before and of the minute at the end.
+    """
+
+    rows: tuple[LatencyRow, ...]
+    macs: tuple[int, int]
+    settings: LatencySettings
+    hardware: str
+    threads: int
+    load: tuple[float, float]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "macs": list(self.macs),
+            "hardware": self.hardware,
+            "threads": self.threads,
+            "load": list(self.load),
+            "settings": asdict(self.settings),
+            "torch": torch.__version__,
+            "rows": [{**asdict(row), "of_ideal": row.of_ideal} for row in self.rows],
+        }
+
+    def table(self) -> str:
+        """Return the figures as a table for the terminal."""
+        heading = (
+            f"{'batch':>6}  {'dense':>12}  {'pruned':>12}  {'measured (quartiles)':>24}  {'by MACs':>8}  "
+            f"{'of ideal':>8}"
+        )
+        settings = self.settings
+        how = [settings.backend, settings.precision, self.hardware]
+        how += [f"{self.threads} threads"] if settings.device == "cpu" else []
+        how += [name for name in ("compile", "channels_last") if getattr(settings, name)]
+        dense, pruned = map(format_count, self.macs)
+        return "\n".join([", ".join(how), f"MACs {dense} -> {pruned}", heading, *map(_line, self.rows)])
+
+
+def compare_latency(
+    dense: nn.Module,
+    pruned: nn.Module,
+    example: Float[Tensor, "batch channels height width"],
+    *,
+    batch_sizes: Sequence[int] = (1, 32),
+    settings: LatencySettings | None = None,
+) -> LatencyReport:
+    """Time a dense model against its pruned one.
+
+    Args:
+        dense: Copied; random weights take as long as trained ones.
+        pruned: Copied.
+        example: An image or more, prepared as the models want them.
+        batch_sizes: Images in a batch.
+        settings: How the models are run.
+
+    Raises:
+        InputError: A setting is wrong, contradicts another, or needs what this machine does not have.
+    """
+    chosen = settings or LatencySettings()
+    check_settings(chosen, batch_sizes)
+    # Counted before anything is compiled or converted.
+    macs = tuple(
+        count_macs(copy.deepcopy(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned)
+    )
+    ideal, device, before = macs[0] / macs[1], torch.device(chosen.device), _load()
+    rows = []
+    with (
+        cpu_threads(chosen.threads),
+        torch.inference_mode(),
+        tempfile.TemporaryDirectory(prefix="vbp-latency-") as folder,
+    ):
+        runners = {
+            name: runner_of(model, example, chosen, Path(folder) / f"{name}.onnx")
+            for name, model in (("dense", dense), ("pruned", pruned))
+        }
+        for batch in batch_sizes:
+            images = batch_for(example, batch, chosen)
+            turns = time_in_turns(
+                {name: _pass(runner, images) for name, runner in runners.items()},
+                device,
+                rounds=chosen.rounds,
+                warmup=chosen.warmup,
+                budget_s=chosen.budget_s,
+            )
+            rows.append(_row(batch, turns, ideal, device))
+        threads = torch.get_num_threads()
+    return LatencyReport(tuple(rows), (macs[0], macs[1]), chosen, _hardware(device), threads, (before, _load()))
+
+
+def _pass(runner: Callable[[Any], object], images: Any) -> Callable[[], object]:
+    return lambda: runner(images)
+
+
+def _row(batch: int, turns: dict[str, list[Turn]], ideal: float, device: torch.device) -> LatencyRow:
+    dense, pruned = turns["dense"], turns["pruned"]
+    # A ratio within each round: two medians of their own would compare different minutes of the machine.
+    speedups = [one.ms / other.ms for one, other in zip(dense, pruned, strict=True)]
+    by_cpu = None
+    if device.type == "cpu":
+        by_cpu = Spread.of([one.cpu_ms / other.cpu_ms for one, other in zip(dense, pruned, strict=True)])
+    return LatencyRow(
+        batch,
+        Spread.of([turn.ms for turn in dense]),
+        Spread.of([turn.ms for turn in pruned]),
+        Spread.of(speedups),
+        by_cpu,
+        ideal,
+        len(dense),
+    )
+
+
+def _line(row: LatencyRow) -> str:
+    speed = f"{row.speedup.median:.3f}x ({row.speedup.low:.3f}, {row.speedup.high:.3f})"
+    return (
+        f"{row.batch:>6}  {row.dense.median:>9.2f} ms  {row.pruned.median:>9.2f} ms  {speed:>24}  "
+        f"{row.ideal:>7.3f}x  {row.of_ideal:>8.1%}"
+    )
+
+
+def _load() -> float:
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

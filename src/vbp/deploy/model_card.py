@@ -1,0 +1,183 @@
+"""Publish a pruned model on the Hugging Face hub, with a model card that says what was measured."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+from vbp.deploy.artifact import PrunedArtifact, read_artifact
+from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
+from vbp.deploy.hub import publish
+from vbp.errors import InputError
+
+CARD = "README.md"
+
+
+_ACCURACY = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
+
+
+PAPER = "https://arxiv.org/abs/2507.12988"
+
+
+def push_to_hub(
+    folder: Path | str,
+    repository: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    base_model: str | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+    message: str = "Upload a pruned model",
+) -> str:
+    """Upload the folder of a pruned model in one commit; `load_pruned("hf://USER/REPO")` reads it back.
+
+    The weights and `vbp.json` go up, and the folder's own `README.md`, or a model card if it has none; nothing else.
+
+    Args:
+        folder: Written by `save_pruned`; checked before anything is sent.
+        repository: `USER/REPO`, made if it is not there. The client's own login is used (`hf auth login`, HF_TOKEN).
+        private: Make a new repository private.
+        revision: A branch that exists; by default the main one.
+        base_model: Hub id of the dense model, for the card.
+        license: For the card, such as `apache-2.0`.
+        dataset: What the accuracy was measured on, for the card, such as `imagenet-1k`.
+        message: Of the commit.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        InputError: The folder is no whole pruned model, or nobody is logged in who may write there.
+        OutputError: The hub cannot be reached.
+    """
+    place = Path(folder)
+    if not place.is_dir():
+        raise InputError(
+            f"the hub takes the folder of a pruned model, got {folder}; write one with save_pruned(model, FOLDER)"
+        )
+    artifact = read_artifact(place)
+    card = place / CARD
+    text: Path | bytes = card
+    if not card.is_file():
+        facts = {"base_model": base_model, "license": license, "dataset": dataset}
+        text = model_card(artifact, repository, **facts).encode()
+    weights = weights_path(place, read_manifest(place))
+    files: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: place / MANIFEST, CARD: text}
+    return publish(files, repository, private=private, revision=revision, message=message)
+
+
+def model_card(
+    artifact: PrunedArtifact,
+    repository: str,
+    *,
+    base_model: str | None = None,
+    license: str | None = None,
+    dataset: str | None = None,
+) -> str:
+    """Write the page of a model on the hub: what it is, what was measured, how it is loaded.
+
+    Args:
+        artifact: Its metrics go into the page: numbers by name, or tables of them (`dense`, `pruned`, ...) by name.
+        repository: `USER/REPO`.
+        base_model: Hub id of the dense model.
+        license: Such as `apache-2.0`.
+        dataset: What the accuracy was measured on.
+    """
+    name = repository.rpartition("/")[2]
+    metrics = artifact.metrics or {}
+    results = [
+        EvalResult("image-classification", dataset, dataset, key, metrics[key], metric_name=label)
+        for key, label in _ACCURACY.items()
+        if dataset is not None and _is_number(metrics.get(key))
+    ]
+    data = ModelCardData(
+        base_model=base_model,
+        license=license,
+        library_name="vbp-pruning",
+        pipeline_tag="image-classification",
+        tags=["pruning", "variance-based-pruning"],
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    made = _settings(artifact.settings or {})
+    sections = [_description(artifact), _figures(metrics), _usage(repository), made, _widths(artifact)]
+    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n" + "\n".join(section for section in sections if section)
+
+
+def _description(artifact: PrunedArtifact) -> str:
+    dense = "a model of its author's own" if artifact.source is None else f"`{artifact.source.name}`"
+    text = f"{dense[0].upper()}{dense[1:]}, made smaller by [Variance-Based Pruning]({PAPER})"
+    if artifact.plans:
+        last, first = artifact.plans[-1], artifact.plans[0]
+        text += f": {last.kept:,} of {first.total:,} hidden MLP channels are left"
+    lines = [text + "."]
+    if artifact.preprocessing is not None:
+        height, width = artifact.preprocessing.img_size
+        lines.append(f"It takes images of {height} x {width} pixels; `vbp.json` holds how they are prepared.")
+    return "\n".join(lines) + "\n"
+
+
+def _figures(metrics: Mapping[str, Any]) -> str:
+    """Return the measured numbers as tables: single ones, and one row for each model that was measured."""
+    single = {key: value for key, value in metrics.items() if _is_number(value)}
+    models = {
+        key: {inner: number for inner, number in value.items() if _is_number(number)}
+        for key, value in metrics.items()
+        if isinstance(value, Mapping)
+    }
+    models = {key: numbers for key, numbers in models.items() if numbers}
+    tables = []
+    if single:
+        tables.append(_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
+    if models:
+        columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
+        rows = [
+            [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
+            for key, numbers in models.items()
+        ]
+        tables.append(_table(["", *columns], rows))
+    return "## Measured\n\n" + "\n".join(tables) if tables else ""
+
+
+def _usage(repository: str) -> str:
+    return (
+        "## Use\n\n```sh\npip install vbp-pruning\n```\n\n"
+        f'```python\nimport vbp\nmodel = vbp.load_pruned("hf://{repository}")\n'
+        f'artifact = vbp.read_artifact("hf://{repository}")  # preprocessing, class names, plan\n'
+        "transform = vbp.evaluation_transform(artifact.preprocessing)\n```\n"
+    )
+
+
+def _settings(settings: Mapping[str, Any]) -> str:
+    rows = [[f"`{name}`", " ".join(str(value).replace("|", "\\|").split())] for name, value in settings.items()]
+    return "## How it was made\n\n" + _table(["setting", "value"], rows) if rows else ""
+
+
+def _widths(artifact: PrunedArtifact) -> str:
+    if not artifact.plans:
+        return ""
+    dense: dict[str, int] = {}
+    kept: dict[str, int] = {}
+    for plan in artifact.plans:
+        for name, (left, total) in plan.widths.items():
+            dense.setdefault(name, total)
+            kept[name] = left
+    rows = [[f"`{name}`", str(kept[name]), str(total)] for name, total in dense.items()]
+    return "## Channels\n\n" + _table(["site", "kept", "of"], rows)
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

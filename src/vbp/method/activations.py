@@ -1,0 +1,63 @@
+"""Find which function of one value stands between a hidden layer and its consumer, by the values themselves.
+
+Libraries write activations as modules, functions and methods. What one does shows in what went in and came out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Activation = Callable[[Tensor], Tensor]
+
+
+# Share of the square that rounding may make of it: GELU and its tanh form differ by a thousand times more.
+_ROUNDING = 1e-10
+
+
+_KNOWN: tuple[Activation, ...] = (
+    F.gelu,
+    lambda values: F.gelu(values, approximate="tanh"),
+    F.relu,
+    F.silu,
+    lambda values: values * torch.sigmoid(1.702 * values),
+    lambda values: values,
+    F.leaky_relu,
+    F.relu6,
+    F.hardswish,
+    F.mish,
+    F.elu,
+    F.selu,
+    F.softplus,
+    lambda values: F.relu(values).square(),
+    torch.tanh,
+    torch.sigmoid,
+)
+
+
+def find_activation(before: Tensor, after: Tensor) -> Activation | None:
+    """Return the known activation that turns one tensor into the other, value by value; None if none does.
+
+    Args:
+        before: Values, not in half precision.
+        after: As many values, in the same places.
+    """
+    if before.shape != after.shape:
+        return None
+    given, wanted = before.double(), after.double()
+    size = wanted.square().sum()
+    for activation in _KNOWN:
+        if bool((activation(given) - wanted).square().sum() <= _ROUNDING * size):
+            return activation
+    return None
+
+
+def slope(activation: Activation, values: Tensor) -> Tensor:
+    """Return the derivative at each value."""
+    with torch.enable_grad():
+        at = values.detach().requires_grad_()
+        (found,) = torch.autograd.grad(activation(at).sum(), at)
+    return found

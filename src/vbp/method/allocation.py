@@ -1,0 +1,123 @@
+"""How many channels each site keeps: the total as asked for, floors and rounding respected."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """The channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
+
+    counts: tuple[int, ...]
+
+    @property
+    def is_gapless(self) -> bool:
+        """Return whether every count from the first to the last is allowed."""
+        return self.counts[0] - self.counts[-1] == len(self.counts) - 1
+
+    def nearest(self, quota: float) -> int:
+        """Return the count nearest to a quota, the larger of two that are as near."""
+        return min(self.counts, key=lambda count: abs(count - quota))
+
+    @staticmethod
+    def of(hidden: int, step: int, min_keep_ratio: float) -> Bounds:
+        """Return the counts of a site; one narrower than `step` stays whole."""
+        # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and must ask for 7 channels.
+        floor = max(1, math.ceil(hidden * min_keep_ratio - 1e-9))
+        lowest = math.ceil(floor / step) * step
+        multiples = range(hidden // step * step, lowest - 1, -step)
+        return Bounds((hidden, *(count for count in multiples if count != hidden)))
+
+
+def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], target: int) -> list[int]:
+    """Remove the channels of lowest score over all sites; of equal ones the first, by site, then by order.
+
+    Args:
+        scores: Of each site's channels, ascending.
+        bounds: Of each site.
+        target: Channels to keep in all; the nearest reachable total is kept, the larger of two that are as near.
+    """
+    if not all(bound.is_gapless for bound in bounds):
+        # What goes with each count of a site: its lowest scores, summed.
+        sums = [np.concatenate(([0.0], np.cumsum(score))) for score in scores]
+        return _allocate(
+            bounds,
+            [
+                [float(total[bound.counts[0] - count]) for count in bound.counts]
+                for total, bound in zip(sums, bounds, strict=True)
+            ],
+            target,
+        )
+    removable = [score[: bound.counts[0] - bound.counts[-1]] for score, bound in zip(scores, bounds, strict=True)]
+    site_of = np.repeat(np.arange(len(bounds)), [len(score) for score in removable])
+    gone = max(0, sum(bound.counts[0] for bound in bounds) - target)
+    # A stable sort breaks ties by site order and, inside a site, by the order of removal.
+    lost = np.bincount(site_of[np.argsort(np.concatenate(removable), kind="stable")[:gone]], minlength=len(bounds))
+    return [bound.counts[0] - int(number) for bound, number in zip(bounds, lost, strict=True)]
+
+
+def per_layer_counts(keep_ratio: float, bounds: Sequence[Bounds], target: int) -> list[int]:
+    """Return every site the same share, as nearly as the total allows."""
+    quotas = [bound.counts[0] * keep_ratio for bound in bounds]
+    if not all(bound.is_gapless for bound in bounds):
+        losses = [
+            [(count - quota) ** 2 for count in bound.counts] for quota, bound in zip(quotas, bounds, strict=True)
+        ]
+        return _allocate(bounds, losses, target)
+    counts = [max(int(quota), bound.counts[-1]) for quota, bound in zip(quotas, bounds, strict=True)]
+    while (missing := target - sum(counts)) != 0:
+        # Largest remainders: the site that is furthest from its quota moves by one channel.
+        sign = 1 if missing > 0 else -1
+        movable = [
+            index
+            for index, (count, bound) in enumerate(zip(counts, bounds, strict=True))
+            if bound.counts[-1] <= count + sign <= bound.counts[0]
+        ]
+        if not movable:
+            return counts
+        counts[max(movable, key=lambda index: (sign * (quotas[index] - counts[index]), -index))] += sign
+    return counts
+
+
+def _allocate(bounds: Sequence[Bounds], losses: Sequence[Sequence[float]], target: int) -> list[int]:
+    """Choose a count for each site: first the total nearest to the target, then the least summed loss.
+
+    Dynamic programming over the number of removed channels: exact where widths are no multiples of the step too.
+    """
+    removals = [[bound.counts[0] - count for count in bound.counts] for bound in bounds]
+    unit = math.gcd(*(removed for site in removals for removed in site)) or 1
+    wanted = (sum(bound.counts[0] for bound in bounds) - target) / unit
+    # No reachable total further off than one step of one site can be the nearest.
+    widest = max((max(np.diff(site)) for site in removals if len(site) > 1), default=0)
+    size = max(1, math.floor(wanted + widest / unit) + 1)
+    best = np.full(size, np.inf)
+    best[0] = 0.0
+    choices = []
+    for site, loss in zip(removals, losses, strict=True):
+        after, choice = np.full(size, np.inf), np.zeros(size, dtype=np.int32)
+        for option, (removed, cost) in enumerate(zip(site, loss, strict=True)):
+            shift = removed // unit
+            if shift >= size:
+                break
+            candidate = best[: size - shift] + cost
+            better = candidate < after[shift:]
+            after[shift:][better] = candidate[better]
+            choice[shift:][better] = option
+        best = after
+        choices.append(choice)
+    reachable = np.flatnonzero(np.isfinite(best))
+    left = int(reachable[np.argmin(np.abs(reachable - wanted))])
+    counts = []
+    for bound, site, choice in zip(reversed(bounds), reversed(removals), reversed(choices), strict=True):
+        option = int(choice[left])
+        counts.append(bound.counts[option])
+        left -= site[option] // unit
+    return counts[::-1]

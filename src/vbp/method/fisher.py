@@ -1,0 +1,136 @@
+"""How much a model's answer depends on each site's consumer: second moments of its weight gradients, sketched.
+
+Let E be an error of a consumer's weights (bias included). Without labels, and up to second order in E, it moves the
+model's answers by
+
+    KL(dense || changed) = 1/2 mean_i <E, G_i>^2,        G_i = sum_t g_t [h_t; 1]',
+
+where h_t is what the consumer reads at token or position t of image i, and g_t the gradient of u'z there: z are the
+logits, u a random vector whose covariance is the Fisher information of the answer. The sum over t stands inside the
+square: errors of one image's tokens add up, or cancel. The mean is taken as the product of an input metric
+M = mean_i G_i' G_i and an output metric D = mean_i G_i G_i' of trace 1:
+
+    KL = 1/2 tr(D E M E').
+
+Source: Amari (1998), natural gradient; Martens, Grosse (2015) and Gupta, Koren, Singer (2018), the factored form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from vbp.method.covariance import ChannelCovariance
+
+# Share of the sensitivity in the metric that refit and elimination use; the rest is the plain covariance, which says
+# what the few images' gradients happen not to say.
+SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class SiteSensitivity:
+    """Sums over the images of one site's consumer.
+
+    Attributes:
+        images: Images seen.
+        pivot: What the channels are counted from, near their means, float64.
+        inputs: Sum of G'G, its last row and column that of the bias, float64.
+        outputs: Sum of GG', without the bias, float64.
+    """
+
+    images: int
+    pivot: Float[Tensor, "hidden"]
+    inputs: Float[Tensor, "hidden_and_one hidden_and_one"]
+    outputs: Float[Tensor, "out out"]
+
+    def merge(self, other: SiteSensitivity) -> SiteSensitivity:
+        """Return the sums over both sets of images."""
+        moved = other.about(self.pivot)
+        return SiteSensitivity(
+            self.images + other.images, self.pivot, self.inputs + moved.inputs, self.outputs + moved.outputs
+        )
+
+    def about(self, pivot: Float[Tensor, "hidden"]) -> SiteSensitivity:
+        """Count the channels from another pivot; `outputs`, a scale for the outputs, stays that of the old one."""
+        shift = torch.eye(len(self.inputs), dtype=self.inputs.dtype, device=self.inputs.device)
+        shift[:-1, -1] = self.pivot - pivot
+        return SiteSensitivity(self.images, pivot, shift @ self.inputs @ shift.T, self.outputs)
+
+    def to(self, device: torch.device | str) -> SiteSensitivity:
+        """Move to another device."""
+        return SiteSensitivity(self.images, self.pivot.to(device), self.inputs.to(device), self.outputs.to(device))
+
+    def metric(self, covariance: ChannelCovariance, share: float = SHARE) -> ChannelCovariance:
+        """Return the input metric as a covariance in the place of the plain one, mixed with it.
+
+        Both are brought to one trace first. What comes out has the mean and the covariance under which the least
+        squared error is the least KL: the refit takes them as they are.
+
+        Args:
+            covariance: Of the same site.
+            share: Of the sensitivity, in [0, 1]; 0 gives the covariance itself.
+        """
+        here = self.about(covariance.mean)
+        plain = covariance.covariance
+        trace = here.inputs.diagonal()[:-1].sum()
+        if share == 0 or not float(trace) > 0:
+            return covariance  # the answer depends on no channel, or is not asked
+        scale = plain.trace() / trace
+        mixed = share * scale * here.inputs
+        mixed[:-1, :-1] += (1 - share) * plain
+        mixed[-1, -1] += 1 - share
+        step = mixed[:-1, -1] / mixed[-1, -1]
+        centred = mixed[:-1, :-1] - mixed[-1, -1] * torch.outer(step, step)
+        centred = (centred + centred.T) / 2
+        return ChannelCovariance(covariance.count, covariance.mean + step, centred * (covariance.count - 1))
+
+    def weighed(
+        self, weight: Float[Tensor, "out hidden *kernel"], covariance: ChannelCovariance
+    ) -> Float[Tensor, "out hidden"]:
+        """Return the root of the output metric times a consumer's weight: with it, costs of removals are nats of KL.
+
+        Args:
+            weight: Of the consumer, which reads single positions.
+            covariance: Of the same site, not `metric` of it.
+        """
+        values, vectors = torch.linalg.eigh(self.outputs.double())
+        here = self.about(covariance.mean)
+        nats = 0.5 * here.inputs.diagonal()[:-1].sum() / self.images
+        scale = nats / covariance.covariance.trace().clamp_min(torch.finfo(torch.float64).tiny)
+        share = values.clamp_min(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
+        root = (vectors * share.sqrt()).T * scale.clamp_min(0).sqrt()
+        weighed: Tensor = root @ weight.detach().double().flatten(1)
+        return weighed
+
+
+def sensitivity_bytes(sizes: Sequence[tuple[int, int]]) -> int:
+    """Return the memory that the running sums of sites of these (hidden, out) channels take, on the device, in bytes.
+
+    During the pass what the consumers read and give in a batch is held until its gradients are known.
+    """
+    return sum(8 * ((hidden + 1) ** 2 + hidden + out**2) for hidden, out in sizes)
+
+
+# float16 knows no gradient below 6e-8; a power of two changes no other digit.
+HALF_SCALE = 2.0**12
+
+
+def fisher_direction(
+    logits: Float[Tensor, "images classes"], noise: Float[Tensor, "images classes"]
+) -> Float[Tensor, "images classes"]:
+    """Return for each image a random vector whose covariance is the Fisher information of its answer.
+
+    With p = softmax(z) that is diag p - p p'. A class drawn from p has the same covariance; but where the
+    model is sure of itself it nearly always has a gradient near zero, and once in a while a large one.
+
+    Args:
+        logits: z, of the dense model.
+        noise: Independent standard normal numbers.
+    """
+    probabilities = logits.double().softmax(-1)
+    spread = probabilities.sqrt() * noise
+    return (spread - probabilities * spread.sum(-1, keepdim=True)).to(logits.dtype)

@@ -1,0 +1,188 @@
+"""Which tokens of an image count for the covariance: a fixed random share, the same in every process and site."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vbp.errors import InputError
+
+
+def image_number(image: int, first: int, step: int, block: int) -> int:
+    """Return the number, in the order of all images, of the image that this process reads at this place.
+
+    Args:
+        image: The place among the images of this process, from 0.
+        first: Number of the first of them.
+        step: Distance between the beginnings of two blocks.
+        block: Images that follow each other in the order of all: 1 where processes share the images by stride, the
+            batch size where whole batches are dealt out to them.
+    """
+    return first + step * (image // block) + image % block
+
+
+def check_numbers(seed: int, first: int, step: int, block: int) -> None:
+    """Refuse numbers that would give two images one number.
+
+    Raises:
+        InputError: A value is out of range.
+    """
+    if seed < 0 or first < 0 or block < 1 or step < block:
+        raise InputError(
+            "seed and first image must be at least 0, the block at least 1 and the step no smaller than it, "
+            f"got {seed}, {first}, {block}, {step}; 0, 0, 1 and 1 suit a single process"
+        )
+
+
+@dataclass(frozen=True)
+class TokenSample:
+    """A random share of the tokens or positions of every image.
+
+    The choice depends on the seed, the image's number and the number of its tokens alone: not on the site, the
+    batch size or the process that reads the image.
+
+    Attributes:
+        fraction: Share of the tokens, in (0, 1]; at least one of each image.
+        seed: Another seed draws other tokens.
+        first: Number of the first image that this process reads.
+        step: Distance between its images: the number of processes, if they share the images by stride.
+        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
+    """
+
+    fraction: float = 1.0
+    seed: int = 0
+    first: int = 0
+    step: int = 1
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        if not 0 < self.fraction <= 1:
+            raise InputError(
+                f"the share of tokens must be in (0, 1], got {self.fraction}; 0.2 samples 20 % of the tokens"
+            )
+        check_numbers(self.seed, self.first, self.step, self.block)
+
+    def tokens(self, image: int, tokens: int) -> list[int]:
+        """Return the sampled tokens of an image of this process, ascending."""
+        # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and means 7 tokens.
+        count = max(1, math.ceil(tokens * self.fraction - 1e-9))
+        number = image_number(image, self.first, self.step, self.block)
+        generator = np.random.default_rng((self.seed, number))
+        return sorted(generator.choice(tokens, count, replace=False, shuffle=False).tolist())
+
+
+class TokenSampler:
+    """Draws the sampled rows of one batch after the other."""
+
+    def __init__(self, sample: TokenSample) -> None:
+        self._sample = sample
+        self._start = self._images = 0
+        self._drawn: dict[int, Tensor] = {}
+
+    def begin(self, images: int) -> None:
+        """Say that a batch of so many images comes."""
+        self._start += self._images
+        self._images = images
+        self._drawn = {}
+
+    def draw(self, rows: Tensor) -> Tensor:
+        """Return the sampled rows of a layer's values in this batch, the images one after the other.
+
+        Where rows and images do not go together (a model that mixes images), the batch counts as one image.
+        """
+        if self._sample.fraction == 1:
+            return rows
+        count = rows.shape[0]
+        if count not in self._drawn:
+            images = self._images if self._images and count % self._images == 0 else 1
+            size = count // images
+            chosen = [
+                image * size + token
+                for image in range(images)
+                for token in self._sample.tokens(self._start + image, size)
+            ]
+            self._drawn[count] = torch.tensor(chosen).to(rows.device, non_blocking=True)
+        return rows.index_select(0, self._drawn[count])
+
+
+def priority_sample(
+    sizes: Float[Tensor, "images tokens"], uniform: Float[Tensor, "images tokens"], count: int
+) -> tuple[Int[Tensor, "images count"], Float[Tensor, "images count"]]:
+    """Draw tokens of each image, large ones rather than small ones, so that weighted sums over them are unbiased.
+
+    Args:
+        sizes: How much each token matters, positive.
+        uniform: Independent random numbers in (0, 1).
+        count: Tokens of each image; if it has no more, all are taken.
+
+    Returns:
+        Their places, and what each counts for: its size, or, if larger, that of the first token left out over its
+        random number.
+
+    Source: Duffield, Lund, Thorup (2007), priority sampling.
+    """
+    if sizes.shape[1] <= count:
+        return torch.arange(sizes.shape[1], device=sizes.device).expand(sizes.shape), sizes
+    first = (sizes / uniform).topk(count + 1, dim=1)
+    places = first.indices[:, :count]
+    return places, torch.maximum(sizes.gather(1, places), first.values[:, count:])
+
+
+# Columns of the sketches that estimate the input and the output metric.
+_INPUT_COLUMNS, _OUTPUT_COLUMNS = 8, 32
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random numbers of an image: a matter of the seed and its number alone, not of batch size and process.
+
+    Attributes:
+        seed: Another seed draws other directions of the answers, and other sketches.
+        first: Number of the first image that this process reads.
+        step: Distance between its images: the number of processes, if they share the images by stride.
+        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
+    """
+
+    seed: int = 0
+    first: int = 0
+    step: int = 1
+    block: int = 1
+
+    def __post_init__(self) -> None:
+        """Check the values.
+
+        Raises:
+            InputError: One is out of range.
+        """
+        check_numbers(self.seed, self.first, self.step, self.block)
+
+    def of(self, start: int, images: int, classes: int, outputs: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the normal numbers of images from `start` on: of each class, and the two sketches; on the CPU."""
+        noise, left, right = [], [], []
+        for image in range(start, start + images):
+            number = self.number(image)
+            generator = np.random.default_rng((self.seed, 1, number))
+            noise.append(generator.standard_normal(classes, dtype=np.float32))
+            left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
+            right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
+        return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
+
+    def number(self, image: int) -> int:
+        """Return the number of an image of this process among those of all."""
+        return image_number(image, self.first, self.step, self.block)
+
+    def uniform(self, start: int, images: int, tokens: int) -> Tensor:
+        """Return a number in (0, 1] for each token of images from `start` on; on the CPU."""
+        numbers = map(self.number, range(start, start + images))
+        drawn = [np.random.default_rng((self.seed, 2, number)).random(tokens, dtype=np.float32) for number in numbers]
+        return 1 - torch.tensor(np.stack(drawn))

@@ -1,0 +1,377 @@
+"""The criterion `auto`: budgets, order and refit from the model's own sensitivity; the choice by measured divergence.
+
+Inside a site the channels go in the order of greedy elimination, in a metric in which a step costs nats of the
+predictions' divergence. Between sites these costs compete, and two things make them wrong: what sites do to one
+another, and what the second order leaves out. So several plans are pruned, on copies, and judged by the predictions
+on a few calibration images: the same share everywhere, the costs as they are, the paper's variance, mixtures, and
+costs times a price for each site, found by asking the pruned model which sites are to blame. No labels, no training.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.covariance import ChannelCovariance
+from vbp.method.elimination import Elimination, eliminate, strictly_rising
+from vbp.method.ridge import RIDGE
+from vbp.pruning.criteria import variance_scores
+from vbp.pruning.divergence import HeldBack, held_back, mean_prices, prices
+from vbp.pruning.make_plan import make_plan
+from vbp.pruning.plan import PruningPlan
+from vbp.pruning.surgery import prune_
+from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.session import counted
+from vbp.sites.site import Site
+from vbp.statistics.statistics import Statistics
+
+if TYPE_CHECKING:
+    from vbp.recipes.setup import Job
+
+
+_log = logging.getLogger(__name__)
+
+
+# Price updates. One brings most of the gain, the others less and less of the rest.
+_ROUNDS = 3
+
+
+Scores = Mapping[str, Float[Tensor, "hidden"]]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A plan that was tried.
+
+    Attributes:
+        name: How it was made.
+        divergence: Mean KL(dense || pruned) on the held-back images, in nats.
+        widths: Site name -> channels kept.
+    """
+
+    name: str
+    divergence: float
+    widths: Mapping[str, int]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class AutoPlan:
+    """The plan that `auto` chose, and what surgery needs with it.
+
+    Attributes:
+        plan: The best of those that were tried.
+        means: For `prune_`.
+        covariances: For `prune_`: the metric of the refit.
+        tried: All candidates, in the order in which they were tried.
+        plan_for: Keep ratio -> plan, by the scores and the scope that made the best: other sizes without a search,
+            for a budget that is not counted in channels.
+    """
+
+    plan: PruningPlan
+    means: Mapping[str, Tensor]
+    covariances: Mapping[str, ChannelCovariance]
+    tried: tuple[Candidate, ...]
+    plan_for: Callable[[float], PruningPlan]
+
+    def table(self) -> str:
+        """Return the candidates as lines of text."""
+        rows = [f"{'candidate':<24} {'KL on held-back images':>22}"]
+        rows += [f"{one.name:<24} {one.divergence:>22.4f}" for one in self.tried]
+        return "\n".join(rows)
+
+
+def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
+    """Return the covariances that the refit takes: of MLP sites mixed with their sensitivity, of attention plain.
+
+    Raises:
+        InputError: Covariances or sensitivities are missing.
+    """
+    for site in sites:
+        if site.kind == "mlp" and (
+            site.name not in statistics.covariances or site.name not in statistics.sensitivities
+        ):
+            raise InputError(
+                f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
+                f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
+                "statistics with covariance=True and sensitivity=Draws()"
+            )
+    return {
+        name: statistics.sensitivities[name].metric(found) if name in statistics.sensitivities else found
+        for name, found in statistics.covariances.items()
+    }
+
+
+def sensitivity_eliminations(
+    model: nn.Module, sites: Sequence[Site], statistics: Statistics, *, ridge: float = RIDGE
+) -> dict[str, Elimination]:
+    """Order the channels of each MLP site by what their loss costs after the refit, in nats.
+
+    Args:
+        model: The dense model; the work is done where it lies.
+        sites: From `find_sites`.
+        statistics: Of this model, with covariances and sensitivities.
+        ridge: As in the refit that will follow.
+
+    Raises:
+        InputError: Statistics are missing or unfit.
+    """
+    metrics = refit_metrics(sites, statistics)
+    found = {}
+    for site in sites:
+        if site.kind != "mlp":
+            continue
+        weight = model.get_submodule(site.consumer).weight
+        assert isinstance(weight, Tensor)
+        sensitivity = statistics.sensitivities[site.name].to(weight.device)
+        plain = statistics.covariances[site.name].to(weight.device)
+        weighed = sensitivity.weighed(weight, plain)
+        metric = metrics[site.name].to(weight.device).covariance
+        try:
+            found[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
+        except InputError as error:
+            raise InputError(f"site {site.name}: {error}") from error
+    return found
+
+
+def blended(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
+    """Return scores between those given and equal shares for all sites, in the same order inside each site.
+
+    A channel's place among all channels is mixed with its place in its own site, both from 0 to 1.
+
+    Args:
+        scores: Of MLP sites.
+        share: Of the place in the own site.
+    """
+    everyone = torch.cat(list(scores.values()))
+    among_all, start, found = _places(everyone), 0, {}
+    for name, score in scores.items():
+        found[name] = share * _places(score) + (1 - share) * among_all[start : start + len(score)]
+        start += len(score)
+    return found
+
+
+def priced(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tensor, "hidden"]]:
+    """Return the scores of each site times its price, in the same order inside each site.
+
+    Many neighbours are one unit in the last place apart: a product alone would let some of them fall together.
+    """
+    found = {}
+    for name, score in scores.items():
+        order = score.argsort(stable=True)
+        found[name] = torch.empty_like(score)
+        found[name][order] = strictly_rising(score[order] * prices[name])
+    return found
+
+
+def _places(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
+    """Return each value its place among all, in (0, 1); equal ones in their order."""
+    places = torch.empty(len(values), dtype=torch.float64)
+    places[values.argsort(stable=True)] = (torch.arange(len(values), dtype=torch.float64) + 0.5) / len(values)
+    return places
+
+
+def auto_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    statistics: Statistics,
+    held_back: HeldBack,
+    *,
+    keep_ratio: float,
+    min_keep_ratio: float = 0.02,
+    round_to: int = 1,
+    attn_keep_ratio: float | None = None,
+    equal_widths: bool = False,
+    ridge: float = RIDGE,
+    orders: Mapping[str, Elimination] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> AutoPlan:
+    """Choose the plan whose pruned, refitted model answers most like the dense one.
+
+    Deterministic, and the same on all processes of `held_back`, which must all call it.
+
+    Args:
+        model: The dense model; left as it was.
+        sites: From `find_sites`.
+        statistics: Of this model, with covariances and sensitivities.
+        held_back: Some hundred calibration images; they may be among those of the statistics.
+        keep_ratio: As for `make_plan`, as are the next three.
+        min_keep_ratio: See above.
+        round_to: See above.
+        attn_keep_ratio: See above. Channels of attention go in the order of their variance.
+        equal_widths: Let sites of one width keep as many channels; there is one such plan.
+        ridge: Of the refit.
+        orders: From `sensitivity_eliminations`, where several plans are made from them.
+        progress: Told the name of each candidate before it is tried.
+
+    Raises:
+        InputError: A number is out of range, or statistics are missing or unfit.
+    """
+    search = _Search(model, sites, statistics, held_back, ridge, progress)
+    search.options = {
+        "keep_ratio": keep_ratio,
+        "min_keep_ratio": min_keep_ratio,
+        "round_to": round_to,
+        "attn_keep_ratio": attn_keep_ratio,
+    }
+    orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge) if orders is None else orders
+    return search.run({name: order.scores for name, order in orders.items()}, equal_widths=equal_widths)
+
+
+@dataclass
+class _Attempt:
+    """A candidate with its pruned model; `plan_for` gives its plan, and others like it."""
+
+    divergence: float
+    plan: PruningPlan
+    pruned: nn.Module
+    plan_for: Callable[[float], PruningPlan]
+
+
+class _Search:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        statistics: Statistics,
+        held_back: HeldBack,
+        ridge: float,
+        progress: Callable[[str], None] | None,
+    ) -> None:
+        self._model, self._sites, self._held_back, self._ridge = model, sites, held_back, ridge
+        self._progress = progress
+        self._variances = variance_scores(statistics)
+        self._covariances = refit_metrics(sites, statistics)
+        self._means = statistics.means | {name: found.mean for name, found in self._covariances.items()}
+        self._tried: list[Candidate] = []
+        self._seen: set[tuple[int, ...]] = set()
+        self.options: dict[str, Any] = {}
+        self.best: _Attempt | None = None
+
+    def run(self, costs: Scores, *, equal_widths: bool) -> AutoPlan:
+        if equal_widths:
+            self.attempt("equal widths", costs, scope="equal")
+        else:
+            self._compete(costs)
+        assert self.best is not None
+        best = self.best
+        found = AutoPlan(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
+        return found
+
+    def _compete(self, costs: Scores) -> None:
+        self.attempt("equal shares", costs, scope="per_layer")
+        self.attempt("variance", {})
+        self.attempt("sensitivity", costs)
+        self.attempt("half equal shares", blended(costs, 0.5))
+        priced = self._improve(costs)
+        self.attempt("priced, half equal", blended(priced, 0.5))
+        self.attempt("priced, quarter equal", blended(priced, 0.25))
+
+    def _improve(self, costs: Scores) -> Scores:
+        """Update the prices in rounds: the mean of what all rounds asked for, each measured on the plan before.
+
+        What one round asks for is noisy, and answers what the plan before had wrong: alone it swings.
+        """
+        assert self.best is not None
+        latest, price, asked = self.best, dict.fromkeys(costs, 1.0), []
+        for number in range(1, _ROUNDS + 1):
+            asked.append(self._wanted(costs, latest))
+            price = mean_prices(asked)
+            tried = self.attempt(f"priced, round {number}", priced(costs, price))
+            if tried is None:
+                break  # the plan was there before
+            latest = tried
+        return priced(costs, price)
+
+    def _wanted(self, costs: Scores, start: _Attempt) -> dict[str, float]:
+        lost = {
+            entry.site.name: float(costs[entry.site.name][list(entry.removed)].sum())
+            for entry in start.plan.sites
+            if entry.site.kind == "mlp"
+        }
+        return prices(lost, self._held_back.shares(start.pruned, start.plan))
+
+    def attempt(self, name: str, scores: Scores, scope: Any = "global") -> _Attempt | None:
+        """Make a plan, prune a copy by it, and keep it if it is the best so far; give it if it is a new one."""
+
+        def plan_for(keep_ratio: float) -> PruningPlan:
+            options = {**self.options, "keep_ratio": keep_ratio}
+            return make_plan(self._sites, {**self._variances, **scores}, scope=scope, **options)
+
+        plan = plan_for(self.options["keep_ratio"])
+        key = tuple(hash(entry.keep) for entry in plan.sites)
+        if key in self._seen:
+            return None
+        if self._progress is not None:
+            self._progress(name)
+        pruned = copy.deepcopy(self._model)
+        prune_(pruned, plan, self._means, self._covariances, ridge=self._ridge)
+        self._seen.add(key)
+        divergence = self._held_back.divergence(pruned)
+        self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
+        found = _Attempt(divergence, plan, pruned, plan_for)
+        # A NaN is never better.
+        if self.best is None or divergence < self.best.divergence:
+            self.best = found
+        return found
+
+
+class AutoSearch:
+    """Searches plans of several sizes for the job's model as it is; floor and rounding are those of the job.
+
+    All processes make it and call it alike.
+    """
+
+    def __init__(self, job: Job, statistics: Statistics, *, ridge: float = RIDGE) -> None:
+        """Take what is known; the work begins with the first plan.
+
+        Args:
+            job: Whose dense model is pruned, on copies.
+            statistics: Of all processes, with covariances and sensitivities.
+            ridge: Of the refit that will follow.
+        """
+        self._job, self._statistics, self._ridge = job, statistics, ridge
+
+    @cached_property
+    def _orders(self) -> Mapping[str, Elimination]:
+        return sensitivity_eliminations(self._job.model, self._job.sites, self._statistics, ridge=self._ridge)
+
+    @cached_property
+    def _held_back(self) -> HeldBack:
+        return held_back(self._job, self._job.model)
+
+    def plan(self, keep_ratio: float) -> AutoPlan:
+        """Search the plan that keeps this share.
+
+        Raises:
+            InputError: Statistics are missing or unfit, or the processes do not find the same.
+        """
+        job = self._job
+        with job.timed("search"), counted(job, f"auto, keep {keep_ratio:g}", "plan") as tell:
+            found = auto_plan(
+                job.model,
+                job.sites,
+                self._statistics,
+                self._held_back,
+                keep_ratio=keep_ratio,
+                equal_widths=job.config.equal_widths,
+                ridge=self._ridge,
+                orders=self._orders,
+                progress=tell,
+                **job.rules,
+            )
+        job.processes.check_same("plan", json_fingerprint(found.plan.to_dict()))
+        return found

@@ -1,0 +1,166 @@
+"""Change layers so that they do without the channels that will go: mean shift, or refit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.covariance import ChannelCovariance
+from vbp.method.mean_shift import mean_shift
+from vbp.method.query_key import LogitRefit, logit_refit
+from vbp.method.ridge import Reconstruction, folded, prediction, reconstruction
+from vbp.pruning.plan import SitePlan
+from vbp.sites.site import Site
+from vbp.statistics.statistics import KEY, QUERY
+
+
+def compensate_(
+    model: nn.Module,
+    entries: Sequence[SitePlan],
+    means: Mapping[str, Tensor],
+    covariances: Mapping[str, ChannelCovariance] | None,
+    ridge: float,
+) -> tuple[Reconstruction, ...]:
+    """Compensate the consumers, and queries for lost query/key channels, at full width; nothing is cut.
+
+    Args:
+        model: Has the entries' sites at full width.
+        entries: Sites that lose channels.
+        means: Site name -> mean of each channel.
+        covariances: Site name -> second moments; None shifts by the means alone, which query/key channels have no
+            part in.
+        ridge: See `vbp.method.ridge.penalty`.
+
+    Returns:
+        The errors before and after the refit, one a site; nothing without covariances.
+
+    Raises:
+        InputError: A refit cannot be solved; the model is then untouched.
+    """
+    # All are solved before the first is applied.
+    refits: list[_Refit | _QueryRefit] = []
+    if covariances is not None:
+        for entry in entries:
+            if entry.site.consumer:
+                refits.append(_solve(model, entry, covariances, ridge))
+            elif refits_logits(entry.site):
+                refits.append(_solve_queries(model, entry, covariances, ridge))
+    for entry in entries:
+        if not entry.site.consumer:
+            continue
+        consumer = model.get_submodule(entry.site.consumer)
+        assert isinstance(consumer.weight, Tensor)
+        mean = means[entry.site.name]
+        add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
+    for refit in refits:
+        if isinstance(refit, _QueryRefit):
+            _apply_to_queries_(model, refit)
+        else:
+            _apply_(model, refit, means[refit.entry.site.name])
+    return tuple(refit.error for refit in refits)
+
+
+@dataclass(frozen=True)
+class _Refit:
+    """The kept columns of a site's consumer as they will be, and the errors."""
+
+    entry: SitePlan
+    columns: Tensor
+    error: Reconstruction
+
+
+def _solve(model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelCovariance], ridge: float) -> _Refit:
+    name, weight = entry.site.name, model.get_submodule(entry.site.consumer).weight
+    assert isinstance(weight, Tensor)
+    keep = torch.tensor(entry.keep, device=weight.device)
+    removed = torch.tensor(entry.removed, device=weight.device)
+    try:
+        covariance = covariances[name].to(weight.device).covariance
+        coefficients = prediction(covariance, keep, removed, ridge)
+    except InputError as error:
+        raise InputError(f"site {name}: {error}") from error
+    columns = folded(weight, coefficients, keep, removed)
+    return _Refit(entry, columns, reconstruction(name, covariance, weight, coefficients, keep, removed))
+
+
+def _apply_(model: nn.Module, refit: _Refit, mean: Tensor) -> None:
+    """Set the kept columns, and take what they add on average out of the bias again."""
+    consumer = model.get_submodule(refit.entry.site.consumer)
+    weight = consumer.weight
+    assert isinstance(weight, Tensor)
+    keep = torch.tensor(refit.entry.keep)
+    columns = refit.columns.to(weight.dtype)
+    # Of the columns as rounded to the weight's precision: the mean of the output stays what it was.
+    added = columns.double() - weight.detach()[:, keep].double()
+    with torch.no_grad():
+        weight[:, keep] = columns
+    add_to_bias_(consumer, -mean_shift(added, mean[keep], torch.arange(len(keep))))
+
+
+def refits_logits(site: Site) -> bool:
+    """Return whether queries can make up for channels of this site: nothing may stand between layer and logit."""
+    return site.kind == "query_key" and site.exact and not site.inner and not site.parameters
+
+
+@dataclass(frozen=True)
+class _QueryRefit:
+    entry: SitePlan
+    fit: LogitRefit
+
+    @property
+    def error(self) -> Reconstruction:
+        return self.fit.error
+
+
+def _solve_queries(
+    model: nn.Module,
+    entry: SitePlan,
+    covariances: Mapping[str, ChannelCovariance],
+    ridge: float,
+) -> _QueryRefit:
+    site, layer = entry.site, model.get_submodule(entry.site.producers[0])
+    assert isinstance(layer.weight, Tensor)
+    device = layer.weight.device
+    try:
+        seen = covariances[site.name + QUERY].to(device)
+        query, mean = seen.covariance, seen.mean
+        key = covariances[site.name + KEY].to(device).covariance
+        if layer.bias is None:
+            query, mean = query + torch.outer(mean, mean), torch.zeros_like(mean)
+        keep, removed = (torch.tensor(channels, device=device) for channels in (entry.keep, entry.removed))
+        fit = logit_refit(site.name, query, mean, key, keep, removed, heads=site.heads, ridge=ridge)
+    except InputError as error:
+        raise InputError(f"site {site.name}: {error}") from error
+    return _QueryRefit(entry, fit)
+
+
+def _apply_to_queries_(model: nn.Module, refit: _QueryRefit) -> None:
+    name, first = refit.entry.site.rows[0]
+    layer = model.get_submodule(name)
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    rows = torch.tensor([first + channel for channel in refit.entry.keep], device=weight.device)
+    with torch.no_grad():
+        old = weight[rows].double()
+        weight[rows] = (old + (refit.fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
+        if isinstance(bias, Tensor):
+            held = bias[rows].double()
+            bias[rows] = (held + refit.fit.turn @ held + refit.fit.shift).to(bias.dtype)
+
+
+def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
+    """Add to a layer's bias; a layer without one gains it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    bias = layer.bias
+    if bias is None:
+        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
+        return
+    assert isinstance(bias, nn.Parameter)
+    with torch.no_grad():
+        # One rounding to the bias's own precision, not two.
+        bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))

@@ -1,0 +1,180 @@
+"""Statistics in stages over more and more images: exact across processes, and how settled the plan is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import reduce
+from typing import Any
+
+from vbp.errors import InputError
+from vbp.pruning.plan import PruningPlan
+from vbp.runtime.processes import Processes
+from vbp.statistics.statistics import Statistics
+
+_log = logging.getLogger(__name__)
+
+
+# The plan has settled when twice the images change at most one channel in a hundred. Measured on DeiT-Tiny (ImageNet,
+# one image a class, 35 % of the channels removed globally; medians of 20 orders): 62 -> 125 -> 250 -> 500 -> 1,000
+# images change 2.0, 1.6, 1.2 and 0.9 %, each doubling about 0.75 times as many as the one before. These channels lie
+# at the threshold and matter little: from 124 images on, accuracy right after pruning is 68.6 to 70.9 % (two orders
+# each; 70.3 with all; standard error 1.8), so the limit errs on the side of more images.
+SETTLED_SHARE = 0.01
+
+
+# Stages are halves of all images, halves of these and so on, none smaller than this.
+_SMALLEST_STAGE = 256
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The plan after so many images.
+
+    Attributes:
+        images: Images seen so far.
+        changed: Share of all channels that were kept by the plan of the stage before, with half the images, and are
+            not any more; None in the first stage.
+    """
+
+    images: int
+    changed: float | None
+
+
+@dataclass(frozen=True)
+class Convergence:
+    """How the plan changed while the images doubled.
+
+    Attributes:
+        stages: In their order.
+    """
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def settled(self) -> int | None:
+        """Return the images of the first stage from which on no doubling changed more than `SETTLED_SHARE`.
+
+        None if the last doubling still did, or there was none.
+        """
+        settled = None
+        for stage in reversed(self.stages):
+            if stage.changed is None or stage.changed > SETTLED_SHARE:
+                break
+            settled = stage.images
+        return settled
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"stages": [asdict(stage) for stage in self.stages], "settled": self.settled}
+
+    def table(self) -> str:
+        """Return the stages as lines of text, the last of which says whether the plan has settled."""
+        rows = [f"{'images':>10}  channels that changed"]
+        rows += [f"{stage.images:>10,}  {_percent(stage.changed)}" for stage in self.stages]
+        if len(self.stages) < 2:
+            return "\n".join([*rows, f"too few images to say whether the plan has settled; {_enough()}"])
+        before, last = self.stages[-2:]
+        doubling = (
+            f"last doubling, {before.images:,} -> {last.images:,} images: {_percent(last.changed)} of the channels "
+            "would change"
+        )
+        if self.settled is None:
+            return "\n".join(
+                [*rows, f"{doubling}; not settled (at most {_percent(SETTLED_SHARE)}): give more images"]
+            )
+        return "\n".join([*rows, f"{doubling}; settled at {self.settled:,} images"])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _enough() -> str:
+    return f"{2 * _SMALLEST_STAGE} or more would tell"
+
+
+def merge_across(statistics: Statistics | None, processes: Processes) -> Statistics:
+    """Merge what each process has seen, in the order of ranks, on every process; all of them must call this.
+
+    Args:
+        statistics: On the CPU; None from a process that had no image.
+        processes: Of this job.
+
+    Raises:
+        InputError: No process had an image, or they observed different models.
+    """
+    found = [seen for seen in processes.gather(statistics) if seen is not None]
+    if not found:
+        raise InputError("calibration needs at least one image, got none on any process; check the training images")
+    return reduce(Statistics.merge, found)
+
+
+def changed_share(before: PruningPlan, now: PruningPlan) -> float:
+    """Return the share of all channels that one plan keeps and the next removes."""
+    gone = sum(len(set(old.keep).difference(new.keep)) for old, new in zip(before.sites, now.sites, strict=True))
+    return gone / sum(entry.site.hidden for entry in now.sites)
+
+
+def stage_ends(total: int) -> tuple[int, ...]:
+    """Return how many images have been seen at the end of each stage: each time twice as many, at last all of them.
+
+    Counted from the end, so that the last step is a doubling too: a few images more would change nothing, and say
+    nothing.
+    """
+    ends = [total]
+    while (half := (ends[-1] + 1) // 2) >= _SMALLEST_STAGE:
+        ends.append(half)
+    return tuple(reversed(ends))
+
+
+def calibrate(
+    collect: Callable[[range], Statistics | None],
+    total: int,
+    plan_of: Callable[[Statistics], PruningPlan],
+    processes: Processes,
+    *,
+    auto: bool = False,
+) -> tuple[Statistics, Convergence]:
+    """Collect statistics in stages until the images run out or, with `auto`, until the plan has settled.
+
+    All processes must call this, and all get the same. They meet at the ends of stages alone.
+
+    Args:
+        collect: Gives the statistics of this process's share of the images at these places, in an order of which
+            every beginning represents the whole; None if its share is empty.
+        total: Images in that order.
+        plan_of: Makes the plan whose changes are looked at.
+        processes: Of this job.
+        auto: Stop as soon as a doubling changes at most `SETTLED_SHARE` of the channels.
+
+    Returns:
+        Statistics of all images seen, as one pass over them would give, and how the plan changed on the way.
+
+    Raises:
+        InputError: There is no image.
+    """
+    if total < 1:
+        raise InputError(f"calibration needs at least one image, got {total}; check the training images")
+    statistics: Statistics | None = None
+    plan: PruningPlan | None = None
+    stages: list[Stage] = []
+    start = 0
+    for end in stage_ends(total):
+        new = merge_across(collect(range(start, end)), processes)
+        statistics = new if statistics is None else statistics.merge(new)
+        before, plan, start = plan, plan_of(statistics), end
+        # One process's word, so that all stop together whatever their last bits are.
+        changed = processes.gather(None if before is None else changed_share(before, plan))[0]
+        stages.append(Stage(statistics.images, changed))
+        told = "first plan" if changed is None else f"{_percent(changed)} of the channels changed since half of them"
+        _log.info("calibration: %s of %s images; %s", f"{end:,}", f"{total:,}", told)
+        if auto and changed is not None and changed <= SETTLED_SHARE:
+            _log.info("calibration: settled, %s images are left out", f"{total - end:,}")
+            break
+    else:
+        if auto:
+            _log.warning("calibration: the images ran out before the plan settled; all %s are used", f"{total:,}")
+    assert statistics is not None
+    return statistics, Convergence(tuple(stages))

@@ -1,0 +1,254 @@
+"""What a criterion's name stands for: what it must know, and the score of every channel.
+
+The lower a score, the sooner the channel goes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.elimination import Elimination, eliminate, strictly_rising
+from vbp.method.ridge import RIDGE, as_matrix
+from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
+from vbp.sites.site import Site
+from vbp.statistics.evidence import Evidence, Need
+from vbp.statistics.statistics import KEY, QUERY, Statistics
+
+
+def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> dict[str, Float[Tensor, "hidden"]]:
+    """Score each hidden channel by the variance of its activation.
+
+    A query/key channel adds `q[j] * k[j]` to a logit; it is scored by the product of their mean squares.
+
+    Args:
+        statistics: From `collect_statistics`.
+        norm_per_layer: Divide the scores of a site by their mean, so that sites of different scale compare.
+
+    Returns:
+        Site name -> score of each channel.
+
+    Source: VBP paper, section 3.2.
+    """
+    moments = statistics.moments
+    scores = {}
+    for name, found in moments.items():
+        if name.endswith(QUERY):
+            name = name.removesuffix(QUERY)
+            scores[name] = found.second_moment * moments[name + KEY].second_moment
+        elif not name.endswith(KEY):
+            scores[name] = found.variance
+    if norm_per_layer:
+        # A site whose channels are all constant has mean 0 and keeps its zeros.
+        scores = {name: score / _one_if_zero(score.mean()) for name, score in scores.items()}
+    return scores
+
+
+def output_variance_scores(
+    model: nn.Module, sites: Sequence[Site], statistics: Statistics
+) -> dict[str, Float[Tensor, "hidden"]]:
+    """Score each channel by the variance that it adds to the consumer's output if taken alone: `var[j] |W[:, j]|^2`.
+
+    A kernel counts at each of its offsets. Query/key channels, which no layer reads, are scored as `variance_scores`
+    does.
+
+    Args:
+        model: The dense model.
+        sites: From `find_sites`.
+        statistics: Of this model.
+    """
+    scores = variance_scores(statistics)
+    for site in sites:
+        if site.consumer:
+            norms = as_matrix(_weight(model, site)).square().sum(0)
+            scores[site.name] = scores[site.name] * norms.to(scores[site.name].device)
+    return scores
+
+
+def eliminations(
+    model: nn.Module, sites: Sequence[Site], statistics: Statistics, *, ridge: float = RIDGE
+) -> dict[str, Elimination]:
+    """Order the channels of each site as `eliminate` does, on the model's device; query/key sites are left out.
+
+    Args:
+        model: The dense model.
+        sites: From `find_sites`.
+        statistics: Of this model, with covariances.
+        ridge: As in the refit that will follow.
+
+    Raises:
+        InputError: A covariance is missing or unfit.
+    """
+    found = {}
+    for site in sites:
+        if not site.consumer:
+            continue
+        if site.name not in statistics.covariances:
+            raise InputError(
+                f"elimination needs the covariance of site {site.name}, got none; collect statistics with "
+                "covariance=True"
+            )
+        weight = _weight(model, site)
+        covariance = statistics.covariances[site.name].to(weight.device).covariance
+        try:
+            found[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
+        except InputError as error:
+            raise InputError(f"site {site.name}: {error}") from error
+    return found
+
+
+def _weight(model: nn.Module, site: Site) -> Tensor:
+    weight = model.get_submodule(site.consumer).weight
+    assert isinstance(weight, Tensor)
+    return weight
+
+
+def _one_if_zero(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return torch.where(value > 0, value, torch.ones_like(value))
+
+
+Criterion = Literal[
+    "auto", "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
+]  # fmt: skip
+
+
+Scores = dict[str, Float[Tensor, "hidden"]]
+
+
+def needs_of(criteria: Iterable[str]) -> frozenset[Need]:
+    """Return what must be collected for some criteria.
+
+    Raises:
+        InputError: A name is unknown.
+    """
+    return frozenset(need for name in criteria for need in _rule(name).needs)
+
+
+def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    """Score the channels of every site; larger stays.
+
+    `variance`, `output_variance`: the functions above; global as they are.
+    `elimination`: inside a site the order in which channels go if the rest is refitted after each; across sites
+    the counts of `output_variance`.
+    `random`, `l1`, `l2`, `lamp`, `taylor`, `snip`: their functions in `vbp.pruning.baselines`, which say what is
+    ranked globally. They judge query/key channels by their weights, too; those above take the rule of
+    `variance_scores`.
+    `auto` has no scores: it makes plans, `vbp.auto_plan`.
+
+    Args:
+        criterion: A name of `Criterion`.
+        model: The dense model.
+        sites: From `find_sites`.
+        evidence: Must hold what `needs_of` says.
+
+    Returns:
+        Site name -> score of each channel, on the CPU.
+
+    Raises:
+        InputError: The name is unknown or that of no score, or something that it needs is missing.
+    """
+    rule = _rule(criterion)
+    if rule.scores is None:
+        raise InputError(
+            f"criterion {criterion} makes plans, not scores, got a request for scores; call vbp.auto_plan, or "
+            "choose another criterion"
+        )
+    held: dict[Need, object] = {
+        "statistics": evidence.statistics,
+        "covariance": evidence.statistics is not None and evidence.statistics.covariances,
+        "sensitivity": evidence.statistics is not None and evidence.statistics.sensitivities,
+        "gradients": evidence.gradients,
+    }
+    if missing := sorted(need for need in rule.needs if not held[need]):
+        raise InputError(
+            f"criterion {criterion} needs {' and '.join(missing)}, got none; collect statistics "
+            "(covariance=True where it needs the covariance) or gradients"
+        )
+    return {name: score.cpu() for name, score in rule.scores(model, sites, evidence).items()}
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A criterion: what it needs, and how it scores; None if it makes plans without."""
+
+    needs: frozenset[Need]
+    scores: Callable[[nn.Module, Sequence[Site], Evidence], Scores] | None
+
+
+def _rule(name: str) -> _Rule:
+    if name not in _RULES:
+        raise InputError(f"criterion must be one of {', '.join(_RULES)}, got {name!r}")
+    return _RULES[name]
+
+
+def _variance(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return variance_scores(_statistics(evidence))
+
+
+def _output_variance(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return output_variance_scores(model, sites, _statistics(evidence))
+
+
+def _elimination(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    """Deal the scores of the output's variance out again within each site, in the order of elimination."""
+    statistics = _statistics(evidence)
+    scores = output_variance_scores(model, sites, statistics)
+    for name, found in eliminations(model, sites, statistics, ridge=evidence.ridge).items():
+        dealt = torch.empty_like(scores[name], dtype=torch.float64)
+        dealt[found.order] = strictly_rising(scores[name].double().sort().values)
+        scores[name] = dealt
+    return scores
+
+
+def _random(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return random_scores(sites, seed=evidence.seed)
+
+
+def _l1(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return magnitude_scores(model, sites, power=1)
+
+
+def _l2(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return magnitude_scores(model, sites, power=2)
+
+
+def _lamp(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return lamp_scores(model, sites)
+
+
+def _taylor(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return taylor_scores(model, sites, _gradients(evidence))
+
+
+def _snip(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
+    return snip_scores(model, sites, _gradients(evidence))
+
+
+def _statistics(evidence: Evidence) -> Statistics:
+    assert evidence.statistics is not None
+    return evidence.statistics
+
+
+def _gradients(evidence: Evidence) -> Mapping[str, Tensor]:
+    assert evidence.gradients is not None
+    return evidence.gradients
+
+
+_RULES: Final[Mapping[str, _Rule]] = {
+    "auto": _Rule(frozenset({"statistics", "covariance", "sensitivity"}), None),
+    "variance": _Rule(frozenset({"statistics"}), _variance),
+    "output_variance": _Rule(frozenset({"statistics"}), _output_variance),
+    "elimination": _Rule(frozenset({"statistics", "covariance"}), _elimination),
+    "random": _Rule(frozenset(), _random),
+    "l1": _Rule(frozenset(), _l1),
+    "l2": _Rule(frozenset(), _l2),
+    "lamp": _Rule(frozenset(), _lamp),
+    "taylor": _Rule(frozenset({"gradients"}), _taylor),
+    "snip": _Rule(frozenset({"gradients"}), _snip),
+}

@@ -1,0 +1,142 @@
+"""Decide which channels stay: exact counts, floors, rounding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import get_args
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+from vbp.errors import InputError
+from vbp.method.allocation import Bounds, global_counts, per_layer_counts
+from vbp.pruning.plan import PruningPlan, Scope, SitePlan
+from vbp.sites.site import Site
+
+
+def check_keep_ratio(name: str, ratio: float) -> None:
+    """Check one share of channels to keep.
+
+    Args:
+        name: Of the setting, for the error.
+        ratio: The share.
+
+    Raises:
+        InputError: It is out of range.
+    """
+    if not 0 < ratio <= 1:
+        raise InputError(f"{name} must be in (0, 1], got {ratio}; 0.65 keeps 65 % of the channels")
+
+
+def check_ratios(
+    keep_ratio: float, min_keep_ratio: float, round_to: int, attn_keep_ratio: float | None = None
+) -> None:
+    """Check the numbers that a plan is made from.
+
+    Raises:
+        InputError: One is out of range.
+    """
+    for name, ratio in (("keep_ratio", keep_ratio), ("attn_keep_ratio", attn_keep_ratio)):
+        if ratio is not None:
+            check_keep_ratio(name, ratio)
+    if not 0 <= min_keep_ratio <= 1:
+        raise InputError(f"min_keep_ratio must be in [0, 1], got {min_keep_ratio}; 0.02 is the default")
+    if min_keep_ratio > keep_ratio:
+        raise InputError(
+            f"min_keep_ratio must not exceed keep_ratio, got {min_keep_ratio} > {keep_ratio}; lower min_keep_ratio"
+        )
+    if round_to < 1:
+        raise InputError(f"round_to must be at least 1, got {round_to}; 1 rounds nothing, 8 suits most hardware")
+
+
+def make_plan(
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    *,
+    keep_ratio: float,
+    scope: Scope = "global",
+    round_to: int = 1,
+    min_keep_ratio: float = 0.02,
+    attn_keep_ratio: float | None = None,
+) -> PruningPlan:
+    """Keep the best `round(total * keep_ratio)` channels, or the nearest count that rounding and floors allow.
+
+    Channels of equal score go in the order of site, then index. With `round_to` above 1 a site that loses channels
+    keeps a multiple of it, and a site narrower than `round_to` stays whole. `per_layer` gives each site the same
+    share as nearly as the total allows: to within one step, further off only where floors or narrow sites bind.
+    `equal` rounds each site by itself, so that sites of one width keep as many channels; the total follows from that,
+    and may miss `round(total * keep_ratio)` by half a step a site.
+
+    Args:
+        sites: From `find_sites`.
+        scores: Site name -> score of each hidden channel; the lowest go first.
+        keep_ratio: Share of all hidden channels to keep, in (0, 1].
+        scope: `global`, `per_layer` or `equal`.
+        round_to: Step of the channel counts.
+        min_keep_ratio: Floor of each site, as a share of its channels; at least one channel stays in any case.
+        attn_keep_ratio: Share of its channels that every head of an attention keeps, to the nearest multiple of
+            `round_to`, in queries, keys and values alike, for the tensors stay rectangular; by default `keep_ratio`.
+
+    Raises:
+        InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
+
+    Source: VBP paper, section 3.2.
+    """
+    check_ratios(keep_ratio, min_keep_ratio, round_to, attn_keep_ratio)
+    if scope not in get_args(Scope):
+        raise InputError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
+    mlps = [site for site in sites if site.kind == "mlp"]
+    ranked = [_removal_order(site, scores) for site in mlps]
+    target = round(sum(site.hidden for site in mlps) * keep_ratio)
+    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
+    counts: list[int] = []
+    if mlps and scope == "global":
+        counts = global_counts([order.scores for order in ranked], bounds, target)
+    elif mlps and scope == "per_layer":
+        counts = per_layer_counts(keep_ratio, bounds, target)
+    else:
+        counts = [bound.nearest(site.hidden * keep_ratio) for site, bound in zip(mlps, bounds, strict=True)]
+    entries = {
+        site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
+        for site, order, count in zip(mlps, ranked, counts, strict=True)
+    }
+    attention = [site for site in sites if site.kind != "mlp"]
+    attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
+    for site in attention:
+        assert attn_ratio is not None
+        entries[site] = _plan_heads(site, scores, attn_ratio, Bounds.of(site.hidden // site.heads, round_to, 0.0))
+    return PruningPlan(
+        tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
+    )
+
+
+def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: Bounds) -> SitePlan:
+    """Keep the best channels of every head, as many in each."""
+    size = site.hidden // site.heads
+    count = bounds.nearest(size * keep_ratio)
+    order = _removal_order(site, scores).channels
+    heads = [order[order // size == head] for head in range(site.heads)]
+    return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))
+
+
+@dataclass(frozen=True)
+class _Ranked:
+    """Channels of one site in the order in which they go, and their scores in that order."""
+
+    channels: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float64]
+
+
+def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> _Ranked:
+    if site.name not in scores:
+        raise InputError(f"scores must hold every site, got none for {site.name}; collect its statistics")
+    score = scores[site.name].detach().double().cpu().numpy()
+    if score.shape != (site.hidden,) or not np.isfinite(score).all():
+        raise InputError(
+            f"scores of {site.name} must be {site.hidden} finite numbers, got shape {score.shape}, "
+            f"{int((~np.isfinite(score)).sum())} not finite; collect the statistics again"
+        )
+    order = np.argsort(score, kind="stable")
+    return _Ranked(order, score[order])

@@ -1,0 +1,168 @@
+"""Which channels stay: plain data that can be read, saved, sent and applied."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from vbp.errors import InputError
+from vbp.runtime.files import write_json
+from vbp.sites.site import Site
+
+_FORMAT = "vbp-plan/1"
+
+
+Scope = Literal["global", "per_layer", "equal"]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What stays of one site: the indices of the kept channels, ascending."""
+
+    site: Site
+    keep: tuple[int, ...]
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Return the indices of the channels that go, ascending."""
+        kept = set(self.keep)
+        return tuple(index for index in range(self.site.hidden) if index not in kept)
+
+
+@dataclass(frozen=True)
+class PruningPlan:
+    """Which hidden channels of a model stay.
+
+    Attributes:
+        sites: One entry a site, in the order in which the sites were found.
+        keep_ratio: The share of MLP channels that was asked for.
+        scope: Whether MLP channels compete across sites (`global`), each site keeps the same share (`per_layer`), or
+            sites of one width keep exactly as many (`equal`).
+        round_to: Channels of a site (of a head, in attention) come in multiples of this.
+        min_keep_ratio: No site keeps a smaller share than this.
+        attn_keep_ratio: The share of every head's channels that was asked for; None without attention sites.
+    """
+
+    sites: tuple[SitePlan, ...]
+    keep_ratio: float
+    scope: Scope
+    round_to: int = 1
+    min_keep_ratio: float = 0.0
+    attn_keep_ratio: float | None = None
+
+    @property
+    def total(self) -> int:
+        """Return the number of MLP channels of the dense model."""
+        return sum(entry.site.hidden for entry in self.sites if entry.site.kind == "mlp")
+
+    @property
+    def kept(self) -> int:
+        """Return the number of MLP channels that stay."""
+        return sum(len(entry.keep) for entry in self.sites if entry.site.kind == "mlp")
+
+    @property
+    def requested(self) -> int:
+        """Return the number of MLP channels that `keep_ratio` asks for, of all sites together.
+
+        Whether they can be kept is another question: rounding, floors, and with scope `equal` the rounding of each
+        site by itself, lead to another number `kept`.
+        """
+        return round(self.total * self.keep_ratio)
+
+    @property
+    def widths(self) -> dict[str, tuple[int, int]]:
+        """Return (kept, total) channels by site name."""
+        return {entry.site.name: (len(entry.keep), entry.site.hidden) for entry in self.sites}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {"format": _FORMAT, **json.loads(json.dumps(asdict(self)))}
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> PruningPlan:
+        """Read what `to_dict` gave.
+
+        Raises:
+            InputError: The data is no plan, or of another format.
+        """
+        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        if found != _FORMAT:
+            raise InputError(f"a plan must have format {_FORMAT}, got {found!r}; make it again")
+        try:
+            plan = PruningPlan(
+                tuple(_site_plan(entry) for entry in value["sites"]),
+                _typed(value["keep_ratio"], int, float),
+                _typed(value["scope"], str),
+                _typed(value["round_to"], int),
+                _typed(value["min_keep_ratio"], int, float),
+                _typed(value.get("attn_keep_ratio"), int, float, type(None)),
+            )
+        except (KeyError, TypeError) as error:
+            raise InputError(f"the plan is damaged: {error!r}; make it again") from error
+        if plan.scope not in get_args(Scope) or len(plan.widths) != len(plan.sites):
+            raise InputError(
+                f"the plan is damaged: scope {plan.scope!r}, {len(plan.sites)} sites with {len(plan.widths)} names; "
+                "make it again"
+            )
+        return plan
+
+    def save(self, path: Path | str) -> None:
+        """Write JSON that `load` reads, whole or not at all."""
+        write_json(Path(path), self.to_dict())
+
+    @staticmethod
+    def load(path: Path | str) -> PruningPlan:
+        """Read a file that `save` wrote.
+
+        Raises:
+            InputError: The file is missing, damaged or something else.
+        """
+        try:
+            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
+
+
+def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
+    described = entry["site"]
+    site = Site(
+        tuple(_typed(name, str) for name in _typed(described["producers"], list)),
+        _typed(described["consumer"], str),
+        _typed(described["hidden"], int),
+        _typed(described.get("kind", "mlp"), str),
+        tuple(_typed(offset, int) for offset in _typed(described.get("offsets", []), list)),
+        tuple(_typed(name, str) for name in _typed(described.get("inner", []), list)),
+        tuple(_typed(name, str) for name in _typed(described.get("parameters", []), list)),
+        _typed(described.get("heads", 1), int),
+        bool(described.get("exact", True)),
+        bool(described.get("implicit_scale", False)),
+    )
+    keep = tuple(_typed(index, int) for index in _typed(entry["keep"], list))
+    if not site.producers or (site.offsets and len(site.offsets) != len(site.producers)):
+        raise InputError(
+            f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
+        )
+    if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= site.hidden:
+        raise InputError(
+            f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
+            f"got {len(keep)} entries; make the plan again"
+        )
+    if site.heads < 1 or site.hidden % site.heads or len(set(np.bincount(_heads_of(site, keep)))) > 1:
+        raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
+    return SitePlan(site, keep)
+
+
+def _heads_of(site: Site, channels: Sequence[int]) -> npt.NDArray[np.int64]:
+    return np.concatenate([np.arange(0), np.asarray(channels) // (site.hidden // site.heads)]).astype(np.int64)
+
+
+def _typed(value: Any, *types: type) -> Any:
+    if not isinstance(value, types) or isinstance(value, bool):
+        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in types)}")
+    return value

@@ -1,0 +1,231 @@
+"""Apply a plan to a model: the consumer is compensated, then the channels are cut out."""
+
+from __future__ import annotations
+
+import copy
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import torch
+import torch_pruning as tp
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.covariance import ChannelCovariance
+from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
+from vbp.pruning.attention import update_attributes_
+from vbp.pruning.compensate import compensate_, refits_logits
+from vbp.pruning.plan import PruningPlan, SitePlan
+from vbp.runtime.forward import evaluation_mode
+from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.site import Site
+from vbp.statistics.statistics import observed_names
+
+
+def prune_(
+    model: nn.Module,
+    plan: PruningPlan,
+    means: Mapping[str, Tensor] | None = None,
+    covariances: Mapping[str, ChannelCovariance] | None = None,
+    *,
+    ridge: float = RIDGE,
+) -> tuple[Reconstruction, ...]:
+    """Cut the channels that a plan removes out of a model, in place.
+
+    Args:
+        model: A model that has the plan's sites at their full width.
+        plan: From `make_plan`, or read back.
+        means: Site name -> mean of each channel: what a removed channel contributed on average moves into the
+            consumer's bias. Without them nothing is compensated.
+        covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
+            refitted so that they also give what the removed ones would have given, and the queries of an attention
+            that loses query/key channels. They need means, too.
+        ridge: How much the refit is held back, as a share of each kept channel's variance.
+
+    Returns:
+        With covariances, the error at each site's consumer that mean shift would have left and that the refit leaves,
+        in the dense model; otherwise nothing.
+
+    Raises:
+        InputError: The plan does not fit the model, or means or covariances are missing or unfit; the model is then
+            untouched.
+
+    Source: VBP paper, sections 3.2 and 3.3; `vbp.refit`.
+    """
+    _check_fits(model, plan, means, covariances)
+    check_ridge(ridge)
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
+    errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
+    for entry in entries:
+        if entry.site.implicit_scale:
+            _keep_softmax_scale_(model, entry)
+    _cut_(model, entries)
+    for entry in entries:
+        if entry.site.kind != "mlp":
+            update_attributes_(model, entry)
+    for name in frozen:
+        # Torch-Pruning makes new parameters, which would learn.
+        model.get_parameter(name).requires_grad_(False)
+    return errors
+
+
+def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
+    """Try on a copy whether the model still runs with half of the channels of every site.
+
+    Some models write a width into their code, where no look at their layers shows it.
+
+    Raises:
+        InputError: It does not run; the sites that break it are named. The model is untouched.
+    """
+    if _breaks(model, sites, example) is None:
+        return
+    # One trial for the sites of each block: what one call makes and reads stands or falls together.
+    blocks: dict[str, list[Site]] = defaultdict(list)
+    for site in sites:
+        blocks[site.producers[0].rpartition(".")[0]].append(site)
+    reasons = {block: reason for block, group in blocks.items() if (reason := _breaks(model, group, example))}
+    raise InputError(
+        f"{type(model).__name__} does not run with fewer channels in "
+        f"{', '.join(reasons) or 'all its sites together'}: "
+        f"{next(iter(reasons.values()), 'each alone does')}; its code needs that width. Leave attention "
+        "(--bottleneck) out, or give vbp.prune_ a plan without these sites"
+    )
+
+
+def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
+    trial = copy.deepcopy(model)
+    entries = []
+    for site in sites:
+        size = site.hidden // site.heads
+        kept = [head * size + index for head in range(site.heads) for index in range(max(1, size // 2))]
+        entries.append(SitePlan(site, tuple(kept)))
+    try:
+        prune_(trial, PruningPlan(tuple(entries), 0.5, "per_layer"))
+        with evaluation_mode(trial), torch.no_grad():
+            trial(example)
+    except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
+        return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return None
+
+
+def _check_fits(
+    model: nn.Module,
+    plan: PruningPlan,
+    means: Mapping[str, Tensor] | None,
+    covariances: Mapping[str, ChannelCovariance] | None,
+) -> None:
+    if covariances is not None and means is None:
+        raise InputError("covariances need the means as well, got none; give statistics.means")
+    claimed: dict[str, int] = defaultdict(int)
+    for entry in plan.sites:
+        for name in entry.site.producers:
+            claimed[name] += entry.site.hidden
+    for entry in plan.sites:
+        site = entry.site
+        try:
+            widths = [(output_channels(model.get_submodule(name)), claimed[name]) for name in site.producers]
+            if site.consumer:
+                widths.append((input_channels(model.get_submodule(site.consumer)), site.hidden))
+            for name in site.inner:
+                model.get_submodule(name)
+            widths += [(model.get_parameter(name).numel(), site.hidden) for name in site.parameters]
+        except (AttributeError, TypeError) as error:
+            raise InputError(
+                f"the plan's site {site.name} does not exist in {type(model).__name__} ({error}); "
+                "give the model that the plan was made for"
+            ) from error
+        if any(width != wanted for width, wanted in widths):
+            raise InputError(
+                f"the plan's site {site.name} must have {site.hidden} channels, got widths "
+                f"{[width for width, _ in widths]} where {[wanted for _, wanted in widths]} belong; give the dense "
+                "model that the plan was made for"
+            )
+        if means is not None and site.consumer:
+            found = tuple(means[site.name].shape) if site.name in means else "none"
+            if found != (site.hidden,):
+                raise InputError(
+                    f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
+                )
+        if covariances is not None and (site.consumer or refits_logits(site)):
+            for name in observed_names(site):
+                width = len(covariances[name].mean) if name in covariances else "none"
+                if width != site.hidden:
+                    raise InputError(
+                        f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
+                        "statistics with covariance=True"
+                    )
+
+
+def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
+    """Cut all rows and columns, each layer once: one layer may make the channels of several sites."""
+    rows: dict[str, set[int]] = defaultdict(set)
+    for entry in entries:
+        for name, first in entry.site.rows:
+            rows[name].update(first + index for index in entry.removed)
+    for name, removed in rows.items():
+        layer = model.get_submodule(name)
+        if isinstance(layer, nn.Conv2d):
+            tp.prune_conv_out_channels(layer, sorted(removed))
+        else:
+            tp.prune_linear_out_channels(layer, sorted(removed))
+    for entry in entries:
+        for name in entry.site.inner:
+            _cut_inner_(model.get_submodule(name), list(entry.removed))
+        for name in entry.site.parameters:
+            _cut_parameter_(model, name, entry)
+        if entry.site.consumer:
+            consumer = model.get_submodule(entry.site.consumer)
+            if isinstance(consumer, nn.Conv2d):
+                tp.prune_conv_in_channels(consumer, list(entry.removed))
+            else:
+                tp.prune_linear_in_channels(consumer, list(entry.removed))
+
+
+def _cut_inner_(module: nn.Module, removed: list[int]) -> None:
+    if isinstance(module, nn.Conv2d):
+        tp.prune_depthwise_conv_out_channels(module, removed)
+    elif isinstance(module, nn.LayerNorm):
+        cut_layer_norm_(module, removed)
+    elif isinstance(module, nn.GroupNorm):
+        tp.prune_groupnorm_out_channels(module, removed)
+    else:
+        tp.prune_batchnorm_out_channels(module, removed)
+
+
+def cut_layer_norm_(norm: nn.LayerNorm, removed: Sequence[int]) -> None:
+    """Cut channels out of a norm over the last dimension, in place.
+
+    Torch-Pruning 1.6.1 takes the channels that stay in the order of a Python set: where few are left, it silently
+    permutes weight and bias.
+    """
+    gone = set(removed)
+    kept = [index for index in range(norm.normalized_shape[-1]) if index not in gone]
+    for name in ("weight", "bias"):
+        parameter = getattr(norm, name)
+        if parameter is not None:
+            setattr(norm, name, nn.Parameter(parameter.detach()[..., kept], requires_grad=parameter.requires_grad))
+    norm.normalized_shape = (*norm.normalized_shape[:-1], len(kept))
+
+
+def _cut_parameter_(model: nn.Module, name: str, entry: SitePlan) -> None:
+    parent, _, attribute = name.rpartition(".")
+    parameter = model.get_parameter(name)
+    dim = parameter.shape.index(entry.site.hidden)
+    kept = parameter.detach().index_select(dim, torch.tensor(entry.keep, device=parameter.device))
+    setattr(model.get_submodule(parent), attribute, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+
+
+def _keep_softmax_scale_(model: nn.Module, entry: SitePlan) -> None:
+    """Scale the queries so that the softmax keeps the scale of the original head dimension.
+
+    Fused attention divides by the root of the number of query channels that it finds.
+    """
+    site = entry.site
+    name, first = site.rows[0]
+    layer = model.get_submodule(name)
+    factor = (len(entry.keep) / site.hidden) ** 0.5
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            if isinstance(parameter, Tensor):
+                parameter[first : first + site.hidden] *= factor

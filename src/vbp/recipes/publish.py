@@ -1,0 +1,125 @@
+"""The pruned model that a run leaves to ship: one folder with all that loading and publishing need."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+from vbp.deploy.artifact import read_artifact, save_pruned
+from vbp.deploy.artifact_files import check_target
+from vbp.deploy.hub import check_login
+from vbp.deploy.model_card import push_to_hub
+from vbp.errors import InputError, OutputError
+from vbp.recipes.config import RunConfig
+from vbp.recipes.finetune import BEST
+from vbp.report.run_report import RunReport
+
+ARTIFACT: Final = "artifact"
+
+
+# Where things lie, and how one machine worked through the job: nobody else's business, and no part of the result.
+# The preprocessing has a place of its own.
+_PRIVATE: Final = frozenset({
+    "data_path", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir", "num_workers", "prefetch",
+    "resume", "overwrite", "disable_ddp", "local_rank", "device", "checkpoint_minutes", "timeout_minutes",
+    "push_to_hub", "compare_uncompensated", "model_kwargs", "img_size", "crop_pct", "interpolation", "mean", "std",
+})  # fmt: skip
+
+
+_ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
+
+
+def check_shipping(config: RunConfig) -> None:
+    """Find out before the work whether its result may be written and published.
+
+    Raises:
+        InputError: Something else lies in the folder, or nobody is logged in who may write to the repository.
+    """
+    check_target(config.save_dir / ARTIFACT)
+    if config.push_to_hub is not None:
+        check_login(config.push_to_hub)
+
+
+def write_artifact(save_dir: Path, report: RunReport) -> Path:
+    """Write the best model of a run as a folder, with what was measured and how it was made; whole or not at all.
+
+    Raises:
+        OutputError: It could not be written; an earlier model in the folder stays whole.
+    """
+    best = read_artifact(save_dir / BEST)
+    save_pruned(
+        best.weights,
+        save_dir / ARTIFACT,
+        plans=best.plans,
+        source=best.source,
+        preprocessing=best.preprocessing,
+        class_names=best.class_names,
+        metrics=_metrics(report),
+        settings=published_settings(report.config),
+    )
+    return save_dir / ARTIFACT
+
+
+def publish_artifact(config: RunConfig) -> str:
+    """Upload the folder of a run that has ended, and give the address.
+
+    Raises:
+        OutputError: It could not be uploaded; the text has a command that tries again.
+    """
+    folder, repository = config.save_dir / ARTIFACT, config.push_to_hub
+    assert repository is not None
+    base_model = base_model_of(config)
+    try:
+        return push_to_hub(folder, repository, base_model=base_model)
+    except (InputError, OutputError) as error:
+        words = [json.dumps(word, ensure_ascii=False) for word in (str(folder), repository)]
+        base = "" if base_model is None else f", base_model={json.dumps(base_model, ensure_ascii=False)}"
+        command = f"python -c {shlex.quote(f'import vbp; print(vbp.push_to_hub({words[0]}, {words[1]}{base}))')}"
+        raise OutputError(
+            f"the run has ended and all its results are in {config.save_dir}, but the upload failed: {error}. "
+            f"To upload them later: {command}"
+        ) from error
+
+
+def base_model_of(config: RunConfig) -> str | None:
+    """Return the hub id of the dense model, where its weights came from the hub."""
+    name = config.model_name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    given = config.checkpoint is not None or config.convnext_checkpoint is not None or Path(name).exists()
+    return name if name.count("/") == 1 and not given else None
+
+
+def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings of a run that say how its model was made, as far as they are not the usual ones.
+
+    Args:
+        config: From `RunConfig.to_dict`. Paths of the machine are left out.
+    """
+    # What was asked for in the place of a ratio is there instead.
+    other = any(value is not None for name, value in config.items() if name.startswith("target_"))
+    usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    return {
+        name: value
+        for name, value in config.items()
+        if name not in _PRIVATE
+        and (name in _ALWAYS or value != (list(d) if isinstance(d := usual[name], tuple) else d))
+        and not (name == "model_name" and Path(value).exists())
+        and not (name == "keep_ratio" and other)
+    }
+
+
+def _metrics(report: RunReport) -> dict[str, Any]:
+    """Return what was measured on this model, and on those that it came from."""
+    names = {"dense": "base", "uncompensated": "uncompensated", "pruned": "pruned", "best": "best", "final": "final"}
+    found = report.to_dict()
+    # A time says nothing without the machine on which it was taken.
+    models = {
+        label: {key: value for key, value in found[name].items() if key != "latency_ms"}
+        for label, name in names.items()
+        if name in found
+    }
+    calibration = report.images.get("calibration")
+    return {**models["best"], "calibration_images": calibration, "keep_ratio": report.keep_ratio, **models}

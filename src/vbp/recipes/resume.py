@@ -1,0 +1,169 @@
+"""Which checkpoint a run continues, and whether it may: it never starts over silently, nor with other settings."""
+
+from __future__ import annotations
+
+import json
+import logging
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vbp.errors import InputError
+from vbp.runtime.files import check_folder
+from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
+
+_log = logging.getLogger(__name__)
+
+
+AUTO = "auto"
+
+
+# Begun and ended: the first file that a run writes, and the last.
+CONFIG, SUMMARY = "config.json", "summary.json"
+
+
+# Settings that may differ between a run and its continuation, each for a reason.
+_FREE = frozenset({
+    # Who reads ahead, and how far: order and augmentation are drawn from seed, epoch and sample, not by a worker.
+    "num_workers", "prefetch",
+    # How this attempt is started, not what it computes; the number of processes is compared as a fact of its own.
+    "resume", "overwrite", "disable_ddp", "local_rank",
+    # When to write, and how long to wait: training passes through the same states.
+    "checkpoint_minutes", "timeout_minutes",
+    # Where results go: a run folder may be moved.
+    "save_dir", "log_dir", "push_to_hub",
+    # Read once for the plan, before the first checkpoint; plan and pruned weights are in it.
+    "stats_path",
+})  # fmt: skip
+
+
+# Not free, though one might think so: val_batch_size, amp, compile and grad_checkpointing change sums in their last
+# bits; compare_uncompensated was measured, or not, before the first checkpoint, and would be a flag without effect.
+
+# Settings that only name something, and the facts that decide in their place if both sides hold them.
+_DECIDED_BY = {"data_path": ("train", "val"), "checkpoint": ("model",), "convnext_checkpoint": ("model",)}
+
+
+def find_checkpoint(
+    resume: str | None,
+    save_dir: Path,
+    settings: Mapping[str, Any],
+    *,
+    overwrite: bool = False,
+    restarted: bool = False,
+) -> Path | None:
+    """Find what to continue, before any work, and check that `save_dir` is new or this run's own.
+
+    Args:
+        resume: None starts a new run. `auto` continues the newest checkpoint in `save_dir`, and starts if there is
+            none because the folder is empty, or because an attempt with the same settings ended before its first
+            one. A path continues that checkpoint, or the newest of that run's folder.
+        save_dir: Created if missing.
+        settings: As `config.json` holds them.
+        overwrite: Whether a new run may replace results of another.
+        restarted: This job was started again after a failure (`torchrun --max-restarts`): what it wrote in
+            `save_dir` goes before everything else, as with `auto`.
+
+    Returns:
+        A checkpoint that can be read, or None to start from the beginning; whether the run may go on from it is for
+        `check_same_settings` to say.
+
+    Raises:
+        InputError: There is nothing at the path, nothing there can be read, or the folder is not this run's.
+    """
+    given = None if resume in (None, AUTO) else Path(str(resume))
+    if resume is None and not restarted:
+        _check_new(save_dir, overwrite)
+        return None
+    if given is not None and not restarted:
+        found = _at(given)
+        if found.resolve().parent == (save_dir / CHECKPOINTS).resolve():
+            check_folder(save_dir, overwrite=True, needed_bytes=0)
+        else:
+            _check_new(save_dir, overwrite)
+        return found
+    own = latest_checkpoint(save_dir / CHECKPOINTS)
+    if own is None:
+        _check_no_run(save_dir, settings, overwrite)
+        return None if given is None else _at(given)
+    check_folder(save_dir, overwrite=True, needed_bytes=0)
+    return own
+
+
+def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    """Refuse to continue a run with settings that would lead elsewhere.
+
+    Args:
+        saved: Settings of the run, and the facts that they led to: fingerprints `model`, `train` and `val`, number
+            of processes and the like. Plain JSON data.
+        now: The same of this attempt.
+        path: Where they were read, for the message.
+
+    Raises:
+        InputError: Some differ, or are missing on one side; all of them are listed.
+    """
+    # As JSON has it: a tuple and a list are the same setting.
+    before, after = (json.loads(json.dumps(dict(side))) for side in (saved, now))
+    free = _FREE | {name for name, facts in _DECIDED_BY.items() if {*facts} <= before.keys() & after.keys()}
+    names = [name for name in dict.fromkeys((*before, *after)) if name not in free]
+    different = [name for name in names if name not in before or name not in after or before[name] != after[name]]
+    if different:
+        listed = "; ".join(f"{name}: {_shown(before, name)} -> {_shown(after, name)}" for name in different)
+        raise InputError(
+            f"a run must be continued with the settings that it began with, got others than {path} ({listed}); "
+            "give the same ones, or start a new run in another --save_dir"
+        )
+
+
+def _shown(settings: Mapping[str, Any], name: str) -> str:
+    return textwrap.shorten(repr(settings[name]), 80, placeholder="...") if name in settings else "missing"
+
+
+def _at(path: Path) -> Path:
+    if path.is_file():
+        read_checkpoint(path)
+        return path
+    if not path.is_dir():
+        raise InputError(
+            f"resume must be auto, a checkpoint, or the folder of a run, got {path}, which does not exist"
+        )
+    folder = path if has_checkpoints(path) else path / CHECKPOINTS
+    found = latest_checkpoint(folder)
+    if found is None:
+        raise InputError(
+            f"resume must name a checkpoint or a run that has one, got {path} without any; give another path, or "
+            "leave --resume out to start from the beginning"
+        )
+    return found
+
+
+def _check_new(save_dir: Path, overwrite: bool) -> None:
+    try:
+        check_folder(save_dir, overwrite=overwrite, needed_bytes=0)
+    except InputError as error:
+        if has_checkpoints(save_dir / CHECKPOINTS):
+            raise InputError(f"{error}, or continue the run that is there with --resume auto") from error
+        raise
+
+
+def _check_no_run(save_dir: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Check that a folder without checkpoints holds nothing, or only what this run wrote before its first one."""
+    config = save_dir / CONFIG
+    if save_dir.is_dir() and config.is_file() and not (save_dir / SUMMARY).exists() and not overwrite:
+        check_same_settings(_read_json(config), settings, config)
+        _log.warning("%s holds no checkpoint yet: an earlier attempt ended before; the run begins anew", save_dir)
+        overwrite = True
+    # The half of a file that a killed attempt left counts as nothing.
+    halves = save_dir.is_dir() and all(path.match(".*.part") for path in save_dir.iterdir())
+    check_folder(save_dir, overwrite=overwrite or halves, needed_bytes=0)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} must be the settings of a run, but cannot be read ({error}); remove it") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} must be the settings of a run, got {type(value).__name__}; remove it")
+    return value

@@ -1,0 +1,122 @@
+"""A sweep's results file: written row by row, and read again by the attempt that goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from vbp.errors import InputError
+from vbp.recipes.setup import Job
+from vbp.recipes.sweep_config import SweepConfig
+from vbp.report.run_report import Measured
+from vbp.report.sweep_report import SweepRow
+from vbp.runtime.files import check_folder, write_json
+from vbp.runtime.fingerprints import json_fingerprint
+from vbp.statistics.statistics import Statistics
+
+JSON: Final = "sweep.json"
+
+
+_FORMAT: Final = "vbp-sweep/1"
+
+
+# What decides about a row besides its own setting; model and images are compared by their contents.
+_DECIDING: Final = (
+    "round_to", "min_keep_ratio", "bottleneck", "seed", "limit_val", "val_batch_size", "matmul_precision", "latency",
+    "covariance_tokens", "ridge", "refit_producers", "refit_stream", "refit_head", "refit_views",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Begun:
+    """What an earlier attempt left: its settings, and what it measured."""
+
+    settings: Mapping[str, Any]
+    dense: Measured | None
+    rows: tuple[SweepRow, ...]
+
+
+def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
+    """Return what must be the same for rows of two attempts to stand in one table; plain JSON data."""
+    facts = {
+        "model": job.settings["model"],
+        "calibration": job.data,
+        "val": json_fingerprint([job.settings["val"], job.classifier.preprocessing.to_dict()]),
+        "statistics": "collected" if job.given is None else json_fingerprint(_identity(job.given)),
+        "device": job.device.type,
+        "amp": job.precision.name,
+        "processes": job.processes.world,
+    }
+    return facts | {name: getattr(config, name) for name in _DECIDING}
+
+
+def _identity(statistics: Statistics) -> list[Any]:
+    sums = {name: [seen.count, seen.mean.tolist(), seen.m2.tolist()] for name, seen in statistics.moments.items()}
+    covariances = {name: float(seen.m2.sum()) for name, seen in statistics.covariances.items()}
+    return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
+
+
+def read_begun(config: SweepConfig) -> Begun | None:
+    """Read what is in the folder: nothing, or an earlier attempt; on the main process.
+
+    Raises:
+        InputError: It holds something else.
+    """
+    path = config.save_dir / JSON
+    if config.overwrite or not path.exists():
+        check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
+        return None
+    try:
+        found = json.loads(path.read_text())
+        if found["format"] != _FORMAT:
+            raise ValueError(f"format {found['format']!r} where {_FORMAT} belongs")
+        dense = None if found["dense"] is None else Measured(**found["dense"])
+        return Begun(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
+            "--overwrite to begin again"
+        ) from error
+
+
+def check_may_go_on(begun: Begun | None, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse rows of two kinds in one table.
+
+    Raises:
+        InputError: A setting differs; all that do are listed.
+    """
+    if begun is None:
+        return
+    names = sorted({*begun.settings, *settings})
+    different = [
+        f"{name} {_short(begun.settings.get(name))} there, {_short(settings.get(name))} here"
+        for name in names
+        if begun.settings.get(name) != settings.get(name)
+    ]
+    if different:
+        raise InputError(
+            f"a sweep goes on with the settings it began with, got others than in {folder}: {'; '.join(different)}; "
+            "choose another --save_dir, or pass --overwrite to begin again"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12]
+
+
+def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Write what is known so far.
+
+    Args:
+        folder: Of the sweep.
+        settings: From `deciding_settings`.
+        report: From `SweepReport.to_dict`, or the beginning of it.
+
+    Raises:
+        OutputError: The file could not be written; the earlier one is whole.
+    """
+    write_json(folder / JSON, {"format": _FORMAT, "settings": dict(settings), **report})

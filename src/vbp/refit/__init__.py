@@ -1,0 +1,1 @@
+"""Label-free refits of the pruned model to the dense one."""

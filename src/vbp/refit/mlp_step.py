@@ -1,0 +1,93 @@
+"""Fit the layers of one MLP inside a model: read them, take a step of `vbp.method.gauss_newton`, add it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.activations import Activation
+from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
+from vbp.pruning.compensate import add_to_bias_
+from vbp.sites.site import Site
+
+
+@dataclass(frozen=True)
+class MLPStep:
+    """What is to be added to the layers of a site, on the CPU, and what comes of it: see `HiddenFit`."""
+
+    layers: HiddenLayers
+    before: float
+    after: float
+
+    @property
+    def better(self) -> bool:
+        """Return whether anything comes of it."""
+        return self.after < self.before
+
+
+def step_of(
+    model: nn.Module,
+    site: Site,
+    activation: Activation | None,
+    sample: HiddenSample,
+    *,
+    ridge: float,
+    caution: float,
+) -> MLPStep:
+    """Find what is to be added to the layers of a site; the work is done where the model is.
+
+    Args:
+        model: Pruned; left as it was.
+        site: An MLP site of it.
+        activation: Of a plain hidden layer; None to fit the consumer alone.
+        sample: For it.
+        ridge: As for `fit_hidden`.
+        caution: As for `fit_hidden`.
+
+    Raises:
+        InputError: What the layers give is not finite.
+    """
+    consumer = model.get_submodule(site.consumer)
+    sample = sample.to(next(consumer.parameters()).device)
+    dtype = sample.inputs.dtype
+    hidden = None if activation is None else _matrix(model.get_submodule(site.producers[0]), dtype)
+    layers = HiddenLayers(hidden, _matrix(consumer, dtype))
+    try:
+        fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, caution=caution)
+    except InputError as error:
+        raise InputError(f"site {site.name}: {error}") from error
+    found = fit.layers
+    step = None if found.hidden is None or hidden is None else (found.hidden - hidden).cpu()
+    return MLPStep(HiddenLayers(step, (found.consumer - layers.consumer).cpu()), fit.before, fit.after)
+
+
+def add_step_(model: nn.Module, site: Site, step: MLPStep) -> None:
+    """Add to the layers of a site what `step_of` gave."""
+    if step.layers.hidden is not None:
+        _add_(model.get_submodule(site.producers[0]), step.layers.hidden)
+    _add_(model.get_submodule(site.consumer), step.layers.consumer)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return a layer's weight, its bias as the last column."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    column = weight.new_zeros(len(weight)) if bias is None else bias
+    assert isinstance(column, Tensor)
+    return torch.cat([weight.detach().flatten(1), column.detach()[:, None]], 1).to(dtype)
+
+
+def _add_(layer: nn.Module, step: Tensor) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    change = step[:, :-1].reshape(weight.shape).to(weight.device, torch.float64)
+    with torch.no_grad():
+        weight.copy_((weight.double() + change).to(weight.dtype))
+    add_to_bias_(layer, step[:, -1].to(weight.device))

@@ -1,0 +1,1 @@
+"""What a run or a sweep found: data, tables, figures, one HTML page."""

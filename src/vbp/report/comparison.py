@@ -1,0 +1,183 @@
+"""Runs side by side: what was asked of them, and what they reached."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from vbp.cost.macs import format_count
+from vbp.deploy.artifact_files import MANIFEST
+from vbp.errors import InputError
+from vbp.report.run_report import SUMMARY, RunSummary, read_summary
+
+# These name a run, or are about how it was started: they differ without being a reason for other results.
+_INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
+
+
+_MODELS: Final = {
+    "base": "top-1 dense",
+    "uncompensated": "top-1 pruned, no compensation",
+    "pruned": "top-1 pruned",
+    "best": "top-1 best",
+    "final": "top-1 final",
+}
+
+
+_GAP, _LONGEST = 2, 32
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Runs side by side.
+
+    Attributes:
+        names: A short name for each run, no two alike.
+        runs: In the order in which they were given.
+    """
+
+    names: tuple[str, ...]
+    runs: tuple[RunSummary, ...]
+
+    @property
+    def settings(self) -> dict[str, tuple[Any, ...]]:
+        """Return the settings that differ: name -> the value of each run, None where a run has no such setting."""
+        names = dict.fromkeys(name for run in self.runs for name in run.config if name not in _INCIDENTAL)
+        values = {name: tuple(run.config.get(name) for run in self.runs) for name in names}
+        return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data: settings by run name, and the figures of each run."""
+        return {
+            "settings": {name: dict(zip(self.names, values, strict=True)) for name, values in self.settings.items()},
+            "runs": {name: _figures(run) for name, run in zip(self.names, self.runs, strict=True)},
+        }
+
+    def table(self, width: int = 120) -> str:
+        """Return a table for the terminal, a column for each run.
+
+        Args:
+            width: Characters in a line; runs that do not fit stand in another table below, at least one in each.
+        """
+        rows = [("", *self.names), *self._rows()]
+        sizes = [max(len(row[column]) for row in rows) for column in range(len(self.names) + 1)]
+        blocks: list[list[int]] = []
+        for column in range(1, len(sizes)):
+            used = sizes[0] + sum(_GAP + sizes[other] for other in (blocks[-1] if blocks else ()))
+            if not blocks or used + _GAP + sizes[column] > width:
+                blocks.append([])
+            blocks[-1].append(column)
+        return "\n\n".join("\n".join(_line(row, sizes, block) for row in rows) for block in blocks)
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
+        cells: list[tuple[str, Callable[[RunSummary], str]]] = [
+            ("hidden channels kept", lambda run: f"{run.keep_ratio:.1%}"),
+            *((label, partial(_top1, name)) for name, label in _MODELS.items()),
+            ("MACs", partial(_saving, "macs")),
+            ("parameters", partial(_saving, "params")),
+            ("latency", _latency),
+            ("measured with", _timing),
+            ("speed-up", lambda run: "" if run.speedup is None else f"{run.speedup:.2f}x"),
+            *((f"seconds, {stage}", partial(_seconds, stage)) for stage in self._stages),
+            ("seconds", lambda run: f"{sum(run.seconds.values()):.1f}"),
+        ]
+        for label, cell in cells:
+            texts = tuple(cell(run) for run in self.runs)
+            # No row about which no run has anything to say.
+            rows += [(label, *texts)] if any(texts) else []
+        return rows
+
+    @property
+    def _stages(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(stage for run in self.runs for stage in run.seconds))
+
+
+def compare(folders: Sequence[Path]) -> Comparison:
+    """Read runs to compare them.
+
+    Args:
+        folders: The `save_dir` of each, or the folder of the pruned model in it.
+
+    Raises:
+        InputError: There are fewer than two, one is given twice, or one is no finished run.
+    """
+    if len(folders) < 2:
+        raise InputError(f"a comparison needs at least two runs, got {len(folders)}; give their folders")
+    folders = [_run_of(folder) for folder in folders]
+    places = [folder.resolve() for folder in folders]
+    for place, folder in zip(places, folders, strict=True):
+        if places.count(place) > 1:
+            raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
+    return Comparison(_short(places), tuple(read_summary(folder) for folder in folders))
+
+
+def _run_of(folder: Path) -> Path:
+    """Return the run whose pruned model this is; the folder itself if it is none."""
+    run = folder.resolve().parent
+    inside = (folder / MANIFEST).is_file() and not (folder / SUMMARY).is_file() and (run / SUMMARY).is_file()
+    return run if inside else folder
+
+
+def _short(places: Sequence[Path]) -> tuple[str, ...]:
+    """Return the last parts of each path, as many as tell them apart."""
+    for count in range(1, max(len(place.parts) for place in places) + 1):
+        names = tuple("/".join(place.parts[-count:]) for place in places)
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("different paths have different parts")
+
+
+def _figures(run: RunSummary) -> dict[str, Any]:
+    base, pruned = run.models["base"], run.models["pruned"]
+    return {
+        "folder": str(run.folder),
+        "keep_ratio": run.keep_ratio,
+        "top1": {name: model.top1 for name, model in run.models.items()},
+        "top5": {name: model.top5 for name, model in run.models.items()},
+        "macs": {"base": base.macs, "pruned": pruned.macs},
+        "params": {"base": base.params, "pruned": pruned.params},
+        "latency_ms": {"base": base.latency_ms, "pruned": pruned.latency_ms},
+        "speedup": run.speedup,
+        "latency_batch": run.latency_batch,
+        "device": run.device,
+        "processes": run.processes,
+        "images": dict(run.images),
+        "seconds": dict(run.seconds),
+    }
+
+
+def _line(row: Sequence[str], sizes: Sequence[int], block: Sequence[int]) -> str:
+    cells = [row[0].ljust(sizes[0]), *(row[column].rjust(sizes[column]) for column in block)]
+    return (" " * _GAP).join(cells).rstrip()
+
+
+def _text(value: Any) -> str:
+    text = " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
+    # Of a long path the end tells more; the JSON has it whole.
+    return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
+
+
+def _top1(name: str, run: RunSummary) -> str:
+    return f"{run.models[name].top1:.2f} %" if name in run.models else ""
+
+
+def _saving(attribute: str, run: RunSummary) -> str:
+    before, after = (getattr(run.models[name], attribute) for name in ("base", "pruned"))
+    saved = f" (-{1 - after / before:.1%})" if before else ""
+    return f"{format_count(before)} -> {format_count(after)}{saved}"
+
+
+def _latency(run: RunSummary) -> str:
+    base, pruned = run.models["base"].latency_ms, run.models["pruned"].latency_ms
+    return "" if base is None or pruned is None else f"{base:.2f} -> {pruned:.2f} ms"
+
+
+def _timing(run: RunSummary) -> str:
+    return f"batch {run.latency_batch}, {run.device}" if _latency(run) else ""
+
+
+def _seconds(stage: str, run: RunSummary) -> str:
+    return f"{run.seconds[stage]:.1f}" if stage in run.seconds else ""

@@ -1,0 +1,342 @@
+"""Figures of a run: accuracy, cost and latency, fine-tuning over time, and a bar for each site."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from vbp.cost.macs import format_count
+from vbp.report.published import PAPER_POINTS, SOURCE
+from vbp.report.run_report import RunFolder, RunSummary, Step
+from vbp.report.spectrum import short_names, site_errors
+from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
+
+
+def training_curves(run: RunSummary, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
+    """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
+    tuned = [row for row in epochs if row["epoch"] > 0]
+    if not tuned:
+        return None
+    with canvas(4.0) as (figure, _):
+        _curves(figure, run.models["base"].top1, epochs, tuned)
+        svg, png = render(figure)
+    best = run.models["best"]
+    return Drawing(
+        "training",
+        "Fine-tuning",
+        "Accuracy and loss over the epochs; epoch 0 is the pruned model. Training accuracy is measured on augmented "
+        "images while the weights change, so it may lie below.",
+        f"Validation top-1 goes from {epochs[0]['top1']:.2f} % to {tuned[-1]['top1']:.2f} % in {tuned[-1]['epoch']} "
+        f"epochs; the best is {best.top1:.2f} % after epoch {best.epoch}.",
+        ("Epoch", "Top-1 (%)", "Top-5 (%)", "Training top-1 (%)", "Training loss", "Learning rate"),
+        tuple(
+            (str(row["epoch"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}" if "top5" in row else "",
+             f"{row['train_top1']:.2f}" if "train_top1" in row else "",
+             f"{row['train_loss']:.4f}" if "train_loss" in row else "", f"{row['lr']:.3g}" if "lr" in row else "")
+            for row in epochs
+        ),
+        svg,
+        png,
+    )  # fmt: skip
+
+
+def _curves(
+    figure: Figure, dense: float, epochs: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]
+) -> None:
+    figure.clear()
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    above.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
+    for axes, rows, name, marker, colour, label in (
+        (above, epochs, "top1", "o-", GREEN, "validation"),
+        (above, tuned, "train_top1", "s:", ORANGE, "training"),
+        (below, tuned, "train_loss", "s-", ORANGE, "training loss"),
+    ):
+        values = [row.get(name, float("nan")) for row in rows]
+        axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
+    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    above.set_ylabel("top-1 (%)")
+    below.set_ylabel("training loss")
+    below.set_xlabel("epoch")
+    below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+
+
+def plan_convergence(run: RunSummary) -> Drawing | None:
+    """Draw how the plan settled as the calibration images doubled; None with fewer than two stages."""
+    stages = [] if run.convergence is None else run.convergence["stages"]
+    changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
+    if run.convergence is None or not changes:
+        return None
+    settled = run.convergence["settled"]
+    with canvas(2.8) as (figure, axes):
+        axes.plot(*zip(*changes, strict=True), "o-", color=BLUE, markersize=5)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([images for images, _ in changes], [f"{images:,}" for images, _ in changes])
+        axes.minorticks_off()
+        axes.set_ylim(0, max(0.1, *(changed for _, changed in changes)) * 1.15)
+        if settled is not None:
+            axes.axvline(settled, color=GREEN, linestyle="--", linewidth=1.2)
+            axes.annotate(
+                "settled", (settled, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                color=GREEN, fontsize=9, rotation=90, ha="right", va="top",
+            )  # fmt: skip
+        axes.set_xlabel("calibration images")
+        axes.set_ylabel("channels that changed (%)")
+        svg, png = render(figure)
+    said = "The plan did not settle." if settled is None else f"The plan settled at {settled:,} images."
+    return Drawing(
+        "convergence",
+        "How the plan settled",
+        "Share of all channels that the plan kept with half the images, and did not keep any more with this many. "
+        "Where it is small, more calibration images would change little.",
+        f"{said} The last doubling, to {changes[-1][0]:,} images, changed {changes[-1][1]:.2f} % of the channels.",
+        ("Images", "Channels that changed (%)"),
+        tuple((f"{images:,}", f"{changed:.2f}") for images, changed in changes),
+        svg,
+        png,
+    )
+
+
+_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
+
+
+_MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
+
+
+def accuracy_steps(run: RunSummary) -> Drawing:
+    """Draw the top-1 accuracy after each step."""
+    steps = run.steps
+    with canvas(0.75 + 0.42 * len(steps)) as (figure, axes):
+        labels = [_two_lines(step.label) for step in steps]
+        texts = [f"{step.top1:.2f}" for step in steps]
+        labelled_bars(axes, labels, [step.top1 for step in steps], [_COLOURS[step.name] for step in steps], texts)
+        axes.set_xlabel("top-1 accuracy (%)")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        svg, png = render(figure)
+    return Drawing(
+        "accuracy",
+        "Accuracy step by step",
+        "Top-1 accuracy on the validation images: what pruning costs, and what compensation and fine-tuning give "
+        "back.",
+        "Bars of top-1 accuracy: " + ", ".join(f"{step.label} {step.top1:.2f} %" for step in steps) + ".",
+        ("Model", "Top-1 (%)", "Top-5 (%)", "Change in top-1"),
+        tuple(
+            (step.label, f"{step.top1:.2f}", f"{step.top5:.2f}", f"{step.top1 - steps[0].top1:+.2f}")
+            for step in steps
+        ),
+        svg,
+        png,
+    )
+
+
+def accuracy_against_macs(run: RunSummary) -> Drawing | None:
+    """Draw what is left of accuracy against what is left of the MACs, beside the paper's points."""
+    base = run.models["base"]
+    if base.top1 <= 0 or base.macs <= 0:
+        return None
+    with canvas(4.1) as (figure, axes):
+        _paper(axes)
+        pruned, best = (_relative(run.models[name], base) for name in ("pruned", "best"))
+        axes.plot(*zip((100, 100), pruned, strict=True), color=BLUE, linewidth=1, linestyle=":")
+        axes.plot(*pruned, "o", color=BLUE, markersize=9, label="this run, pruned")
+        if run.models["final"].epoch:
+            axes.plot(*best, "*", color=GREEN, markersize=15, label="this run, best", markeredgecolor=INK)
+        axes.set_xlabel("MACs left (% of dense)")
+        axes.set_ylabel("top-1 left (% of dense)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        svg, png = render(figure)
+    rows = [
+        ("this run", f"{100 * (1 - run.keep_ratio):.0f}", f"{pruned[0]:.1f}", f"{pruned[1]:.1f}", f"{best[1]:.1f}")
+    ]
+    rows += [
+        (point.model, str(point.removed), f"{point.macs:.1f}",
+         "" if point.pruned is None else f"{point.pruned:.1f}", f"{point.tuned:.1f}")
+        for point in PAPER_POINTS
+        if point.removed
+    ]  # fmt: skip
+    return Drawing(
+        "accuracy_macs",
+        "Accuracy against MACs",
+        f"Both relative to the dense model, so that models compare. Published points: {SOURCE}. They compare with "
+        "this run only as far as its data and its fine-tuning are alike.",
+        f"This run keeps {pruned[0]:.1f} % of the MACs, with {pruned[1]:.1f} % of the top-1 accuracy right after "
+        f"pruning and {best[1]:.1f} % at best; the published points of the paper lie beside it.",
+        ("Model", "Removed (%)", "MACs left (%)", "Top-1 left, pruned (%)", "Top-1 left, best (%)"),
+        tuple(rows),
+        svg,
+        png,
+    )
+
+
+def _paper(axes: Axes) -> None:
+    curve = [point for point in PAPER_POINTS if point.model == "DeiT-T"]
+    macs = [point.macs for point in curve]
+    axes.plot(macs, [point.tuned for point in curve], ".-", color=GREY, linewidth=1, label="paper: DeiT-T, tuned")
+    axes.plot(
+        macs, [point.pruned or 0 for point in curve], ".--", color=GREY, linewidth=1, label="paper: DeiT-T, pruned"
+    )
+    for model, marker in _MARKERS.items():
+        points = [point for point in PAPER_POINTS if point.model == model]
+        axes.plot(
+            [point.macs for point in points], [point.tuned for point in points], marker, color=PINK, markersize=6,
+            markerfacecolor="none", label=f"paper: {model}, tuned",
+        )  # fmt: skip
+
+
+def _relative(step: Step, base: Step) -> tuple[float, float]:
+    return 100 * step.macs / base.macs, 100 * step.top1 / base.top1
+
+
+def latency_bars(run: RunSummary) -> Drawing | None:
+    """Draw the measured latency beside the one that MACs promise; None where it was not measured."""
+    base, pruned = run.models["base"], run.models["pruned"]
+    if not base.latency_ms or not pruned.latency_ms or not base.macs or not pruned.macs:
+        return None
+    ideal = base.latency_ms * pruned.macs / base.macs
+    rows = (
+        ("dense", base.latency_ms, GREY),
+        ("pruned", pruned.latency_ms, BLUE),
+        ("if time followed MACs", ideal, FAINT),
+    )
+    with canvas(2.0) as (figure, axes):
+        labelled_bars(
+            axes, [label.replace("time ", "time\n") for label, _, _ in rows], [value for _, value, _ in rows],
+            [colour for _, _, colour in rows], [f"{value:.2f} ms" for _, value, _ in rows],
+        )  # fmt: skip
+        axes.set_xlabel("milliseconds a batch (median)")
+        svg, png = render(figure)
+    speedup = base.latency_ms / pruned.latency_ms
+    return Drawing(
+        "latency",
+        "Latency",
+        f"Median time of a batch of {run.latency_batch} images on {run.device}, dense and pruned taking turns, and "
+        "the time that the smaller number of MACs would allow.",
+        f"Dense {base.latency_ms:.2f} ms, pruned {pruned.latency_ms:.2f} ms: {speedup:.2f} times as fast, where the "
+        f"MACs would allow {base.macs / pruned.macs:.2f} times.",
+        ("Model", "Latency (ms)", "Speed-up"),
+        tuple((label, f"{value:.2f}", f"{base.latency_ms / value:.2f}x") for label, value, _ in rows),
+        svg,
+        png,
+    )
+
+
+def cost_rows(run: RunSummary) -> tuple[tuple[str, ...], ...]:
+    """Return MACs and parameters before and after, as rows of text: what, dense, pruned, saved."""
+    base, pruned = run.models["base"], run.models["pruned"]
+    pairs = (("MACs of one image", base.macs, pruned.macs), ("Parameters", base.params, pruned.params))
+    return tuple(
+        (what, format_count(before), format_count(after), f"{100 * (1 - after / before):.1f} %" if before else "")
+        for what, before, after in pairs
+    )
+
+
+def _two_lines(label: str) -> str:
+    return label.replace(", ", ",\n", 1)
+
+
+def kept_channels(run: RunSummary) -> Drawing | None:
+    """Draw how many channels each site keeps; None without sites."""
+    sites = [(name, kept, total) for name, (kept, total) in run.sites.items()]
+    if not sites:
+        return None
+    with canvas(_height(len(sites))) as (figure, axes):
+        places = np.arange(len(sites))
+        axes.barh(places, [total for _, _, total in sites], color=FAINT, height=0.72, label="removed")
+        axes.barh(places, [kept for _, kept, _ in sites], color=BLUE, height=0.72, label="kept")
+        widest = max(total for _, _, total in sites)
+        for place, (_, kept, total) in zip(places, sites, strict=True):
+            axes.annotate(
+                f"{kept / total:.0%}", (total, place), (3, 0), textcoords="offset points", va="center",
+                fontsize=_label_size(len(sites)),
+            )  # fmt: skip
+        _site_axis(axes, [name for name, _, _ in sites])
+        axes.set_xlim(0, widest * 1.12)
+        axes.set_xlabel("hidden channels")
+        handles, names = axes.get_legend_handles_labels()
+        figure.legend(handles[::-1], names[::-1], loc="outside upper center", ncols=2)
+        svg, png = render(figure)
+    least, most = min(sites, key=lambda site: site[1] / site[2]), max(sites, key=lambda site: site[1] / site[2])
+    return Drawing(
+        "kept_channels",
+        "Kept channels",
+        "Each bar is a site as wide as in the dense model; the dark part stays.",
+        f"{len(sites)} sites. {least[0]} keeps least, {least[1]} of {least[2]} channels; {most[0]} keeps most, "
+        f"{most[1]} of {most[2]}.",
+        ("Site", "Kept", "Of", "Share"),
+        tuple((name, str(kept), str(total), f"{kept / total:.1%}") for name, kept, total in sites),
+        svg,
+        png,
+    )
+
+
+def reconstruction_errors(run: RunFolder) -> Drawing | None:
+    """Draw the error that is left at each site; None where nothing tells it."""
+    found = site_errors(run)
+    if found is None:
+        return None
+    errors = found.errors
+    compensated = run.summary.config["compensation"] != "none" or found.at == "output"
+    before = "mean shift" if compensated else "no compensation"
+    refit = any(error.refit is not None for error in errors)
+    with canvas(_height(len(errors))) as (figure, axes):
+        places = np.arange(len(errors))
+        axes.barh(places, [100 * error.before for error in errors], color=ORANGE, height=0.72, label=before)
+        if refit:
+            axes.barh(
+                places, [100 * (error.refit or 0.0) for error in errors], color=BLUE, height=0.36, label="refit"
+            )
+        _site_axis(axes, [error.site for error in errors])
+        axes.set_xlim(0, max(1e-3, *(100 * error.before for error in errors)) * 1.05)
+        axes.set_xlabel("squared error (% of the variance)")
+        figure.legend(loc="outside upper center", ncols=2)
+        svg, png = render(figure)
+    worst = max(errors, key=lambda error: error.before if error.refit is None else error.refit)
+    caption = (
+        "Variance of the error at the output of the layer that reads the channels, as a share of that output's own "
+        "variance, before fine-tuning."
+        if found.at == "output"
+        else "Mean squared error of the hidden channels that were removed, as a share of the variance of all "
+        "channels of the site, before fine-tuning. It comes from the statistics; what the next layer makes of "
+        "it may differ."
+    )
+    return Drawing(
+        "reconstruction",
+        "Reconstruction error",
+        caption,
+        f"The largest error is left at {worst.site}: "
+        f"{100 * (worst.before if worst.refit is None else worst.refit):.1f} % of the variance.",
+        ("Site", f"Error with {before} (%)", *(("Error with refit (%)",) if refit else ())),
+        tuple(
+            (
+                error.site,
+                f"{100 * error.before:.2f}",
+                *(("" if error.refit is None else f"{100 * error.refit:.2f}",) if refit else ()),
+            )
+            for error in errors
+        ),
+        svg,
+        png,
+    )
+
+
+def _height(sites: int) -> float:
+    return 1.3 + sites * (0.2 if sites <= 60 else 12 / sites)
+
+
+def _label_size(sites: int) -> float:
+    return 8 if sites <= 60 else max(3.0, 480 / sites)
+
+
+def _site_axis(axes: Axes, names: list[str]) -> None:
+    pattern, labels = short_names(names)
+    axes.set_yticks(range(len(names)), labels, fontsize=_label_size(len(names)))
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.grid(visible=False, axis="y")
+    if pattern:
+        axes.set_title(f"sites {pattern}", fontsize=9, loc="left")

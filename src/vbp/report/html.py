@@ -1,0 +1,191 @@
+"""The report of a run for people who would rather look: one HTML file, its figures, and a table for a README."""
+
+from __future__ import annotations
+
+import os
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from vbp.cost.macs import format_count
+from vbp.errors import OutputError
+from vbp.report.figures import (
+    accuracy_against_macs,
+    accuracy_steps,
+    cost_rows,
+    kept_channels,
+    latency_bars,
+    plan_convergence,
+    reconstruction_errors,
+    training_curves,
+)
+from vbp.report.run_report import RunFolder, RunSummary, read_run
+from vbp.report.spectrum import variance_spectra
+from vbp.report.style import Drawing
+from vbp.runtime.files import clear_folder, write_bytes
+
+REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+
+
+_NAMES: Final = (
+    "accuracy", "accuracy_macs", "latency", "training", "kept_channels", "reconstruction", "spectrum", "convergence",
+)  # fmt: skip
+
+
+_MISSING: Final = {
+    "accuracy_macs": "Accuracy against MACs: the dense model has no accuracy or no MACs to compare with.",
+    "latency": "Latency: it was not measured.",
+    "training": "Fine-tuning: nothing was fine-tuned.",
+    "kept_channels": "Kept channels: the model has no sites.",
+    "reconstruction": "Reconstruction error: it was not measured, and the folder holds no plan or no statistics.",
+    "spectrum": "Variance spectrum: the folder holds no plan or no statistics.",
+    "convergence": "How the plan settled: the statistics came from a file, or there were too few images to tell.",
+}
+
+
+def write_report(folder: Path) -> Path:
+    """Write `report.html`, `report.md` and `figures/` beside the results of a finished run.
+
+    Args:
+        folder: The `save_dir` of the run.
+
+    Returns:
+        The path of the HTML file, which needs no other.
+
+    Raises:
+        InputError: The folder is no finished run, or a file in it is damaged.
+        OutputError: Something could not be written.
+    """
+    run = read_run(folder)
+    drawings = draw(run)
+    page = _page(run, drawings)
+    clear_report(folder)
+    try:
+        (folder / FIGURES).mkdir(exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder / FIGURES} could not be made ({error}); choose another folder") from error
+    for drawing in drawings.values():
+        write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
+        write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
+    write_bytes(folder / MARKDOWN, (markdown_table(run.summary) + _loading(folder)).encode())
+    write_bytes(folder / REPORT, page.encode())
+    return folder / REPORT
+
+
+def clear_report(folder: Path) -> None:
+    """Remove an earlier report, so that no figure of it is taken for one of this run.
+
+    Raises:
+        OutputError: A file of it could not be removed.
+    """
+    clear_folder(folder, (REPORT, MARKDOWN))
+    clear_folder(folder / FIGURES, tuple(f"{name}.{kind}" for name in _NAMES for kind in ("svg", "png")))
+
+
+def draw(run: RunFolder) -> dict[str, Drawing]:
+    """Draw all figures for which the run has numbers, by name."""
+    found = (
+        accuracy_steps(run.summary),
+        accuracy_against_macs(run.summary),
+        latency_bars(run.summary),
+        training_curves(run.summary, run.epochs),
+        kept_channels(run.summary),
+        reconstruction_errors(run),
+        variance_spectra(run),
+        plan_convergence(run.summary),
+    )
+    return {drawing.name: drawing for drawing in found if drawing is not None}
+
+
+def markdown_table(run: RunSummary) -> str:
+    """Return the run as one row of a Markdown table, with its heading."""
+    base, pruned, best = (run.models[name] for name in ("base", "pruned", "best"))
+    tuned = f"{best.top1:.2f}" if best.epoch else "-"
+    latency = "-"
+    if base.latency_ms and pruned.latency_ms:
+        latency = f"{base.latency_ms:.2f} → {pruned.latency_ms:.2f} ms ({run.speedup:.2f}x)"
+    cells = {
+        "Model": _markdown_cell(_model_name(run)),
+        "Kept": f"{run.keep_ratio:.1%}",
+        "Top-1 dense": f"{base.top1:.2f}",
+        "Pruned": f"{pruned.top1:.2f}",
+        "Fine-tuned": tuned,
+        "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
+        "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
+        "Latency": latency,
+    }
+    lines = [cells.keys(), ["---"] * len(cells), cells.values()]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def _model_name(run: RunSummary) -> str:
+    return str(run.config.get("model_name") or "model")
+
+
+def _page(run: RunFolder, drawings: dict[str, Drawing]) -> str:
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    assets = files("vbp.report") / "assets"
+    template = environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
+    summary = run.summary
+    return template.render(
+        style=Markup((assets / "report.css").read_text(encoding="utf-8")),
+        model=_model_name(summary),
+        run=summary,
+        keys=_key_figures(summary),
+        costs=cost_rows(summary),
+        drawings=drawings,
+        inline={name: Markup(drawing.inline_svg) for name, drawing in drawings.items()},
+        missing=_MISSING,
+        candidates=[(name, f"{divergence:.4f}") for name, divergence in summary.candidates],
+        artefacts=_artefacts(summary.folder),
+        markdown=markdown_table(summary),
+        seconds=[(stage, f"{seconds:.1f}") for stage, seconds in summary.seconds.items()],
+        settings=[(name, _setting(value)) for name, value in summary.config.items()],
+    )
+
+
+def _key_figures(run: RunSummary) -> list[tuple[str, str, str]]:
+    """Return what matters most: label, figure, remark."""
+    base, pruned, best = (run.models[name] for name in ("base", "pruned", "best"))
+    found = [
+        ("Top-1 accuracy", f"{best.top1:.2f} %", f"dense {base.top1:.2f} %, right after pruning {pruned.top1:.2f} %"),
+        ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
+    ]
+    for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):
+        found.append((name, saved, f"{label}: {before} → {after}"))
+    if run.speedup is not None:
+        ideal = f"{base.macs / pruned.macs:.2f}x by MACs" if pruned.macs else ""
+        found.append(("Speed-up", f"{run.speedup:.2f}x", f"batch {run.latency_batch} on {run.device}; {ideal}"))
+    found.append(
+        (
+            "Time",
+            f"{sum(run.seconds.values()) / 60:.1f} min",
+            "one process" if run.processes == 1 else f"{run.processes} processes",
+        )
+    )
+    return found
+
+
+def _loading(folder: Path) -> str:
+    """Return the lines that load the first pruned model, for Markdown."""
+    found = _artefacts(folder)
+    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({found[0][1]})\n```\n" if found else ""
+
+
+def _artefacts(folder: Path) -> list[tuple[str, str]]:
+    """Return each pruned model in the folder: its name, and its path as Python writes it; `artifact` sorts first."""
+    paths = sorted(path for path in folder.iterdir() if path.suffix == ".pth" or (path / "vbp.json").is_file())
+    return [(path.name, repr(os.fspath(path))) for path in paths]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return " ".join(str(item) for item in value)
+    return "-" if value is None else str(value)

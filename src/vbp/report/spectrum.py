@@ -1,0 +1,236 @@
+"""The variance spectrum of each site with the cut, and the error that is left: as data and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.collections import LineCollection, PolyCollection
+
+from vbp.pruning.criteria import variance_scores
+from vbp.report.run_report import RunFolder
+from vbp.report.style import BLUE, GREY, INK, ORANGE, Drawing, canvas, render
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The channels of one site from the largest variance to the smallest.
+
+    Attributes:
+        site: Name of the site.
+        scores: Variances, descending; of query/key channels the product of their mean squares, as in the ranking.
+        kept: Whether each of them stays.
+    """
+
+    site: str
+    scores: npt.NDArray[np.float64]
+    kept: npt.NDArray[np.bool_]
+
+
+def spectra(run: RunFolder) -> tuple[Spectrum, ...]:
+    """Return the spectrum of each site in the order of the plan; none without plan or statistics."""
+    if run.plan is None or run.statistics is None:
+        return ()
+    scores = variance_scores(run.statistics)
+    found = []
+    for entry in run.plan.sites:
+        values = scores[entry.site.name].double().cpu().numpy()
+        kept = np.zeros(entry.site.hidden, dtype=bool)
+        kept[list(entry.keep)] = True
+        order = np.argsort(-values, kind="stable")
+        found.append(Spectrum(entry.site.name, values[order], kept[order]))
+    return tuple(found)
+
+
+@dataclass(frozen=True)
+class SiteError:
+    """What a site lacks after pruning: squared error as a share of the variance that there was.
+
+    Attributes:
+        site: Name of the site.
+        before: Without refit: with the mean shift or, in a run without compensation, with nothing.
+        refit: With refit, where the run did one.
+    """
+
+    site: str
+    before: float
+    refit: float | None = None
+
+
+@dataclass(frozen=True)
+class SiteErrors:
+    """The errors of all sites.
+
+    Attributes:
+        at: Where they were taken: at the `output` of the layer that reads the channels, as the run measured them, or
+            on the `hidden` channels themselves, as their means and variances give it.
+        errors: One a site.
+    """
+
+    at: Literal["output", "hidden"]
+    errors: tuple[SiteError, ...]
+
+
+def site_errors(run: RunFolder) -> SiteErrors | None:
+    """Return the reconstruction error of each site; None where neither the summary nor statistics tell it."""
+    measured = run.summary.reconstruction
+    if measured is not None:
+        return SiteErrors("output", tuple(_measured(site, found) for site, found in measured.items()))
+    if run.plan is None or run.statistics is None:
+        return None
+    compensated = run.summary.config["compensation"] != "none"
+    found = []
+    for entry in run.plan.sites:
+        moments = run.statistics.moments.get(entry.site.name)
+        if moments is None:
+            continue  # query/key channels are read by no layer
+        variance = moments.m2 / moments.count
+        lost = variance if compensated else moments.second_moment
+        error = _share(float(lost[list(entry.removed)].sum()), float(variance.sum()))
+        found.append(SiteError(entry.site.name, error))
+    return SiteErrors("hidden", tuple(found)) if found else None
+
+
+def _measured(site: str, found: Mapping[str, float]) -> SiteError:
+    refit = found.get("refit")
+    energy = found["energy"]
+    return SiteError(site, _share(found["mean_shift"], energy), None if refit is None else _share(refit, energy))
+
+
+def _share(part: float, whole: float) -> float:
+    # A site whose channels are all constant has nothing to lose.
+    return part / whole if whole > 0 else 0.0
+
+
+def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
+    """Return what tells names apart, and the pattern that they share, for axes with little room.
+
+    Returns:
+        The pattern, `*` where names differ (empty if they share none), and a short name for each.
+    """
+    parts = [name.split(".") for name in names]
+    if len(parts) < 2 or len({len(part) for part in parts}) > 1:
+        return "", tuple(names)
+    columns = list(zip(*parts, strict=True))
+    varies = [len(set(column)) > 1 for column in columns]
+    if all(varies):
+        return "", tuple(names)
+    pattern = ".".join("*" if differs else column[0] for differs, column in zip(varies, columns, strict=True))
+    short = tuple(".".join(word for word, differs in zip(part, varies, strict=True) if differs) for part in parts)
+    return pattern, short
+
+
+# Drawn over as many decades as the largest values need; what lies below is drawn at the bottom.
+_DECADES: Final = 8
+
+
+_GAP: Final = (0.12, 0.55)
+
+
+def variance_spectra(run: RunFolder) -> Drawing | None:
+    """Draw the spectrum of each site with the cut; None without plan or statistics."""
+    found = spectra(run)
+    if not found:
+        return None
+    columns = _columns(found)
+    rows = -(-len(found) // columns)
+    top = max(float(spectrum.scores[0]) for spectrum in found)
+    high = np.ceil(np.log10(top)) if top > 0 else 0.0
+    smallest = min((float(s.scores[s.scores > 0].min()) for s in found if (s.scores > 0).any()), default=1.0)
+    low = max(float(np.floor(np.log10(smallest))), high - _DECADES, -300.0)
+    low = min(low, high - 1)
+    with canvas(0.7 + rows * (1.35 if columns < 3 else 1.05 if columns == 3 else 0.92)) as (figure, axes):
+        _panels(axes, found, columns, low, high)
+        figure.legend(loc="outside upper center", ncols=3)
+        svg, png = render(figure)
+    query_key = any(entry.site.kind == "query_key" for entry in (run.plan.sites if run.plan else ()))
+    return Drawing(
+        "spectrum",
+        "Variance spectrum of each site",
+        "Channels of a site from the largest variance to the smallest (logarithmic, the same scale in all panels); "
+        "the line is the cut. Where the ranking is not by variance alone, both colours lie on both sides of it."
+        + (" Query/key channels show the product of their mean squares instead." if query_key else ""),
+        f"Spectra of {len(found)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right, and "
+        "what lies right of its cut was removed.",
+        ("Site", "Channels", "Kept", "Largest", "Median", "Smallest", "Smallest kept", "Largest removed"),
+        tuple(_spectrum_row(spectrum) for spectrum in found),
+        svg,
+        png,
+        wide=True,
+    )
+
+
+def _spectrum_row(spectrum: Spectrum) -> tuple[str, ...]:
+    scores, kept = spectrum.scores, spectrum.kept
+    removed = scores[~kept]
+    numbers = (scores[0], np.median(scores), scores[-1], scores[kept].min())
+    texts = [f"{number:.3g}" for number in numbers] + ["" if len(removed) == 0 else f"{removed.max():.3g}"]
+    return (spectrum.site, str(len(scores)), str(int(kept.sum())), *texts)
+
+
+def _panels(axes: Axes, found: tuple[Spectrum, ...], columns: int, low: float, high: float) -> None:
+    """Draw all spectra into one pair of axes: hundreds of axes would take half a minute."""
+    pattern, labels = short_names([spectrum.site for spectrum in found])
+    samples = int(np.clip(3000 / len(found), 24, 120))
+    areas: dict[bool, list[npt.NDArray[np.float64]]] = {True: [], False: []}
+    cuts, floors = [], []
+    size = 8.5 if columns < 3 else 7.5
+    for index, (spectrum, label) in enumerate(zip(found, labels, strict=True)):
+        left = (index % columns) * (1 + _GAP[0])
+        bottom = -(index // columns) * (1 + _GAP[1])
+        for kept, area in _areas(spectrum, samples, low, high):
+            areas[kept].append(area + np.array([left, bottom]))
+        cut = left + spectrum.kept.mean()
+        cuts.append([(cut, bottom), (cut, bottom + 1)])
+        floors.append([(left, bottom), (left + 1, bottom)])
+        axes.text(left, bottom + 1.06, f"{label}: {spectrum.kept.mean():.0%} kept", fontsize=size, va="bottom")
+        if index % columns == 0:
+            for place, exponent in ((0, low), (1, high)):
+                axes.text(left - 0.03, bottom + place, _power(exponent), fontsize=7, ha="right", va="center")
+    for kept, colour, label in ((True, BLUE, "kept"), (False, ORANGE, "removed")):
+        axes.add_collection(PolyCollection(areas[kept], facecolor=colour, edgecolor="none", label=label))
+    axes.add_collection(LineCollection(cuts, color=INK, linewidth=1, label="cut"))
+    axes.add_collection(LineCollection(floors, color=GREY, linewidth=0.7))
+    rows = -(-len(found) // columns)
+    axes.set_xlim(-0.02, columns * (1 + _GAP[0]) - _GAP[0] + 0.02)
+    axes.set_ylim(-(rows - 1) * (1 + _GAP[1]) - 0.05, 1.4)
+    axes.set_axis_off()
+    axes.set_title(f"sites {pattern}" if pattern else "", fontsize=9, loc="left")
+
+
+def _areas(spectrum: Spectrum, samples: int, low: float, high: float) -> list[tuple[bool, npt.NDArray[np.float64]]]:
+    """Return the filled pieces below a spectrum in a unit square, one for each run of kept or of removed channels."""
+    channels = len(spectrum.scores)
+    # All channels where there are few; the cut is at its place in any case, for it is an edge.
+    edges = np.unique(np.linspace(0, channels, min(samples, channels) + 1).round().astype(int))
+    cut = int(spectrum.kept.sum())
+    edges = np.unique(np.append(edges, cut))
+    starts, widths = edges[:-1], np.diff(edges)
+    scores = np.clip(np.log10(np.maximum(spectrum.scores, 1e-300)), low, high)
+    heights = np.add.reduceat(scores, starts) / widths
+    kept = np.add.reduceat(spectrum.kept.astype(float), starts) / widths >= 0.5
+    heights = np.maximum((heights - low) / (high - low), 0.004)
+    pieces = []
+    bounds = np.flatnonzero(np.diff(kept)) + 1
+    for first, last in zip([0, *bounds], [*bounds, len(kept)], strict=True):
+        x = np.repeat(edges[first : last + 1], 2)[1:-1] / channels
+        y = np.repeat(heights[first:last], 2)
+        outline = np.column_stack([np.concatenate([x[:1], x, x[-1:]]), np.concatenate([[0.0], y, [0.0]])])
+        pieces.append((bool(kept[first]), outline))
+    return pieces
+
+
+def _columns(found: tuple[Spectrum, ...]) -> int:
+    if len(found) <= 4:
+        return min(2, len(found))
+    # Long names need room beside each other.
+    longest = max(len(label) for label in short_names([spectrum.site for spectrum in found])[1])
+    return 2 if longest > 14 else 3 if longest > 6 or len(found) <= 12 else 4
+
+
+def _power(exponent: float) -> str:
+    return "1" if exponent == 0 else f"1e{exponent:.0f}"

@@ -1,0 +1,187 @@
+"""What a sweep found: plain data, a table, CSV and JSON."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from vbp.cost.macs import format_count
+from vbp.pruning.plan import Scope
+from vbp.report.run_report import Measured
+
+Compensation = Literal["none", "mean", "refit"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to prune.
+
+    Attributes:
+        criterion: A name of `vbp.pruning.criteria.Criterion`.
+        compensation: What stands in for removed channels.
+        scope: Whether the channels of all layers compete.
+        keep_ratio: Share of the channels to keep.
+    """
+
+    criterion: str
+    compensation: Compensation
+    scope: Scope
+    keep_ratio: float
+
+    @property
+    def method(self) -> str:
+        """Return a short name of all but the ratio."""
+        return f"{self.criterion}/{self.compensation}" + ("" if self.scope == "global" else f", {self.scope}")
+
+
+@dataclass(frozen=True)
+class SweepRow:
+    """One pruned model.
+
+    Attributes:
+        setting: How it was pruned.
+        kept: MLP channels that stayed.
+        total: MLP channels of the dense model.
+        measured: Its accuracy and size; its latency where that was measured.
+        dense_latency_ms: The dense model's latency, measured in turns with it.
+    """
+
+    setting: Setting
+    kept: int
+    total: int
+    measured: Measured
+    dense_latency_ms: float | None = None
+
+    @property
+    def speedup(self) -> float | None:
+        """Return the dense model's latency over this one's."""
+        pruned = self.measured.latency_ms
+        return None if pruned is None or self.dense_latency_ms is None else self.dense_latency_ms / pruned
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        measured = {name: value for name, value in asdict(self.measured).items() if name != "epoch"}
+        return {
+            **asdict(self.setting), "kept": self.kept, "total": self.total, **measured,
+            "dense_latency_ms": self.dense_latency_ms,
+        }  # fmt: skip
+
+    @staticmethod
+    def from_dict(value: Mapping[str, Any]) -> SweepRow:
+        """Read what `to_dict` gave."""
+        setting = Setting(value["criterion"], value["compensation"], value["scope"], value["keep_ratio"])
+        measured = Measured(
+            value["top1"], value["top5"], value["macs"], value["params"], value["latency_ms"], images=value["images"]
+        )
+        return SweepRow(setting, value["kept"], value["total"], measured, value["dense_latency_ms"])
+
+
+@dataclass(frozen=True)
+class SweepReport:
+    """Everything that a sweep measured.
+
+    Attributes:
+        dense: The dense model.
+        rows: The pruned ones, in the order in which they were asked for.
+        about: What is known of the run besides: images, device, versions; plain JSON data.
+    """
+
+    dense: Measured
+    rows: tuple[SweepRow, ...]
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def share(self, row: SweepRow) -> dict[str, float | None]:
+        """Return what is left of a dense model's `top1`, `macs`, `params` and `latency`, as shares of 1."""
+        dense, pruned = self.dense, row.measured
+        return {
+            "top1": pruned.top1 / dense.top1 if dense.top1 else None,
+            "macs": pruned.macs / dense.macs,
+            "params": pruned.params / dense.params,
+            "latency": None if row.speedup is None else 1 / row.speedup,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        dense = {name: value for name, value in asdict(self.dense).items() if name not in ("epoch", "latency_ms")}
+        return {"about": dict(self.about), "dense": dense, "rows": [row.to_dict() for row in self.rows]}
+
+    def csv(self) -> str:
+        """Return the rows as CSV, the dense model first; `*_share` is what is left of it."""
+        columns = [
+            "criterion", "compensation", "scope", "keep_ratio", "kept", "total", "top1", "top5", "macs", "params",
+            "latency_ms", "dense_latency_ms", "images", "top1_share", "macs_share", "params_share", "latency_share",
+        ]  # fmt: skip
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
+        writer.writeheader()
+        shares = dict.fromkeys(("top1_share", "macs_share", "params_share"), 1.0)
+        writer.writerow({"criterion": "dense", "keep_ratio": 1.0, **asdict(self.dense), **shares})
+        for row in self.rows:
+            shared = {f"{name}_share": value for name, value in self.share(row).items()}
+            writer.writerow({**row.to_dict(), **shared})
+        return text.getvalue()
+
+    def table(self) -> str:
+        """Return the rows as a table for the terminal, then one of all ratios side by side."""
+        timed = any(row.speedup for row in self.rows)
+        heading = [
+            "method",
+            "keep",
+            "top-1 %",
+            "of dense",
+            "top-5 %",
+            "MACs",
+            "params",
+            *(["speed-up"] if timed else []),
+        ]
+        dense = self.dense
+        lines = [
+            ["dense", "", f"{dense.top1:.2f}", "", f"{dense.top5:.2f}", format_count(dense.macs),
+             format_count(dense.params), *([""] if timed else [])]
+        ]  # fmt: skip
+        lines += [self._line(row, timed) for row in self.rows]
+        blocks = [_aligned([heading, *lines])]
+        if len({row.setting.keep_ratio for row in self.rows}) > 1:
+            blocks.append("share of the dense top-1 left, by keep_ratio\n" + _aligned(self._by_ratio()))
+        if dense.images and 0 < dense.top1 < 100:
+            error = (dense.top1 * (100 - dense.top1) / dense.images) ** 0.5
+            blocks.append(
+                f"{dense.images} validation images: the dense top-1 has a standard error of {error:.2f} points"
+            )
+        return "\n\n".join(blocks)
+
+    def _line(self, row: SweepRow, timed: bool) -> list[str]:
+        measured = row.measured
+        speed = [] if not timed else ["" if row.speedup is None else f"{row.speedup:.2f}x"]
+        return [
+            row.setting.method, f"{row.kept / row.total:.3f}" if row.total else "", f"{measured.top1:.2f}",
+            _text(self.share(row)["top1"]), f"{measured.top5:.2f}", format_count(measured.macs),
+            format_count(measured.params), *speed,
+        ]  # fmt: skip
+
+    def _by_ratio(self) -> list[list[str]]:
+        ratios = sorted({row.setting.keep_ratio for row in self.rows}, reverse=True)
+        found: dict[str, dict[float, str]] = {}
+        for row in self.rows:
+            found.setdefault(row.setting.method, {})[row.setting.keep_ratio] = _text(self.share(row)["top1"])
+        rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in found.items()]
+        return [["method", *(f"{ratio:g}" for ratio in ratios)], *rows]
+
+
+def _text(share: float | None) -> str:
+    return "" if share is None else f"{share:.3f}"
+
+
+def _aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Return rows of text with the first column at the left and the others at the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if not place else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )

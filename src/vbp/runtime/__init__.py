@@ -1,0 +1,1 @@
+"""The process: ranks, precision, files, signals, log, progress."""

@@ -1,0 +1,275 @@
+"""The processes of a job: how it was launched, what they tell each other, and how one that fails ends all."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from types import FrameType
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from vbp.errors import InputError, Interrupted, PeerError
+
+_T = TypeVar("_T")
+
+
+# Signs in the message of a collective whose other end went away.
+_LOST_PEER = ("gloo", "nccl", "connection", "peer", "store", "timed out", "timeout")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of this job, seen from one of them. The default is a job of one.
+
+    Attributes:
+        rank: Place of this process among all.
+        world: Number of processes on all nodes.
+        local_rank: Place among those of this node.
+        local_world: Number of processes on this node.
+        control: Group for small messages on the CPU, whatever device the tensors of the job are on.
+        store: Where a process leaves word before it fails.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+    control: dist.ProcessGroup | None = None
+    store: Store | None = None
+
+    @property
+    def main(self) -> bool:
+        """Whether this is the process that writes."""
+        return self.rank == 0
+
+    def gather(self, value: _T) -> list[_T]:
+        """Return everyone's value to everyone, in the order of ranks; plain data or tensors on the CPU."""
+        if self.world == 1:
+            return [value]
+        values: list[_T | None] = [None] * self.world
+        dist.all_gather_object(values, value, group=self.control)
+        return values  # type: ignore[return-value]
+
+    def sum_(self, values: Tensor) -> Tensor:
+        """Add up a tensor over all processes, in place, on the device where it lies."""
+        if self.world > 1:
+            dist.all_reduce(values)
+        return values
+
+    def most(self, value: int) -> int:
+        """Return the largest of everyone's small whole numbers; cheap enough for every step."""
+        if self.world == 1:
+            return value
+        found = torch.tensor([value])
+        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
+        return int(found)
+
+    def wait(self) -> None:
+        """Go on when all have come here."""
+        if self.world > 1:
+            dist.barrier(group=self.control)
+
+    @contextmanager
+    def one_per_node_first(self) -> Iterator[None]:
+        """Let one process of each node do the block first: the others find the files in place and in memory."""
+        if self.local_rank != 0:
+            self.wait()
+        yield
+        if self.local_rank == 0:
+            self.wait()
+        self.wait()
+
+    def check_same(self, what: str, value: str) -> None:
+        """Stop all processes if they do not hold the same.
+
+        Raises:
+            InputError: They differ.
+        """
+        values = self.gather(value)
+        if len(set(values)) > 1:
+            listed = ", ".join(f"{rank}: {value[:12]}" for rank, value in enumerate(values))
+            raise InputError(
+                f"all processes must hold the same {what}, got {listed}; see that all nodes run the same versions "
+                "on the same files and the same kind of device"
+            )
+
+
+def launched() -> Processes:
+    """Read from the environment how torchrun started this process; alone without it.
+
+    Raises:
+        InputError: A variable is missing or no whole number.
+    """
+    if "WORLD_SIZE" not in os.environ:
+        return Processes()
+    found = []
+    rank = "0" if os.environ["WORLD_SIZE"] == "1" else None
+    for name, default in (("RANK", rank), ("WORLD_SIZE", None), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
+        value = os.environ.get(name, default)
+        if value is None or not value.isdecimal():
+            raise InputError(
+                f"{name} must be a whole number, got {value!r}; start with torchrun, or unset WORLD_SIZE"
+            )
+        found.append(int(value))
+    processes = Processes(found[0], found[1], found[2], found[3])
+    if not processes.rank < processes.world:
+        raise InputError(
+            f"RANK must be below WORLD_SIZE, got {processes.rank} and {processes.world}; start with torchrun"
+        )
+    return processes
+
+
+def restarts() -> int:
+    """Return how often torchrun has started this job again after a failure (`--max-restarts`)."""
+    value = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return int(value) if value.isdecimal() else 0
+
+
+def check_launch(script: str, *, disable_ddp: bool) -> None:
+    """Check that a script meant for torchrun was started by it, or was told not to need it.
+
+    Raises:
+        InputError: Neither is so, or both at once.
+    """
+    if not disable_ddp and "WORLD_SIZE" not in os.environ:
+        raise InputError(
+            f"{script} must be started by torchrun or with --disable_ddp, got neither; type\n"
+            f"  python {script} --disable_ddp ...              one GPU if there is one, else the CPU\n"
+            f"  torchrun --nproc_per_node=4 {script} ...       one process for each of four GPUs"
+        )
+    world = launched().world
+    if disable_ddp and world > 1:
+        raise InputError(
+            f"disable_ddp means one plain process, got it under torchrun with {world} processes; leave --disable_ddp "
+            "out, or start with python"
+        )
+
+
+def device_of(name: str, processes: Processes) -> torch.device:
+    """Choose the device of this process.
+
+    Args:
+        name: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda`, or `cuda:N` in a job of one process.
+        processes: Each process of a node takes the GPU of its place.
+
+    Raises:
+        InputError: There is no such device, or not one for each process.
+    """
+    wanted = name
+    if name == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    if processes.world > 1 and wanted.startswith("cuda"):
+        if wanted != "cuda":
+            raise InputError(
+                f"device must be auto, cpu or cuda under torchrun with {processes.world} processes, got {name!r}; "
+                "each process takes the GPU of its place (choose GPUs by CUDA_VISIBLE_DEVICES)"
+            )
+        count = torch.cuda.device_count()
+        if processes.local_world > count:
+            raise InputError(
+                f"each process needs a GPU of its own, got {processes.local_world} processes for {count} GPUs; start "
+                f"with torchrun --nproc_per_node={max(1, count)}, or give --device cpu"
+            )
+        wanted = f"cuda:{processes.local_rank}"
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device must be auto, cpu, cuda or cuda:N and present, got {name!r} ({error})") from error
+    if device.type == "cuda":
+        # With its number: torch.cuda takes no device without one, and tensors' devices have one.
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
+    return device
+
+
+@contextmanager
+def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes of this job; NCCL on GPUs, gloo on CPUs.
+
+    An error of one process ends all: it leaves word of its error, and whoever waits for it hears of it, at the
+    latest after the time-out.
+
+    Args:
+        device: As for `device_of`.
+        timeout_minutes: Longest wait of one process for another.
+
+    Raises:
+        PeerError: Another process failed.
+    """
+    found = launched()
+    place = device_of(device, found)
+    if found.world == 1:
+        yield found, place
+        return
+    timeout = timedelta(minutes=timeout_minutes)
+    common, rank, world = next(rendezvous("env://", timeout=timeout))
+    # The launcher's store outlives an attempt: what the last one left must not be taken for this one's.
+    store = PrefixStore(f"vbp/attempt{restarts()}", common)
+    dist.init_process_group(
+        "nccl" if place.type == "cuda" else "gloo",
+        store=PrefixStore("group", store), rank=rank, world_size=world, timeout=timeout,
+        device_id=place if place.type == "cuda" else None,
+    )  # fmt: skip
+    control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
+    processes = Processes(rank, world, found.local_rank, found.local_world, control, PrefixStore("word", store))
+    try:
+        with _termination_heard(processes):
+            yield processes, place
+    except BaseException as error:
+        # The group is left as it is: closing it could wait for processes that are gone.
+        raise _told(processes, error) from error
+    dist.destroy_process_group()
+
+
+@contextmanager
+def _termination_heard(processes: Processes) -> Iterator[None]:
+    """Let SIGTERM end this process with a word: torchrun sends it to the others when one of them has failed."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        word = _word(processes, "")
+        raise PeerError(word) if word else Interrupted(number, "stopped by SIGTERM before there was a checkpoint")
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    except BaseException:
+        # The process is about to end, and has still to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise
+    signal.signal(signal.SIGTERM, before)
+
+
+def _told(processes: Processes, error: BaseException) -> BaseException:
+    """Leave word of an error for the others, or take up the word of the one that failed first."""
+    if isinstance(error, KeyboardInterrupt | PeerError):
+        return error  # all processes were told to stop, or the word is out
+    text = _first_line(error)
+    if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST_PEER):
+        word = _word(processes, "")
+        return PeerError(word or f"another process ended without a word, seen by process {processes.rank}: {text}")
+    mine = f"process {processes.rank} of {processes.world} failed: {text}"
+    first = _word(processes, mine)
+    return error if first == mine else PeerError(first)
+
+
+def _word(processes: Processes, mine: str) -> str:
+    """Return the word of the process that failed first; it is ours if there was none."""
+    assert processes.store is not None
+    try:
+        return str(processes.store.compare_set("failure", "", mine).decode())
+    except RuntimeError:
+        return mine  # the process that held the store is gone
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).strip().splitlines()[0]

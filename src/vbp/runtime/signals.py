@@ -1,0 +1,84 @@
+"""When to write a checkpoint between two steps: a signal asks the run to stop, or enough time has gone by."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from types import FrameType, TracebackType
+from typing import Any
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+# One request to stop can arrive several times: SLURM signals each process of a job, and torchrun, signalled too,
+# passes it on to its workers. Only a signal that comes later than this is a second request.
+_SAME_REQUEST_SECONDS = 2.0
+
+
+class Interruption:
+    """Notes SIGTERM and SIGINT while it is entered, so that a loop can stop between two steps.
+
+    A second signal acts at once, as it would have without us. A signal that nobody has acted upon when the block is
+    left acts then: none is swallowed. Outside the main thread, where signals never arrive, only the clock is kept; a
+    signal that was ignored before (`nohup`, a job in the background) stays ignored.
+
+    Attributes:
+        signal: Number of the first signal; None if none came.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        """Start the clock, which gives seconds."""
+        self.signal: int | None = None
+        self._clock = clock
+        self._start = clock()
+        self._noted = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interruption:
+        if threading.current_thread() is threading.main_thread():
+            for number in _SIGNALS:
+                before = signal.getsignal(number)
+                # None: a handler not made in Python, which could not be put back.
+                if before is not None and before is not signal.SIG_IGN:
+                    self._before[number] = before
+                    signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._restore()
+        if kind is None and self.signal is not None:
+            signal.raise_signal(self.signal)
+
+    def due(self, minutes: float) -> bool:
+        """Return whether so many minutes have passed since this was last so, or since the start; never with 0."""
+        if minutes <= 0 or self._clock() - self._start < 60 * minutes:
+            return False
+        self._start = self._clock()
+        return True
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        # No log record here: the signal may have come in the middle of another one.
+        if self.signal is None:
+            self.signal, self._noted = number, self._clock()
+        elif self._clock() - self._noted >= _SAME_REQUEST_SECONDS:
+            self._restore()
+            signal.raise_signal(number)
+
+    def _restore(self) -> None:
+        for number, before in self._before.items():
+            signal.signal(number, before)
+        self._before.clear()
+
+
+def leave_signals_to_parent(worker: int) -> None:
+    """Let a process that reads images ignore SIGTERM and SIGINT; made for `DataLoader(worker_init_fn=...)`.
+
+    Terminals, torchrun and SLURM signal the workers together with the process that they work for. If they died, it
+    would fail for want of images before it could write a checkpoint. They end with their parent.
+    """
+    for number in _SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

@@ -1,0 +1,78 @@
+"""MLPs of two plain layers around an activation that can be computed again from their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.method.activations import Activation, find_activation
+from vbp.runtime.forward import evaluation_mode
+from vbp.sites.layers import channel_dim, mixes_channels, output_channels, rows
+from vbp.sites.site import Site
+
+
+@dataclass(frozen=True)
+class FoundMLP:
+    """An MLP site of one hidden layer, a known activation and a consumer, and nothing else between them."""
+
+    site: Site
+    activation: Activation
+
+
+def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
+    """Return the sites whose hidden layer can be refitted: none that is gated or has a norm inside.
+
+    Args:
+        model: The dense model.
+        example: Images that it takes.
+        sites: From `find_sites`.
+    """
+    plain = [site for site in sites if _is_plain(model, site)]
+    seen: dict[str, list[Tensor]] = {}
+    with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
+        for name in {layer for site in plain for layer in (site.producers[0], site.consumer)}:
+            layer = model.get_submodule(name)
+
+            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
+                dim = channel_dim(module)
+                seen.setdefault(name, []).extend(rows(one, dim, len(example)).clone() for one in (args[0], output))
+
+            hooks.callback(layer.register_forward_hook(hook).remove)
+        model(example)
+    found = []
+    for site in plain:
+        made, read = seen.get(site.producers[0], []), seen.get(site.consumer, [])
+        if len(made) == len(read) == 2 and (activation := find_activation(made[1], read[0])) is not None:
+            found.append(FoundMLP(site, activation))
+    return tuple(found)
+
+
+def check_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
+    """Find MLPs as `find_mlps` does, and refuse a model without any.
+
+    Raises:
+        InputError: There is none.
+    """
+    found = find_mlps(model, example, sites)
+    if not found:
+        raise InputError(
+            f"the refit of the producers needs an MLP of two layers with an activation of single values between "
+            f"them, got {type(model).__name__}, where there is none; leave the producers as they are"
+        )
+    return found
+
+
+def _is_plain(model: nn.Module, site: Site) -> bool:
+    if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters:
+        return False
+    producer, consumer = (model.get_submodule(name) for name in (site.producers[0], site.consumer))
+    return (
+        all(mixes_channels(layer, convolutions=False) for layer in (producer, consumer))
+        and output_channels(producer) == site.hidden
+    )

@@ -1,0 +1,135 @@
+"""Find where a site's consumer writes into the residual stream.
+
+Libraries nest and name their blocks differently, so the place is found by what happens: a known disturbance of the
+consumer's output must arrive in the output of a module around it, unchanged but for one factor a channel
+(LayerScale), beside something else that the consumer did not give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from vbp.runtime.forward import evaluation_mode
+from vbp.sites.layers import channel_dim, first_tensor, rows
+from vbp.sites.site import Site
+
+# Share of a disturbance's square that rounding may change on its way.
+_ROUNDING = 1e-4
+
+
+@dataclass(frozen=True)
+class Join:
+    """The end of a residual branch.
+
+    Attributes:
+        site: Whose consumer ends the branch.
+        module: Name of the module whose output is the stream after the branch was added.
+        dim: Of its channels, -1 or -3.
+        gain: What the stream gains when the consumer gives one more; per channel, float64, on the CPU.
+    """
+
+    site: Site
+    module: str
+    dim: int
+    gain: Float[Tensor, "out"]
+
+
+def find_joins(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Join, ...]:
+    """Return the joins of the MLP sites that have one, in the order in which they run.
+
+    Args:
+        model: Takes `example`; left as it was.
+        example: A batch of images.
+        sites: From `find_sites`, of this model or of the one that it was before pruning.
+    """
+    named = {site.consumer: site for site in sites if site.kind == "mlp"}
+    around = {name: _ancestors(name) for name in named}
+    with evaluation_mode(model), torch.no_grad():
+        clean = _Outputs(model, {*named, *(one for names in around.values() for one in names)})
+        with clean.watched():
+            model(example)
+        found = [_find(model, example, named[name], around[name], clean) for name in clean.order if name in named]
+    return tuple(join for join in found if join is not None)
+
+
+class _Outputs:
+    """What modules give in one forward pass; the names in the order in which they began to give."""
+
+    def __init__(self, model: nn.Module, names: set[str]) -> None:
+        self._model, self._names = model, names
+        self.of: dict[str, Tensor] = {}
+        self.order: list[str] = []
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        with ExitStack() as hooks:
+            for name in self._names:
+                hooks.callback(self._model.get_submodule(name).register_forward_hook(self._hook_of(name)).remove)
+            yield
+
+    def _hook_of(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            self.order.append(name)
+            if (values := first_tensor(output)) is not None:
+                self.of[name] = values.clone()  # some models add to it in place
+
+        return hook
+
+
+def _ancestors(name: str) -> list[str]:
+    """Return the modules around one, the nearest first; not the model itself, whose output is the answer."""
+    parts = name.split(".")
+    return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
+
+
+def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], clean: _Outputs) -> Join | None:
+    # A module that is only a container, or gives no tensor, has no output of its own.
+    around = [name for name in around if clean.order.count(name) == 1 and name in clean.of]
+    if clean.order.count(site.consumer) != 1 or not around:
+        return None
+    consumer = model.get_submodule(site.consumer)
+    given, dim, images = clean.of[site.consumer], channel_dim(consumer), len(example)
+    # As large as the stream is, so that rounding stays small against it.
+    size = max(float(clean.of[name].std()) for name in around)
+    generator = torch.Generator().manual_seed(0)
+    disturbance = (size * torch.randn(given.shape, generator=generator)).to(given)
+    disturbed = _Outputs(model, set(around))
+    handle = consumer.register_forward_hook(lambda module, args, output: output + disturbance)
+    try:
+        with disturbed.watched():
+            model(example)
+    finally:
+        handle.remove()
+    for name in around:
+        for place in (-1, -3):
+            gain = _gain(clean.of[name], disturbed.of[name], rows(disturbance, dim, images), place)
+            if gain is not None and _is_more(clean.of[name], rows(given, dim, images), gain, place):
+                return Join(site, name, place, gain.cpu())
+    return None
+
+
+def _gain(before: Tensor, after: Tensor, disturbance: Tensor, dim: int) -> Float[Tensor, "out"] | None:
+    """Return the factor of each channel by which the disturbance arrived; None if anything else did."""
+    if before.ndim < -dim or before.shape != after.shape or before.shape[dim] != disturbance.shape[-1]:
+        return None
+    arrived = rows(after.double() - before.double(), dim, len(before))
+    if arrived.shape != disturbance.shape:
+        return None
+    sent = disturbance.double()
+    gain = (arrived * sent).sum((0, 1)) / sent.square().sum((0, 1))
+    strange = (arrived - gain * sent).square().sum()
+    return gain if bool(strange <= _ROUNDING * arrived.square().sum()) and bool(gain.any()) else None
+
+
+def _is_more(stream: Tensor, given: Tensor, gain: Tensor, dim: int) -> bool:
+    """Return whether a stream holds anything beside what the consumer gives."""
+    values = rows(stream, dim, len(stream)).double()
+    rest = values - gain * given.double()
+    return bool((rest - rest.mean((0, 1))).square().sum() > _ROUNDING * values.square().sum())

@@ -1,0 +1,249 @@
+"""Find the sites of a model: the hidden channels that can be removed."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.sites.channel_ids import Owner
+from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.propagation import PRODUCTS, Attention, Trace
+from vbp.sites.tracer import trace_model
+
+_log = logging.getLogger(__name__)
+
+
+SiteKind = Literal["mlp", "value", "query_key"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """Hidden channels `h`, made by the producers and read by the consumer, by dotted module names.
+
+    Channel `j` is row `offsets[i] + j` of producer `i`: one producer in an MLP, a gate and its value in a gated one
+    (two layers, or one layer twice), queries and keys in an attention site without consumer.
+
+    Attributes:
+        producers: Layers whose output rows make the channels.
+        consumer: The layer whose input columns are the channels; empty for query/key channels.
+        hidden: Number of channels.
+        kind: `mlp`, `value` (of an attention) or `query_key`.
+        offsets: First row of the site in each producer; empty means 0 everywhere.
+        inner: Norms and depthwise convolutions that the channels pass.
+        parameters: Bare parameters with one element a channel.
+        heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
+        exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
+            for removal also changes the channels that stay; nor where a kernel meets zero padding.
+        implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
+
+    Source: VBP paper (arXiv 2507.12988), section 3.
+    """
+
+    producers: tuple[str, ...]
+    consumer: str
+    hidden: int
+    kind: SiteKind = "mlp"
+    offsets: tuple[int, ...] = ()
+    inner: tuple[str, ...] = ()
+    parameters: tuple[str, ...] = ()
+    heads: int = 1
+    exact: bool = True
+    implicit_scale: bool = False
+
+    @property
+    def name(self) -> str:
+        """Return the key of this site in statistics, plans and reports.
+
+        The layer whose outputs are pruned; for an attention's values, whose layer often makes queries and keys too,
+        the layer that reads them.
+        """
+        return self.consumer if self.kind == "value" else self.producers[0]
+
+    @property
+    def rows(self) -> tuple[tuple[str, int], ...]:
+        """Return each producer with the site's first row in it."""
+        return tuple(zip(self.producers, self.offsets or (0,) * len(self.producers), strict=True))
+
+
+def find_sites(
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Any, ...],
+    *,
+    attention: bool = False,
+    convolutions: bool = False,
+) -> tuple[Site, ...]:
+    """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
+
+    The channels are followed through one forward pass, so names and nesting of the modules do not matter. Between
+    the two layers there may be activations, gates, norms, depthwise convolutions and changes of shape. What is used
+    in any other way is left out, with a log line saying why.
+
+    Args:
+        model: Any image classifier.
+        example_inputs: An input of the model, "1 channels height width", on the model's device.
+        attention: Also find the value, and the query and key, channels inside attention.
+        convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
+            the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
+
+    Raises:
+        InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
+    """
+    finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
+    sites = list(finder.mlps())
+    if attention:
+        sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
+        finder.log_unfollowed_attention()
+    sites = _whole(model, sites)
+    if attention and all(site.kind == "mlp" for site in sites):
+        raise InputError(
+            f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
+            "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
+            "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+        )
+    if not sites:
+        raise InputError(
+            f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
+            "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
+            "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
+            "larger kernels too: find_sites(..., convolutions=True)"
+        )
+    return tuple(sites)
+
+
+def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Leave out sites that share a layer with rows of no site: the model's code cuts that layer at fixed places."""
+    while True:
+        claimed: dict[str, int] = defaultdict(int)
+        for site in sites:
+            for name in site.producers:
+                claimed[name] += site.hidden
+        partial = {name for name, rows in claimed.items() if rows != output_channels(model.get_submodule(name))}
+        if not partial:
+            return sites
+        for site in sites:
+            if shared := partial & set(site.producers):
+                _log.info("%s is no site: %s also makes channels that are none", site.name, ", ".join(sorted(shared)))
+        sites = [site for site in sites if not partial & set(site.producers)]
+
+
+class _Finder:
+    """Reads sites off a trace."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model, self.trace = model, trace
+        self._classes = trace.channels.classes()
+
+    def mlps(self) -> Iterator[Site]:
+        attended = {
+            identity
+            for call in self.trace.attentions
+            if call.value is not None
+            for identity in self._members(call.value.flatten().tolist())
+        }
+        for read in self.trace.reads:
+            ids = read.ids.tolist()
+            members = self._members(ids)
+            if not members & self.trace.channels.activated or members & attended:
+                continue
+            site = self._site(ids, read.layer, "mlp", 1)
+            if isinstance(site, Site):
+                yield site
+            else:
+                _log.info("the input of %s is no site: %s", read.layer, site)
+
+    def attention(self, call: Attention) -> list[Site]:
+        """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
+        reads = [] if call.value is None else self._reads_of(call.value)
+        label = self.trace.channels.owner_of(int(call.query[0, 0])).name
+        if len(reads) != 1 or call.value is None:
+            _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
+            return []
+        heads = call.value.shape[0]
+        value = self._site(call.value.flatten().tolist(), reads[0], "value", heads)
+        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        if call.query.shape != call.value.shape:
+            pair = "queries and values have different numbers of channels"
+        reasons = [reason for reason in (value, pair) if isinstance(reason, str)]
+        for reason in reasons:
+            _log.info("the attention behind %s is no site: %s", label, reason)
+        return [] if reasons else [site for site in (value, pair) if isinstance(site, Site)]
+
+    def log_unfollowed_attention(self) -> None:
+        """Name the layers whose channels meet others of unknown origin in an attention."""
+        channels = self.trace.channels
+        ends = {channels.owner_of(one).name for one, reason in channels.leaks.items() if reason in PRODUCTS}
+        for name in sorted(ends):
+            _log.info(
+                "the attention behind %s is no site: not all of queries, keys and values come from layers", name
+            )
+
+    def _reads_of(self, ids: Tensor) -> list[str]:
+        wanted = ids.flatten().tolist()
+        return [read.layer for read in self.trace.reads if read.ids.tolist() == wanted]
+
+    def _members(self, ids: list[int]) -> set[int]:
+        channels = self.trace.channels
+        return {member for root in {channels.root(identity) for identity in ids} for member in self._classes[root]}
+
+    def _site(
+        self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
+    ) -> Site | str:
+        """Return the site of these channels, or the reason why they are none."""
+        channels = self.trace.channels
+        groups = [self._classes[channels.root(identity)] for identity in ids]
+        if reason := self._why_unfit(groups, consumer):
+            return reason
+        owners: list[tuple[Owner, int]] = []
+        for place, first in enumerate(sorted(groups[0])):
+            owner = channels.owner_of(first)
+            rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
+            if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
+                return f"its channels are scattered over the rows of {owner.name}"
+            owners.append((owner, first - owner.first))
+        layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
+        offsets = tuple(offset for _, offset in layers)
+        return Site(
+            tuple(name for name, _ in layers),
+            consumer,
+            len(ids),
+            kind,
+            offsets if any(offsets) else (),
+            tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
+            tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
+            heads,
+            not any(member in channels.mixed for group in groups for member in group)
+            and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
+            implicit_scale,
+        )
+
+    def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:
+        channels = self.trace.channels
+        members = {member for group in groups for member in group}
+        if leaks := {channels.leaks[member] for member in members if member in channels.leaks}:
+            return f"its channels are also used by {', '.join(sorted(leaks))}"
+        readers = set().union(*(channels.readers.get(member, set()) for member in members))
+        if readers - {consumer}:
+            return f"its channels are also read by {', '.join(sorted(readers - {consumer}))}"
+        if len({id(group) for group in groups}) != len(groups):
+            return "some of its channels are bound together"
+        names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
+            return f"{', '.join(repeated)} runs more than once in a forward pass"
+        if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
+            return f"{consumer} has other inputs too"
+        return ""
+
+
+def _meets_zero_padding(consumer: nn.Module) -> bool:
+    return (
+        isinstance(consumer, nn.Conv2d)
+        and consumer.kernel_size != (1, 1)
+        and consumer.padding_mode == "zeros"
+        and consumer.padding not in ("valid", (0, 0))
+    )

@@ -1,0 +1,1 @@
+"""What is measured on calibration images, exact to merge over batches, processes and files."""

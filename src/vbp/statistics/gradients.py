@@ -1,0 +1,111 @@
+"""Gradients of the loss on labelled images, for the criteria that rank by them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.runtime.forward import logits_of
+from vbp.runtime.processes import Processes
+from vbp.sites.site import Site
+from vbp.sites.weights import weight_slices
+
+_ALONE = Processes()
+
+
+# Images that go forward and backward at a time: the sum does not depend on it, the memory does.
+_IMAGES = 32
+
+
+class GradientSum:
+    """Adds up the gradient of the cross-entropy with respect to the weights that go with the sites' channels.
+
+    It works on a copy of the model, so that whoever observes the model meanwhile sees none of it.
+    """
+
+    def __init__(self, model: nn.Module, sites: Sequence[Site], device: torch.device | str | None = None) -> None:
+        """Begin with no images.
+
+        Args:
+            model: The dense model; left as it was.
+            sites: From `find_sites`.
+            device: Where the images go; by default where the model is.
+        """
+        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._device = torch.device(device) if device is not None else next(model.parameters()).device
+        names = dict.fromkeys(part.parameter for site in sites for part in weight_slices(model, site))
+        self._weights = {name: self._model.get_parameter(name).requires_grad_() for name in names}
+        self._sums = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in self._weights.items()}
+        self._images = 0
+
+    def add_(self, pixels: Tensor, labels: Tensor) -> None:
+        """Take in labelled images; in the model's own precision, for half precision loses small gradients."""
+        with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
+            for start in range(0, labels.shape[0], _IMAGES):
+                images, classes = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
+                loss = F.cross_entropy(logits_of(self._model(images)), classes, reduction="sum")
+                found = torch.autograd.grad(loss, list(self._weights.values()))
+                for running, gradient in zip(self._sums.values(), found, strict=True):
+                    running += gradient
+        self._images += labels.shape[0]
+
+    def seen_on_the_way(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Hand batches on, and take in each: one reading of the images serves statistics and gradients."""
+        for pixels, labels in batches:
+            self.add_(pixels, labels)
+            yield pixels, labels
+
+    def mean(self, processes: Processes = _ALONE) -> dict[str, Tensor]:
+        """Return the gradient of the mean loss over the images of all processes, which all call this.
+
+        Returns:
+            Dotted name of a weight -> gradient, float64, on the CPU.
+
+        Raises:
+            InputError: No image came, to any process, or a gradient is not finite.
+        """
+        images = int(processes.sum_(torch.tensor([self._images], device=self._device)))
+        if images == 0:
+            raise InputError("gradients need at least one labelled image, got none; check the training images")
+        gradients = {name: (processes.sum_(value) / images).cpu() for name, value in self._sums.items()}
+        for name, gradient in gradients.items():
+            if bad := int((~gradient.isfinite()).sum()):
+                raise InputError(
+                    f"the gradient of {name} must be finite, got NaN or infinity in {bad} places; check the weights "
+                    "and the preprocessing"
+                )
+        return gradients
+
+
+def collect_gradients(
+    model: nn.Module,
+    sites: Sequence[Site],
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    device: torch.device | str | None = None,
+    processes: Processes = _ALONE,
+) -> dict[str, Tensor]:
+    """Return the gradient of the mean cross-entropy over all images, in evaluation mode.
+
+    Args:
+        model: The dense model; left as it was.
+        sites: From `find_sites`.
+        batches: Images and labels: this process's share, which may be none.
+        device: Where the images go; by default where the model is.
+        processes: Whose images count together; all of them call this, and get the same.
+
+    Returns:
+        Dotted name of each weight that goes with a site's channels -> gradient.
+
+    Raises:
+        InputError: No image came, or a gradient is not finite.
+    """
+    running = GradientSum(model, sites, device)
+    for pixels, labels in batches:
+        running.add_(pixels, labels)
+    return running.mean(processes)

@@ -1,0 +1,227 @@
+"""Training checkpoints: whole or not there, the newest two kept, a damaged one never taken for a whole one."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+import re
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from vbp.errors import InputError, OutputError
+from vbp.runtime.files import write_atomically
+
+_log = logging.getLogger(__name__)
+
+
+CHECKPOINTS = "checkpoints"
+
+
+_FORMAT = "vbp-checkpoint/1"
+
+
+_KEPT = 2
+
+
+_NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
+
+
+# The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:
+# torch.load reads the archive as ever, but looks at no check sum itself and takes flipped bits for weights.
+_SEAL = re.compile(rb"(vbp-checkpoint/\d+) sha256:([0-9a-f]{64})\Z")
+
+
+_SEAL_SIZE = len(f"{_FORMAT} sha256:") + 64
+
+
+_PIECE = 2**20
+
+
+def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, batch: int) -> Path:
+    """Write a checkpoint of a run, then remove those that it makes needless; one process of a job calls it.
+
+    Older checkpoints go only when two newer ones are whole, this one included. Later ones go too: training was taken
+    up before them.
+
+    Args:
+        save_dir: Folder of the run; checkpoints are in a folder of their own there, created if missing.
+        state: Tensors, numbers, text, None, and lists, tuples and dictionaries of them.
+        epoch: The epoch that training is in.
+        batch: Batches of this epoch that are done.
+
+    Raises:
+        OutputError: The file could not be written; earlier ones are whole.
+        TypeError: The state holds something that could not be read back; nothing is written.
+    """
+    folder = save_dir / CHECKPOINTS
+    path = folder / f"epoch{epoch:04d}-batch{batch:06d}.pt"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
+    _clear_halves(folder)
+    write_atomically(path, lambda file: _write(file, {"format": _FORMAT, "state": dict(state)}))
+    whole = 0
+    for other in reversed([file for file in _files(folder) if _position(file) is not None]):
+        if _place(other) > _place(path):
+            _log.warning("%s is removed: training went on from before it", other)
+            _remove(other)
+        elif whole >= _KEPT:
+            _remove(other)
+        elif other == path or _fault(other) is None:
+            whole += 1
+    return path
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """Read the state in a checkpoint onto the CPU; nothing in it is run as code.
+
+    Raises:
+        InputError: The file is missing, torn, damaged, something else, or of another format.
+    """
+    fault = _fault(path)
+    if fault is not None:
+        raise InputError(f"{path} is no checkpoint that can be continued: {fault}")
+    try:
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["state"]
+    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        text = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"{path} is no checkpoint that can be continued: it cannot be read ({text})") from error
+    return state
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """Find the newest checkpoint in a folder that can be read; each newer one that cannot is named in a warning.
+
+    Args:
+        folder: The one in which the files lie.
+
+    Returns:
+        None if there is no file.
+
+    Raises:
+        InputError: There are files, but none can be read.
+    """
+    files = _files(folder)
+    for path in reversed(files):
+        try:
+            read_checkpoint(path)
+        except InputError as error:
+            _log.warning("%s; the one before it is tried", error)
+        else:
+            return path
+    if files:
+        names = ", ".join(path.name for path in files[-5:])
+        raise InputError(
+            f"{folder} must hold a checkpoint that can be continued, got {len(files)} files that are none ({names}); "
+            "bring a whole one back, or start over with --overwrite and without --resume"
+        )
+    return None
+
+
+def has_checkpoints(folder: Path) -> bool:
+    """Return whether a folder holds a file with the name of a checkpoint, whole or not."""
+    return any(_position(path) is not None for path in _files(folder))
+
+
+def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
+    """Remove the checkpoints of an earlier run, and what a killed one left half written.
+
+    Args:
+        save_dir: Folder of the run.
+        after: Only those later than this one, from which training goes on.
+
+    Raises:
+        OutputError: One could not be removed.
+    """
+    folder = save_dir / CHECKPOINTS
+    for path in _files(folder):
+        if _position(path) is not None and (after is None or _place(path) > _place(after)):
+            _remove(path)
+    _clear_halves(folder)
+
+
+def _write(file: IO[bytes], content: dict[str, Any]) -> None:
+    torch.save(content, file)
+    # The archive's last field is the length of its comment.
+    file.seek(-2, os.SEEK_END)
+    file.write(struct.pack("<H", _SEAL_SIZE))
+    digest = _digest(file, file.tell())
+    file.write(f"{_FORMAT} sha256:{digest}".encode())
+    file.flush()
+    try:
+        # Mapped, so that no tensor is read: this asks only whether all types are plain.
+        torch.load(file.name, mmap=True, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise TypeError(
+            f"a checkpoint must hold tensors, numbers, text and lists or dictionaries of them, got more: {error}"
+        ) from error
+
+
+def _fault(path: Path) -> str | None:
+    """Return what is wrong with a file, without loading it; None if it is whole and ours."""
+    if not path.is_file():
+        return "there is no such file; check the path"
+    try:
+        with path.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 2 * _SEAL_SIZE))
+            seal = _SEAL.search(file.read())
+            if seal is None:
+                return "it was cut off, or is another kind of file; copy it again or give another"
+            written = seal[1].decode()
+            if written != _FORMAT:
+                return f"it has format {written}, allowed is {_FORMAT}; use the vbp version that wrote it"
+            if _digest(file, size - len(seal[0])) != seal[2].decode():
+                return "it is damaged (its content does not match its digest); copy it again or give another"
+    except OSError as error:
+        return f"it cannot be read ({error}); see to the disk"
+    return None
+
+
+def _digest(file: IO[bytes], size: int) -> str:
+    """Return the SHA-256 of the first bytes of a file, which stands behind them afterwards."""
+    digest = hashlib.sha256()
+    file.seek(0)
+    while size > 0:
+        piece = file.read(min(size, _PIECE))
+        if not piece:
+            break  # shorter than it was: the digest will not match
+        digest.update(piece)
+        size -= len(piece)
+    return digest.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    """List the files of a folder in the order of training; those with another name stand before all."""
+    if not folder.is_dir():
+        return []
+    # Hidden files are halves left by a killed run, or the file system's own.
+    return sorted((path for path in folder.iterdir() if path.is_file() and path.name[0] != "."), key=_place)
+
+
+def _position(path: Path) -> tuple[int, int] | None:
+    match = _NAME.fullmatch(path.name)
+    return None if match is None else (int(match[1]), int(match[2]))
+
+
+def _place(path: Path) -> tuple[tuple[int, int], str]:
+    return _position(path) or (-1, -1), path.name
+
+
+def _clear_halves(folder: Path) -> None:
+    for half in folder.glob(".*.part"):
+        _remove(half)
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OutputError(f"{path} could not be removed ({error}); see to the folder") from error

@@ -1,0 +1,72 @@
+"""Top-1 and top-5 accuracy, by counting."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from vbp.errors import InputError
+from vbp.runtime.forward import evaluation_mode, logits_of
+from vbp.runtime.precision import Precision
+from vbp.runtime.processes import Processes
+
+_OFF, _ALONE = Precision(), Processes()
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """How many of `images` had the right class first, and among the first five."""
+
+    correct1: int
+    correct5: int
+    images: int
+
+    @property
+    def top1(self) -> float:
+        """Return the top-1 accuracy in percent."""
+        return 100 * self.correct1 / self.images
+
+    @property
+    def top5(self) -> float:
+        """Return the top-5 accuracy in percent."""
+        return 100 * self.correct5 / self.images
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    device: torch.device | str,
+    *,
+    precision: Precision = _OFF,
+    processes: Processes = _ALONE,
+) -> Accuracy:
+    """Count the right answers of a model in evaluation mode; with fewer than five classes top-5 takes them all.
+
+    Args:
+        model: A classifier.
+        batches: Images and labels: this process's share, which may be none.
+        device: Where the model is.
+        precision: Of the forward pass.
+        processes: Whose counts are added up; all of them call this, and get the same.
+
+    Raises:
+        InputError: No image came, to any process.
+    """
+    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    images = 0
+    with evaluation_mode(model), torch.inference_mode():
+        for pixels, labels in batches:
+            with precision.autocast():
+                logits = logits_of(model(pixels.to(device, non_blocking=True)))
+            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
+            right = best == labels.to(device, non_blocking=True)[:, None]
+            hits += torch.stack((right[:, 0].sum(), right.sum()))
+            images += labels.shape[0]
+    counts = torch.cat((hits, hits.new_tensor([images])))
+    first, among_five, total = processes.sum_(counts).tolist()
+    if total == 0:
+        raise InputError("evaluation needs at least one image, got none; check the validation images")
+    return Accuracy(first, among_five, total)

@@ -1,0 +1,75 @@
+"""The fine-tuning loss: cross-entropy, blended with distillation from the unpruned model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from vbp.errors import InputError
+
+
+@dataclass(frozen=True)
+class DistillationLoss:
+    """`alpha * CE(student, labels) + beta * T^2 * KL(teacher/T || student/T)`.
+
+    Attributes:
+        alpha: Weight of the cross-entropy with the labels.
+        beta: Weight of the divergence from the teacher; `T^2` keeps its gradient's size at any temperature.
+        temperature: T, softens both distributions.
+        label_smoothing: Share of each label that is spread over all classes.
+
+    Source: VBP paper, section 4.1; Hinton, Vinyals, Dean (2015).
+    """
+
+    alpha: float = 0.7
+    beta: float = 0.3
+    temperature: float = 2.0
+    label_smoothing: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if not 0 < self.temperature < math.inf:
+            raise InputError(f"kd_T must be above 0 and finite, got {self.temperature}; the paper uses 2.0")
+        weights = (self.alpha, self.beta)
+        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
+            raise InputError(
+                f"kd_alpha and kd_beta must be at least 0, finite and not both 0, got {self.alpha} and {self.beta}; "
+                "the paper uses 0.7 and 0.3"
+            )
+        if not 0 <= self.label_smoothing < 1:
+            raise InputError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
+
+    def __call__(
+        self,
+        student: Float[Tensor, "batch classes"],
+        teacher: Float[Tensor, "batch classes"],
+        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+    ) -> Float[Tensor, ""]:
+        """Return the loss, averaged over the batch; labels as for `cross_entropy`."""
+        divergence = F.kl_div(
+            F.log_softmax(student / self.temperature, dim=1),
+            F.log_softmax(teacher / self.temperature, dim=1),
+            reduction="batchmean",
+            log_target=True,
+        )
+        return self.alpha * self.cross_entropy(student, labels) + self.beta * self.temperature**2 * divergence
+
+    def cross_entropy(
+        self,
+        student: Float[Tensor, "batch classes"],
+        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+    ) -> Float[Tensor, ""]:
+        """Return the cross-entropy alone, averaged over the batch.
+
+        Args:
+            student: Logits.
+            labels: Class numbers, which are smoothed here; or each class's share, taken as it is: whoever mixes
+                images smooths their labels.
+        """
+        if labels.is_floating_point():
+            return F.cross_entropy(student, labels.to(student.dtype))
+        return F.cross_entropy(student, labels, label_smoothing=self.label_smoothing)

@@ -1,0 +1,67 @@
+"""The learning rate over a run, up in a straight line and down by a cosine; a moving average of the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from vbp.errors import InputError
+
+
+def average_of(model: nn.Module, decay: float) -> AveragedModel:
+    """Set up an exponential moving average of weights and running statistics; it begins after the first step.
+
+    Args:
+        model: Copied.
+        decay: What remains of the average at each step.
+
+    Raises:
+        InputError: The decay is not in [0, 1).
+    """
+    if not 0 <= decay < 1:
+        raise InputError(f"ema_decay must be in [0, 1), got {decay}; 0.9998 is usual")
+    mix = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
+
+    def update(average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
+        if average[0].is_floating_point():
+            mix(average, current, count)
+            return
+        # A mean of whole numbers, rounded down, would shift the indices of a Swin by one.
+        for mine, other in zip(average, current, strict=True):
+            mine.copy_(other)
+
+    averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    averaged.requires_grad_(False)
+    return averaged
+
+
+def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LRScheduler:
+    """Take the optimizer's rate as the peak: it is reached after the warm-up, and 0 after all steps.
+
+    Step `k` of a warm-up of `w` steps, counted from 0, has `(k + 1) / (w + 1)` of the peak, so that the first step
+    after it is the first with the whole.
+
+    Raises:
+        InputError: The warm-up takes all steps.
+
+    Source: Loshchilov, Hutter (2017), section 3, without restarts.
+    """
+    if warmup_steps == 0:
+        return CosineAnnealingLR(optimizer, T_max=max(1, steps))
+    if not 0 < warmup_steps < steps:
+        raise InputError(
+            f"the warm-up must end before fine-tuning does, got {warmup_steps} warm-up steps of {steps}; lower "
+            "--warmup_epochs"
+        )
+
+    def share(step: int) -> float:
+        if step < warmup_steps:
+            return (step + 1) / (warmup_steps + 1)
+        return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / (steps - warmup_steps)))) / 2
+
+    return LambdaLR(optimizer, share)

@@ -1,0 +1,324 @@
+"""Fine-tune a pruned model: one epoch at a time, the learning rate over all steps, and a state to go on from."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping, Sized
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import AdamW, Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.swa_utils import AveragedModel
+
+from vbp.errors import InputError
+from vbp.runtime.forward import logits_of
+from vbp.runtime.precision import Precision, in_float32, move_
+from vbp.runtime.processes import Processes
+from vbp.runtime.random_state import random_state, set_random_state_
+from vbp.training.compile import Compiled, compile_errors
+from vbp.training.losses import DistillationLoss
+from vbp.training.meters import EpochResult, EpochSums
+from vbp.training.mixup import Mixing
+from vbp.training.optim import average_of, make_schedule
+
+_OFF, _ALONE = Precision(), Processes()
+
+
+class Batches(Sized, Protocol):
+    """A training loader: each process gets as many batches, in an order that depends on the epoch."""
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose the order and the augmentation of an epoch, and leave out its first `start` batches."""
+
+    def global_size(self, batch: int) -> int:
+        """Return the images of batch number `batch`, counted from 0, over all processes."""
+
+    def __iter__(self) -> Iterable[tuple[Tensor, Tensor]]:
+        """Return the batches of the epoch."""
+
+
+@dataclass(eq=False)
+class Trainer:
+    """A student, its optimizer and schedule; the teacher, if there is one, teaches on the same batches.
+
+    Attributes:
+        student: As its user knows it; training may call it through DDP and the compiler.
+        loss: With a teacher; without one the loss is the cross-entropy alone.
+        average: Moving average of the student's weights and buffers.
+        epoch: Number of the epoch that was begun last; 0 before the first.
+        batches_done: Of that epoch, on this process.
+        steps_done: Of the optimizer, in all.
+    """
+
+    student: nn.Module
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    device: torch.device
+    teacher: nn.Module | None = None
+    loss: DistillationLoss = field(default_factory=DistillationLoss)
+    processes: Processes = _ALONE
+    accumulate: int = 1
+    clip_grad: float | None = None
+    average: AveragedModel | None = None
+    precision: Precision = _OFF
+    compile: bool = False
+    mixing: Mixing | None = None
+    measure_gradients: bool = False
+    epoch: int = field(default=0, init=False)
+    batches_done: int = field(default=0, init=False)
+    steps_done: int = field(default=0, init=False)
+
+    @staticmethod
+    def of(
+        student: nn.Module,
+        *,
+        steps: int,
+        learning_rate: float,
+        device: torch.device,
+        teacher: nn.Module | None = None,
+        loss: DistillationLoss | None = None,
+        weight_decay: float = 0.01,
+        warmup_steps: int = 0,
+        processes: Processes = _ALONE,
+        accumulate: int = 1,
+        clip_grad: float | None = None,
+        ema_decay: float | None = None,
+        precision: Precision = _OFF,
+        compile: bool = False,
+        mixing: Mixing | None = None,
+        measure_gradients: bool = False,
+    ) -> Trainer:
+        """Set up AdamW, and a cosine over all `steps` down to 0 after a linear warm-up.
+
+        Args:
+            student: Trained in place.
+            steps: Of the optimizer, in all epochs.
+            learning_rate: The peak, used as it is, however many processes and batches make a step.
+            device: Where student and teacher are brought.
+            teacher: Frozen, in evaluation mode.
+            loss: Its label smoothing counts without a teacher too.
+            weight_decay: Of all parameters.
+            warmup_steps: Of the `steps`.
+            processes: Each trains on its share of a batch.
+            accumulate: Batches whose gradients make one step.
+            clip_grad: Largest norm of the gradient of a step.
+            ema_decay: What remains of the moving average at each step; None keeps none.
+            precision: Of the forward passes of student and teacher.
+            compile: Call both through torch.compile.
+            mixing: Mixes the images of each batch, for student and teacher alike.
+            measure_gradients: Report the norm of the gradients.
+
+        Raises:
+            InputError: A value is out of range.
+
+        Source: VBP paper, section 4.1.
+        """
+        if accumulate < 1:
+            raise InputError(f"grad_accum must be at least 1, got {accumulate}; leave it out for one batch a step")
+        if clip_grad is not None and not 0 < clip_grad < math.inf:
+            raise InputError(f"clip_grad must be above 0 and finite, got {clip_grad}; leave it out not to clip")
+        move_(student, device)
+        if teacher is not None:
+            move_(teacher, device).eval().requires_grad_(False)
+        optimizer = AdamW(
+            student.parameters(),
+            lr=learning_rate,
+            weight_decay=weight_decay,
+            fused=True if device.type == "cuda" else None,
+        )
+        return Trainer(
+            student,
+            optimizer,
+            make_schedule(optimizer, steps, warmup_steps),
+            device,
+            teacher,
+            loss or DistillationLoss(),
+            processes,
+            accumulate,
+            clip_grad,
+            None if ema_decay is None else average_of(student, ema_decay),
+            precision,
+            compile,
+            mixing,
+            measure_gradients,
+        )
+
+    def __post_init__(self) -> None:
+        """Set up what is called: the student under DDP, both under the compiler; their state stays their own."""
+        self._ddp: DistributedDataParallel | None = None
+        if self.processes.world > 1:
+            places = [self.device] if self.device.type == "cuda" else None
+            self._ddp = DistributedDataParallel(self.student, device_ids=places, gradient_as_bucket_view=True)
+        student = self._ddp or self.student
+        self._student = Compiled(student) if self.compile else student
+        self._teacher = Compiled(self.teacher) if self.compile and self.teacher is not None else self.teacher
+        self._scaler: GradScaler = self.precision.scaler()
+        self._sums = EpochSums(self.device)
+
+    @property
+    def evaluated(self) -> nn.Module:
+        """Return the model to evaluate and to save: the moving average if there is one, else the student."""
+        return self.student if self.average is None else self.average.module
+
+    @property
+    def predictor(self) -> nn.Module:
+        """Return `evaluated` as it is called fastest: compiled if asked for."""
+        if not self.compile:
+            return self.evaluated
+        if self._ddp is None and self.average is None:
+            return self._student
+        if not hasattr(self, "_predictor"):
+            self._predictor = Compiled(self.evaluated)
+        return self._predictor
+
+    def train_epoch(
+        self,
+        loader: Batches,
+        epoch: int,
+        progress: Callable[[Batches], Iterable[tuple[Tensor, Tensor]]] = iter,  # type: ignore[assignment]
+        after_step: Callable[[], None] | None = None,
+    ) -> EpochResult:
+        """Train on every batch once, or on what is left of the epoch that a loaded state had begun.
+
+        Args:
+            loader: The training images.
+            epoch: Counted from 1. One that is done is not trained again: its result is given.
+            progress: Wraps the loader, to draw a bar.
+            after_step: Called after each step of the optimizer, when the state is whole: it may save it, or raise
+                an exception to stop.
+
+        Raises:
+            InputError: The loss is no longer a finite number.
+        """
+        if epoch != self.epoch:
+            self.epoch, self.batches_done = epoch, 0
+            self._sums.begin(float(self.scheduler.get_last_lr()[0]))
+        self._student.train()
+        start = time.perf_counter() - self._sums.seconds
+        if self.batches_done < len(loader):
+            loader.set_epoch(epoch, start=self.batches_done)
+            for number, (pixels, labels) in enumerate(progress(loader), start=self.batches_done):
+                ends_step = (number + 1) % self.accumulate == 0 or number + 1 == len(loader)
+                self._learn(pixels, labels, number, self._weight(loader, number, len(labels)), ends_step)
+                if ends_step:
+                    self._step()
+                    self.batches_done = number + 1
+                    self._sums.seconds = time.perf_counter() - start
+                    if after_step is not None:
+                        after_step()
+        self._share_buffers()
+        applied = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
+        return self._sums.result(epoch, self.processes, skipped_steps=self.steps_done - applied)
+
+    def _weight(self, loader: Batches, number: int, count: int) -> float:
+        """Return what the mean over this batch counts in the mean over all images of the step.
+
+        DDP takes the mean of the processes' gradients, whatever the number of their images.
+        """
+        if self.accumulate == self.processes.world == 1:
+            return 1.0
+        first = number - number % self.accumulate
+        group = range(first, min(first + self.accumulate, len(loader)))
+        return count * self.processes.world / sum(loader.global_size(batch) for batch in group)
+
+    def _learn(self, pixels: Tensor, labels: Tensor, number: int, weight: float, ends_step: bool) -> None:
+        """Add the gradient of one batch; processes exchange theirs once a step."""
+        pixels, labels = (each.to(self.device, non_blocking=True) for each in (pixels, labels))
+        if self.mixing is not None:
+            pixels, labels = self.mixing(pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank)
+        if number % self.accumulate == 0:
+            self.optimizer.zero_grad(set_to_none=True)
+        exchange: AbstractContextManager[None] = nullcontext()
+        if self._ddp is not None and not ends_step:
+            exchange = self._ddp.no_sync()
+        with exchange, compile_errors() if self.compile else nullcontext():
+            logits, loss = self._loss(pixels, labels)
+            weighted = loss if weight == 1 else loss * weight
+            self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
+        self._sums.add(loss, logits, labels)
+
+    def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        with self.precision.autocast():
+            logits = logits_of(self._student(pixels))
+            if self._teacher is not None:
+                with torch.no_grad():
+                    target = logits_of(self._teacher(pixels))
+        logits = in_float32(logits)
+        if self._teacher is None:
+            return logits, self.loss.cross_entropy(logits, labels)
+        return logits, self.loss(logits, in_float32(target), labels)
+
+    def _step(self) -> None:
+        if self.clip_grad is not None or self.measure_gradients:
+            self._scaler.unscale_(self.optimizer)
+            parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
+            norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
+            if self.measure_gradients:
+                self._sums.add_norm(norm)
+            if self.clip_grad is not None:
+                clip_grads_with_norm_(parameters, self.clip_grad, norm)
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        # The rate follows the steps that were asked for: how many were left out is known to the GPU alone.
+        self.scheduler.step()
+        self.steps_done += 1
+        if self.average is not None:
+            self.average.update_parameters(self.student)
+
+    def _share_buffers(self) -> None:
+        """Return all processes the running statistics of the first, whose model is saved."""
+        if self.processes.world == 1:
+            return
+        for model in dict.fromkeys((self.student, self.evaluated)):
+            for buffer in model.buffers():
+                if buffer.dtype != torch.bool:
+                    dist.broadcast(buffer, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what all processes share, for `torch.save`; tensors are the live ones, as everywhere in torch."""
+        average = self.average
+        return {
+            "student": self.student.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": self.scheduler.state_dict(),
+            "scaler": self._scaler.state_dict(),
+            "average": None
+            if average is None
+            else {"steps": int(average.n_averaged), "model": average.module.state_dict()},
+            "epoch": self.epoch,
+            "batches_done": self.batches_done,
+            "steps_done": self.steps_done,
+        }
+
+    def process_state(self) -> dict[str, Any]:
+        """Return what this process has for itself: its random numbers, and its sums of the epoch."""
+        return self._sums.state_dict() | {"random": random_state(self.device)}
+
+    def load_state_dict(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+        """Go on from where both states were taken, by a trainer with the same settings.
+
+        Args:
+            shared: From `state_dict`.
+            own: From `process_state` of the process with this rank.
+        """
+        self.student.load_state_dict(shared["student"])
+        self.optimizer.load_state_dict(shared["optimizer"])
+        self.scheduler.load_state_dict(shared["scheduler"])
+        self._scaler.load_state_dict(shared["scaler"])
+        if self.average is not None:
+            self.average.module.load_state_dict(shared["average"]["model"])
+            self.average.n_averaged.fill_(shared["average"]["steps"])
+        self.epoch, self.batches_done, self.steps_done = (
+            int(shared[name]) for name in ("epoch", "batches_done", "steps_done")
+        )
+        self._sums.load_state_dict(own)
+        set_random_state_(own["random"], self.device)

@@ -1,0 +1,71 @@
+"""Models take turns, fairly, and only what is timed counts."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from vbp.cost.timing import Spread, measure_latency_ms, time_in_turns
+
+CPU = torch.device("cpu")
+
+
+def logged(log: list[str], name: str, seconds: float) -> Callable[[], None]:
+    def forward() -> None:
+        log.append(name)
+        time.sleep(seconds)
+
+    return forward
+
+
+def test_slow_models_take_turns_in_alternating_order() -> None:
+    log: list[str] = []
+    # Longer than half a turn: one pass each.
+    turns = time_in_turns({name: logged(log, name, 0.07) for name in "ab"}, CPU, rounds=3, warmup=1)
+    assert "".join(log) == "ab" + "ab" + "ba" + "ab"
+    assert {name: len(timed) for name, timed in turns.items()} == {"a": 3, "b": 3}
+    assert all(turn.ms >= 70 for timed in turns.values() for turn in timed)
+
+
+def test_a_turn_of_a_fast_model_holds_many_passes_and_an_untimed_one() -> None:
+    log: list[str] = []
+    turns = time_in_turns({"a": logged(log, "a", 0.01)}, CPU, rounds=3, warmup=2)
+    per_turn, rest = divmod(len(log) - 2, 3)
+    assert rest == 0
+    assert 2 <= per_turn - 1 <= 10
+    assert all(10 <= turn.ms < 100 for turn in turns["a"])
+
+
+def test_no_round_begins_after_the_budget_but_three_are_timed() -> None:
+    log: list[str] = []
+    turns = time_in_turns({"a": logged(log, "a", 0.06)}, CPU, rounds=50, warmup=1, budget_s=0)
+    assert len(turns["a"]) == 3
+
+
+def test_processor_time_does_not_grow_while_the_program_waits() -> None:
+    (turn,) = time_in_turns({"a": logged([], "a", 0.1)}, CPU, rounds=1, warmup=1)["a"]
+    assert turn.cpu_ms < 50 < turn.ms
+
+
+def test_the_spread_is_median_and_quartiles() -> None:
+    assert Spread.of([5.0, 1.0, 2.0, 4.0, 3.0]) == Spread(3.0, 2.0, 4.0)
+    assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
+
+
+def test_models_are_timed_by_name() -> None:
+    class Waits(nn.Module):
+        def __init__(self, seconds: float) -> None:
+            super().__init__()
+            self.seconds = seconds
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            time.sleep(self.seconds)
+            return images
+
+    times = measure_latency_ms({"base": Waits(0.08), "pruned": Waits(0.06)}, torch.zeros(1), rounds=3, warmup=1)
+    assert times["base"] == pytest.approx(80, abs=19)
+    assert times["pruned"] == pytest.approx(60, abs=19)

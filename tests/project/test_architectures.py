@@ -1,0 +1,382 @@
+"""Every architecture: its sites, the oracle, training, cost, and a saved file that comes back bit-equal.
+
+The oracle is the dense model whose removed channels are held at their means where the consumer reads them. Where a
+norm lies between (GRN, LayerNorm), it is the dense model with that norm restricted to the channels that stay.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, CLASSES, WRITTEN_WIDTH, Architecture
+from families import randomise_
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from vbp import (
+    InputError,
+    ModelSource,
+    PruningPlan,
+    Site,
+    SitePlan,
+    Statistics,
+    collect_statistics,
+    count_macs,
+    count_parameters,
+    load_classifier,
+    load_pruned,
+    make_plan,
+    plan_cost,
+    prune_,
+    save_pruned,
+    variance_scores,
+)
+from vbp.pruning.surgery import check_prunable
+from vbp.runtime.forward import logits_of
+from vbp.sites.layers import channel_dim
+
+PRUNABLE = [entry for entry in ARCHITECTURES if entry.sites]
+ATTENTION = [entry for entry in PRUNABLE if isinstance(entry.attention, int)]
+WITHOUT_ATTENTION = [entry for entry in ARCHITECTURES if isinstance(entry.attention, str)]
+REFUSED = [entry for entry in ARCHITECTURES if not entry.sites]
+
+
+def _name(entry: Architecture) -> str:
+    return entry.label
+
+
+def over(entries: list[Architecture]) -> pytest.MarkDecorator:
+    """Run a test on each of these architectures."""
+    return pytest.mark.parametrize("entry", entries, ids=_name)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A dense float64 model with noticeable weights, and a plan for it; not to be changed."""
+
+    model: nn.Module
+    images: Tensor
+    sites: tuple[Site, ...]
+    statistics: Statistics
+    scores: Mapping[str, Tensor]
+    plan: PruningPlan
+
+    def pruned(self, plan: PruningPlan | None = None) -> nn.Module:
+        """Return a pruned and compensated copy."""
+        model = copy.deepcopy(self.model)
+        prune_(model, plan or self.plan, self.statistics.means)
+        return model
+
+
+@cache
+def prepared(entry: Architecture, attention: bool = False) -> Prepared:
+    """Return the model, its statistics and a global plan at 0.6; heads keep half of their channels."""
+    images = entry.images(4)
+    model = noticeable_(entry.build().double(), images)
+    sites = entry.find(model, images, attention=attention)
+    statistics = collect_statistics(model, sites, [images])
+    scores = variance_scores(statistics, norm_per_layer=True)
+    plan = make_plan(sites, scores, keep_ratio=0.6, attn_keep_ratio=0.5 if attention else None)
+    return Prepared(model, images, sites, statistics, scores, plan)
+
+
+def noticeable_(model: nn.Module, images: Tensor) -> nn.Module:
+    """Randomise weights so that every channel shows in the logits and no LayerScale or zero GRN hides a mistake.
+
+    Matrices keep the size of what passes them, and batch norms take the statistics of these images, lest activations
+    saturate or vanish on the way.
+    """
+    randomise_(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.div_(0.3 * parameter[0].numel() ** 0.5)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model.train()(images)
+    return model.eval()
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits in evaluation mode, without gradients."""
+    with torch.no_grad():
+        return logits_of(model.eval()(images))
+
+
+# The reference
+
+
+@contextmanager
+def clamped(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor]) -> Iterator[None]:
+    """Hold the removed channels at their means, silence removed queries and keys, restrict norms to what stays."""
+    handles = []
+    for entry in plan.sites:
+        for name in norms_of(model, entry.site):
+            handles.append(model.get_submodule(name).register_forward_hook(_restricted(entry.keep)))
+        if entry.site.consumer:
+            hook = _held(entry.removed, means[entry.site.name])
+            handles.append(model.get_submodule(entry.site.consumer).register_forward_pre_hook(hook))
+            continue
+        for name, first in entry.site.rows:
+            rows = [first + index for index in entry.removed]
+            handles.append(model.get_submodule(name).register_forward_hook(_silenced(rows)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def norms_of(model: nn.Module, site: Site) -> set[str]:
+    """Return the norms over a site's channels: LayerNorm modules, and GRN by its bare parameters."""
+    inner = {name for name in site.inner if isinstance(model.get_submodule(name), nn.LayerNorm)}
+    return inner | {name.rpartition(".")[0] for name in site.parameters}
+
+
+def _held(removed: tuple[int, ...], means: Tensor) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+        hidden = args[0].movedim(channel_dim(module), -1).clone()
+        hidden[..., list(removed)] = means[list(removed)]
+        return (hidden.movedim(-1, channel_dim(module)),)
+
+    return hook
+
+
+def _silenced(rows: list[int]) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        changed = output.movedim(channel_dim(module), -1).clone()
+        changed[..., rows] = 0
+        return changed.movedim(-1, channel_dim(module))
+
+    return hook
+
+
+def _restricted(keep: tuple[int, ...]) -> Any:
+    """Return a hook that computes a norm over the kept channels alone; the others keep their dense output."""
+
+    def hook(module: Any, args: tuple[Tensor], output: Tensor) -> Tensor:
+        kept, weight = list(keep), module.weight.flatten()[list(keep)]
+        bias = None if module.bias is None else module.bias.flatten()[kept]
+        # timm's GRN behind convolutions alone has its channels first.
+        dim = getattr(module, "channel_dim", -1)
+        values = args[0].movedim(dim, -1)[..., kept]
+        if isinstance(module, nn.LayerNorm):
+            normed = F.layer_norm(values, (len(kept),), weight, bias, module.eps)
+        else:
+            energy = values.square().sum((1, 2), keepdim=True).sqrt()
+            normed = values + weight * values * energy / (energy.mean(-1, keepdim=True) + 1e-6) + bias
+        changed = output.movedim(dim, -1).clone()
+        changed[..., kept] = normed
+        return changed.movedim(-1, dim)
+
+    return hook
+
+
+# Hidden channels
+
+
+@over(PRUNABLE)
+def test_all_sites_are_found(entry: Architecture) -> None:
+    found = prepared(entry)
+    assert len(found.sites) == entry.sites
+    assert sum(not site.exact for site in found.sites) == entry.inexact
+    assert {site.kind for site in found.sites} == {"mlp"}
+    check_prunable(found.model, found.sites, found.images[:1])
+
+
+@over(PRUNABLE)
+def test_pruning_equals_clamping_to_the_means(entry: Architecture) -> None:
+    found = prepared(entry)
+    # A global plan may spare a site; this one spares none, and leaves so little that a wrong order shows.
+    deep = make_plan(found.sites, found.scores, keep_ratio=0.1, scope="per_layer")
+    assert all(planned.removed for planned in deep.sites)
+    dense = logits(found.model, found.images)
+    assert dense.isfinite().all()
+    for plan in (found.plan, deep):
+        with clamped(found.model, plan, found.statistics.means):
+            expected = logits(found.model, found.images)
+        torch.testing.assert_close(logits(found.pruned(plan), found.images), expected, rtol=1e-10, atol=1e-10)
+        # The test would see a plan that does nothing, and a forgotten compensation.
+        size = float(expected.abs().max())
+        assert (expected - dense).abs().max() > 1e-4 * size
+        bare = copy.deepcopy(found.model)
+        prune_(bare, plan)
+        assert (expected - logits(bare, found.images)).abs().max() > 1e-3 * size
+
+
+@over(PRUNABLE)
+def test_a_pruned_model_trains(entry: Architecture) -> None:
+    found = prepared(entry)
+    missing = without_gradient(found.pruned(), found.images)
+    # A layer that no logit depends on has no gradient in the dense model either.
+    assert not missing or missing <= without_gradient(copy.deepcopy(found.model), found.images)
+
+
+def without_gradient(model: nn.Module, images: Tensor) -> set[str]:
+    """Run one training step; name the weights whose gradient is missing or zero throughout."""
+    missing = set()
+    logits_of(model.train()(images)).square().sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.is_contiguous()
+        gradient = parameter.grad
+        if gradient is not None:
+            assert gradient.shape == parameter.shape
+            assert gradient.isfinite().all()
+        if parameter.ndim > 1 and (gradient is None or not gradient.any()):
+            missing.add(name)
+    return missing
+
+
+@over(PRUNABLE)
+def test_cost_falls_as_planned(entry: Architecture) -> None:
+    found = prepared(entry)
+    pruned, example = found.pruned(), found.images[:1]
+    promise = plan_cost(found.model, found.plan, example)
+    before, after = promise.macs
+    assert before == count_macs(found.model, example)
+    assert after == count_macs(pruned, example) < before
+    assert promise.params[0] == count_parameters(found.model)
+    # By hand, and with the biases that the compensation adds.
+    gained = sum(
+        parameter.numel()
+        for name, parameter in pruned.named_parameters()
+        if name not in dict(found.model.named_parameters())
+    )
+    assert promise.params[1] == count_parameters(pruned) - gained
+    cut = sum(len(entry.removed) * channel_parameters(found.model, entry.site) for entry in found.plan.sites)
+    # A layer between two sites loses rows and columns, which the count by hand would take twice where they cross.
+    if not {site.consumer for site in found.sites} & {name for site in found.sites for name in site.producers}:
+        assert promise.params[0] - promise.params[1] == cut
+
+
+def channel_parameters(model: nn.Module, site: Site) -> int:
+    """Count the parameters that belong to one hidden channel: rows, a column, and what norms hold for it."""
+    owned = 0
+    for name in (*site.producers, *site.inner):
+        layer = model.get_submodule(name)
+        for parameter in (layer.weight, layer.bias):
+            owned += 0 if parameter is None else parameter[0].numel()
+    return owned + model.get_submodule(site.consumer).weight[:, 0].numel() + len(site.parameters)
+
+
+def dense_model(entry: Architecture, images: Tensor) -> tuple[nn.Module, ModelSource | None]:
+    """Return a float32 model with noticeable weights, and what builds it again where a library does."""
+    if entry.library == "timm" and entry.build_by_hand is None:
+        arguments = {**entry.arguments, "num_classes": CLASSES}
+        classifier = load_classifier(entry.name, allow_random_init=True, model_kwargs=arguments)
+        return noticeable_(classifier.model, images), classifier.source
+    model = noticeable_(entry.build(), images)
+    if entry.library == "transformers":
+        name = type(model).__name__
+        return model, ModelSource("transformers", name, {**model.config.to_dict(), "architectures": [name]})
+    return model, None
+
+
+def assert_comes_back(entry: Architecture, attention: bool, file: Path) -> None:
+    """Prune a model, save it, and load it from the file alone, or into a fresh model where it does not suffice."""
+    images = entry.images(2, torch.float32)
+    model, source = dense_model(entry, images)
+    sites = entry.find(model, images, attention=attention)
+    statistics = collect_statistics(model, sites, [images])
+    plan = make_plan(sites, variance_scores(statistics), keep_ratio=0.6)
+    prune_(model, plan, statistics.means)
+    save_pruned(model, file, plans=plan, source=source)
+    loaded = load_pruned(file) if source is not None else load_pruned(file, model=entry.build())
+    state = model.state_dict()
+    assert list(loaded.state_dict()) == list(state)
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    assert torch.equal(logits(loaded, images), logits(model, images))
+
+
+@over(PRUNABLE)
+def test_a_saved_model_comes_back_bit_equal(entry: Architecture, tmp_path: Path) -> None:
+    assert_comes_back(entry, attention=False, file=tmp_path / "m.pth")
+
+
+# Attention
+
+
+@over(ATTENTION)
+def test_pruned_attention_equals_clamped_values_and_silent_queries(entry: Architecture) -> None:
+    found = prepared(entry, attention=True)
+    kinds = [site.kind for site in found.sites]
+    assert kinds.count("value") == kinds.count("query_key") == entry.attention
+    assert kinds.count("mlp") == entry.sites
+    check_prunable(found.model, found.sites, found.images[:1])
+    with clamped(found.model, found.plan, found.statistics.means):
+        expected = logits(found.model, found.images)
+    pruned = found.pruned()
+    torch.testing.assert_close(logits(pruned, found.images), expected, rtol=1e-10, atol=1e-10)
+    for planned in found.plan.sites:
+        assert len(set(channels_per_head(planned))) == 1
+    promise = plan_cost(found.model, found.plan, found.images[:1])
+    alone = plan_cost(found.model, prepared(entry).plan, found.images[:1])
+    assert promise.macs[1] == count_macs(pruned, found.images[:1]) < alone.macs[1]
+
+
+def channels_per_head(planned: SitePlan) -> list[int]:
+    """Count the kept channels of each head."""
+    if planned.site.kind == "mlp":
+        return [len(planned.keep)]
+    size = planned.site.hidden // planned.site.heads
+    return torch.bincount(torch.tensor(planned.keep) // size, minlength=planned.site.heads).tolist()
+
+
+@over(ATTENTION)
+def test_a_model_with_pruned_attention_trains(entry: Architecture) -> None:
+    found = prepared(entry, attention=True)
+    missing = without_gradient(found.pruned(), found.images)
+    assert not missing or missing <= without_gradient(copy.deepcopy(found.model), found.images)
+
+
+@over(ATTENTION)
+def test_a_saved_model_with_pruned_attention_comes_back(entry: Architecture, tmp_path: Path) -> None:
+    assert_comes_back(entry, attention=True, file=tmp_path / "m.pth")
+
+
+@over(WITHOUT_ATTENTION)
+def test_attention_is_refused_by_name(entry: Architecture) -> None:
+    model, example = entry.build(), entry.images(1, torch.float32)
+    kind = type(model).__name__
+    state = copy.deepcopy(model.state_dict())
+    if entry.attention == WRITTEN_WIDTH:
+        sites = entry.find(model, example, attention=True)
+        with pytest.raises(InputError, match=f"{kind} does not run with fewer channels in .*: .*Leave attention"):
+            check_prunable(model, sites, example)
+        check_prunable(model, [site for site in sites if site.kind == "mlp"], example)
+    else:
+        with pytest.raises(InputError, match=f"no prunable attention in {kind}: looked for query, key and value"):
+            entry.find(model, example, attention=True)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+# Refusals and documents
+
+
+@over(REFUSED)
+def test_a_model_without_sites_is_refused_by_name(entry: Architecture) -> None:
+    model = entry.build()
+    with pytest.raises(InputError, match=f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1"):
+        entry.find(model, entry.images(1, torch.float32))
+
+
+def test_every_architecture_has_its_own_name() -> None:
+    assert len({entry.label for entry in ARCHITECTURES}) == len(ARCHITECTURES)
+    assert all(bool(entry.sites) != bool(entry.refusal) for entry in ARCHITECTURES)
+
+
+@over(list(ARCHITECTURES))
+def test_the_document_says_what_is_found(entry: Architecture) -> None:
+    document = Path(__file__).parents[2] / "docs" / "architectures.md"
+    assert f"| {' | '.join(entry.cells())} |" in document.read_text(encoding="utf-8")

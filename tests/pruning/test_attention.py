@@ -1,0 +1,316 @@
+"""Pruning inside attention: as many channels in every head, the original softmax scale, the residual stream whole."""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from families import FAMILIES, Family, randomise_
+from oracles import clamped_logits
+from torch import Tensor, nn
+
+from vbp import (
+    InputError,
+    PruningPlan,
+    Site,
+    SitePlan,
+    Statistics,
+    collect_statistics,
+    count_macs,
+    count_parameters,
+    find_sites,
+    load_pruned,
+    make_plan,
+    plan_cost,
+    prune_,
+    save_pruned,
+    variance_scores,
+)
+from vbp.pruning.surgery import check_prunable
+from vbp.runtime.forward import logits_of
+
+WITH_ATTENTION = ["timm-vit", "timm-deit", "timm-swin", "hf-vit", "hf-deit", "hf-swin"]
+
+
+def prepared(family: Family, **ratios: float) -> tuple[nn.Module, Tensor, Statistics, PruningPlan]:
+    """Return a float64 model, images, statistics and a plan that includes attention."""
+    model = randomise_(family.build()).double().eval()
+    images = family.example(3)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images])
+    ratios = {"keep_ratio": 0.6, "attn_keep_ratio": 0.5, **ratios}
+    return model, images, statistics, make_plan(sites, variance_scores(statistics), **ratios)  # type: ignore[arg-type]
+
+
+def logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the logits without gradients."""
+    with torch.no_grad():
+        return logits_of(model(images))
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_every_attention_is_found_once(name: str) -> None:
+    family = FAMILIES[name]
+    model = family.build().double()
+    sites = find_sites(model, family.example(1), attention=True)
+    kinds = [site.kind for site in sites]
+    assert kinds.count("value") == kinds.count("query_key") == kinds.count("mlp") == family.sites
+    assert len({site.name for site in sites}) == len(sites)
+    assert all(site.kind == "mlp" for site in find_sites(model, family.example(1)))
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_heads_keep_the_same_number_and_the_model_runs(
+    name: str, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TIMM_FUSED_ATTN", "1" if fused else "0")
+    model, images, statistics, plan = prepared(FAMILIES[name])
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    check_prunable(model, [entry.site for entry in plan.sites], images[:1])
+    cost = plan_cost(model, plan, images[:1])
+    for entry in plan.sites:
+        size = entry.site.hidden // entry.site.heads
+        counts = {sum(channel // size == head for channel in entry.keep) for head in range(entry.site.heads)}
+        assert len(counts) == 1
+    prune_(model, plan, statistics.means)
+    assert logits(model, images).isfinite().all()
+    assert (count_macs(model, images[:1]), count_parameters(model)) == (cost.macs[1], cost.params[1])
+    assert cost.macs[1] < cost.macs[0]
+    logits_of(model.train()(images)).sum().backward()
+    for entry in plan.sites:
+        for layer in entry.site.producers:
+            assert model.get_submodule(layer).weight.grad is not None
+
+
+def zeroed_logits(model: nn.Module, plan: PruningPlan, images: Tensor) -> Tensor:
+    """Run the dense model with the rows of removed query and key channels set to zero."""
+    zeroed = copy.deepcopy(model)
+    with torch.no_grad():
+        for entry in plan.sites:
+            for name, first in entry.site.rows:
+                layer = zeroed.get_submodule(name)
+                rows = [first + channel for channel in entry.removed]
+                layer.weight[rows] = 0
+                if layer.bias is not None:
+                    layer.bias[rows] = 0
+    return logits(zeroed, images)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_removal_equals_zeroed_channels_under_the_original_softmax_scale(name: str, fused: bool) -> None:
+    model, images, statistics, plan = prepared(FAMILIES[name], keep_ratio=1.0)
+    for module in model.modules():
+        if hasattr(module, "fused_attn"):
+            module.fused_attn = fused
+    # Sites are found anew: only fused attention derives its scale from the number of channels.
+    sites = find_sites(model, images[:1], attention=True)
+    plan = make_plan(sites, variance_scores(statistics), keep_ratio=1.0, attn_keep_ratio=0.5)
+    expected = zeroed_logits(model, plan, images)
+    prune_(model, plan)
+    torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_value_channels_are_compensated_like_any_other(name: str) -> None:
+    """With queries and keys zeroed in both, the pruned model is the dense one with values clamped to their means."""
+    model, images, statistics, plan = prepared(FAMILIES[name])
+    silent = copy.deepcopy(model)
+    with torch.no_grad():
+        for entry in plan.sites:
+            if entry.site.kind == "query_key":
+                for layer_name, first in entry.site.rows:
+                    layer = silent.get_submodule(layer_name)
+                    rows = [first + channel for channel in entry.removed]
+                    layer.weight[rows] = 0
+                    if layer.bias is not None:
+                        layer.bias[rows] = 0
+    consumers = PruningPlan(tuple(entry for entry in plan.sites if entry.site.consumer), plan.keep_ratio, plan.scope)
+    expected = clamped_logits(silent, consumers, statistics.means, images)
+    prune_(model, plan, statistics.means)
+    torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_attributes_stay_true(name: str) -> None:
+    model, _, statistics, plan = prepared(FAMILIES[name])
+    prune_(model, plan, statistics.means)
+    for entry in plan.sites:
+        if entry.site.kind != "value":
+            continue
+        size = len(entry.keep) // entry.site.heads
+        module = model.get_submodule(entry.site.producers[0].rpartition(".")[0])
+        found = [getattr(module, attribute, None) for attribute in ("head_dim", "attention_head_size")]
+        assert all(value in (None, size) for value in found)
+        assert all(
+            getattr(module, attribute, None) in (None, len(entry.keep)) for attribute in ("attn_dim", "all_head_size")
+        )
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_the_residual_stream_keeps_its_width(name: str) -> None:
+    model, _, statistics, plan = prepared(FAMILIES[name])
+    before = {site.consumer: model.get_submodule(site.consumer).weight.shape[0] for site in _consumed(plan)}
+    prune_(model, plan, statistics.means)
+    assert before == {name: model.get_submodule(name).weight.shape[0] for name in before}
+
+
+def _consumed(plan: PruningPlan) -> list[Site]:
+    return [entry.site for entry in plan.sites if entry.site.consumer]
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_a_pruned_attention_comes_back_from_a_file(name: str, tmp_path: Path) -> None:
+    family = FAMILIES[name]
+    model, images, statistics, plan = prepared(family)
+    prune_(model, plan, statistics.means)
+    save_pruned(model, tmp_path / "m.pth", plans=plan)
+    loaded = load_pruned(tmp_path / "m.pth", model=family.build().double())
+    assert torch.equal(logits(loaded, images), logits(model, images))
+    assert PruningPlan.from_dict(plan.to_dict()) == plan
+
+
+def test_pruning_twice_composes() -> None:
+    model, images, _statistics, plan = prepared(FAMILIES["timm-vit"], keep_ratio=1.0)
+    first_scale = model.get_submodule("blocks.0.attn").scale
+    prune_(model, plan)
+    sites = find_sites(model, images[:1], attention=True)
+    again = make_plan(
+        sites, variance_scores(collect_statistics(model, sites, [images])), keep_ratio=1.0, attn_keep_ratio=0.5
+    )
+    expected = zeroed_logits(model, again, images)
+    prune_(model, again)
+    torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
+    assert model.get_submodule("blocks.0.attn").scale == pytest.approx(first_scale * 2)
+
+
+def test_query_and_key_channels_are_ranked_by_what_they_add_to_the_logits() -> None:
+    model, images, statistics, _ = prepared(FAMILIES["timm-vit"])
+    scores = variance_scores(statistics)["blocks.0.attn.qkv"]
+    seen: list[Tensor] = []
+    handle = model.get_submodule("blocks.0.attn.qkv").register_forward_hook(lambda *args: seen.append(args[2]))
+    logits(model, images)
+    handle.remove()
+    query, key = seen[0][..., :32].reshape(-1, 32), seen[0][..., 32:64].reshape(-1, 32)
+    torch.testing.assert_close(scores, query.square().mean(0) * key.square().mean(0), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("round_to", [1, 4])
+def test_rounding_and_ratios_count_in_each_head(round_to: int) -> None:
+    _, _, statistics, plan = prepared(FAMILIES["timm-vit"], attn_keep_ratio=0.6, round_to=round_to)
+    kept = {len(entry.keep) for entry in plan.sites if entry.site.kind != "mlp"}
+    assert kept == {2 * (10 if round_to == 1 else 8)}
+    assert plan.total == 2 * 128
+    for entry in plan.sites:
+        if entry.site.kind == "value":
+            score = variance_scores(statistics)[entry.site.name].reshape(2, 16)
+            best = {
+                head * 16 + int(index)
+                for head in range(2)
+                for index in score[head].topk(len(entry.keep) // 2).indices
+            }
+            assert set(entry.keep) == best
+
+
+def test_an_unequal_number_in_the_heads_of_a_plan_is_refused() -> None:
+    _, _, _, plan = prepared(FAMILIES["timm-vit"])
+    data = plan.to_dict()
+    entry = next(entry for entry in data["sites"] if entry["site"]["kind"] == "value")
+    entry["keep"] = sorted({*entry["keep"][1:], 31, 30, 29})
+    with pytest.raises(InputError, match="as many channels in each head"):
+        PruningPlan.from_dict(data)
+
+
+class Rotary(nn.Module):
+    """An attention whose queries and keys are turned in pairs of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        angle = torch.linspace(0, 1, 4)
+        query = query * angle.cos() + query.flip(-1) * angle.sin()
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        Rotary(),
+        nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)),
+        nn.TransformerEncoderLayer(8, 2, 16, batch_first=True),
+    ],
+    ids=["rotary", "none", "packed"],
+)
+def test_attention_that_cannot_be_pruned_is_refused(model: nn.Module) -> None:
+    with pytest.raises(InputError, match=r"no prunable attention in .*looked for query, key and value layers"):
+        find_sites(model, torch.randn(2, 3, 8), attention=True)
+
+
+class WritesItsWidth(nn.Module):
+    """An attention that reshapes to the width it was built with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(x.shape[0], -1, 3, 2, 4).permute(2, 0, 3, 1, 4).unbind(0)
+        attention = (query @ key.transpose(-2, -1) / math.sqrt(4)).softmax(-1)
+        return self.proj((attention @ value).transpose(1, 2).reshape(x.shape))
+
+
+def test_code_that_needs_its_width_is_found_out_before_anything_is_modified() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), WritesItsWidth())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    images = torch.randn(2, 3, 8)
+    sites = find_sites(model, images, attention=True)
+    with pytest.raises(InputError, match=r"does not run with fewer channels in 1: shape .* is invalid"):
+        check_prunable(model, sites, images)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_plan_keeps_entries_of_every_kind() -> None:
+    site = Site(("a", "a"), "", 8, "query_key", (0, 8), heads=2, implicit_scale=True)
+    plan = PruningPlan((SitePlan(site, (0, 1, 4, 5)),), 0.5, "global", attn_keep_ratio=0.5)
+    assert PruningPlan.from_dict(plan.to_dict()) == plan
+    assert (plan.total, plan.kept) == (0, 0)
+
+
+def test_distilled_and_registered_tokens_do_not_matter() -> None:
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, embed_dim=32, depth=1, num_heads=2,
+                              reg_tokens=3, num_classes=4)  # fmt: skip
+    sites = find_sites(model, torch.zeros(1, 3, 32, 32), attention=True)
+    assert [site.kind for site in sites] == ["mlp", "value", "query_key"]
+
+
+def test_a_model_of_attention_alone() -> None:
+    class Only(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            query, key, value = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, images = Only().double(), torch.randn(2, 3, 8, dtype=torch.float64)
+    sites = find_sites(model, images, attention=True)
+    scores = variance_scores(collect_statistics(model, sites, [images]))
+    for scope in ("global", "per_layer"):
+        plan = make_plan(sites, scores, keep_ratio=0.5, scope=scope)  # type: ignore[arg-type]
+        assert [len(entry.keep) for entry in plan.sites] == [4, 4]
+    expected = zeroed_logits(model, plan, images)
+    prune_(model, plan)
+    torch.testing.assert_close(model(images), expected, rtol=1e-10, atol=1e-10)

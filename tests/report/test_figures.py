@@ -1,0 +1,181 @@
+"""What figures draw is what was measured: checked on the numbers behind them and on the drawn shapes."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+import torch
+from runs import sites, write_run
+
+from vbp import PruningPlan, Site, Statistics
+from vbp.method.moments import channel_moments
+from vbp.pruning.plan import SitePlan
+from vbp.report.figures import (
+    accuracy_against_macs,
+    kept_channels,
+    latency_bars,
+    plan_convergence,
+    reconstruction_errors,
+    training_curves,
+)
+from vbp.report.published import PAPER_POINTS
+from vbp.report.run_report import read_run, read_summary
+from vbp.report.spectrum import Spectrum, _areas, short_names, site_errors, spectra, variance_spectra
+
+
+def run_of(folder: Path, values: torch.Tensor, keep: tuple[int, ...], compensation: str) -> Any:
+    """Return a run of one site whose hidden values are known."""
+    site = Site(("fc1",), "fc2", values.shape[1])
+    write_run(folder, found=[site], config={"compensation": compensation}, sites={"fc1": [len(keep), site.hidden]})
+    PruningPlan((SitePlan(site, keep),), 0.5, "global").save(folder / "plan.json")
+    Statistics({"fc1": channel_moments(values)}, 10, "m").save(folder / "statistics.safetensors")
+    return read_run(folder)
+
+
+@pytest.mark.parametrize("compensation", ["mean", "none"])
+def test_the_error_of_a_site_is_that_of_its_channels(tmp_path: Path, compensation: str) -> None:
+    values = torch.randn(500, 6, dtype=torch.float64) * torch.arange(1, 7) + 0.7
+    stand_in = values.mean(0) if compensation == "mean" else torch.zeros(6, dtype=torch.float64)
+    pruned = values.clone()
+    pruned[:, [0, 2]] = stand_in[[0, 2]]
+    oracle = (values - pruned).square().sum() / (values - values.mean(0)).square().sum()
+    found = site_errors(run_of(tmp_path, values, (1, 3, 4, 5), compensation))
+    assert found is not None
+    assert found.at == "hidden"
+    assert found.errors[0].before == pytest.approx(float(oracle), rel=1e-12)
+
+
+def test_measured_errors_are_shares_of_the_energy(tmp_path: Path) -> None:
+    write_run(tmp_path, reconstruction={
+        "blocks.0.mlp.fc1": {"mean_shift": 3.0, "refit": 1.0, "energy": 4.0},
+        "blocks.1.mlp.fc1": {"mean_shift": 0.0, "refit": 0.0, "energy": 0.0},
+    })  # fmt: skip
+    found = site_errors(read_run(tmp_path))
+    assert found is not None
+    assert [(error.before, error.refit) for error in found.errors] == [(0.75, 0.25), (0.0, 0.0)]
+    drawing = reconstruction_errors(read_run(tmp_path))
+    assert drawing is not None
+    assert drawing.rows == (("blocks.0.mlp.fc1", "75.00", "25.00"), ("blocks.1.mlp.fc1", "0.00", "0.00"))
+
+
+def test_a_spectrum_is_sorted_and_keeps_track_of_what_stays(tmp_path: Path) -> None:
+    values = torch.tensor([[0.0, 1.0, -3.0, 2.0], [0.0, -1.0, 3.0, -2.0]], dtype=torch.float64)
+    (spectrum,) = spectra(run_of(tmp_path, values, (0, 2), "mean"))
+    assert spectrum.scores.tolist() == [18.0, 8.0, 2.0, 0.0]
+    assert spectrum.kept.tolist() == [True, False, False, True]
+
+
+@pytest.mark.parametrize(("channels", "kept"), [(1, 1), (7, 3), (40, 40), (3072, 1), (3072, 1001), (4096, 4095)])
+def test_the_drawn_cut_is_where_the_plan_cuts(channels: int, kept: int) -> None:
+    spectrum = Spectrum("s", np.logspace(2, -3, channels), np.arange(channels) < kept)
+    pieces = _areas(spectrum, 24, -3, 2)
+    assert [stays for stays, _ in pieces] == [True, False][: 1 + (kept < channels)]
+    assert pieces[0][1][:, 0].max() == pytest.approx(kept / channels, abs=1e-12)
+    assert pieces[-1][1][:, 0].max() == 1
+    # The area below a line from 1 to 0 is a half, at any coarseness.
+    if channels > 1000:
+        area = sum(np.trapezoid(outline[:, 1], outline[:, 0]) for _, outline in pieces)
+        assert area == pytest.approx(0.5, abs=1e-3)
+
+
+def test_attention_sites_have_spectra_and_no_hidden_error_of_queries(tmp_path: Path) -> None:
+    found = [
+        Site(("a.qkv", "a.qkv"), "", 8, "query_key", offsets=(0, 8), heads=2),
+        Site(("a.qkv",), "a.proj", 8, "value", offsets=(16,), heads=2),
+        *sites(1),
+    ]
+    write_run(tmp_path, found=found)
+    run = read_run(tmp_path)
+    assert [spectrum.site for spectrum in spectra(run)] == ["a.qkv", "a.proj", "blocks.0.mlp.fc1"]
+    errors = site_errors(run)
+    assert errors is not None
+    assert [error.site for error in errors.errors] == ["a.proj", "blocks.0.mlp.fc1"]
+    drawing = variance_spectra(run)
+    assert drawing is not None
+    assert "Query/key" in drawing.caption
+
+
+def test_dead_channels_and_constant_sites_can_be_drawn(tmp_path: Path) -> None:
+    run = run_of(tmp_path, torch.zeros(5, 3, dtype=torch.float64), (0,), "mean")
+    errors = site_errors(run)
+    assert errors is not None
+    assert errors.errors[0].before == 0
+    assert variance_spectra(run) is not None
+    assert reconstruction_errors(run) is not None
+
+
+@pytest.mark.parametrize(
+    ("names", "pattern", "short"),
+    [
+        (["blocks.0.fc1", "blocks.11.fc1"], "blocks.*.fc1", ("0", "11")),
+        (["l.0.b.1.fc", "l.1.b.1.fc"], "l.*.b.1.fc", ("0", "1")),
+        (["a.0.qkv", "a.0.fc1", "a.1.fc1"], "a.*.*", ("0.qkv", "0.fc1", "1.fc1")),
+        (["a.b", "a.b.c"], "", ("a.b", "a.b.c")),
+        (["fc1", "fc2"], "", ("fc1", "fc2")),
+        (["only.one"], "", ("only.one",)),
+        ([], "", ()),
+    ],
+)
+def test_short_names_tell_sites_apart(names: list[str], pattern: str, short: tuple[str, ...]) -> None:
+    assert short_names(names) == (pattern, short)
+    assert len(set(short)) == len(names)
+
+
+def test_published_points_agree_with_what_is_published_about_them() -> None:
+    found = {(point.model, point.removed): point for point in PAPER_POINTS}
+    assert len(found) == len(PAPER_POINTS)
+    # The paper gives these shares beside the numbers from which the points are computed.
+    assert found["DeiT-B", 55].macs == pytest.approx(100 - 34.9, abs=0.05)
+    assert found["DeiT-T", 0] == type(found["DeiT-T", 0])("DeiT-T", 0, 100.0, 100.0, 100.0)
+    assert found["DeiT-T", 50].tuned == pytest.approx(100 * 69.70 / 72.02)
+    assert all(point.pruned is None or point.pruned <= point.tuned for point in PAPER_POINTS)
+
+
+def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
+    summary = write_run(tmp_path)
+    drawing = latency_bars(read_summary(tmp_path))
+    assert drawing is not None
+    ideal = 12.0 * summary["pruned"]["macs"] / summary["base"]["macs"]
+    assert drawing.rows == (
+        ("dense", "12.00", "1.00x"),
+        ("pruned", "9.60", "1.25x"),
+        ("if time followed MACs", f"{ideal:.2f}", f"{12 / ideal:.2f}x"),
+    )
+
+
+def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
+    base = {"top1": 0.0, "top5": 0.0, "macs": 5, "params": 5}
+    write_run(tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}]})
+    for name in ("plan.json", "metrics.jsonl"):
+        (tmp_path / name).unlink()
+    run = read_run(tmp_path)
+    assert accuracy_against_macs(run.summary) is None
+    assert latency_bars(run.summary) is None
+    assert plan_convergence(run.summary) is None
+    assert kept_channels(run.summary) is None
+    assert training_curves(run.summary, run.epochs) is None
+    assert reconstruction_errors(run) is None
+    assert variance_spectra(run) is None
+
+
+def test_a_loss_that_became_nan_is_drawn(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    rows = [{"epoch": epoch, "top1": 1.0, "top5": 5.0, "train_loss": math.nan} for epoch in range(3)]
+    drawing = training_curves(read_summary(tmp_path), rows)
+    assert drawing is not None
+    assert drawing.rows[1] == ("1", "1.00", "5.00", "", "nan", "")
+
+
+def test_drawing_is_deterministic_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    settings, had_pyplot = dict(mpl.rcParams), "matplotlib.pyplot" in sys.modules
+    first, second = (kept_channels(read_summary(tmp_path)) for _ in range(2))
+    assert first == second
+    assert dict(mpl.rcParams) == settings
+    assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

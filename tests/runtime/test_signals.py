@@ -1,0 +1,150 @@
+"""A signal is noted and acted upon between two steps, or acts as it would have; it is never lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from vbp.runtime.signals import Interruption, leave_signals_to_parent
+
+SIGNALS = [signal.SIGTERM, signal.SIGINT]
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.seconds = 100.0
+
+    def __call__(self) -> float:
+        return self.seconds
+
+
+class ActedError(Exception):
+    """What the handlers of the surrounding program do."""
+
+
+@pytest.fixture(autouse=True)
+def before() -> Iterator[None]:
+    """Let signals raise `ActedError`, as another program's handler might; nothing here may end the test run."""
+
+    def act(number: int, frame: object) -> None:
+        raise ActedError(signal.Signals(number).name)
+
+    kept = {number: signal.signal(number, act) for number in SIGNALS}
+    yield
+    for number, handler in kept.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_is_noted_and_the_loop_goes_on(number: signal.Signals) -> None:
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    interruption = Interruption()
+
+    def loop() -> None:
+        with interruption:
+            assert interruption.signal is None
+            os.kill(os.getpid(), number)
+            assert interruption.signal == number
+            raise KeyError  # it stops in its own way
+
+    with pytest.raises(KeyError):
+        loop()
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+    with pytest.raises(ActedError):
+        signal.raise_signal(number)
+
+
+def test_handlers_come_back_without_a_signal_too() -> None:
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    with Interruption():
+        assert [signal.getsignal(each) for each in SIGNALS] != handlers
+    assert [signal.getsignal(each) for each in SIGNALS] == handlers
+
+
+def test_one_request_that_arrives_several_times_is_one_and_a_second_acts_at_once() -> None:
+    clock = Clock()
+    with Interruption(clock) as interruption:
+        signal.raise_signal(signal.SIGINT)
+        clock.seconds += 1
+        signal.raise_signal(signal.SIGTERM)  # passed on by torchrun
+        assert interruption.signal == signal.SIGINT
+        clock.seconds += 2
+        with pytest.raises(ActedError, match="SIGTERM"):
+            signal.raise_signal(signal.SIGTERM)
+        interruption.signal = None
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_that_nobody_acted_upon_acts_at_the_end(number: signal.Signals) -> None:
+    interruption = Interruption()
+    with pytest.raises(ActedError, match=number.name), interruption:
+        signal.raise_signal(number)
+    assert interruption.signal == number
+
+
+def test_an_ignored_signal_stays_ignored() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with Interruption() as interruption:
+        signal.raise_signal(signal.SIGINT)
+        assert interruption.signal is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_outside_the_main_thread_signals_are_left_alone() -> None:
+    handlers = [signal.getsignal(each) for each in SIGNALS]
+    seen: list[object] = []
+
+    def work() -> None:
+        with Interruption() as interruption:
+            seen.extend([interruption.signal, *(signal.getsignal(each) for each in SIGNALS)])
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None, *handlers]
+
+
+def test_a_checkpoint_is_due_every_so_many_minutes() -> None:
+    clock = Clock()
+    interruption = Interruption(clock)
+    found = []
+    for second in range(301):
+        clock.seconds = 100.0 + second
+        if interruption.due(2):
+            found.append(second)
+    assert found == [120, 240]
+    clock.seconds += 1e9
+    assert not interruption.due(0)
+    assert interruption.due(2)
+
+
+class _Processes(Dataset[torch.Tensor]):
+    """Tells which process read it."""
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.tensor(os.getpid())
+
+    def __len__(self) -> int:
+        return 6
+
+
+def test_processes_that_read_images_outlive_a_signal_meant_for_all() -> None:
+    loader = DataLoader(
+        _Processes(), batch_size=None, num_workers=1, prefetch_factor=1, worker_init_fn=leave_signals_to_parent,
+        multiprocessing_context="fork",
+    )  # fmt: skip
+    read = []
+    for process in loader:
+        read.append(int(process))
+        for number in SIGNALS:
+            os.kill(read[0], number)
+    assert read == [read[0]] * 6
+    assert read[0] != os.getpid()

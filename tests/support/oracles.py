@@ -1,0 +1,48 @@
+"""What the dense model computes, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from vbp import (
+    PruningPlan,
+)
+from vbp.runtime.forward import logits_of
+
+
+def hidden_values(model: nn.Module, consumer: str, images: Tensor) -> Tensor:
+    """Return what a consumer reads, "images positions hidden"."""
+    seen: list[Tensor] = []
+    layer = model.get_submodule(consumer)
+    handle = layer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with torch.no_grad():
+        model.eval()(images)
+    handle.remove()
+    last = seen[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else seen[0]
+    return last.reshape(len(images), -1, last.shape[-1])
+
+
+def clamped_logits(model: nn.Module, plan: PruningPlan, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Run the dense model with the removed channels held at fixed values."""
+    handles = []
+    for entry in plan.sites:
+        consumer = model.get_submodule(entry.site.consumer)
+        removed, value = list(entry.removed), values[entry.site.name]
+
+        def clamp(module: nn.Module, args: tuple[Tensor], removed=removed, value=value) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
+            hidden = args[0].clone()
+            if isinstance(module, nn.Conv2d):
+                hidden[:, removed] = value[removed, None, None]
+            else:
+                hidden[..., removed] = value[removed]
+            return (hidden,)
+
+        handles.append(consumer.register_forward_pre_hook(clamp))
+    with torch.no_grad():
+        logits = logits_of(model(images))
+    for handle in handles:
+        handle.remove()
+    return logits

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from vbp.cost.timing import Clock
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.files import write_json
@@ -29,7 +30,7 @@ class TimingConditions:
         torch: Version.
         model: Fingerprint of the names and shapes of the dense model's weights, and of its sites.
         round_to: Of the plans: widths between its multiples take longer.
-        clock: `wall`, or `processor`; see `clock_of`.
+        clock: By which they were read; see `clock_of`.
     """
 
     hardware: str
@@ -39,7 +40,7 @@ class TimingConditions:
     torch: str
     model: str
     round_to: int
-    clock: str
+    clock: Clock
 
 
 @dataclass(frozen=True)

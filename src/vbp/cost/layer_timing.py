@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
-from vbp.cost.timing import Turn, time_in_turns
+from vbp.cost.timing import Timer, clock_of, hardware, time_in_turns
 from vbp.method.allocation import Bounds
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
@@ -168,9 +163,6 @@ def _shape_of(model: nn.Module, unit: Unit) -> str:
     ])  # fmt: skip
 
 
-Timer = Callable[..., dict[str, list[Turn]]]
-
-
 _SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 
@@ -180,19 +172,6 @@ _BLOCKS = 4
 
 # A pass of this many seconds flushes the caches by itself.
 _SLOW_S = 1.0
-
-
-def clock_of(device: torch.device) -> Literal["wall", "processor"]:
-    """Return the clock that is read on a device: processor time where one thread of a CPU does the work.
-
-    On an idle machine the two agree then; on a busy one the wall clock counts other programs, too.
-    """
-    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
-
-
-def read_ms(turn: Turn, clock: str) -> float:
-    """Return the milliseconds of a pass by a clock of `clock_of`."""
-    return turn.cpu_ms if clock == "processor" else turn.ms
 
 
 def timing_conditions(
@@ -210,7 +189,7 @@ def timing_conditions(
     shapes = [[name, list(value.shape)] for name, value in model.named_parameters()]
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     return TimingConditions(
-        hardware=_hardware(images.device),
+        hardware=hardware(images.device),
         threads=torch.get_num_threads() if images.device.type == "cpu" else 0,
         precision=weights if precision.dtype is None else f"{weights}, autocast {precision.name}",
         batch=tuple(images.shape),
@@ -260,7 +239,7 @@ def measure_layer_times(
                 taken.setdefault(group[0].name, []).append((label, width, len(chosen)))
                 passes[label] = run_pass(modules, precision)
         turns = timer(passes, images.device, rounds=rounds, warmup=1 if seconds > _SLOW_S else 2, budget_s=budget_s)
-    read = {label: [read_ms(turn, conditions.clock) for turn in timed] for label, timed in turns.items()}
+    read = {label: [turn.read(conditions.clock) for turn in timed] for label, timed in turns.items()}
     dense = read["dense"]
     parts = {
         label: statistics.median(ms / whole for ms, whole in zip(timed, dense, strict=True))
@@ -323,13 +302,3 @@ def _ascending(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], 
     ordered = sorted(points)
     times = isotonic_regression([ms for _, ms in ordered])
     return tuple((width, float(ms)) for (width, _), ms in zip(ordered, times, strict=True))
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            name = match[1].strip()
-    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.latency_search import Comparison, allowed_share, check_faster, meet_latency
+from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
 from vbp.cost.layer_table import LayerTimes
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
+from vbp.cost.timing import LatencyComparison
 from vbp.cost.widths import WidthCosts
 from vbp.pruning.make_plan import make_plan
 from vbp.pruning.plan import PruningPlan
@@ -85,7 +86,7 @@ class Target:
         plan_for: PlanFor,
         model: nn.Module,
         example: Tensor,
-        compare: Callable[[PruningPlan], Comparison],
+        compare: Callable[[PruningPlan], LatencyComparison],
         *,
         compensated: bool,
     ) -> BudgetResult:

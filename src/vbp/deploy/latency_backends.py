@@ -19,7 +19,7 @@ from vbp.errors import InputError
 Backend = Literal["torch", "onnxruntime"]
 
 
-Precision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
+LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class LatencySettings:
     backend: Backend = "torch"
     device: str = "cpu"
     threads: int | None = None
-    precision: Precision = "float32"
+    precision: LatencyPrecision = "float32"
     compile: bool = False
     channels_last: bool = False
     rounds: int = 21
@@ -55,7 +55,7 @@ def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> Non
     Raises:
         InputError: One is wrong, contradicts another, or needs what this machine does not have.
     """
-    choices = (("backend", get_args(Backend)), ("precision", get_args(Precision)))
+    choices = (("backend", get_args(Backend)), ("precision", get_args(LatencyPrecision)))
     for name, allowed in choices:
         if getattr(settings, name) not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")

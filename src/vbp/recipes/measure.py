@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from vbp.cost.macs import count_macs, count_parameters, format_count
-from vbp.cost.timing import measure_latency_ms
-from vbp.recipes.setup import Job, latency_batch
+from vbp.cost.timing import compare_models
+from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.session import bar
@@ -40,11 +40,11 @@ def figures(model: Measured) -> str:
     )
 
 
-def latencies(job: Job, models: dict[str, nn.Module]) -> tuple[dict[str, float], int]:
-    """Time the models side by side on the main process, and give milliseconds a batch and the batch's images."""
-    batch = latency_batch(job.config, job.model, job.example)
-    found = {}
+def latencies(job: Job, dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+    """Return the milliseconds of a batch of each model; both take turns on the main process."""
+    timed = None
     if job.processes.main:
-        with job.precision.autocast():
-            found = measure_latency_ms(models, batch)
-    return job.processes.gather(found)[0], len(batch)
+        timed = compare_models(dense, pruned, job.latency_images, precision=job.precision)
+    timed = job.processes.gather(timed)[0]
+    assert timed is not None
+    return timed.dense_ms.median, timed.pruned_ms.median

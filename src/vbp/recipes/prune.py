@@ -11,10 +11,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from vbp.cost.budget import BudgetResult
-from vbp.cost.latency_search import Comparison, compare_in_turns
+from vbp.cost.latency_search import compare_in_turns
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
+from vbp.cost.timing import LatencyComparison
 from vbp.deploy.artifact import rebuild_
 from vbp.method.covariance import ChannelCovariance
 from vbp.pruning.auto import AutoSearch, Candidate
@@ -24,7 +25,7 @@ from vbp.pruning.make_plan import make_plan
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.measure import figures, latencies, measure
-from vbp.recipes.setup import Job, latency_batch
+from vbp.recipes.setup import Job
 from vbp.refit.refits import AfterSurgery, Refitted
 from vbp.report.run_report import Measured
 from vbp.runtime.fingerprints import json_fingerprint
@@ -103,12 +104,11 @@ def _by_divergence(job: Job, evidence: Evidence) -> Chosen:
 
 
 def _meet(job: Job, plan_for: PlanFor) -> BudgetResult:
-    def compare(plan: PruningPlan) -> Comparison:
+    def compare(plan: PruningPlan) -> LatencyComparison:
         """Time on the main process, for all."""
         found = None
         if job.processes.main:
-            batch = latency_batch(job.config, job.model, job.example)
-            found = compare_in_turns(job.model, plan, batch, precision=job.precision)
+            found = compare_in_turns(job.model, plan, job.latency_images, precision=job.precision)
         measured = job.processes.gather(found)[0]
         assert measured is not None
         return measured
@@ -212,14 +212,14 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
     refitted = _refitted(job, dense)
     pruned = measure(job, job.model)
     _log.info("pruned: %s", figures(pruned))
-    latency, batch = latencies(job, {"base": dense, "pruned": job.model})
+    dense_ms, pruned_ms = latencies(job, dense, job.model)
     return Pruned(
         plan,
-        replace(base, latency_ms=latency["base"]),
-        replace(pruned, latency_ms=latency["pruned"], epoch=0),
+        replace(base, latency_ms=dense_ms),
+        replace(pruned, latency_ms=pruned_ms, epoch=0),
         uncompensated,
         evidence.statistics.images,
-        batch,
+        job.latency_batch,
         convergence,
         chosen.result.to_dict(),
         [one.to_dict() for one in chosen.tried],

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from vbp.cost.layer_table import LayerTimes
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.macs import count_macs
 from vbp.cost.rounding import recommended_round_to
 from vbp.cost.target import Target, neutral_plan
+from vbp.cost.timing import latency_batch
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
@@ -42,9 +42,6 @@ from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.tensorboard import check_tracking
 
 _log = logging.getLogger(__name__)
-
-
-_CPU_LATENCY_MACS = 20_000_000_000
 
 
 def plan_rules(
@@ -75,6 +72,7 @@ def find_target(
     model: nn.Module,
     sites: Sequence[Site],
     example: Tensor,
+    batch: int,
     precision: Precision,
     rules: Mapping[str, Any],
     *,
@@ -89,8 +87,9 @@ def find_target(
     """
     budget, times = config.budget, None
     if budget.timed and not planned:
+        images = example.repeat(batch, 1, 1, 1)
         times = processes.gather(
-            _layer_times(config, model, sites, example, precision, rules["round_to"]) if processes.main else None
+            _layer_times(model, sites, images, precision, rules["round_to"]) if processes.main else None
         )[0]
     target = Target.of(budget, model, sites, example, times, **rules)
     _check_removes(config, sites, target, rules)
@@ -98,23 +97,12 @@ def find_target(
 
 
 def _layer_times(
-    config: RunConfig, model: nn.Module, sites: Sequence[Site], example: Tensor, precision: Precision, round_to: int
+    model: nn.Module, sites: Sequence[Site], batch: Tensor, precision: Precision, round_to: int
 ) -> LayerTimes:
-    batch = latency_batch(config, model, example)
     _log.info("timing the layers at several widths, batch %d", len(batch))
     times = measure_layer_times(model, sites, batch, precision=precision, round_to=round_to)
     _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, len(batch))
     return times
-
-
-def latency_batch(config: RunConfig, model: nn.Module, example: Tensor) -> Tensor:
-    """Return the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
-    size = config.val_batch_size
-    if config.latency_batch is not None:
-        size = config.latency_batch
-    elif example.device.type == "cpu":
-        size = min(size, 32, max(1, _CPU_LATENCY_MACS // count_macs(model, example)))
-    return example.repeat(size, 1, 1, 1)
 
 
 def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rules: Mapping[str, Any]) -> None:
@@ -143,6 +131,8 @@ class Job:
     Attributes:
         rules: Of all plans: what `make_plan` takes besides sites, scores and keep ratio.
         target: The budget.
+        latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
+            model.
         data: Fingerprint of the calibration images and their preprocessing.
         given: Statistics from a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
@@ -161,6 +151,7 @@ class Job:
     train: Images
     val: ImageLoader
     example: Tensor
+    latency_batch: int
     data: str
     given: Statistics | None
     settings: Mapping[str, Any]
@@ -172,6 +163,11 @@ class Job:
     @property
     def model(self) -> nn.Module:
         return self.classifier.model
+
+    @property
+    def latency_images(self) -> Tensor:
+        """Return the batch that is timed."""
+        return self.example.repeat(self.latency_batch, 1, 1, 1)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -212,7 +208,8 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
         given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
     rules = plan_rules(config, sites, device, precision)
-    target = find_target(config, processes, model, sites, example, precision, rules, planned=found is not None)
+    batch = latency_batch(model, example, at_most=config.val_batch_size, size=config.latency_batch)
+    target = find_target(config, processes, model, sites, example, batch, precision, rules, planned=found is not None)
     if config.grad_checkpointing:
         enable_gradient_checkpointing_(model)
     val_loader = make_loader(
@@ -225,7 +222,7 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
     )
     return Job(
         config, processes, device, precision, classifier, sites, rules, target, calibration, train, val_loader,
-        example, data, given, settings, found,
+        example, batch, data, given, settings, found,
     )  # fmt: skip
 
 

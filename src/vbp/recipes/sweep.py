@@ -235,8 +235,7 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
             write_state(config.save_dir, settings, report.to_dict())
 
     def timed(pruned: torch.nn.Module) -> tuple[float, float]:
-        found, _ = latencies(job, {"dense": job.model, "pruned": pruned})
-        return found["dense"], found["pruned"]
+        return latencies(job, job.model, pruned)
 
     evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(

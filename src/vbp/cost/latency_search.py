@@ -180,7 +180,7 @@ def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_
         1 / best.share if speed else best.share * best.timing.dense_ms.median,
         (best.measured.low, best.measured.high),
         {
-            "conditions": times.to_dict()["conditions"],
+            "conditions": {**asdict(times.conditions), "batch": list(times.conditions.batch)},
             "attempts": [
                 {"kept": attempt.plan.kept, "predicted_speedup": 1 / attempt.share, **asdict(attempt.timing)}
                 for attempt in tried

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from vbp.cost.timing import Clock
-from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
-from vbp.runtime.files import write_json
-
-_FORMAT = "vbp-layer-times/1"
 
 
 @dataclass(frozen=True)
@@ -89,67 +82,3 @@ class LayerTimes:
         if width < x0 and x1 > x0:
             return points[-1][1] - max(0.0, y0 - (x0 - width) * (y1 - y0) / (x1 - x0))
         return points[-1][1] - float(np.interp(width, [x for x, _ in points], [y for _, y in points]))
-
-    def check_made_for(self, conditions: TimingConditions) -> None:
-        """Refuse times that were measured under other conditions.
-
-        Raises:
-            InputError: What differs is named.
-        """
-        mine, wanted = asdict(self.conditions), asdict(conditions)
-        differing = [f"{name} {mine[name]!r} and not {wanted[name]!r}" for name in mine if mine[name] != wanted[name]]
-        if differing:
-            raise InputError(f"layer times were measured with {'; '.join(differing)}; measure them again")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": _FORMAT, **plain}
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> LayerTimes:
-        """Read what `to_dict` gave.
-
-        Raises:
-            InputError: The data is no table of layer times, or of another format.
-        """
-        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if found != _FORMAT:
-            raise InputError(f"layer times must have format {_FORMAT}, got {found!r}; measure them again")
-        try:
-            conditions = dict(value["conditions"])
-            curves = {
-                name: tuple((int(width), float(ms)) for width, ms in points)
-                for name, points in value["curves"].items()
-            }
-            times = LayerTimes(
-                TimingConditions(**{**conditions, "batch": tuple(conditions["batch"])}),
-                float(value["dense_ms"]),
-                tuple(TimedUnit(tuple(unit["sites"]), unit["curve"]) for unit in value["units"]),
-                curves,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the layer times are damaged: {error!r}; measure them again") from error
-        if not times.dense_ms > 0 or any(not curves.get(unit.curve) for unit in times.units):
-            raise InputError("the layer times are damaged: a time or a curve is missing; measure them again")
-        return times
-
-    def save(self, path: Path) -> None:
-        """Write JSON that `load` reads, whole or not at all.
-
-        Raises:
-            OutputError: It could not be written.
-        """
-        write_json(path, self.to_dict())
-
-    @staticmethod
-    def load(path: Path) -> LayerTimes:
-        """Read a file that `save` wrote.
-
-        Raises:
-            InputError: The file is missing, damaged or something else.
-        """
-        try:
-            return LayerTimes.from_dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} holds no layer times ({error}); measure them again") from error

@@ -36,7 +36,7 @@ class WidthCosts:
     macs: int
     params: int
     layers: Mapping[str, LayerCost]
-    single: Mapping[str, tuple[float, int]]
+    single: Mapping[str, tuple[float, float]]
 
     @staticmethod
     def of(model: nn.Module, sites: Sequence[Site], example: Tensor) -> WidthCosts:
@@ -54,7 +54,7 @@ class WidthCosts:
             for name in {*site.producers, *([site.consumer] if site.consumer else [])}:
                 layers[name] = _layer(model, name, macs)
             inside = [model.get_submodule(name) for name in site.inner]
-            products = attention_products(model, site, macs) if site.kind != "mlp" else 0
+            products = _attention_products(model, site, macs) if site.kind != "mlp" else 0
             single[site.name] = (
                 sum(macs.get(name, 0) for name in site.inner) + products,
                 sum(map(count_parameters, inside))
@@ -66,6 +66,19 @@ class WidthCosts:
             if site.consumer:
                 layers[site.consumer].columns.append(site.name)
         return WidthCosts(tuple(sites), macs[""], count_parameters(model), layers, single)
+
+    def of_site(self, site: Site) -> tuple[int, int]:
+        """Return the MACs and parameters that would go with all channels of a site, and with no other's."""
+        macs, params = self.single[site.name]
+        for name in site.producers:
+            layer = self.layers[name]
+            macs += layer.macs * site.hidden / layer.outputs
+            params += (layer.weights + layer.bias) * site.hidden / layer.outputs
+        if site.consumer:
+            layer = self.layers[site.consumer]
+            macs += layer.macs * site.hidden / layer.inputs
+            params += layer.weights * site.hidden / layer.inputs
+        return round(macs), round(params)
 
     def macs_of(self, plan: PruningPlan) -> int:
         """Return the MACs of one image under a plan."""
@@ -119,7 +132,7 @@ class LayerCost:
         )
 
 
-def attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
+def _attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
     """Return the half of an attention's products, q k or softmax v, that runs over a site's channels.
 
     Args:

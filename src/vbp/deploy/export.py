@@ -10,7 +10,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.deploy.onnx import OnnxClassifier, quantize_onnx, require_onnx, write_onnx
-from vbp.deploy.parity import Parity, measure_parity
-from vbp.deploy.torch_export import Portable, ProgramClassifier, write_program
+from vbp.deploy.file_formats import (
+    OnnxClassifier,
+    Portable,
+    ProgramClassifier,
+    quantize_onnx,
+    require_onnx,
+    write_onnx,
+    write_program,
+)
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
 from vbp.training.evaluate import evaluate
@@ -40,6 +46,23 @@ Batches = Iterable[tuple[Tensor, Tensor]]
 
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What differs between a file and its model, over some images.
+
+    Attributes:
+        images: How many were compared.
+        max_abs_error: Greatest difference of two logits.
+        relative_error: The same as a share of the model's greatest logit (by amount).
+        top1_agreement: Share of the images with the same class first, in [0, 1].
+    """
+
+    images: int
+    max_abs_error: float
+    relative_error: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -152,6 +175,27 @@ def export_model(
     return report
 
 
+def measure_parity(
+    model: nn.Module, exported: nn.Module, images: Float[Tensor, "images channels height width"]
+) -> Parity:
+    """Run both over the images: the first one alone, the others in batches, so that the batch is seen to be free."""
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in _batches(images)])
+        found = torch.cat([exported(batch) for batch in _batches(images)])
+    return compare_logits(expected, found)
+
+
+def compare_logits(expected: Float[Tensor, "images classes"], found: Float[Tensor, "images classes"]) -> Parity:
+    """Compare what a file gives with what was expected; a value that is not finite makes both errors NaN."""
+    error = float((expected.double() - found.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    error = error if bool(found.isfinite().all()) else float("nan")
+    agreement = float((expected.argmax(1) == found.argmax(1)).double().mean())
+    # Logits that are all zero have no scale: any difference is then infinitely large.
+    relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+    return Parity(len(expected), error, relative, agreement)
+
+
 def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
     """Open an exported file as a module on the CPU: float32 images to logits.
 
@@ -243,3 +287,8 @@ def _remedy(dtype: str) -> str:
     if dtype == "float32":
         return "report this with the model's name, or give a tolerance"
     return "give more calibration images, or use float16" if dtype == "int8" else "use float32"
+
+
+def _batches(images: Tensor) -> Iterator[Tensor]:
+    yield images[:1]
+    yield from torch.split(images[1:], 32)

@@ -12,8 +12,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vbp.deploy.onnx import OnnxClassifier, require_onnx, write_onnx
-from vbp.deploy.torch_export import Portable
+from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
 from vbp.errors import InputError
 
 Backend = Literal["torch", "onnxruntime"]

@@ -9,7 +9,7 @@ ICCV 2025, arXiv 2507.12988.
 """
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.inspection import Inspection, SiteDescription, describe_sites, inspect_model
+from vbp.cost.inspection import Inspection, SiteDescription, inspect_model
 from vbp.cost.macs import PlanCost, count_macs, count_parameters, format_plan, plan_cost
 from vbp.data.data_path import list_images
 from vbp.data.folder import ImageList
@@ -111,7 +111,6 @@ __all__ = [
     "count_parameters",
     "covariance_bytes",
     "criterion_scores",
-    "describe_sites",
     "eliminate",
     "eliminations",
     "evaluate",

@@ -12,9 +12,9 @@ from families import FAMILIES
 from vbp import InputError, PruningPlan, Site, find_sites, make_plan, prune_
 from vbp.cost.budget import Budget
 from vbp.cost.latency_search import compare_in_turns, meet_latency
-from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
 from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.timing import LatencyComparison, Spread
+from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 from vbp.runtime.precision import Precision
 
 SITES = (Site(("a",), "x", 400), Site(("b",), "y", 600))

@@ -111,34 +111,12 @@ def inspect_model(
         InputError: The model has no site.
     """
     costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
-    return Inspection(type(model).__name__, costs.macs, costs.params, _describe_all(model, costs, plans))
-
-
-def describe_sites(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    attention: bool = False,
-    convolutions: bool = False,
-    plans: PruningPlan | Sequence[PruningPlan] = (),
-) -> tuple[SiteDescription, ...]:
-    """Describe each site of a model; the arguments are those of `inspect_model`.
-
-    Raises:
-        InputError: The model has no site.
-    """
-    costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
-    return _describe_all(model, costs, plans)
-
-
-def _describe_all(
-    model: nn.Module, costs: WidthCosts, plans: PruningPlan | Sequence[PruningPlan]
-) -> tuple[SiteDescription, ...]:
     dense: dict[str, int] = {}
     for plan in (plans,) if isinstance(plans, PruningPlan) else plans:
         for entry in plan.sites:
             dense.setdefault(entry.site.name, entry.site.hidden)
-    return tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
+    sites = tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
+    return Inspection(type(model).__name__, costs.macs, costs.params, sites)
 
 
 def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:

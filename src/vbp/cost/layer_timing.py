@@ -7,13 +7,14 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
 from vbp.cost.timing import Timer, clock_of, hardware, time_in_turns
+from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 from vbp.method.allocation import Bounds
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
@@ -75,7 +76,9 @@ def disjoint(units: Sequence[Unit], most: int) -> list[Unit]:
     """Return the first units of which none has its home within another's, so that each can be timed alone."""
     chosen = list(units[:1])
     for unit in units[1:]:
-        if len(chosen) < most and not any(_overlap(unit.home, other.home) for other in chosen):
+        if len(chosen) < most and not any(
+            within(unit.home, other.home) or within(other.home, unit.home) for other in chosen
+        ):
             chosen.append(unit)
     return chosen
 
@@ -112,22 +115,13 @@ def _common_path(group: Sequence[Site]) -> tuple[str, ...]:
         for site in group
         for name in (*site.producers, *([site.consumer] if site.consumer else []), *site.inner, *site.parameters)
     ]
-    paths = [name.split(".")[:-1] for name in names]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return tuple(common)
+    steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return tuple(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps))
 
 
 def _upwards(path: tuple[str, ...]) -> list[str]:
     """Return the module at a path, and those around it up to the model: not all are called, as lists of modules."""
     return [".".join(path[:length]) for length in range(len(path), -1, -1)]
-
-
-def _overlap(one: str, other: str) -> bool:
-    return within(one, other) or within(other, one)
 
 
 def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precision) -> tuple[dict[str, Call], float]:

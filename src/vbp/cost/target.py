@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
-from vbp.cost.layer_table import LayerTimes
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
 from vbp.cost.timing import LatencyComparison
-from vbp.cost.widths import WidthCosts
+from vbp.cost.widths import LayerTimes, WidthCosts
 from vbp.pruning.make_plan import make_plan
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.site import Site

@@ -180,16 +180,16 @@ def compare_models(
     rounds: int = 15,
     budget_s: float = 20,
 ) -> LatencyComparison:
-    """Time a dense model against its pruned one, as they are, in evaluation mode.
+    """Time a dense model against its pruned one in evaluation mode, on the device of the images.
 
     Args:
-        dense: On the device of the images.
-        pruned: On the device of the images.
+        dense: Left as it was.
+        pruned: Left as it was.
         images: The batch.
         precision: Of the forward pass.
-        clock: By which times and speed-up are read.
+        clock: As for `compare_passes`, like what follows.
         rounds: Timed turns of each.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
+        budget_s: Seconds after which no further round begins.
     """
 
     def forward(model: nn.Module) -> None:

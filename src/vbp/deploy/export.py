@@ -167,7 +167,9 @@ def export_model(
                 f"a difference of {parity.relative_error:.3g} (same class first on {parity.top1_agreement:.1%} of "
                 f"{parity.images} images); nothing was written to {path}: {_remedy(dtype)}"
             )
-        top1 = None if labelled is None else (_top1(reference, labelled), _top1(exported, labelled))
+        top1 = None
+        if labelled is not None:
+            top1 = evaluate(reference, labelled, "cpu").top1, evaluate(exported, labelled, "cpu").top1
         with draft.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
     report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1)
@@ -277,10 +279,6 @@ def _write(
         floats = path.with_name("float32.onnx")
         path.replace(floats)
         quantize_onnx(floats, path, calibration)
-
-
-def _top1(model: nn.Module, batches: Batches) -> float:
-    return evaluate(model, batches, "cpu").top1
 
 
 def _remedy(dtype: str) -> str:

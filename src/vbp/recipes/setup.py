@@ -13,11 +13,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.layer_table import LayerTimes
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.rounding import recommended_round_to
 from vbp.cost.target import Target, neutral_plan
 from vbp.cost.timing import latency_batch
+from vbp.cost.widths import LayerTimes, recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from vbp import PruningPlan, Site, SitePlan
-from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
+from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 
 CONDITIONS = TimingConditions("a machine", 1, "float32", (8, 3, 32, 32), "2.15", "abc", 8, "wall")
 TIMES = LayerTimes(

@@ -131,7 +131,7 @@ class _Attempt:
 
     @property
     def close(self) -> bool:
-        """Return whether it is met, and by no more than can be told apart."""
+        """Return whether it is met, and by no more than the measurement can tell."""
         return self.met and (self.slack <= _SLACK or self.measured.low <= self.budget.amount <= self.measured.high)
 
     @property

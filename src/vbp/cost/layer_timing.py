@@ -26,7 +26,7 @@ from vbp.sites.site import Site
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was given."""
+    """The arguments of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -44,7 +44,7 @@ class Unit:
 
     Attributes:
         home: The smallest module that is called and holds all their layers.
-        call: What it is given.
+        call: Its arguments in the dense model.
     """
 
     sites: tuple[Site, ...]
@@ -125,7 +125,7 @@ def _upwards(path: tuple[str, ...]) -> list[str]:
 
 
 def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precision) -> tuple[dict[str, Call], float]:
-    """Run the model, and note what the named modules are given."""
+    """Run the model, and record the arguments of the named modules."""
     calls: dict[str, Call] = {}
 
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:

@@ -21,7 +21,7 @@ from vbp.sites.site import Site
 
 
 @dataclass(frozen=True)
-class Target:
+class BudgetTarget:
     """A budget of one model.
 
     Attributes:
@@ -45,7 +45,7 @@ class Target:
         example: Tensor,
         times: LayerTimes | None = None,
         **rules: Any,
-    ) -> Target:
+    ) -> BudgetTarget:
         """See whether a budget can be reached, and about where.
 
         Args:
@@ -65,9 +65,9 @@ class Target:
 
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
-            return Target(budget, costs, times, budget.amount)
+            return BudgetTarget(budget, costs, times, budget.amount)
         if budget.timed and times is None:
-            return Target(budget, costs, None, 1.0)
+            return BudgetTarget(budget, costs, None, 1.0)
         search = PlanSearch(equal_shares)
         if times is not None:
             check_faster(budget, times)
@@ -78,7 +78,7 @@ class Target:
             plan = search.largest(
                 costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
             )
-        return Target(budget, costs, times, share_of(plan or search.floor))
+        return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
     def meet(
         self,

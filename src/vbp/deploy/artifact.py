@@ -58,13 +58,13 @@ class PrunedArtifact:
 def installed_versions() -> dict[str, str]:
     """Return the versions of the packages that a result depends on."""
     names = ("vbp-pruning", "torch", "torchvision", "timm", "transformers", "torch-pruning", "numpy", "pillow")
-    found = {}
+    versions = {}
     for name in names:
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            found[name] = "not installed"
-    return found
+            versions[name] = "not installed"
+    return versions
 
 
 def save_pruned(

@@ -1,4 +1,4 @@
-"""Export a classifier to a file that runs without vbp, and prove the file on real images before it is kept.
+"""Export a classifier to a file that runs without vbp, and check the file on real images before it is kept.
 
 ONNX by torch's current exporter (run by onnxruntime, or anything that reads ONNX) or `torch.export` (`.pt2`, loaded
 by torch alone); both take any batch size.
@@ -41,9 +41,6 @@ ExportFormat = Literal["onnx", "pt2"]
 ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-
-
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
 
@@ -70,7 +67,7 @@ class ExportReport:
     """What was written, and how far it lies from the model.
 
     Attributes:
-        file: The file, whole and proven.
+        file: The file, whole and checked.
         size: Its bytes.
         parity: Its logits against those of the model in float32.
         tolerance: The greatest `parity.relative_error` that was allowed.
@@ -121,7 +118,7 @@ def export_model(
     to: ExportFormat = "onnx",
     dtype: ExportPrecision = "float32",
     calibration: Iterable[Tensor] | None = None,
-    labelled: Batches | None = None,
+    labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -183,16 +180,16 @@ def measure_parity(
     """Run both over the images: the first one alone, the others in batches, so that the batch is seen to be free."""
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in _batches(images)])
-        found = torch.cat([exported(batch) for batch in _batches(images)])
-    return compare_logits(expected, found)
+        actual = torch.cat([exported(batch) for batch in _batches(images)])
+    return compare_logits(expected, actual)
 
 
-def compare_logits(expected: Float[Tensor, "images classes"], found: Float[Tensor, "images classes"]) -> Parity:
-    """Compare what a file gives with what was expected; a value that is not finite makes both errors NaN."""
-    error = float((expected.double() - found.double()).abs().max())
+def compare_logits(expected: Float[Tensor, "images classes"], actual: Float[Tensor, "images classes"]) -> Parity:
+    """Compare the logits of a file with those of the model; a value that is not finite makes both errors NaN."""
+    error = float((expected.double() - actual.double()).abs().max())
     scale = float(expected.double().abs().max())
-    error = error if bool(found.isfinite().all()) else float("nan")
-    agreement = float((expected.argmax(1) == found.argmax(1)).double().mean())
+    error = error if bool(actual.isfinite().all()) else float("nan")
+    agreement = float((expected.argmax(1) == actual.argmax(1)).double().mean())
     # Logits that are all zero have no scale: any difference is then infinitely large.
     relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
     return Parity(len(expected), error, relative, agreement)

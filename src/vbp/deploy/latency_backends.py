@@ -78,11 +78,11 @@ def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> Non
 
 
 def _check_onnxruntime(settings: LatencySettings, kind: str) -> None:
-    given = [name for name in ("compile", "channels_last") if getattr(settings, name)]
-    if kind != "cpu" or settings.precision != "float32" or given:
+    refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
+    if kind != "cpu" or settings.precision != "float32" or refused:
         raise InputError(
             "onnxruntime is timed on the CPU in float32 and without compile and channels_last, got "
-            f"{', '.join([settings.device, settings.precision, *given])}; use the torch backend for these"
+            f"{', '.join([settings.device, settings.precision, *refused])}; use the torch backend for these"
         )
     require_onnx()
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.target import Target, neutral_plan
+from vbp.cost.target import BudgetTarget, neutral_plan
 from vbp.cost.timing import latency_batch
 from vbp.cost.widths import LayerTimes, recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images
@@ -76,7 +76,7 @@ def find_target(
     rules: Mapping[str, Any],
     *,
     planned: bool = False,
-) -> Target:
+) -> BudgetTarget:
     """See whether the model can meet the budget; one of time is measured, by the main process for all.
 
     Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
@@ -90,7 +90,7 @@ def find_target(
         times = processes.gather(
             _layer_times(model, sites, images, precision, rules["round_to"]) if processes.main else None
         )[0]
-    target = Target.of(budget, model, sites, example, times, **rules)
+    target = BudgetTarget.of(budget, model, sites, example, times, **rules)
     _check_removes(config, sites, target, rules)
     return target
 
@@ -104,7 +104,7 @@ def _layer_times(
     return times
 
 
-def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rules: Mapping[str, Any]) -> None:
+def _check_removes(config: RunConfig, sites: Sequence[Site], target: BudgetTarget, rules: Mapping[str, Any]) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
     plan = neutral_plan(sites, keep_ratio=target.keep_ratio, **rules)
     asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
@@ -145,7 +145,7 @@ class Job:
     classifier: Classifier
     sites: tuple[Site, ...]
     rules: Mapping[str, Any]
-    target: Target
+    target: BudgetTarget
     calibration: Images
     train: Images
     val: ImageLoader

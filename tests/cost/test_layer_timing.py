@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -113,3 +114,10 @@ def test_conditions_tell_apart_what_times_depend_on() -> None:
     scores = {site.name: torch.arange(site.hidden) for site in sites}
     prune_(pruned, make_plan(sites, scores, keep_ratio=0.5))
     assert base != made(which=pruned)
+
+
+def test_conditions_are_plain_types_that_a_checkpoint_can_hold() -> None:
+    family = FAMILIES["timm-vit"]
+    model, image = family.build(), family.example(1, torch.float32)
+    conditions = timing_conditions(model, find_sites(model, image), image, precision=Precision.off())
+    assert {type(value) for value in dataclasses.asdict(conditions).values()} == {str, int, tuple}

@@ -187,7 +187,7 @@ def timing_conditions(
         threads=torch.get_num_threads() if images.device.type == "cpu" else 0,
         precision=weights if precision.dtype is None else f"{weights}, autocast {precision.name}",
         batch=tuple(images.shape),
-        torch=torch.__version__,
+        torch=str(torch.__version__),
         model=json_fingerprint([type(model).__name__, shapes, [[site.name, site.hidden] for site in sites]]),
         round_to=round_to,
         clock=clock_of(images.device),

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -18,7 +17,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.deploy.artifact_files import State, shared_names
 from vbp.errors import InputError, OutputError
 from vbp.models.classifier import ModelSource
-from vbp.models.huggingface_processor import processor_config
+from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
 from vbp.models.weights import one_line
 
 
@@ -107,7 +106,7 @@ def load_native(folder: Path) -> nn.Module:
             from transformers import AutoModelForImageClassification
 
             model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except LOADING_ERRORS as error:
         raise InputError(
             f"the checkpoint cannot be loaded without vbp: {one_line(error)}; report this with the model's name"
         ) from error

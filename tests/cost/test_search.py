@@ -11,8 +11,8 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from vbp import InputError, PlanCost, PruningPlan, Site, find_sites, make_plan, plan_cost
-from vbp.cost.budget import Budget, PlanSearch
-from vbp.cost.search import check_reachable, meet_count
+from vbp.cost.budget import Budget
+from vbp.cost.search import PlanSearch, check_reachable, meet_count
 from vbp.cost.widths import WidthCosts
 from vbp.pruning.plan import Scope
 

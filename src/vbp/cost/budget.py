@@ -1,4 +1,4 @@
-"""What a pruned model may cost, the largest plan within a limit, and whether the plan meets the budget."""
+"""What a pruned model may cost, and whether it does: a budget as it was asked for, and what came of it."""
 
 from __future__ import annotations
 
@@ -201,60 +201,3 @@ def _shown(quantity: Quantity) -> Callable[[float], str]:
         return lambda value: f"{value:.0f} channels"
     unit = {"macs": "MACs", "params": "parameters"}[quantity]
     return lambda value: f"{format_count(round(value))} {unit}"
-
-
-PlanFor = Callable[[float], PruningPlan]
-
-
-class PlanSearch:
-    """The plans of all keep ratios, from the floor to the dense model, each made once.
-
-    Attributes:
-        whole: The plan that keeps all MLP channels.
-        floor: The plan that keeps the fewest.
-    """
-
-    def __init__(self, plan_for: PlanFor) -> None:
-        """Take a function of the keep ratio: the same one for the whole search, deterministic."""
-        self._plan_for, self._plans = plan_for, dict[int, PruningPlan]()
-        self.whole = plan_for(1.0)
-        self._lowest = self.whole.min_keep_ratio
-        # Attention alone is pruned by shares that no number of MLP channels stands for.
-        self._total = self.whole.total or sum(entry.site.hidden for entry in self.whole.sites)
-        self._plans[self._total] = self.whole
-        self._first = max(1, math.ceil(self._total * self._lowest - 1e-9))
-        self.floor = self._plan(self._first)
-
-    def largest(self, cost: Callable[[PruningPlan], float], limit: float) -> PruningPlan | None:
-        """Return the plan that keeps most among those that cost no more than `limit`; None if the floor costs more.
-
-        Bisection: a plan that keeps more costs more. Rounding makes exceptions over a few channels, where one site
-        gives way to another that costs more; so the next plans above the first that costs too much are tried, too.
-        """
-        low, high = self._first, self._total
-        if cost(self.floor) > limit:
-            return None
-        if cost(self.whole) <= limit:
-            return self.whole
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if cost(self._plan(middle)) <= limit else (low, middle)
-        step = self.whole.round_to
-        for number in range(high + 1, min(self._total, high + step * len(self.whole.sites)), step):
-            if cost(self._plan(number)) <= limit:
-                low = number
-        return self._exact_request(self._plan(low))
-
-    def _plan(self, number: int) -> PruningPlan:
-        """Return the plan that asks for this number of channels."""
-        if number not in self._plans:
-            # The division must not fall below the floor by a binary fraction.
-            self._plans[number] = self._plan_for(max(number / self._total, self._lowest))
-        return self._plans[number]
-
-    def _exact_request(self, plan: PruningPlan) -> PruningPlan:
-        """Ask for the number of channels that a plan keeps, where rounding gave it another than was asked for."""
-        if not plan.total or plan.kept == plan.requested:
-            return plan
-        again = self._plan(max(plan.kept, self._first))
-        return again if [entry.keep for entry in again.sites] == [entry.keep for entry in plan.sites] else plan

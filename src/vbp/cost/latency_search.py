@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 
 from torch import Tensor, nn
 
-from vbp.cost.budget import Budget, BudgetResult, PlanFor, PlanSearch
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.search import PlanFor, PlanSearch
 from vbp.cost.timing import LatencyComparison, Spread, clock_of, compare_models
 from vbp.cost.widths import LayerTimes
 from vbp.errors import InputError

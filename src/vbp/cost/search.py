@@ -1,126 +1,75 @@
-"""A budget and a model together: whether it can be reached, before there are scores, and the plan that meets it."""
+"""Find the largest plan that meets a budget of MACs, parameters or channels."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
-import torch
-from torch import Tensor, nn
-
-from vbp.cost.budget import Budget, BudgetResult, PlanFor, PlanSearch
-from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
-from vbp.cost.macs import PlanCost, format_count, plan_cost
-from vbp.cost.timing import LatencyComparison
-from vbp.cost.widths import LayerTimes, WidthCosts
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.macs import PlanCost, format_count
+from vbp.cost.widths import WidthCosts
 from vbp.errors import InputError
-from vbp.pruning.make_plan import make_plan
 from vbp.pruning.plan import PruningPlan
-from vbp.sites.site import Site
+
+PlanFor = Callable[[float], PruningPlan]
+
 
 # A count on a copy may differ from the computed one by what `WidthCosts` says; once is enough for that.
 _CORRECTIONS = 4
 
 
-@dataclass(frozen=True)
-class BudgetTarget:
-    """A budget of one model.
+class PlanSearch:
+    """The plans of all keep ratios, from the floor to the dense model, each made once.
 
     Attributes:
-        budget: As it was asked for.
-        costs: Of the dense model.
-        times: Of the dense model here, if the budget is one of time.
-        keep_ratio: Share of the channels that meets the budget where all sites keep the same share, as far as can
-            be computed; 1 for a budget of time without times.
+        whole: The plan that keeps all MLP channels.
+        floor: The plan that keeps the fewest.
     """
 
-    budget: Budget
-    costs: WidthCosts
-    times: LayerTimes | None
-    keep_ratio: float
+    def __init__(self, plan_for: PlanFor) -> None:
+        """Take a function of the keep ratio: the same one for the whole search, deterministic."""
+        self._plan_for, self._plans = plan_for, dict[int, PruningPlan]()
+        self.whole = plan_for(1.0)
+        self._lowest = self.whole.min_keep_ratio
+        # Attention alone is pruned by shares that no number of MLP channels stands for.
+        self._total = self.whole.total or sum(entry.site.hidden for entry in self.whole.sites)
+        self._plans[self._total] = self.whole
+        self._first = max(1, math.ceil(self._total * self._lowest - 1e-9))
+        self.floor = self._plan(self._first)
 
-    @staticmethod
-    def of(
-        budget: Budget,
-        model: nn.Module,
-        sites: Sequence[Site],
-        example: Tensor,
-        times: LayerTimes | None = None,
-        **rules: Any,
-    ) -> BudgetTarget:
-        """See whether a budget can be reached, and about where.
+    def largest(self, cost: Callable[[PruningPlan], float], limit: float) -> PruningPlan | None:
+        """Return the plan that keeps most among those that cost no more than `limit`; None if the floor costs more.
 
-        Args:
-            budget: What the pruned model may cost.
-            model: The dense model.
-            sites: From `find_sites`.
-            example: One image or more on the model's device.
-            times: Of this model, for a budget of time that is still to be met.
-            rules: Of the plans: `round_to`, `min_keep_ratio` and `attn_keep_ratio` of `make_plan`.
-
-        Raises:
-            InputError: No plan meets it, or the dense model does.
+        Bisection: a plan that keeps more costs more. Rounding makes exceptions over a few channels, where one site
+        gives way to another that costs more; so the next plans above the first that costs too much are tried, too.
         """
+        low, high = self._first, self._total
+        if cost(self.floor) > limit:
+            return None
+        if cost(self.whole) <= limit:
+            return self.whole
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if cost(self._plan(middle)) <= limit else (low, middle)
+        step = self.whole.round_to
+        for number in range(high + 1, min(self._total, high + step * len(self.whole.sites)), step):
+            if cost(self._plan(number)) <= limit:
+                low = number
+        return self._exact_request(self._plan(low))
 
-        def equal_shares(keep_ratio: float) -> PruningPlan:
-            return neutral_plan(sites, keep_ratio=keep_ratio, **rules)
+    def _plan(self, number: int) -> PruningPlan:
+        """Return the plan that asks for this number of channels."""
+        if number not in self._plans:
+            # The division must not fall below the floor by a binary fraction.
+            self._plans[number] = self._plan_for(max(number / self._total, self._lowest))
+        return self._plans[number]
 
-        costs = WidthCosts.of(model, sites, example)
-        if budget.quantity == "keep_ratio":
-            return BudgetTarget(budget, costs, times, budget.amount)
-        if budget.timed and times is None:
-            return BudgetTarget(budget, costs, None, 1.0)
-        search = PlanSearch(equal_shares)
-        if times is not None:
-            check_faster(budget, times)
-            plan = search.largest(times.share, allowed_share(budget, times.dense_ms))
-        else:
-            check_reachable(budget, equal_shares, costs)
-            cost, dense = _counted(budget, costs, compensated=False)
-            plan = search.largest(cost, budget.limit(dense))
-        return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
-
-    def meet(
-        self,
-        plan_for: PlanFor,
-        model: nn.Module,
-        example: Tensor,
-        compare: Callable[[PruningPlan], LatencyComparison],
-        *,
-        compensated: bool,
-    ) -> BudgetResult:
-        """Find the largest plan that meets the budget.
-
-        Args:
-            plan_for: Keep ratio -> plan; deterministic.
-            model: The dense model.
-            example: One image or more on the model's device.
-            compare: Times the dense model beside a pruned copy.
-            compensated: Whether consumers without bias will gain one.
-        """
-        if self.times is not None:
-            return meet_latency(self.budget, plan_for, self.times, compare)
-        return meet_count(
-            self.budget, plan_for, self.costs, lambda plan: plan_cost(model, plan, example), compensated=compensated
-        )
-
-
-def neutral_plan(sites: Sequence[Site], **options: Any) -> PruningPlan:
-    """Return a plan of the right widths before there are scores, the same share in every site.
-
-    Args:
-        sites: From `find_sites`.
-        options: Of `make_plan`.
-    """
-    scores = {site.name: torch.zeros(site.hidden) for site in sites}
-    return make_plan(sites, scores, **{"scope": "per_layer", **options})
-
-
-def share_of(plan: PruningPlan) -> float:
-    """Return the share of the MLP channels that a plan keeps."""
-    return plan.kept / plan.total if plan.total else plan.keep_ratio
+    def _exact_request(self, plan: PruningPlan) -> PruningPlan:
+        """Ask for the number of channels that a plan keeps, where rounding gave it another than was asked for."""
+        if not plan.total or plan.kept == plan.requested:
+            return plan
+        again = self._plan(max(plan.kept, self._first))
+        return again if [entry.keep for entry in again.sites] == [entry.keep for entry in plan.sites] else plan
 
 
 def check_reachable(budget: Budget, plan_for: PlanFor, costs: WidthCosts) -> None:

@@ -61,14 +61,6 @@ class Parity:
     relative_error: float
     top1_agreement: float
 
-    def lines(self, tolerance: float) -> list[str]:
-        """Return lines of a report for the terminal."""
-        return [
-            f"  largest error of a logit  {self.max_abs_error:.3g}, or {self.relative_error:.2e} of the largest "
-            f"logit (tolerance {tolerance:.2g})",
-            f"  same class first          {self.top1_agreement:.1%}",
-        ]
-
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -105,10 +97,13 @@ class ExportReport:
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""
+        parity = self.parity
         lines = [
             f"{self.file}: {self.to}, {self.dtype}, {self.size / 2**20:.1f} MiB",
-            f"  run on {self.parity.images} images against the PyTorch model in float32:",
-            *self.parity.lines(self.tolerance),
+            f"  run on {parity.images} images against the PyTorch model in float32:",
+            f"  largest error of a logit  {parity.max_abs_error:.3g}, or {parity.relative_error:.2e} of the largest "
+            f"logit (tolerance {self.tolerance:.2g})",
+            f"  same class first          {parity.top1_agreement:.1%}",
         ]
         if self.top1 is not None:
             lines.append(f"  top-1                     {self.top1[0]:.2f} % -> {self.top1[1]:.2f} %")

@@ -127,7 +127,9 @@ class NativeReport:
         return "\n".join((
             f"{self.folder}: a checkpoint of {self.library} ({says}), {self.size / 2**20:.1f} MiB",
             f"  loaded by {self.library} alone and run on {self.parity.images} images:",
-            *self.parity.lines(self.tolerance),
+            f"  largest error of a logit  {self.parity.max_abs_error:.3g}, or {self.parity.relative_error:.2e} of "
+            f"the largest logit (tolerance {self.tolerance:.2g})",
+            f"  same class first          {self.parity.top1_agreement:.1%}",
             f"  load it with              {self.loads_by}",
         ))  # fmt: skip
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.search import neutral_plan
+from vbp.cost.target import neutral_plan
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import training_transform
 from vbp.deploy.artifact import save_pruned

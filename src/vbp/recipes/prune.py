@@ -10,10 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.budget import BudgetResult, PlanFor
+from vbp.cost.budget import BudgetResult
 from vbp.cost.latency_search import compare_in_turns
 from vbp.cost.macs import format_plan, plan_cost
-from vbp.cost.search import share_of
+from vbp.cost.search import PlanFor
+from vbp.cost.target import share_of
 from vbp.cost.timing import LatencyComparison
 from vbp.deploy.artifact import rebuild_
 from vbp.method.covariance import ChannelCovariance

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.search import BudgetTarget, neutral_plan
+from vbp.cost.target import BudgetTarget, neutral_plan
 from vbp.cost.timing import latency_batch
 from vbp.cost.widths import LayerTimes, recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images

@@ -1,0 +1,121 @@
+"""A budget and a model together: whether it can be reached, before there are scores, and the plan that meets it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
+from vbp.cost.macs import plan_cost
+from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
+from vbp.cost.timing import LatencyComparison
+from vbp.cost.widths import LayerTimes, WidthCosts
+from vbp.pruning.make_plan import make_plan
+from vbp.pruning.plan import PruningPlan
+from vbp.sites.site import Site
+
+
+@dataclass(frozen=True)
+class BudgetTarget:
+    """A budget of one model.
+
+    Attributes:
+        budget: As it was asked for.
+        costs: Of the dense model.
+        times: Of the dense model here, if the budget is one of time.
+        keep_ratio: Share of the channels that meets the budget where all sites keep the same share, as far as can
+            be computed; 1 for a budget of time without times.
+    """
+
+    budget: Budget
+    costs: WidthCosts
+    times: LayerTimes | None
+    keep_ratio: float
+
+    @staticmethod
+    def of(
+        budget: Budget,
+        model: nn.Module,
+        sites: Sequence[Site],
+        example: Tensor,
+        times: LayerTimes | None = None,
+        **rules: Any,
+    ) -> BudgetTarget:
+        """See whether a budget can be reached, and about where.
+
+        Args:
+            budget: What the pruned model may cost.
+            model: The dense model.
+            sites: From `find_sites`.
+            example: One image or more on the model's device.
+            times: Of this model, for a budget of time that is still to be met.
+            rules: Of the plans: `round_to`, `min_keep_ratio` and `attn_keep_ratio` of `make_plan`.
+
+        Raises:
+            InputError: No plan meets it, or the dense model does.
+        """
+
+        def equal_shares(keep_ratio: float) -> PruningPlan:
+            return neutral_plan(sites, keep_ratio=keep_ratio, **rules)
+
+        costs = WidthCosts.of(model, sites, example)
+        if budget.quantity == "keep_ratio":
+            return BudgetTarget(budget, costs, times, budget.amount)
+        if budget.timed and times is None:
+            return BudgetTarget(budget, costs, None, 1.0)
+        search = PlanSearch(equal_shares)
+        if times is not None:
+            check_faster(budget, times)
+            plan = search.largest(times.share, allowed_share(budget, times.dense_ms))
+        else:
+            check_reachable(budget, equal_shares, costs)
+            macs = budget.quantity == "macs"
+            plan = search.largest(
+                costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
+            )
+        return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
+
+    def meet(
+        self,
+        plan_for: PlanFor,
+        model: nn.Module,
+        example: Tensor,
+        compare: Callable[[PruningPlan], LatencyComparison],
+        *,
+        compensated: bool,
+    ) -> BudgetResult:
+        """Find the largest plan that meets the budget.
+
+        Args:
+            plan_for: Keep ratio -> plan; deterministic.
+            model: The dense model.
+            example: One image or more on the model's device.
+            compare: Times the dense model beside a pruned copy.
+            compensated: Whether consumers without bias will gain one.
+        """
+        if self.times is not None:
+            return meet_latency(self.budget, plan_for, self.times, compare)
+        return meet_count(
+            self.budget, plan_for, self.costs, lambda plan: plan_cost(model, plan, example), compensated=compensated
+        )
+
+
+def neutral_plan(sites: Sequence[Site], **options: Any) -> PruningPlan:
+    """Return a plan of the right widths before there are scores, the same share in every site.
+
+    Args:
+        sites: From `find_sites`.
+        options: Of `make_plan`.
+    """
+    scores = {site.name: torch.zeros(site.hidden) for site in sites}
+    return make_plan(sites, scores, **{"scope": "per_layer", **options})
+
+
+def share_of(plan: PruningPlan) -> float:
+    """Return the share of the MLP channels that a plan keeps."""
+    return plan.kept / plan.total if plan.total else plan.keep_ratio

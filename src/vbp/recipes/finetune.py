@@ -8,7 +8,7 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -19,11 +19,11 @@ from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import training_transform
 from vbp.deploy.artifact import save_pruned
 from vbp.errors import Interrupted
+from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.measure import figures, measure
-from vbp.recipes.prune import Pruned
 from vbp.recipes.setup import Job, reading
-from vbp.report.run_report import Measured
+from vbp.report.run_report import Measured, RunReport
 from vbp.runtime.files import write_bytes
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.session import bar
@@ -55,12 +55,13 @@ class _Progress:
     best_weights: Mapping[str, Tensor]
 
 
-def finetune(job: Job, pruned: Pruned, teacher: nn.Module | None) -> tuple[Measured, Measured]:
+def finetune(job: Job, report: RunReport, plan: PruningPlan, teacher: nn.Module | None) -> tuple[Measured, Measured]:
     """Fine-tune and keep the best and the last model; the pruned model counts as epoch 0.
 
     Args:
         job: Its model is trained in place.
-        pruned: What was measured before.
+        report: What was measured before; of a run that goes on, the best and the last model so far too.
+        plan: What was kept.
         teacher: The dense model, for distillation.
 
     Returns:
@@ -70,8 +71,8 @@ def finetune(job: Job, pruned: Pruned, teacher: nn.Module | None) -> tuple[Measu
         Interrupted: The run was told to stop; a checkpoint is written.
     """
     found = None if job.found is None else job.found.state
-    progress = _start(job, pruned) if found is None else _restored(found)
-    _save(job, BEST, pruned, progress.best, progress.best_weights)
+    progress = _start(job, report) if found is None else _restored(report, found)
+    _save(job, BEST, plan, progress.best, progress.best_weights)
     _write_rows(job, progress.rows)
     if job.config.epochs_ft > 0:
         loader = _loader(job)
@@ -80,23 +81,22 @@ def finetune(job: Job, pruned: Pruned, teacher: nn.Module | None) -> tuple[Measu
             trainer.load_state_dict(found["trainer"], found["processes"][job.processes.rank])
         log_dir = job.config.log_dir if job.processes.main else None
         with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
-            tracker.sites(pruned.plan)
-            _epochs(job, pruned, progress, loader, trainer, interruption, tracker)
+            tracker.sites(plan)
+            _epochs(job, report, plan, progress, loader, trainer, interruption, tracker)
         model = trainer.evaluated
     else:
         model = job.model
-    _save(job, FINAL, pruned, progress.final, model.state_dict())
+    _save(job, FINAL, plan, progress.final, model.state_dict())
     return progress.best, progress.final
 
 
-def _start(job: Job, pruned: Pruned) -> _Progress:
-    row = {"epoch": 0, "top1": pruned.pruned.top1, "top5": pruned.pruned.top5}
-    return _Progress([row], pruned.pruned, pruned.pruned, _weights(job.model))
+def _start(job: Job, report: RunReport) -> _Progress:
+    row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
+    return _Progress([row], report.best, report.final, _weights(job.model))
 
 
-def _restored(found: Mapping[str, Any]) -> _Progress:
-    measured = {name: Measured(**found[name]) for name in ("best", "final")}
-    return _Progress(list(found["rows"]), measured["best"], measured["final"], found["best_weights"])
+def _restored(report: RunReport, found: Mapping[str, Any]) -> _Progress:
+    return _Progress(list(found["rows"]), report.best, report.final, found["best_weights"])
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -191,7 +191,8 @@ def _mixing(job: Job) -> Mixing | None:
 
 def _epochs(
     job: Job,
-    pruned: Pruned,
+    report: RunReport,
+    plan: PruningPlan,
     progress: _Progress,
     loader: ImageLoader,
     trainer: Trainer,
@@ -199,7 +200,7 @@ def _epochs(
     tracker: Tracker,
 ) -> None:
     epochs = job.config.epochs_ft
-    save = partial(_checkpoint, job, pruned, progress, trainer)
+    save = partial(_checkpoint, job, report, plan, progress, trainer)
     if trainer.epoch == 0:
         save()
     for epoch in range(max(1, trainer.epoch), epochs + 1):
@@ -214,7 +215,7 @@ def _epochs(
         tracker.epoch(progress.rows[-1], result)
         if progress.final.top1 > progress.best.top1:
             progress.best, progress.best_weights = progress.final, _weights(trainer.evaluated)
-            _save(job, BEST, pruned, progress.best, progress.best_weights)
+            _save(job, BEST, plan, progress.best, progress.best_weights)
         _write_rows(job, progress.rows)
 
 
@@ -247,21 +248,20 @@ def _after_step(
         )
 
 
-def _checkpoint(job: Job, pruned: Pruned, progress: _Progress, trainer: Trainer) -> None:
+def _checkpoint(job: Job, report: RunReport, plan: PruningPlan, progress: _Progress, trainer: Trainer) -> None:
     """Write what is needed to go on, in such a way that it makes no difference."""
     own = job.processes.gather(trainer.process_state())
     if not job.processes.main:
         return
+    so_far = replace(report, best=progress.best, final=progress.final, seconds=dict(job.seconds))
     content = {
         "settings": job.settings,
-        "pruned": pruned.to_dict(),
+        "plan": plan.to_dict(),
+        "report": so_far.to_dict(),
         "trainer": trainer.state_dict(),
         "processes": own,
         "rows": progress.rows,
-        "best": asdict(progress.best),
-        "final": asdict(progress.final),
         "best_weights": progress.best_weights,
-        "seconds": dict(job.seconds),
     }
     path = save_checkpoint(job.config.save_dir, content, epoch=trainer.epoch, batch=trainer.batches_done)
     _log.info("checkpoint %s", path)
@@ -272,13 +272,13 @@ def _write_rows(job: Job, rows: list[dict[str, Any]]) -> None:
         write_bytes(job.config.save_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def _save(job: Job, name: str, pruned: Pruned, measured: Measured, weights: Mapping[str, Tensor]) -> None:
+def _save(job: Job, name: str, plan: PruningPlan, measured: Measured, weights: Mapping[str, Tensor]) -> None:
     if not job.processes.main:
         return
     save_pruned(
         weights,
         job.config.save_dir / name,
-        plans=pruned.plan,
+        plans=plan,
         source=job.classifier.source,
         preprocessing=job.classifier.preprocessing,
         class_names=job.classifier.class_names,

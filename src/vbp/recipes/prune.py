@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from vbp.cost.latency_search import Comparison, compare_in_turns
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
-from vbp.deploy.artifact import rebuild_
+from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.method.covariance import ChannelCovariance
 from vbp.pruning.auto import AutoSearch, Candidate
 from vbp.pruning.convergence import calibrate
@@ -26,7 +26,7 @@ from vbp.pruning.surgery import prune_
 from vbp.recipes.measure import figures, latencies, measure
 from vbp.recipes.setup import Job, latency_batch
 from vbp.refit.refits import AfterSurgery, Refitted
-from vbp.report.run_report import Measured
+from vbp.report.run_report import PLAN, STATISTICS, Measured, RunReport
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.precision import move_
 from vbp.statistics.evidence import Evidence, EvidenceReader
@@ -116,88 +116,11 @@ def _meet(job: Job, plan_for: PlanFor) -> BudgetResult:
     return job.target.meet(plan_for, job.model, job.example, compare, compensated=job.config.compensation != "none")
 
 
-STATISTICS, PLAN = "statistics.safetensors", "plan.json"
-
-
-@dataclass(frozen=True)
-class Pruned:
-    """What is known once the model is pruned; a checkpoint holds it, so that a resumed run need not find it again.
-
-    Attributes:
-        plan: What was kept.
-        base: The dense model.
-        pruned: Right after surgery.
-        uncompensated: Right after surgery without compensation, if asked for.
-        images: Calibration images.
-        latency_batch: Images in the batch whose latency was measured.
-        convergence: How the plan settled as the images grew; None if the statistics came from a file.
-        budget: What was asked for, and whether the plan meets it.
-        candidates: Plans that the criterion auto tried; none otherwise.
-        reconstruction: Site name -> variances `mean_shift`, `refit` and `energy` of its consumer's output, on the
-            calibration images; without refit none.
-        producers: What the refit of the producers did; None without one.
-        stream: What the refit of the residual stream did; None without one.
-        head: What the refit of the last layer did; None without one.
-    """
-
-    plan: PruningPlan
-    base: Measured
-    pruned: Measured
-    uncompensated: Measured | None
-    images: int
-    latency_batch: int
-    convergence: Mapping[str, Any] | None
-    budget: Mapping[str, Any]
-    candidates: Sequence[Mapping[str, Any]]
-    reconstruction: Mapping[str, Mapping[str, float]]
-    producers: Mapping[str, Any] | None
-    stream: Mapping[str, Any] | None
-    head: Mapping[str, Any] | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return {
-            "plan": self.plan.to_dict(),
-            "base": asdict(self.base),
-            "pruned": asdict(self.pruned),
-            "uncompensated": None if self.uncompensated is None else asdict(self.uncompensated),
-            "images": self.images,
-            "latency_batch": self.latency_batch,
-            "convergence": self.convergence,
-            "budget": self.budget,
-            "candidates": self.candidates,
-            "reconstruction": self.reconstruction,
-            "producers": self.producers,
-            "stream": self.stream,
-            "head": self.head,
-        }
-
-    @staticmethod
-    def from_dict(value: Mapping[str, Any]) -> Pruned:
-        """Read what `to_dict` gave."""
-        bare = value["uncompensated"]
-        return Pruned(
-            PruningPlan.from_dict(value["plan"]),
-            Measured(**value["base"]),
-            Measured(**value["pruned"]),
-            None if bare is None else Measured(**bare),
-            value["images"],
-            value["latency_batch"],
-            value["convergence"],
-            value["budget"],
-            value["candidates"],
-            value["reconstruction"],
-            value["producers"],
-            value["stream"],
-            value["head"],
-        )
-
-
-def prune(job: Job) -> tuple[Pruned, nn.Module]:
+def prune(job: Job) -> tuple[RunReport, PruningPlan, nn.Module]:
     """Prune the job's model in place.
 
     Returns:
-        What was found on the way, and the dense model.
+        What was measured on the way, the plan, and the dense model.
     """
     base = measure(job, job.model)
     _log.info("dense: %s", figures(base))
@@ -213,21 +136,31 @@ def prune(job: Job) -> tuple[Pruned, nn.Module]:
     pruned = measure(job, job.model)
     _log.info("pruned: %s", figures(pruned))
     latency, batch = latencies(job, {"base": dense, "pruned": job.model})
-    return Pruned(
+    report = RunReport.of(
         plan,
         replace(base, latency_ms=latency["base"]),
         replace(pruned, latency_ms=latency["pruned"], epoch=0),
-        uncompensated,
-        evidence.statistics.images,
-        batch,
-        convergence,
-        chosen.result.to_dict(),
-        [one.to_dict() for one in chosen.tried],
-        {one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors},
-        None if refitted.producers is None else refitted.producers.to_dict(),
-        None if refitted.stream is None else refitted.stream.to_dict(),
-        None if refitted.head is None else refitted.head.to_dict(),
-    ), dense
+        budget=chosen.result,
+        candidates=chosen.tried,
+        errors=errors,
+        refits=refitted,
+        convergence=convergence,
+        calibration_images=evidence.statistics.images,
+        uncompensated=uncompensated,
+        latency_batch=batch,
+        **_attempt(job),
+    )
+    return report, plan, dense
+
+
+def _attempt(job: Job) -> dict[str, Any]:
+    """Return what a report says of the attempt: an earlier one may have run elsewhere."""
+    return {
+        "device": str(job.device.type),
+        "processes": job.processes.world,
+        "versions": installed_versions(),
+        "config": job.config.to_dict(),
+    }
 
 
 def _refitted(job: Job, dense: nn.Module) -> Refitted:
@@ -238,18 +171,18 @@ def _refitted(job: Job, dense: nn.Module) -> Refitted:
         return AfterSurgery(job, dense).refit_(job.model)
 
 
-def prune_again(job: Job, found: Mapping[str, Any]) -> tuple[Pruned, nn.Module]:
+def prune_again(job: Job, found: Mapping[str, Any]) -> tuple[RunReport, PruningPlan, nn.Module]:
     """Bring the job's model to where a checkpoint was written; the rest as `prune`."""
-    pruned = Pruned.from_dict(found["pruned"])
+    plan, report = PruningPlan.from_dict(found["plan"]), RunReport.from_dict(found["report"])
     dense = copy.deepcopy(job.model)
-    rebuild_(job.model, (pruned.plan,), found["trainer"]["student"])
+    rebuild_(job.model, (plan,), found["trainer"]["student"])
     move_(job.model, job.device)
-    for stage, seconds in found["seconds"].items():
+    for stage, seconds in report.seconds.items():
         job.seconds[stage] = job.seconds.get(stage, 0.0) + seconds
     if job.processes.main:
-        pruned.plan.save(job.config.save_dir / PLAN)
-    job.processes.check_same("plan", json_fingerprint(pruned.plan.to_dict()))
-    return pruned, dense
+        plan.save(job.config.save_dir / PLAN)
+    job.processes.check_same("plan", json_fingerprint(plan.to_dict()))
+    return replace(report, **_attempt(job)), plan, dense
 
 
 def _evidence(job: Job) -> tuple[Evidence, Mapping[str, Any] | None]:

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 
-from vbp.deploy.artifact import installed_versions
 from vbp.deploy.artifact_files import remove_folder
 from vbp.recipes.config import RunConfig, check_config
 from vbp.recipes.finetune import BEST, FINAL, METRICS, finetune, rehearse
-from vbp.recipes.prune import PLAN, STATISTICS, Pruned, prune, prune_again
+from vbp.recipes.prune import prune, prune_again
 from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG, SUMMARY
 from vbp.recipes.setup import Job, prepare
 from vbp.refit.refits import check_refits
-from vbp.report.run_report import Measured, RunReport
+from vbp.report.run_report import PLAN, STATISTICS, RunReport
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.processes import process_group
@@ -56,11 +55,12 @@ def run(config: RunConfig) -> RunReport:
         _open(job, log)
         torch.manual_seed(config.seed + processes.rank)
         rehearse(job)
-        pruned, dense = prune(job) if job.found is None else prune_again(job, job.found.state)
+        report, plan, dense = prune(job) if job.found is None else prune_again(job, job.found.state)
         teacher = dense if config.use_kd else None
         del dense  # without distillation its memory is wanted for training
-        best, final = finetune(job, pruned, teacher)
-        report = _report(job, pruned, best, final)
+        best, final = finetune(job, report, plan, teacher)
+        files = {name: str(config.save_dir / name) for name in (*_FILES, ARTIFACT)}
+        report = replace(report, best=best, final=final, seconds=dict(job.seconds), files=files)
         if processes.main:
             _leave(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
@@ -95,32 +95,3 @@ def _leave(config: RunConfig, report: RunReport) -> None:
     from vbp.report.html import write_report  # drawing takes a second to import
 
     _log.info("report: %s", write_report(config.save_dir))
-
-
-def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunReport:
-    folder: Path = job.config.save_dir
-    plan = pruned.plan
-    return RunReport(
-        base=pruned.base,
-        pruned=pruned.pruned,
-        best=best,
-        final=final,
-        uncompensated=pruned.uncompensated,
-        keep_ratio=plan.kept / plan.total if plan.total else 1.0,
-        sites=plan.widths,
-        seconds=job.seconds,
-        images={"calibration": pruned.images, "val": pruned.base.images or 0},
-        convergence=pruned.convergence,
-        budget=pruned.budget,
-        candidates=pruned.candidates,
-        reconstruction=pruned.reconstruction,
-        producers=pruned.producers,
-        stream=pruned.stream,
-        head=pruned.head,
-        latency_batch=pruned.latency_batch,
-        device=str(job.device.type),
-        processes=job.processes.world,
-        versions=installed_versions(),
-        config=job.config.to_dict(),
-        files={name: str(folder / name) for name in (*_FILES, ARTIFACT)},
-    )

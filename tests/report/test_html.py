@@ -20,7 +20,7 @@ from PIL import Image
 from runs import sites, write_run
 
 from vbp import HeadRefit, InputError, ProducerRefit, Site, StreamRefit
-from vbp.report.html import clear_report, markdown_table, write_report
+from vbp.report.html import clear_report, summary_row, write_report
 from vbp.report.run_report import read_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -281,7 +281,7 @@ def test_names_from_users_are_text(tmp_path: Path) -> None:
     assert [row[0] for row in figure(page, "kept_channels").rows] == [site.name for site in found]
     drawn = [text.text for text in figure(page, "kept_channels").all("text")]
     assert HOSTILE in drawn
-    table = markdown_table(read_run(folder).report)
+    table = summary_row(read_run(folder).report)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert "<script" not in table
 

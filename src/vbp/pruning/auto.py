@@ -31,6 +31,7 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.session import counted
+from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 from vbp.statistics.statistics import Statistics
 
@@ -88,9 +89,8 @@ class AutoPlan:
 
     def table(self) -> str:
         """Return the candidates as lines of text."""
-        rows = [f"{'candidate':<24} {'KL on held-back images':>22}"]
-        rows += [f"{one.name:<24} {one.divergence:>22.4f}" for one in self.tried]
-        return "\n".join(rows)
+        rows = [(one.name, f"{one.divergence:.4f}") for one in self.tried]
+        return text_table([("candidate", "KL on held-back images"), *rows])
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:

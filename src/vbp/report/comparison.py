@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from vbp.cost.macs import format_count
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
 from vbp.report.run_report import SUMMARY, RunReport
+from vbp.runtime.tables import format_count, text_table
 
 # These name a run, or are about how it was started: they differ without being a reason for other results.
 _INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
@@ -74,7 +74,9 @@ class Comparison:
             if not blocks or used + _GAP + sizes[column] > width:
                 blocks.append([])
             blocks[-1].append(column)
-        return "\n\n".join("\n".join(_line(row, sizes, block) for row in rows) for block in blocks)
+        return "\n\n".join(
+            text_table([[row[0], *(row[column] for column in block)] for row in rows]) for block in blocks
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
@@ -151,11 +153,6 @@ def _figures(run: RunReport) -> dict[str, Any]:
         "images": dict(run.images),
         "seconds": dict(run.seconds),
     }
-
-
-def _line(row: Sequence[str], sizes: Sequence[int], block: Sequence[int]) -> str:
-    cells = [row[0].ljust(sizes[0]), *(row[column].rjust(sizes[column]) for column in block)]
-    return (" " * _GAP).join(cells).rstrip()
 
 
 def _text(value: Any) -> str:

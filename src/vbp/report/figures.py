@@ -10,11 +10,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vbp.cost.macs import format_count
 from vbp.report.published import PAPER_POINTS, SOURCE
 from vbp.report.run_report import FinishedRun, Measured, RunReport
 from vbp.report.spectrum import short_names, site_errors
 from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
+from vbp.runtime.tables import format_count
 
 
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:

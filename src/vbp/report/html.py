@@ -10,7 +10,6 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from vbp.cost.macs import format_count
 from vbp.errors import OutputError
 from vbp.report.figures import (
     accuracy_against_macs,
@@ -26,6 +25,7 @@ from vbp.report.run_report import FinishedRun, RunReport, read_run
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, write_bytes
+from vbp.runtime.tables import format_count, markdown_table
 
 REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
@@ -70,7 +70,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (markdown_table(run.report) + _loading(folder)).encode())
+    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -100,7 +100,7 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
     return {drawing.name: drawing for drawing in found if drawing is not None}
 
 
-def markdown_table(run: RunReport) -> str:
+def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
     base, pruned, best = run.base, run.pruned, run.best
     tuned = f"{best.top1:.2f}" if best.epoch else "-"
@@ -108,7 +108,7 @@ def markdown_table(run: RunReport) -> str:
     if base.latency_ms and pruned.latency_ms:
         latency = f"{base.latency_ms:.2f} → {pruned.latency_ms:.2f} ms ({run.speedup:.2f}x)"
     cells = {
-        "Model": _markdown_cell(_model_name(run)),
+        "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
         "Top-1 dense": f"{base.top1:.2f}",
         "Pruned": f"{pruned.top1:.2f}",
@@ -117,12 +117,7 @@ def markdown_table(run: RunReport) -> str:
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": latency,
     }
-    lines = [cells.keys(), ["---"] * len(cells), cells.values()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    return markdown_table([*cells], [[*cells.values()]])
 
 
 def _model_name(run: RunReport) -> str:
@@ -144,7 +139,7 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
         missing=_MISSING,
         candidates=[(one["name"], f"{one['divergence']:.4f}") for one in run.candidates],
         artefacts=artefacts,
-        markdown=markdown_table(run),
+        markdown=summary_row(run),
         seconds=[(stage, f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
         settings=[(name, _setting(value)) for name, value in run.config.items()],
     )

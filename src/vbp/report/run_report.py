@@ -9,12 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from vbp.cost.macs import format_count
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -256,10 +256,9 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        rows = [(label, self.models[name]) for name, label in self.steps.items()]
-        width = max(len(label) for label, _ in rows)
-        heading = f"{'':<{width}}  {'top-1 %':>8}  {'top-5 %':>8}  {'MACs':>9}  {'params':>9}  {'latency':>10}"
-        lines = [heading, *(_row(label, model, width) for label, model in rows)]
+        rows = [_cells(label, self.models[name]) for name, label in self.steps.items()]
+        heading = ("", "top-1 %", "top-5 %", "MACs", "params", "latency")
+        lines = [text_table([heading, *rows], widths=(0, 8, 8, 9, 9, 10))]
         ratio = f"kept {self.keep_ratio:.1%} of the hidden channels"
         speed = ""
         if self.speedup is not None:
@@ -295,12 +294,10 @@ class _Details:
     sentences: tuple[str, ...]
 
 
-def _row(label: str, model: Measured, width: int) -> str:
+def _cells(label: str, model: Measured) -> tuple[str, ...]:
     latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
-    return (
-        f"{label:<{width}}  {model.top1:>8.2f}  {model.top5:>8.2f}  {format_count(model.macs):>9}  "
-        f"{format_count(model.params):>9}  {latency:>10}"
-    )
+    accuracy = (f"{model.top1:.2f}", f"{model.top5:.2f}")
+    return (label, *accuracy, format_count(model.macs), format_count(model.params), latency)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.tables import text_table
 
 Compensation = Literal["none", "mean", "refit"]
 
@@ -69,6 +70,5 @@ class PlanChoice:
 
     def table(self) -> str:
         """Return the candidates as lines of text."""
-        rows = [f"{'candidate':<24} {'KL on held-out images':>22}"]
-        rows += [f"{one.name:<24} {one.divergence:>22.4f}" for one in self.tried]
-        return "\n".join(rows)
+        rows = [(one.name, f"{one.divergence:.4f}") for one in self.tried]
+        return text_table([("candidate", "KL on held-out images"), *rows])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from vbp.cost.macs import count_macs, count_parameters, format_count
+from vbp.cost.macs import count_macs, count_parameters
 from vbp.cost.timing import measure_latency_ms
 from vbp.recipes.setup import Job, latency_batch
 from vbp.report.run_report import Measured
 from vbp.runtime.memory import out_of_memory
+from vbp.runtime.tables import format_count
 from vbp.training.evaluate import evaluate
 
 

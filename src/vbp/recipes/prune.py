@@ -19,12 +19,11 @@ from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PruningPlan
 from vbp.recipes.setup import Job, latency_batch
+from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.statistics.evidence import Evidence, EvidenceReader
 
 _log = logging.getLogger(__name__)
-
-STATISTICS, PLAN = "statistics.safetensors", "plan.json"
 
 # A plan of another size than was searched for, by more than this share of the channels, is searched for again.
 _NEAR = 0.02

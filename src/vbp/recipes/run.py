@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -110,7 +111,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
     return pruned, choice.plan, report
 
 
-def _restore(job: Job, state: dict[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:
+def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:
     """Bring a copy of the dense model to where a checkpoint was written; the rest as `_prune`."""
     plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
     pruned = copy.deepcopy(job.dense)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal
+from typing import Final, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from vbp.statistics.mlp_samples import MLPSamples
 _log = logging.getLogger(__name__)
 
 Toggle = Literal["auto", "on", "off"]
+Refit = Literal["producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
@@ -77,27 +78,31 @@ class Refits:
             InputError: What is `on` has no such MLP, stream or last layer, or too few images.
         """
         self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
-        toggles = {"producers": producers, "stream": stream, "head": head}
-        self._wanted = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
+        toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
+        self._wanted: set[Refit] = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
         if self._wanted:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
 
-    def refit_(self, pruned: nn.Module) -> RefitReport:
+    def refit_(self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit)) -> RefitReport:
         """Refit a pruned model, in place.
+
+        Args:
+            pruned: After `prune_`, on the dense model's device.
+            only: Of those that are wanted and possible, the ones to do.
 
         Raises:
             InputError: No image can be read, or a value is not finite.
         """
-        producers, stream, head = None, None, None
+        producers, stream, head, wanted = None, None, None, self._wanted & {*only}
         with out_of_memory("calibration"):
-            if "producers" in self._wanted:
+            if "producers" in wanted:
                 producers = refit_producers_(pruned, self._samples)
                 _log.info("%s", producers.sentence())
-            if "stream" in self._wanted:
+            if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
                 stream = refit_stream_(pruned, self._sites, others, self._judge, draws=others.probes)
                 _log.info("%s", stream.sentence())
-            if "head" in self._wanted:
+            if "head" in wanted:
                 head = refit_head_(pruned, self._reference)
                 _log.info("%s", head.sentence())
         return RefitReport(producers, stream, head)
@@ -121,7 +126,7 @@ class Refits:
         judging = min(HELD_OUT_IMAGES, len(self._images) // _ONE_IN)
         return range(judging, judging + REFIT_IMAGES)
 
-    def _possible(self, name: str, toggle: Toggle) -> bool:
+    def _possible(self, name: Refit, toggle: Toggle) -> bool:
         check, what = _CHECKS[name]
         if toggle == "off":
             return False
@@ -197,7 +202,7 @@ def _check_head(dense: nn.Module, sites: Sequence[Site], example: Tensor, images
 
 
 # By refit: what must hold, and what is said of it where it does not.
-_CHECKS: Final[Mapping[str, tuple[Callable[[nn.Module, Sequence[Site], Tensor, int], None], str]]] = {
+_CHECKS: Final[Mapping[Refit, tuple[Callable[[nn.Module, Sequence[Site], Tensor, int], None], str]]] = {
     "producers": (_check_producers, "the producers stay as they are"),
     "stream": (_check_stream, "the residual stream stays as it is"),
     "head": (_check_head, "the last layer stays as it is"),

@@ -14,7 +14,6 @@ from vbp import InputError, Statistics, collect_statistics, find_sites
 from vbp.method.sampling import Draws, TokenSample
 from vbp.runtime.forward import logits_of
 from vbp.sites.site import Site
-from vbp.statistics import fisher as module
 
 
 def collect(model: nn.Module, batches: list[Tensor], draws: Draws = Draws()) -> Statistics:  # noqa: B008
@@ -60,12 +59,11 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
         torch.testing.assert_close(one.outputs, outputs, rtol=1e-8, atol=1e-8 * float(outputs.abs().max()))
 
 
-def test_the_sketch_has_the_gradients_product_as_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sketch_has_the_gradients_product_as_its_mean() -> None:
     family = FAMILIES["timm-vit"]
     model, images = randomise_(family.build()).double().eval(), family.example(1)
     sites = find_sites(model, images)
-    monkeypatch.setattr(module, "_INPUT_COLUMNS", 20_000)
-    found = collect(model, [images]).sensitivities[sites[0].name]
+    found = collect(model, [images], Draws(input_columns=20_000)).sensitivities[sites[0].name]
     classes = logits_of(model(images)).shape[1]
     gradient = weight_gradients(model, sites, images, Draws().of(0, 1, classes, 1, 1)[0])[0]
     exact = gradient.T @ gradient

@@ -138,10 +138,6 @@ def priority_sample(
     return places, torch.maximum(sizes.gather(1, places), first.values[:, count:])
 
 
-# Columns of the sketches that estimate the input and the output metric.
-_INPUT_COLUMNS, _OUTPUT_COLUMNS = 8, 32
-
-
 @dataclass(frozen=True)
 class Draws:
     """The random numbers of an image: a matter of the seed and its number alone, not of batch size and process.
@@ -151,12 +147,16 @@ class Draws:
         first: Number of the first image that this process reads.
         step: Distance between its images: the number of processes, if they share the images by stride.
         block: As for `image_number`, if whole batches are dealt out; the step is then between these.
+        input_columns: Columns of the sketch that estimates the input metric.
+        output_columns: Columns of the sketch that estimates the output metric.
     """
 
     seed: int = 0
     first: int = 0
     step: int = 1
     block: int = 1
+    input_columns: int = 8
+    output_columns: int = 32
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -173,8 +173,8 @@ class Draws:
             number = self.number(image)
             generator = np.random.default_rng((self.seed, 1, number))
             noise.append(generator.standard_normal(classes, dtype=np.float32))
-            left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
-            right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
+            left.append(generator.standard_normal((outputs, self.input_columns), dtype=np.float32))
+            right.append(generator.standard_normal((hidden, self.output_columns), dtype=np.float32))
         return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
 
     def number(self, image: int) -> int:

@@ -7,16 +7,17 @@ consumer's output must arrive in the output of a module around it, unchanged but
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.site import Site
 
@@ -67,20 +68,13 @@ class _Outputs:
         self.of: dict[str, Tensor] = {}
         self.order: list[str] = []
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for name in self._names:
-                hooks.callback(self._model.get_submodule(name).register_forward_hook(self._hook_of(name)).remove)
-            yield
+    def watched(self) -> AbstractContextManager[None]:
+        return hooked([(self._model.get_submodule(name), partial(self._record, name)) for name in self._names])
 
-    def _hook_of(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.order.append(name)
-            if (values := first_tensor(output)) is not None:
-                self.of[name] = values.clone()  # some models add to it in place
-
-        return hook
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.order.append(name)
+        if (values := first_tensor(output)) is not None:
+            self.of[name] = values.clone()  # some models add to it in place
 
 
 def _ancestors(name: str) -> list[str]:
@@ -101,12 +95,8 @@ def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], 
     generator = torch.Generator().manual_seed(0)
     disturbance = (size * torch.randn(given.shape, generator=generator)).to(given)
     disturbed = _Outputs(model, set(around))
-    handle = consumer.register_forward_hook(lambda module, args, output: output + disturbance)
-    try:
-        with disturbed.watched():
-            model(example)
-    finally:
-        handle.remove()
+    with hooked([(consumer, lambda module, args, output: output + disturbance)]), disturbed.watched():
+        model(example)
     for name in around:
         for place in (-1, -3):
             gain = _gain(clean.of[name], disturbed.of[name], rows(disturbance, dim, images), place)

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance, CovarianceSum
 from vbp.method.moments import ChannelMoments, channel_moments
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
-from vbp.runtime.forward import evaluation_mode, frozen, logits_of
+from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 from vbp.statistics.fisher import SensitivitySums
@@ -42,21 +41,21 @@ class Observer:
         if self._sampler is not None and self.covariance is not None:
             self.covariance.add_(self._sampler.draw(rows))
 
-    def watch_input(self, layer: nn.Module) -> RemovableHandle:
-        """See what a layer reads from now on."""
+    def of_input(self) -> Hook:
+        """Return a hook before a layer that shows what the layer reads."""
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             self.see(args[0].movedim(channel_dim(module), -1))
 
-        return layer.register_forward_pre_hook(hook)
+        return hook
 
-    def watch_output(self, layer: nn.Module, first: int, channels: int) -> RemovableHandle:
-        """See some of the channels that a layer makes from now on."""
+    def of_output(self, first: int, channels: int) -> Hook:
+        """Return a hook after a layer that shows some of the channels that the layer makes."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             self.see(output.movedim(channel_dim(module), -1)[..., first : first + channels])
 
-        return layer.register_forward_hook(hook)
+        return hook
 
 
 @contextmanager
@@ -64,22 +63,22 @@ def _observing(
     model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: SensitivitySums | None
 ) -> Iterator[dict[str, Observer]]:
     observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
-    handles = []
+    read, made = [], []
     for site in sites:
         if site.kind == "query_key":
             for name, (layer, first) in zip(observed_names(site), site.rows, strict=True):
-                handles.append(observers[name].watch_output(model.get_submodule(layer), first, site.hidden))
+                made.append((model.get_submodule(layer), observers[name].of_output(first, site.hidden)))
         else:
-            handles.append(observers[site.name].watch_input(model.get_submodule(site.consumer)))
-    try:
-        if sums is not None:
-            handles += sums.watch(model)
-        # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
-        with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
-            yield observers
-    finally:
-        for handle in handles:
-            handle.remove()
+            read.append((model.get_submodule(site.consumer), observers[site.name].of_input()))
+    # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
+    with (
+        nullcontext() if sums is None else sums.watching(model),
+        hooked(made, before=read),
+        evaluation_mode(model),
+        frozen(model),
+        torch.set_grad_enabled(sums is not None),
+    ):
+        yield observers
 
 
 def _show(model: nn.Module, pixels: Tensor, sums: SensitivitySums | None, observers: Collection[Observer]) -> None:

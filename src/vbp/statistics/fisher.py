@@ -8,17 +8,19 @@ its product with itself k hidden^2 an image: next to nothing beside the backward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
 from vbp.method.fisher import HALF_SCALE, SiteSensitivity, fisher_direction
-from vbp.method.sampling import _INPUT_COLUMNS, _OUTPUT_COLUMNS, Draws
+from vbp.method.sampling import Draws
+from vbp.runtime.forward import hooked
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 
@@ -34,25 +36,21 @@ class SensitivitySums:
         self._sums: dict[str, SiteSensitivity] = {}
         self._open = False
 
-    def watch(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hold on to what each consumer reads and gives from now on, until `see`.
+    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Hold on to what each consumer reads and returns while the body runs, from each forward pass until `see`.
 
         Raises:
             InputError: A consumer reads more than single positions; nothing is hooked then.
         """
-        for site in self._sites:
-            check_single_positions(site, model.get_submodule(site.consumer))
+        consumers = [(site, model.get_submodule(site.consumer)) for site in self._sites]
+        for site, consumer in consumers:
+            check_single_positions(site, consumer)
         self._open = True
-        return [self._watch(site, model.get_submodule(site.consumer)) for site in self._sites]
+        return hooked([(consumer, partial(self._record, site.name)) for site, consumer in consumers])
 
-    def _watch(self, site: Site, consumer: nn.Module) -> RemovableHandle:
-        dim = channel_dim(consumer)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._open:  # gradient checkpointing runs layers again during the backward pass
-                self._seen[site.name] = args[0].detach(), output, dim
-
-        return consumer.register_forward_hook(hook)
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._open:  # gradient checkpointing runs layers again during the backward pass
+            self._seen[name] = args[0].detach(), output, channel_dim(module)
 
     def see(self, logits: Float[Tensor, "images classes"]) -> None:
         """Take in the batch whose logits these are; nothing waits for the device.
@@ -100,9 +98,9 @@ class SensitivitySums:
         with torch.autocast(rows.device.type, enabled=False):
             centred = F.pad(rows - sums.pivot.to(rows.dtype), (0, 1), value=1.0)
             sketch = (slopes @ left[:, :out].to(rows.dtype)).transpose(1, 2) @ centred
-            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / _INPUT_COLUMNS)
+            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / left.shape[-1])
             sketch = (centred[..., :-1] @ right[:, :hidden].to(rows.dtype)).transpose(1, 2) @ slopes
-            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / _OUTPUT_COLUMNS)
+            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
         self._sums[name] = SiteSensitivity(sums.images + len(rows), sums.pivot, sums.inputs, sums.outputs)
 
     def take(self) -> dict[str, SiteSensitivity]:

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
 from vbp.method.mean_shift import grouped_mean_shift
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.torch_pruning.graph import Coupling
 from vbp.torch_pruning.means import ChannelMeans
 
@@ -137,23 +137,17 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
         calls[module] = calls.get(module, 0) + 1
         written[id(output)] = (module, output)  # the tensor is kept alive, so that its id is its own
 
-    def reads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def reads(module: nn.Module, args: tuple[Tensor, ...], kwargs: object) -> None:
         calls[module] = calls.get(module, 0) + 1
         if args and id(args[0]) in written and isinstance(module, _BatchNorm):
             readers[written[id(args[0])][0]] = module
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            handles.append(module.register_forward_hook(wrote))
-        elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(reads))
-    try:
+    layers = [
+        (module, wrote) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    norms = [(module, reads) for module in model.modules() if isinstance(module, _BatchNorm)]
+    with hooked(layers, before=norms):
         yield following
-    finally:
-        for handle in handles:
-            handle.remove()
-        written.clear()
     following.update({layer: norm for layer, norm in readers.items() if calls[layer] == calls[norm] == 1})
 
 

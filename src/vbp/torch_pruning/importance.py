@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.moments import ChannelMoments, channel_moments
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.torch_pruning.graph import (
     Coupling,
     Edge,
@@ -68,15 +68,11 @@ def observe(
     """
     inputs = {layer: _Moments(layer) for layer in consumers}
     targets = {layer: _Moments(layer, function) for layer, function in outputs.items()}
-    handles = [layer.register_forward_pre_hook(seen.before, with_kwargs=True) for layer, seen in inputs.items()]
-    handles += [layer.register_forward_hook(seen.after) for layer, seen in targets.items()]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for batch in images:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    read = [(layer, seen.before) for layer, seen in inputs.items()]
+    made = [(layer, seen.after) for layer, seen in targets.items()]
+    with hooked(made, before=read), evaluation_mode(model), torch.no_grad():
+        for batch in images:
+            model(batch)
     return _finished(inputs, names), _finished(targets, names)
 
 

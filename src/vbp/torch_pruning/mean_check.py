@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
 from vbp.method.moments import ChannelMoments, channel_moments
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.torch_pruning.graph import Coupling, channel_axis
 from vbp.torch_pruning.means import without
 
@@ -56,6 +56,7 @@ class MeanCheck:
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._before: dict[nn.Module, ChannelMoments] = {}
         self._readers: set[nn.Module] = set()
+        # A handle, not `hooked`: it outlives this call, and is copied with the model.
         self._handle = model.register_forward_pre_hook(self._reference, with_kwargs=True)
 
     def ensure_reference(self) -> None:
@@ -118,9 +119,5 @@ class MeanCheck:
             seen[layer] = seen[layer].merge(moments) if layer in seen else moments
 
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        handles = [layer.register_forward_hook(record) for layer in layers]
-        try:
+        with hooked((layer, record) for layer in layers):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -18,7 +18,7 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.pruner import function
 
 from vbp.errors import InputError
-from vbp.pruning.surgery import cut_layer_norm_
+from vbp.pruning.cutting import keep_channels_
 
 _log = logging.getLogger(__name__)
 
@@ -120,10 +120,14 @@ def correct_graph_(graph: Any) -> None:
 
 
 class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
-    """Keeps the order of the channels that stay; see `cut_layer_norm_`."""
+    """Keeps the order of the channels that stay.
+
+    Torch-Pruning 1.6.1 takes them in the order of a Python set: where few are left, it permutes weight and bias.
+    """
 
     def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
-        cut_layer_norm_(layer, idxs)
+        removed = set(idxs)
+        keep_channels_(layer, [index for index in range(layer.normalized_shape[-1]) if index not in removed])
         return layer
 
     prune_in_channels = prune_out_channels

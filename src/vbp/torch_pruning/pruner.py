@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.torch_pruning.attention import HeadChange, refresh_attention_
+from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.torch_pruning.compensate import compensate_, only_read_by_norm, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
@@ -298,7 +298,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self._mean_check is not None:
             self._mean_check.cut_(coupling)
         if attention is not None:
-            refresh_attention_(self.model, attention)
+            update_attributes_(self.model, attention)
             for name in attention.layers:
                 layer = self.model.get_submodule(name)
                 self.num_heads[layer] = self.out_channel_groups[layer] = attention.heads_left

@@ -39,7 +39,7 @@ from vbp.pruning.divergence import HeldBack
 from vbp.recipes.config import COVARIANCE_TOKENS
 from vbp.refit.head import DenseAnswers, refit_head_
 from vbp.runtime.forward import hooked
-from vbp.statistics.collect import Observer
+from vbp.statistics.collect import Observer, rows_of
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
 from vbp.statistics.statistics import Statistics
@@ -104,12 +104,12 @@ class Collected:
         before = {site.name: Observer() for site in sites}
         more = {share: {site.name: Observer(one) for site in sites} for share, one in self._samplers.items()}
         made = [
-            (model.get_submodule(layer), before[site.name].of_output(first, site.hidden))
+            (module, before[site.name].of_output(rows_of(module, first, site.hidden)))
             for site in sites
-            for layer, first in site.rows
+            for module, first in ((model.get_submodule(layer), first) for layer, first in site.rows)
         ]
         read = [
-            (model.get_submodule(site.consumer), observers[site.name].of_input())
+            (model.get_submodule(site.consumer), observers[site.name].of_input)
             for observers in more.values()
             for site in sites
         ]

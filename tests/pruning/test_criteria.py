@@ -220,7 +220,7 @@ def test_needs_are_named_and_their_lack_refused() -> None:
     with pytest.raises(InputError, match=r"criterion must be one of auto, variance, .*, got 'vraiance'"):
         needs_of(["vraiance"])
     model, images, sites = _case("timm-vit")
-    with pytest.raises(InputError, match=r"criterion auto makes plans, not scores.*call vbp\.auto\.auto_plan"):
+    with pytest.raises(InputError, match=r"criterion auto makes plans, not scores.*call vbp\.auto_plan"):
         criterion_scores("auto", model, sites, Evidence())
     means = Evidence(collect_statistics(model, sites, [images]))
     for criterion, evidence, missing in (

@@ -61,6 +61,19 @@ class ChannelMoments:
         return ChannelMoments(self.count, self.mean.to(device), self.m2.to(device))
 
 
+class RunningMoments:
+    """Moments of all values seen so far; None before the first."""
+
+    def __init__(self) -> None:
+        self.moments: ChannelMoments | None = None
+
+    def add_(self, values: Float[Tensor, "... hidden"]) -> None:
+        """Take in values, channels last."""
+        seen = self.moments
+        batch = channel_moments(values, None if seen is None else seen.mean)
+        self.moments = batch if seen is None else seen.merge(batch)
+
+
 def channel_moments(
     values: Float[Tensor, "... hidden"], shift: Float[Tensor, "hidden"] | None = None
 ) -> ChannelMoments:

@@ -161,6 +161,10 @@ def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
         layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         return
     assert isinstance(bias, nn.Parameter)
+    add_in_float64_(bias, shift)
+
+
+def add_in_float64_(values: Tensor, shift: Tensor) -> None:
+    """Add to a parameter or buffer with one rounding to its own precision, not two."""
     with torch.no_grad():
-        # One rounding to the bias's own precision, not two.
-        bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))
+        values.copy_((values.double() + shift.to(values.device)).to(values.dtype))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance, CovarianceSum
-from vbp.method.moments import ChannelMoments, channel_moments
+from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
@@ -21,11 +21,11 @@ from vbp.statistics.fisher import SensitivitySums
 from vbp.statistics.statistics import Statistics, observed_names
 
 
-class Observer:
+class Observer(RunningMoments):
     """Moments of all values that it is shown, and the covariance of a sample of them if it is given a sampler."""
 
     def __init__(self, sampler: TokenSampler | None = None) -> None:
-        self.moments: ChannelMoments | None = None
+        super().__init__()
         self.covariance = None if sampler is None else CovarianceSum()
         self._sampler = sampler
         self.paused = False
@@ -35,27 +35,22 @@ class Observer:
         if self.paused:
             return
         rows = values.detach().reshape(-1, values.shape[-1])
-        seen = self.moments
-        batch = channel_moments(rows, None if seen is None else seen.mean)
-        self.moments = batch if seen is None else seen.merge(batch)
+        self.add_(rows)
         if self._sampler is not None and self.covariance is not None:
             self.covariance.add_(self._sampler.draw(rows))
 
-    def of_input(self) -> Hook:
-        """Return a hook before a layer that shows what the layer reads."""
+    def of_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in what a layer reads: a hook before the layer."""
+        self.see((args[0] if args else next(iter(kwargs.values()))).movedim(channel_dim(layer), -1))
 
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            self.see(args[0].movedim(channel_dim(module), -1))
+    def of_output(self, part: Callable[[Tensor], Tensor]) -> Hook:
+        """Return a hook after a layer that takes in a part, or another function, of what the layer returns."""
+        return lambda layer, args, output: self.see(part(output).movedim(channel_dim(layer), -1))
 
-        return hook
 
-    def of_output(self, first: int, channels: int) -> Hook:
-        """Return a hook after a layer that shows some of the channels that the layer makes."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.see(output.movedim(channel_dim(module), -1)[..., first : first + channels])
-
-        return hook
+def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that takes some of a layer's channels out of what the layer returns."""
+    return lambda output: output.narrow(channel_dim(layer), first, channels)
 
 
 @contextmanager
@@ -67,9 +62,10 @@ def _observing(
     for site in sites:
         if site.kind == "query_key":
             for name, (layer, first) in zip(observed_names(site), site.rows, strict=True):
-                made.append((model.get_submodule(layer), observers[name].of_output(first, site.hidden)))
+                module = model.get_submodule(layer)
+                made.append((module, observers[name].of_output(rows_of(module, first, site.hidden))))
         else:
-            read.append((model.get_submodule(site.consumer), observers[site.name].of_input()))
+            read.append((model.get_submodule(site.consumer), observers[site.name].of_input))
     # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
     with (
         nullcontext() if sums is None else sums.watching(model),

@@ -21,7 +21,8 @@ from vbp.errors import InputError
 from vbp.method.fisher import HALF_SCALE, SiteSensitivity, fisher_direction
 from vbp.method.sampling import Draws
 from vbp.runtime.forward import hooked
-from vbp.sites.layers import channel_dim
+from vbp.runtime.precision import in_float32
+from vbp.sites.layers import channel_dim, rows
 from vbp.sites.site import Site
 
 
@@ -77,17 +78,17 @@ class SensitivitySums:
         finally:
             self._open = True
         for (name, (h, _, dim)), gradient in zip(self._seen.items(), gradients, strict=True):
-            rows = _by_image(name, h.movedim(dim, -1), images)
-            slopes = _by_image(name, gradient.movedim(dim, -1), images) / scale
-            self._add_(name, rows, slopes, left, right)
+            _check_positions(name, h, dim, images)
+            read, slopes = (in_float32(rows(values, dim, images)) for values in (h, gradient))
+            self._add_(name, read, slopes / scale, left, right)
         self._images += images
         self._seen.clear()
 
-    def _add_(self, name: str, rows: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
-        out, hidden = slopes.shape[-1], rows.shape[-1]
+    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
+        out, hidden = slopes.shape[-1], read.shape[-1]
         if name not in self._sums:
-            zero = rows.new_zeros((), dtype=torch.float64)
-            pivot = self._pivots[name].to(rows.device) if name in self._pivots else rows.mean((0, 1))
+            zero = read.new_zeros((), dtype=torch.float64)
+            pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
             self._sums[name] = SiteSensitivity(
                 0,
                 pivot.double(),
@@ -95,13 +96,13 @@ class SensitivitySums:
                 zero.expand(out, out).clone(),
             )
         sums = self._sums[name]
-        with torch.autocast(rows.device.type, enabled=False):
-            centred = F.pad(rows - sums.pivot.to(rows.dtype), (0, 1), value=1.0)
-            sketch = (slopes @ left[:, :out].to(rows.dtype)).transpose(1, 2) @ centred
+        with torch.autocast(read.device.type, enabled=False):
+            centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
+            sketch = (slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred
             sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / left.shape[-1])
-            sketch = (centred[..., :-1] @ right[:, :hidden].to(rows.dtype)).transpose(1, 2) @ slopes
+            sketch = (centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes
             sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
-        self._sums[name] = SiteSensitivity(sums.images + len(rows), sums.pivot, sums.inputs, sums.outputs)
+        self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
     def take(self) -> dict[str, SiteSensitivity]:
         """Return the sums by site name, on the CPU, symmetric to the last bit.
@@ -139,15 +140,12 @@ def check_single_positions(site: Site, consumer: nn.Module) -> None:
         )
 
 
-def _by_image(name: str, values: Float[Tensor, "..."], images: int) -> Float[Tensor, "images positions channels"]:
-    """Return values, channels last, image by image, in float32 or better."""
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    if (values.numel() // values.shape[-1]) % images:
+def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:
+    if values.numel() // values.shape[dim] % images:
         raise InputError(
             f"what reaches site {name} must hold as many positions for each image, got shape {tuple(values.shape)} "
             f"for {images} images; rank these channels by variance instead"
         )
-    return values.reshape(images, -1, values.shape[-1])
 
 
 def _gram(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns columns"]:

@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
 from vbp.method.mean_shift import grouped_mean_shift
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.torch_pruning.graph import Coupling
 from vbp.torch_pruning.means import ChannelMeans
@@ -100,25 +100,9 @@ def compensate_(
         norm = following.get(layer)
         if layer.bias is None and norm is not None:
             if norm.running_mean is not None:
-                _subtract_(norm.running_mean, shift)
+                add_in_float64_(norm.running_mean, -shift)
         else:
-            _add_to_bias_(layer, shift)
-
-
-def _add_to_bias_(layer: nn.Module, shift: Float[Tensor, "out"]) -> None:
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    if bias is None:
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        return
-    assert isinstance(bias, Tensor)
-    _subtract_(bias, -shift)
-
-
-def _subtract_(values: Tensor, shift: Float[Tensor, "out"]) -> None:
-    with torch.no_grad():
-        # One rounding to the tensor's own precision, not two.
-        values.copy_(values.double() - shift.to(values.device))
+            add_to_bias_(layer, shift)
 
 
 @contextmanager

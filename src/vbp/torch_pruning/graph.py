@@ -251,16 +251,6 @@ class Coupling:
     opaque: tuple[str, ...]
 
 
-def input_width(layer: nn.Module) -> int:
-    """Return the number of input channels of a `Linear` or a convolution."""
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Return the dimension of the channels in the input and output of a `Linear` or a convolution, from the end."""
-    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # type: ignore[arg-type]
-
-
 def read_group(group: Any) -> Coupling:
     """Read a `tp.dependency.Group`, whole or cut down to some channels."""
     graph = group._DG

@@ -93,7 +93,7 @@ class Collected:
         # What the moments are called does not tell where they were taken: the library knows none of these.
         self.before = replace(self.all, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
         self.by_tokens = {options.covariance_tokens: self.all} | {
-            share: replace(self.all, covariances={name: one.covariance.take() for name, one in found.items()})  # type: ignore[union-attr, misc]
+            share: replace(self.all, covariances={name: one.covariance.finish() for name, one in found.items()})  # type: ignore[union-attr, misc]
             for share, found in more.items()
         }
 
@@ -136,7 +136,7 @@ class Collected:
     def _seen(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self._options.batch_size
         batches = zip(self.pixels[start:stop].split(size), self._labels[start:stop].split(size), strict=True)
-        for batch in batches if self._gradients is None else self._gradients.seen_on_the_way(batches):
+        for batch in batches if self._gradients is None else self._gradients.tee(batches):
             for sampler in self._samplers.values():
                 sampler.begin(len(batch[1]))
             yield batch

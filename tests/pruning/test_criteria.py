@@ -162,7 +162,7 @@ def test_statistics_and_gradients_share_a_reading_and_do_not_see_each_other() ->
             yield images[start : start + 2], LABELS[start : start + 2]
 
     running = GradientSum(model, sites)
-    statistics = collect_statistics(model, sites, running.seen_on_the_way(batches()))
+    statistics = collect_statistics(model, sites, running.tee(batches()))
     assert read == [0, 2]
     alone = collect_statistics(model, sites, batches())
     for name, moments in alone.moments.items():

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
 from vbp.cost.timing import Turn, time_in_turns
-from vbp.method.allocation import Bounds
+from vbp.method.allocation import AllowedWidths
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
@@ -300,7 +300,7 @@ def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]
     size = first.hidden // first.heads
     widths = {}
     for share in _SHARES:
-        count = min(Bounds.of(size, round_to, 0.0).counts, key=lambda count: abs(count - size * share))
+        count = min(AllowedWidths.of(size, round_to, 0.0).counts, key=lambda count: abs(count - size * share))
         if round_to == 1 and first.kind == "mlp" and count % 2 == 0:
             count -= 1
         if count < size:

@@ -8,11 +8,7 @@ from torch import nn
 
 # The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
 _HEADS = ("num_heads", "num_attention_heads")
-
-
 _PER_HEAD = ("head_dim", "attention_head_size", "head_size", "dim_head")
-
-
 _ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
 
 

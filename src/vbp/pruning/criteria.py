@@ -113,7 +113,6 @@ Criterion = Literal[
     "auto", "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
 ]  # fmt: skip
 
-
 Scores = dict[str, Float[Tensor, "hidden"]]
 
 
@@ -184,13 +183,13 @@ def _rule(name: str) -> _Rule:
 
 
 def _elimination(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    """Deal the scores of the output's variance out again within each site, in the order of elimination."""
+    """Return the scores of the output's variance, permuted within each site to the order of elimination."""
     statistics = _statistics(evidence)
     scores = output_variance_scores(model, sites, statistics)
     for name, found in eliminations(model, sites, statistics, ridge=evidence.ridge).items():
-        dealt = torch.empty_like(scores[name], dtype=torch.float64)
-        dealt[found.order] = strictly_rising(scores[name].double().sort().values)
-        scores[name] = dealt
+        permuted = torch.empty_like(scores[name], dtype=torch.float64)
+        permuted[found.order] = strictly_rising(scores[name].double().sort().values)
+        scores[name] = permuted
     return scores
 
 

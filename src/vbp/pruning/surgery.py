@@ -38,9 +38,9 @@ def prune_(
         means: Site name -> mean of each channel: what a removed channel contributed on average moves into the
             consumer's bias. Without them nothing is compensated.
         covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
-            refitted so that they also give what the removed ones would have given, and the queries of an attention
+            refitted to predict what the removed ones would have contributed, and the queries of an attention
             that loses query/key channels. They need means, too.
-        ridge: How much the refit is held back, as a share of each kept channel's variance.
+        ridge: How much the refit is regularised, as a share of each kept channel's variance.
 
     Returns:
         With covariances, the error at each site's consumer that mean shift would have left and that the refit leaves,

@@ -58,7 +58,7 @@ def input_channels(layer: nn.Module) -> int:
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return a module's output, or the first of several: what the others are for, its own library knows."""
+    """Return a module's output, or the first of several; None if that is no tensor."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None

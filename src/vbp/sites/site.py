@@ -17,8 +17,6 @@ from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.tracer import trace_model
 
 _log = logging.getLogger(__name__)
-
-
 SiteKind = Literal["mlp", "value", "query_key"]
 
 

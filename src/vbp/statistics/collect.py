@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.covariance import ChannelCovariance, CovarianceSum
+from vbp.method.covariance import ChannelCovariance, RunningCovariance
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
-from vbp.statistics.fisher import SensitivitySums
+from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import Statistics, observed_names
 
 
@@ -26,7 +26,7 @@ class Observer(RunningMoments):
 
     def __init__(self, sampler: TokenSampler | None = None) -> None:
         super().__init__()
-        self.covariance = None if sampler is None else CovarianceSum()
+        self.covariance = None if sampler is None else RunningCovariance()
         self._sampler = sampler
         self.paused = False
 
@@ -55,7 +55,7 @@ def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], T
 
 @contextmanager
 def _observing(
-    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: SensitivitySums | None
+    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: FisherCollector | None
 ) -> Iterator[dict[str, Observer]]:
     observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
     read, made = [], []
@@ -77,7 +77,7 @@ def _observing(
         yield observers
 
 
-def _show(model: nn.Module, pixels: Tensor, sums: SensitivitySums | None, observers: Collection[Observer]) -> None:
+def _show(model: nn.Module, pixels: Tensor, sums: FisherCollector | None, observers: Collection[Observer]) -> None:
     if sums is None:
         model(pixels)
         return
@@ -124,7 +124,7 @@ def collect_statistics(
     target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
-    sums = None if sensitivity is None else SensitivitySums(sites, sensitivity, pivots)
+    sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
     images = 0
     with _observing(model, sites, sampler, sums) as observers:
         for batch in batches:
@@ -141,7 +141,7 @@ def collect_statistics(
         if observer.covariance is not None:
             covariances[name] = _finite_covariance(name, observer.covariance)
     fraction = sample.fraction if covariance else 1.0
-    found = {} if sums is None else sums.take()
+    found = {} if sums is None else sums.finish()
     return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, found)
 
 
@@ -153,8 +153,8 @@ def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:
     return found
 
 
-def _finite_covariance(name: str, running: CovarianceSum) -> ChannelCovariance:
-    taken = running.take()
+def _finite_covariance(name: str, running: RunningCovariance) -> ChannelCovariance:
+    taken = running.finish()
     assert taken is not None
     found = taken.to("cpu")
     # Products of large values overflow before the values themselves do.

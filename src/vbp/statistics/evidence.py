@@ -112,7 +112,7 @@ class EvidenceReader:
                 return None
             seen: Iterable[tuple[Tensor, Tensor]] = bar(self._job, loader, "calibration")
             if self._gradients is not None:
-                seen = self._gradients.seen_on_the_way(seen)
+                seen = self._gradients.tee(seen)
             if self._needs & FROM_STATISTICS:
                 return self._collect(seen, part)
             for _ in seen:

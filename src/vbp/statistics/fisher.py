@@ -1,4 +1,4 @@
-"""Collect sensitivities: one backward pass a batch, from the model's own answers; weight gradients are sketched.
+"""Collect sensitivities: one backward pass a batch, from the model's own predictions; weight gradients are sketched.
 
 Neither the G_i of `vbp.method.fisher` nor their products are ever formed. For a matrix R of k columns of independent
 standard normal numbers, G_i' R R' G_i / k has the mean G_i' G_i. R' G_i costs k (out + hidden) multiply-adds a token,
@@ -18,7 +18,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.fisher import HALF_SCALE, SiteSensitivity, fisher_direction
+from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
 from vbp.method.sampling import Draws
 from vbp.runtime.forward import hooked
 from vbp.runtime.precision import in_float32
@@ -26,7 +26,7 @@ from vbp.sites.layers import channel_dim, rows
 from vbp.sites.site import Site
 
 
-class SensitivitySums:
+class FisherCollector:
     """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
     def __init__(self, sites: Sequence[Site], draws: Draws, pivots: Mapping[str, Tensor] | None = None) -> None:
@@ -57,7 +57,7 @@ class SensitivitySums:
         """Take in the batch whose logits these are; nothing waits for the device.
 
         Raises:
-            InputError: A consumer did not run, or what it gave cannot be told apart by image.
+            InputError: A consumer did not run, or its output cannot be divided by image.
         """
         if missing := [site.name for site in self._sites if site.name not in self._seen]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
@@ -68,7 +68,7 @@ class SensitivitySums:
             draw.to(logits.device, non_blocking=True)
             for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
         )
-        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
         self._open = False
         try:
@@ -104,7 +104,7 @@ class SensitivitySums:
             sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
         self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
-    def take(self) -> dict[str, SiteSensitivity]:
+    def finish(self) -> dict[str, SiteSensitivity]:
         """Return the sums by site name, on the CPU, symmetric to the last bit.
 
         Raises:

@@ -35,7 +35,7 @@ def logged_warnings(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[None]:
-    """Prepare a model for Torch-Pruning's tracer, and give it back unchanged.
+    """Prepare a model for Torch-Pruning's tracer, and leave it unchanged.
 
     The tracer follows autograd, so gradients are on and frozen parameters count for its time; the training flags,
     which it would leave at evaluation, come back. Its warnings go to the log.

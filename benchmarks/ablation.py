@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -37,7 +38,8 @@ from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations
 from vbp.recipes.config import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
-from vbp.statistics.collect import Observer
+from vbp.runtime.forward import hooked
+from vbp.statistics.collect import Observer, rows_of
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
 from vbp.statistics.images import GivenImages
@@ -85,32 +87,35 @@ class Collected:
         self._samplers = {
             share: TokenSampler(TokenSample(share)) for share in shares if share != options.covariance_tokens
         }
-        before, more = self._watch_more()
-        self.by_images: dict[int, Statistics] = self._passes()
-        for handle in self._handles:
-            handle.remove()
+        with self._watching_more() as (before, more):
+            self.by_images: dict[int, Statistics] = self._passes()
         self.all = self.by_images[len(self.pixels)]
         self.gradients = None if self._gradients is None else self._gradients.mean()
         # What the moments are called does not tell where they were taken: the library knows none of these.
         self.before = replace(self.all, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
         self.by_tokens = {options.covariance_tokens: self.all} | {
-            share: replace(self.all, covariances={name: one.covariance.take() for name, one in found.items()})  # type: ignore[union-attr, misc]
+            share: replace(self.all, covariances={name: one.covariance.finish() for name, one in found.items()})  # type: ignore[union-attr, misc]
             for share, found in more.items()
         }
 
-    def _watch_more(self) -> tuple[dict[str, Observer], dict[float, dict[str, Observer]]]:
-        """See also what the producers give, and more shares of the tokens."""
+    @contextmanager
+    def _watching_more(self) -> Iterator[tuple[dict[str, Observer], dict[float, dict[str, Observer]]]]:
+        """See also what the producers return, and more shares of the tokens."""
         model, sites = self._dense.model, self._dense.sites
         before = {site.name: Observer() for site in sites}
         more = {share: {site.name: Observer(one) for site in sites} for share, one in self._samplers.items()}
-        self._handles = [
-            before[site.name].watch_output(model.get_submodule(layer), first, site.hidden)
+        made = [
+            (module, before[site.name].of_output(rows_of(module, first, site.hidden)))
             for site in sites
-            for layer, first in site.rows
+            for module, first in ((model.get_submodule(layer), first) for layer, first in site.rows)
         ]
-        for observers in more.values():
-            self._handles += [observers[site.name].watch_input(model.get_submodule(site.consumer)) for site in sites]
-        return before, more
+        read = [
+            (model.get_submodule(site.consumer), observers[site.name].of_input)
+            for observers in more.values()
+            for site in sites
+        ]
+        with hooked(made, before=read):
+            yield before, more
 
     def _passes(self) -> dict[int, Statistics]:
         """Read the images part by part, and merge."""
@@ -132,7 +137,7 @@ class Collected:
     def _seen(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self._options.batch_size
         batches = zip(self.pixels[start:stop].split(size), self._labels[start:stop].split(size), strict=True)
-        for batch in batches if self._gradients is None else self._gradients.seen_on_the_way(batches):
+        for batch in batches if self._gradients is None else self._gradients.tee(batches):
             for sampler in self._samplers.values():
                 sampler.begin(len(batch[1]))
             yield batch

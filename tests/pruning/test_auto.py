@@ -64,8 +64,8 @@ def test_a_cost_is_the_divergence_that_second_order_predicts() -> None:
     cost = sensitivity_eliminations(model, sites, statistics)[site.name].cost
     weight = model.get_submodule(site.consumer).weight.detach()
     # All channels gone, each replaced by its mean in the metric: what is left is 1/2 tr(D W M W'), by hand.
-    metric = sensitivity.metric(plain)
-    trace = sensitivity.about(plain.mean).inputs.diagonal()[:-1].sum() / sensitivity.images
+    metric = sensitivity.blended_covariance(plain)
+    trace = sensitivity.recentred(plain.mean).inputs.diagonal()[:-1].sum() / sensitivity.images
     middle = metric.covariance * (trace / plain.covariance.trace())
     expected = 0.5 * ((sensitivity.outputs / sensitivity.outputs.trace()) @ weight @ middle @ weight.T).trace()
     assert float(cost[-1]) == pytest.approx(float(expected), rel=1e-9)
@@ -75,8 +75,8 @@ def test_half_of_the_metric_is_the_plain_covariance() -> None:
     _, sites, statistics, _ = setting("timm-vit", images=4)
     name = sites[0].name
     plain, sensitivity = statistics.covariances[name], statistics.sensitivities[name]
-    assert sensitivity.metric(plain, share=0.0) is plain
-    metric = sensitivity.metric(plain)
+    assert sensitivity.blended_covariance(plain, share=0.0) is plain
+    metric = sensitivity.blended_covariance(plain)
     # With the squared step of the mean, it cannot lie below the plain covariance's share.
     assert float(torch.linalg.eigvalsh(metric.covariance - 0.5 * plain.covariance).min()) > -1e-9 * float(
         plain.covariance.trace()

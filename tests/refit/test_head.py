@@ -68,7 +68,7 @@ def test_views_of_an_image_are_left_out_together() -> None:
 def test_folding_gives_the_answers_of_the_change() -> None:
     given, _, features = problem()
     change = given.fit(1.0)
-    weight, bias = given.folded(change)
+    weight, bias = given.fold_into_weight(change)
     folded = features @ weight.T + bias
     assert divergence_of(given.target, folded) == pytest.approx(given.divergence(change), rel=1e-9)
 
@@ -77,7 +77,7 @@ def test_a_feature_that_never_changes_says_nothing() -> None:
     _, layer, features = problem()
     features[:, 2] = 4.0
     given = HeadProblem.of(layer, features, (features @ layer.weight.T).log_softmax(-1).detach())
-    weight, bias = given.folded(given.fit(1.0))
+    weight, bias = given.fold_into_weight(given.fit(1.0))
     assert bool(weight.isfinite().all() and bias.isfinite().all())
     torch.testing.assert_close(weight[:, 2], layer.weight[:, 2].detach())
 

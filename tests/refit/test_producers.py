@@ -94,14 +94,14 @@ def test_the_step_is_the_least_of_the_linearised_problem(monkeypatch: pytest.Mon
 
 def test_both_layers_together_do_more_than_the_consumer_alone() -> None:
     layers, sample = problem()
-    fit = fit_hidden(layers, F.gelu, sample, ridge=0.01, caution=0.1)
+    fit = fit_hidden(layers, F.gelu, sample, ridge=0.01, damping=0.1)
     fitted, judging = sample.split()
     assert (fitted.images, judging.images) == (350, 50)
     assert float(squared(fit.layers, judging) / squared(layers, judging)) == pytest.approx(fit.after / fit.before)
     assert layers.hidden is not None
     read = F.gelu(F.pad(sample.inputs, (0, 1), value=1.0) @ layers.hidden.T)
     bare = HiddenSample(read, sample.outputs, sample.weights, sample.metric, sample.images)
-    alone = fit_hidden(HiddenLayers(None, layers.consumer), F.gelu, bare, ridge=0.01, caution=0.1)
+    alone = fit_hidden(HiddenLayers(None, layers.consumer), F.gelu, bare, ridge=0.01, damping=0.1)
     assert alone.layers.hidden is None
     assert fit.after < 0.8 * alone.after < 0.8 * alone.before == pytest.approx(0.8 * fit.before)
 
@@ -115,7 +115,7 @@ def test_what_does_not_help_on_other_images_is_not_done() -> None:
     outputs[:70] += 5 * normal(70, 4, seed=9)  # noise to be learnt
     outputs[70:] = given[70:] + 0.01 * normal(10, 4, seed=8)  # where the layers are right already
     noisy = HiddenSample(sample.inputs, outputs, sample.weights, sample.metric, 80)
-    fit = fit_hidden(layers, F.gelu, noisy, ridge=0.01, caution=0.1)
+    fit = fit_hidden(layers, F.gelu, noisy, ridge=0.01, damping=0.1)
     assert fit.layers is layers
     assert fit.after == fit.before
 

@@ -21,10 +21,10 @@ from vbp.refit import stream as module
 from vbp.refit.stream import refit_stream_
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim
-from vbp.sites.residual import Join, find_joins
+from vbp.sites.residual import ResidualAdd, find_residual_adds
 
 
-def streams(model: nn.Module, joins: tuple[Join, ...], images: Tensor) -> dict[str, Tensor]:
+def streams(model: nn.Module, joins: tuple[ResidualAdd, ...], images: Tensor) -> dict[str, Tensor]:
     """Return what the modules at the joins give, by site."""
     found: dict[str, Tensor] = {}
     handles = []
@@ -46,7 +46,7 @@ def test_every_family_has_a_stream_that_moves_with_its_consumers(name: str) -> N
     family = FAMILIES[name]
     model, images = randomise_(family.build()).double().eval(), family.example(2)
     sites = find_sites(model, images[:1])
-    joins = find_joins(model, images, sites)
+    joins = find_residual_adds(model, images, sites)
     assert {join.site for join in joins} == {site for site in sites if site.kind == "mlp"}
     before = streams(model, joins, images)
     for join in joins:
@@ -94,7 +94,7 @@ def test_a_stream_that_is_no_modules_output_is_not_found() -> None:
     model, images = Loose(), torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     sites = find_sites(model, images[:1])
     assert [site.consumer for site in sites if site.kind == "mlp"] == ["blocks.0.down"]
-    assert find_joins(model, images, sites) == ()
+    assert find_residual_adds(model, images, sites) == ()
 
 
 @pytest.mark.parametrize("inside", [True, False])
@@ -103,7 +103,7 @@ def test_a_norm_behind_the_consumer_is_no_join(inside: bool) -> None:
     images = torch.randn(5, 4, generator=torch.Generator().manual_seed(0))
     sites = find_sites(model, images[:1])
     assert [site.consumer for site in sites if site.kind == "mlp"] == ["1.down"]
-    assert find_joins(model, images, sites) == ()
+    assert find_residual_adds(model, images, sites) == ()
     judge = DenseReference(model, [images])
     with pytest.raises(InputError, match="needs an MLP whose output is added to a stream"):
         refit_stream_(copy.deepcopy(model), sites, [images], judge)
@@ -111,7 +111,7 @@ def test_a_norm_behind_the_consumer_is_no_join(inside: bool) -> None:
 
 def test_the_streams_come_nearer_and_more_images_bring_them_nearest() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
-    joins = find_joins(model, images[:1], sites)
+    joins = find_residual_adds(model, images[:1], sites)
     judge = DenseReference(model, [images])
     before = streams(pruned, joins, images)
     # The same images many times over count as many: the penalty goes to nothing.
@@ -148,9 +148,9 @@ def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "DEPTHS", (0.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
     monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
-    monkeypatch.setattr("vbp.method.gauss_newton._JUDGED", 1 / 16)
+    monkeypatch.setattr("vbp.method.gauss_newton.JUDGED_SHARE", 1 / 16)
     model, pruned, sites, images = pruned_pair(FAMILIES[name], keep_ratio=0.25)
-    join = find_joins(model, images[:1], sites)[0]
+    join = find_residual_adds(model, images[:1], sites)[0]
     done = refit_stream_(pruned, sites, [images[:20], images[20:]], Pleased(model, [images]))
     assert done.sites == (join.site.name,)
     layer = pruned.get_submodule(join.site.consumer)

@@ -1,4 +1,7 @@
-"""What the consumer of removed channels gets in their place: pure tensor functions."""
+"""What the consumer of removed channels gets in their place: their mean contribution, added to its bias.
+
+b' = b + sum_{p removed} W[:, p] mu[p]
+"""
 
 from __future__ import annotations
 

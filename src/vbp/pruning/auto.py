@@ -60,7 +60,7 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
                 "statistics with covariance=True and sensitivity=Draws()"
             )
     return {
-        name: statistics.sensitivities[name].metric(found) if name in statistics.sensitivities else found
+        name: statistics.sensitivities[name].blended_covariance(found) if name in statistics.sensitivities else found
         for name, found in statistics.covariances.items()
     }
 
@@ -88,7 +88,7 @@ def sensitivity_eliminations(
         assert isinstance(weight, Tensor)
         sensitivity = statistics.sensitivities[site.name].to(weight.device)
         plain = statistics.covariances[site.name].to(weight.device)
-        weighed = sensitivity.weighed(weight, plain)
+        weighed = sensitivity.scaled_weight(weight, plain)
         metric = metrics[site.name].to(weight.device).covariance
         try:
             found[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")

@@ -1,4 +1,4 @@
-"""Statistics in stages over more and more images: exact across processes, and how settled the plan is."""
+"""Statistics in stages over more and more images: exact across processes, and whether the plan has converged."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
-
 # The plan has settled when twice the images change at most one channel in a hundred. Measured on DeiT-Tiny (ImageNet,
 # one image a class, 35 % of the channels removed globally; medians of 20 orders): 62 -> 125 -> 250 -> 500 -> 1,000
 # images change 2.0, 1.6, 1.2 and 0.9 %, each doubling about 0.75 times as many as the one before. These channels lie
 # at the threshold and matter little: from 124 images on, accuracy right after pruning is 68.6 to 70.9 % (two orders
 # each; 70.3 with all; standard error 1.8), so the limit errs on the side of more images.
 SETTLED_SHARE = 0.01
-
 
 # Stages are halves of all images, halves of these and so on, none smaller than this.
 _SMALLEST_STAGE = 256
@@ -143,10 +141,10 @@ def calibrate(
     All processes must call this, and all get the same. They meet at the ends of stages alone.
 
     Args:
-        collect: Gives the statistics of this process's share of the images at these places, in an order of which
+        collect: Returns the statistics of this process's share of the images at these places, in an order of which
             every beginning represents the whole; None if its share is empty.
         total: Images in that order.
-        plan_of: Makes the plan whose changes are looked at.
+        plan_of: Makes the plan whose changes are measured.
         processes: Of this job.
         auto: Stop as soon as a doubling changes at most `SETTLED_SHARE` of the channels.
 
@@ -166,7 +164,7 @@ def calibrate(
         new = merge_across(collect(range(start, end)), processes)
         statistics = new if statistics is None else statistics.merge(new)
         before, plan, start = plan, plan_of(statistics), end
-        # One process's word, so that all stop together whatever their last bits are.
+        # The value of the first process, so that all stop together even if their last bits differ.
         changed = processes.gather(None if before is None else changed_share(before, plan))[0]
         stages.append(Stage(statistics.images, changed))
         told = "first plan" if changed is None else f"{_percent(changed)} of the channels changed since half of them"

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vbp.errors import InputError
-from vbp.method.allocation import Bounds, global_counts, per_layer_counts
+from vbp.method.allocation import AllowedWidths, global_counts, per_layer_counts
 from vbp.pruning.plan import PruningPlan, Scope, SitePlan
 from vbp.sites.site import Site
 
@@ -91,7 +91,7 @@ def make_plan(
     mlps = [site for site in sites if site.kind == "mlp"]
     ranked = [_removal_order(site, scores) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
-    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
+    bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     counts: list[int] = []
     if mlps and scope == "global":
         counts = global_counts([order.scores for order in ranked], bounds, target)
@@ -107,7 +107,9 @@ def make_plan(
     attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
     for site in attention:
         assert attn_ratio is not None
-        entries[site] = _plan_heads(site, scores, attn_ratio, Bounds.of(site.hidden // site.heads, round_to, 0.0))
+        entries[site] = _plan_heads(
+            site, scores, attn_ratio, AllowedWidths.of(site.hidden // site.heads, round_to, 0.0)
+        )
     return PruningPlan(
         tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
     )
@@ -147,7 +149,7 @@ class PlanRules:
         return replace(self, scope="per_layer").plan(sites, scores, keep_ratio)
 
 
-def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: Bounds) -> SitePlan:
+def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: AllowedWidths) -> SitePlan:
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
     count = bounds.nearest(size * keep_ratio)

@@ -101,7 +101,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
-    weight, bias = session.processes.gather(problem.folded(problem.fit(strength)))[0]
+    weight, bias = session.processes.gather(problem.fold_into_weight(problem.fit(strength)))[0]
     with torch.no_grad():
         layer.weight.copy_(weight)
         if layer.bias is None:

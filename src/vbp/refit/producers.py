@@ -23,7 +23,7 @@ from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
 from vbp.statistics.mlp_samples import MLPSamples
 
-# Ridge and caution of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
+# Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
 # of the error on other images, the cautious one 0.86; in late ones, where one token matters, only the latter helps.
 _HELD = ((0.01, 0.1), (1.0, 1.0))
 
@@ -95,6 +95,6 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> 
 def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> MLPStep:
     sample = samples.samples[mlp.site.name]
     tried = (
-        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, caution=caution) for ridge, caution in _HELD
+        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping) for ridge, damping in _HELD
     )
     return min(tried, key=lambda step: step.after)

@@ -36,7 +36,7 @@ from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
-from vbp.sites.residual import Join, find_joins
+from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
@@ -46,7 +46,7 @@ _FIRST = Draws()
 DEPTHS = (0.25, 0.5, 0.75)
 
 
-# Ridge and caution, times the number of images: more of them can tell more coefficients.
+# Ridge and damping, times the number of images: more of them can tell more coefficients.
 PENALTY_TIMES_IMAGES = 1_000.0
 
 
@@ -120,7 +120,7 @@ def refit_stream_(
                 held = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(pruned, join.site, activation, sample, ridge=held, caution=held)
+                step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
                 step = session.processes.gather(step)[0]
                 if step.better:
                     add_step_(pruned, join.site, step)
@@ -141,8 +141,8 @@ def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> No
     _found(model, example, sites)
 
 
-def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Join, ...]:
-    joins = find_joins(model, example, sites)
+def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
+    joins = find_residual_adds(model, example, sites)
     if not joins:
         raise InputError(
             f"the refit of the residual stream needs an MLP whose output is added to a stream, got "
@@ -151,7 +151,7 @@ def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Jo
     return joins
 
 
-def _at_depths(joins: Sequence[Join]) -> tuple[Join, ...]:
+def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
     places = dict.fromkeys(int(len(joins) * depth) for depth in DEPTHS)
     return tuple(joins[place] for place in places)
 
@@ -180,7 +180,7 @@ class _Work:
     draws: Draws
     session: Session
 
-    def sample(self, join: Join, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
+    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
         """Run both models as far as the join on all images; give the sample, and the images of all processes."""
         parts, images = [], 0
         reader = join.site.consumer if mlp is None else join.site.producers[0]
@@ -200,7 +200,7 @@ class _Work:
         return gather_sample(join.site.name, parts, metric, self.session.processes), total
 
     def _run(
-        self, model: nn.Module, join: Join, reader: str, pixels: Tensor
+        self, model: nn.Module, join: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
         """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
         seen: dict[str, Tensor] = {}

@@ -113,7 +113,7 @@ class EvidenceReader:
                 return None
             seen: Iterable[tuple[Tensor, Tensor]] = self._session.progress(loader, "calibration")
             if self._gradients is not None:
-                seen = self._gradients.seen_on_the_way(seen)
+                seen = self._gradients.tee(seen)
             if self._needs & FROM_STATISTICS:
                 return self._collect((pixels for pixels, _ in seen), part)
             for _ in seen:

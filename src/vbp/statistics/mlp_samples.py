@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.fisher import HALF_SCALE, fisher_direction
+from vbp.method.fisher import FP16_SCALE, fisher_direction
 from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws, priority_sample
 from vbp.runtime.forward import evaluation_mode, frozen, logits_of
@@ -148,7 +148,7 @@ class MLPSamples:
                 # A tensor of its own: the caller's images are not to learn.
                 logits = logits_of(dense(pixels.detach().requires_grad_()))
         noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
-        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
         gradients = torch.autograd.grad(logits, list(given.values()), cotangent.to(logits.dtype))
         slopes = dict(zip(given, gradients, strict=True))

@@ -53,7 +53,7 @@ class Budget:
         target_latency_ms: float | None = None,
         target_speedup: float | None = None,
     ) -> Budget:
-        """Return the one budget that was asked for, its number checked; what a model can reach is found out later.
+        """Return the one budget that was asked for, its number checked; what a model can reach is checked later.
 
         Args:
             keep_ratio: Share of the MLP channels, in (0, 1].
@@ -125,13 +125,13 @@ def parse_amount(name: str, value: float | str) -> float:
     Raises:
         InputError: It is no such number.
     """
-    found = value
+    amount = value
     if isinstance(value, str):
         match = _AMOUNT.fullmatch(value)
-        found = float(match[1]) * _SCALES[match[2]] if match else math.nan
-    if isinstance(found, str | bool) or not 0 < found < math.inf:
+        amount = float(match[1]) * _SCALES[match[2]] if match else math.nan
+    if isinstance(amount, str | bool) or not 0 < amount < math.inf:
         raise InputError(f"{name} must be a number above 0, got {value!r}; write 0.75, 75%, 940000000 or 0.94G")
-    return float(found)
+    return float(amount)
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,13 @@ class BudgetResult:
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         plain["budget"] = asdict(self.budget)
         plain["spread"] = None if self.spread is None else list(self.spread)
-        told = {"miss": self.miss, "kept": self.plan.kept, "channels": self.plan.total, "sentence": self.sentence()}
-        return {**plain, **told}
+        summary = {
+            "miss": self.miss,
+            "kept": self.plan.kept,
+            "channels": self.plan.total,
+            "sentence": self.sentence(),
+        }
+        return {**plain, **summary}
 
     def sentence(self) -> str:
         """Say in words what was asked for, what came, and by how much and why it is missed."""

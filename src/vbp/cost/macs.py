@@ -54,12 +54,12 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         torch.func.functional_call(model, weights, (example,))
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    found = {
+    by_module = {
         name.removeprefix(f"{root}."): round(number / 2 / example.shape[0])
         for name, number in flops.items()
         if name.startswith(f"{root}.")
     }
-    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **found}
+    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **by_module}
 
 
 def _layer_norm_flops(

@@ -92,12 +92,12 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
             refitted = refits.refit_(pruned)
     small = measure(job, pruned)
     _log.info("pruned: %s", describe(small))
-    latency, batch = latencies(job, {"base": job.dense, "pruned": pruned})
+    dense_ms, pruned_ms = latencies(job, job.dense, pruned)
     assert evidence.statistics is not None
     report = RunReport.of(
         choice.plan,
-        replace(dense, latency_ms=latency["base"]),
-        replace(small, latency_ms=latency["pruned"], epoch=0),
+        replace(dense, latency_ms=dense_ms),
+        replace(small, latency_ms=pruned_ms, epoch=0),
         budget=budget,
         candidates=choice.tried,
         errors=errors,
@@ -105,7 +105,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
         convergence=None if convergence is None else convergence.to_dict(),
         calibration_images=evidence.statistics.images,
         uncompensated=uncompensated,
-        latency_batch=batch,
+        latency_batch=job.latency_batch,
         **_circumstances(job),
     )
     return pruned, choice.plan, report

@@ -194,8 +194,7 @@ def _sweep(
             write_state(config.save_dir, settings, report.to_dict())
 
     def timed(pruned: nn.Module) -> tuple[float, float]:
-        times, _ = latencies(job, {"dense": job.dense, "pruned": pruned})
-        return times["dense"], times["pruned"]
+        return latencies(job, job.dense, pruned)
 
     evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(

@@ -143,7 +143,7 @@ class DenseReference:
 def _errors_added(
     dense: nn.Module, pruned: nn.Module, entries: Sequence[SitePlan], amplitudes: Float[Tensor, "sites"]
 ) -> Iterator[None]:
-    """Let the dense model's consumers answer as the pruned model's would, as far as the amplitudes say."""
+    """Add to the dense model's consumers the errors of the pruned model's, times the amplitudes."""
 
     def hook_of(small: nn.Module, keep: Tensor, amplitude: Tensor) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""What MLPs of the dense model read and give, at the positions that matter to its answer.
+"""Inputs and outputs of the dense model's MLPs, at the positions that matter to its predictions.
 
-A position matters as much as the answer's slope is long there. Where a token alone leads to the answer, it so counts
-for as much as a hundred others, and no one has to say which token that is.
+A position matters by the norm of the gradient of the predictions there. A token that alone decides the prediction,
+as a class token does, counts for as much as a hundred others, without anyone naming it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 POSITIONS = 32
 
 
-# Share of a position's size that is that of the image's mean position: the answer's slope is no more than one draw.
+# Share of a position's size that is that of the image's mean position: the gradient comes from one random probe.
 _EVEN = 0.25
 
 
@@ -123,7 +123,7 @@ class MLPSamples:
         )
 
     def _seen(self, dense: nn.Module, pixels: Tensor, start: int) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-        """Return what each hidden layer reads, what its consumer gives, and the slopes of the answer there.
+        """Return what each hidden layer reads, what its consumer returns, and the gradients there.
 
         All are "images positions channels".
         """

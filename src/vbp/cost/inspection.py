@@ -110,6 +110,10 @@ def inspect_model(
 
     Raises:
         InputError: The model has no site.
+
+    Example:
+        >>> vbp.inspect_model(model, example).sites[0].params
+        8320
     """
     sites = describe_sites(model, example, attention=attention, convolutions=convolutions, plans=plans)
     return Inspection(type(model).__name__, macs_by_module(model, example)[""], count_parameters(model), sites)

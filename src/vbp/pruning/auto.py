@@ -78,6 +78,10 @@ class AutoPlan:
         tried: All candidates, in the order in which they were tried.
         plan_for: Keep ratio -> plan, by the scores and the scope that made the best: other sizes without a search,
             for a budget that is not counted in channels.
+
+    Example:
+        >>> vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5).plan.kept
+        128
     """
 
     plan: PruningPlan
@@ -218,6 +222,10 @@ def auto_plan(
 
     Raises:
         InputError: A number is out of range, or statistics are missing or unfit.
+
+    Example:
+        >>> choice = vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5)
+        >>> errors = vbp.prune_(model, choice.plan, choice.means, choice.covariances)
     """
     search = _Search(model, sites, statistics, held_back, ridge, progress)
     search.options = {

@@ -73,6 +73,10 @@ class RunReport:
         stream: What the refit of the residual stream did: sites, images, KL of the answers before and after; None
             without.
         head: What the refit of the last layer did: layer, images, KL of the answers before and after; None without.
+
+    Example:
+        >>> vbp.run(config).sites
+        {'blocks.0.mlp.fc1': (64, 128), 'blocks.1.mlp.fc1': (64, 128)}
     """
 
     base: Measured

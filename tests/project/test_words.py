@@ -15,7 +15,7 @@ DOCUMENTS = [
 SOURCES = [
     path for folder in ("src", "examples", "tests", "benchmarks") for path in sorted((ROOT / folder).rglob("*.py"))
 ]
-# A reader whose English is a second language understands these at the second reading, or not at all.
+# Turns of phrase that a reader whose English is a second language must guess at.
 RIDDLES = (
     "as a coin falls",
     "its own will back",
@@ -35,9 +35,9 @@ FIELD = {
     r"\bFLOPs?\b": "MACs",
     r"\bcut out\b": "removed",
 }
-# Not an imperative that says what a caller gets.
+# Not the imperatives of a docstring; the usual one is "Return".
 FIRST_WORDS = ("Give", "Gives", "Returns", "Gets")
-# Still there; to be rewritten with their modules.
+# To be rewritten with their modules.
 KNOWN = {
     ("training/mixup.py", "as a coin falls"),
     ("runtime/forward.py", "its own will back"),

@@ -106,6 +106,10 @@ def inspect_model(
 
     Raises:
         InputError: The model has no site.
+
+    Example:
+        >>> vbp.inspect_model(model, example).sites[0].params
+        8320
     """
     costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
     dense: dict[str, int] = {}

@@ -45,6 +45,9 @@ class Preprocessing:
 
     Raises:
         InputError: a value is outside its range.
+
+    Example:
+        >>> own = vbp.Preprocessing((224, 224), 0.9, "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     """
 
     img_size: tuple[int, int]
@@ -110,7 +113,12 @@ class Preprocessing:
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree.
+
+    Example:
+        >>> vbp.evaluation_transform(preprocessing)(picture).shape
+        torch.Size([3, 32, 32])
+    """
     steps = create_transform(
         input_size=(len(preprocessing.mean), *preprocessing.img_size),
         is_training=False,
@@ -141,6 +149,9 @@ def training_transform(
 
     Raises:
         InputError: `scale` or `ratio` is no range, or lies outside what is allowed.
+
+    Example:
+        >>> image = vbp.training_transform(preprocessing, hflip=False)(picture)
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise InputError(f"scale must be two shares with 0 < least <= greatest <= 1, got {scale}")

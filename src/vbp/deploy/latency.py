@@ -108,6 +108,10 @@ def compare_latency(
 
     Raises:
         InputError: A setting is wrong, contradicts another, or needs what this machine does not have.
+
+    Example:
+        >>> vbp.compare_latency(model, pruned, example, batch_sizes=[1], settings=settings).rows[0].batch
+        1
     """
     chosen = settings or LatencySettings()
     check_settings(chosen, batch_sizes)

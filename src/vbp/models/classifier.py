@@ -30,6 +30,10 @@ class ModelSource:
         name: timm's architecture name without tag, or the class name of the transformers model.
         arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
             the attention implementation included.
+
+    Example:
+        >>> vbp.ModelSource("timm", "test_vit", {"num_classes": 7}).to_dict()["library"]
+        'timm'
     """
 
     library: Library
@@ -62,6 +66,10 @@ class Classifier:
         num_classes: the logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
         class_names: of each logit, in its order; None where the weights do not say it.
+
+    Example:
+        >>> vbp.load_classifier("test_vit", allow_random_init=True).num_classes
+        1000
     """
 
     model: nn.Module

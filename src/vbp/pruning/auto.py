@@ -169,6 +169,10 @@ def auto_plan(
 
     Raises:
         InputError: A number is out of range, or statistics are missing or unfit.
+
+    Example:
+        >>> choice = vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5)
+        >>> errors = vbp.prune_(model, choice.plan, choice.means, choice.covariances)
     """
     rules = PlanRules("equal" if equal_widths else "global", round_to, min_keep_ratio, attn_keep_ratio)
     if orders is None:

@@ -41,6 +41,10 @@ class DenseReference:
         session: Whose images count together.
         images: Images of all processes, views included.
         log_probabilities: Of each batch, "images classes", on the model's device.
+
+    Example:
+        >>> vbp.DenseReference(model, [images]).divergence(model)
+        0.0
     """
 
     def __init__(

@@ -49,6 +49,10 @@ def run(config: RunConfig) -> RunReport:
         Interrupted: The run was told to stop during fine-tuning, and wrote a checkpoint.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
+
+    Example:
+        >>> vbp.run(config).keep_ratio
+        0.5
     """
     check_config(config)
     with run_log() as log, open_session(config) as session:

@@ -49,10 +49,10 @@ class DecodedImages(Dataset[Sample]):
     """Samples by `(epoch, index)`: a worker that lives through epochs hears of nothing else.
 
     Args:
-        images: what to read.
-        transform: draws from torch's default generator, which is seeded for each image.
-        seed: with the epoch and the index, it decides what `transform` draws.
-        attempts: how many images to try, from the index on and around the list's end, until one can be read.
+        images: What to read.
+        transform: Draws from torch's default generator, which is seeded for each image.
+        seed: With the epoch and the index, it decides what `transform` draws.
+        attempts: How many images to try, from the index on and around the list's end, until one can be read.
     """
 
     def __init__(self, images: Images, transform: Transform, seed: int, attempts: int) -> None:

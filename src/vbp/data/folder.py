@@ -20,12 +20,9 @@ from vbp.data.listing_cache import Listing, Source, read_index, write_index
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 IMAGENET_CLASSES = 1000
-
-
 _SHOWN = 5  # names given in a message before "..."
 
 
@@ -33,7 +30,7 @@ def scan_split(data_path: Path, split: str, source: Source) -> Listing:
     """List `data_path/<split>/<class>/**`, classes and paths sorted, hidden entries left out.
 
     Raises:
-        InputError: there is no such folder, no class, no image, or the classes do not fit the model.
+        InputError: There is no such folder, no class, no image, or the classes do not fit the model.
     """
     folder = data_path / split
     if not folder.is_dir():
@@ -55,10 +52,10 @@ def scan_split(data_path: Path, split: str, source: Source) -> Listing:
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class folders of a split, sorted.
+    """Return the class folders of a split, sorted.
 
     Raises:
-        InputError: it holds no folder.
+        InputError: It holds no folder.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
@@ -75,7 +72,7 @@ def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str,
     """Number the classes as the model does.
 
     Raises:
-        InputError: the folders are not the model's classes.
+        InputError: The folders are not the model's classes.
     """
     if num_classes == IMAGENET_CLASSES:
         canonical = imagenet_labels()
@@ -102,7 +99,7 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
     ImageNet synset folders are free to differ: their labels come from the name alone.
 
     Raises:
-        InputError: a class is in one of the two only.
+        InputError: A class is in one of the two only.
     """
     folders = [data_path / split for split in ("train", "val")]
     if not all(folder.is_dir() for folder in folders):
@@ -123,7 +120,7 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
 
 @functools.cache
 def imagenet_labels() -> dict[str, int]:
-    """Synset to label for the 1,000 classes of ImageNet-1k, in the order that every pretrained head uses."""
+    """Return the label of each of the 1,000 synsets of ImageNet-1k, in the order that every pretrained head uses."""
     info = ImageNetInfo("imagenet-1k")
     return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
@@ -156,7 +153,7 @@ def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes:
     if not empty:
         return
     if num_classes == IMAGENET_CLASSES and found.keys() <= imagenet_labels().keys():
-        logger.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
+        _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
         return
     raise InputError(
         f"each class folder of {folder} must hold images, found none in {_some(empty)}; "
@@ -178,9 +175,9 @@ class ImageList:
     """Images of a folder and their labels, in a fixed order.
 
     Attributes:
-        root: the data folder.
-        paths: image files, relative to `root` where they lie inside it, with forward slashes.
-        labels: index of the class in the model's output, one for each path.
+        root: The data folder.
+        paths: Image files, relative to `root` where they lie inside it, with forward slashes.
+        labels: Index of the class in the model's output, one for each path.
     """
 
     root: Path
@@ -198,23 +195,23 @@ class ImageList:
         return len(self.paths)
 
     def file(self, index: int) -> Path:
-        """Where the image lies on disk."""
+        """Return where the image lies on disk."""
         return self.root / self.paths[index]
 
     def name(self, index: int) -> str:
-        """The path of the image."""
+        """Return the path of the image."""
         return str(self.file(index))
 
     def read(self, index: int) -> BinaryIO:
-        """The open file."""
+        """Return the open file."""
         return self.file(index).open("rb")
 
     def select(self, indices: Sequence[int]) -> ImageList:
-        """The images at these places, in this order."""
+        """Return the images at these places, in this order."""
         return ImageList(self.root, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
 
     def fingerprint(self) -> str:
-        """SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
+        """Return the SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
         digest = hashlib.sha256()
         for path, label in zip(self.paths, self.labels, strict=True):
             # A zero byte cannot occur in a path, so no two lists give the same bytes.
@@ -232,7 +229,7 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
     The list is kept in `data_path/<split>_index.tsv` and made anew when the folder changes.
 
     Raises:
-        InputError: a folder is missing or empty, the classes do not fit the model, or a samples file is bad.
+        InputError: A folder is missing or empty, the classes do not fit the model, or a samples file is bad.
     """
     listing = _listing(data_path, split, num_classes)
     return ImageList(data_path, listing.paths, listing.labels)
@@ -242,7 +239,7 @@ def check_folder_splits(data_path: Path) -> None:
     """Find out without reading a folder whether both splits are there; a list of samples needs none beside it.
 
     Raises:
-        InputError: one is missing.
+        InputError: One is missing.
     """
     for split in SPLITS:
         if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
@@ -262,7 +259,7 @@ def _listing(data_path: Path, split: str, num_classes: int) -> Listing:
         check_same_classes(data_path, num_classes)
     listing = read_index(data_path, split, source)
     if listing is None:
-        logger.info("listing the images of %s", data_path / split if source.samples_file is None else samples)
+        _log.info("listing the images of %s", data_path / split if source.samples_file is None else samples)
         if source.samples_file is None:
             listing = scan_split(data_path, split, source)
         else:

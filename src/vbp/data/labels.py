@@ -17,12 +17,12 @@ def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], 
     """Refuse a label that the head does not have.
 
     Args:
-        labels: one for each image.
-        num_classes: outputs of the head.
-        name: how a message calls the image at a place.
+        labels: One for each image.
+        num_classes: Outputs of the head.
+        name: How a message calls the image at a place.
 
     Raises:
-        InputError: a label is outside.
+        InputError: A label is outside.
     """
     numbers = np.asarray(labels, dtype=np.int64)
     outside = np.flatnonzero((numbers < 0) | (numbers >= num_classes))
@@ -39,7 +39,7 @@ def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> li
     """Return the head's label of each class of a dataset, by name where the names say it.
 
     Raises:
-        InputError: the classes are not the head's, or stand in another order.
+        InputError: The classes are not the head's, or stand in another order.
     """
     if num_classes == IMAGENET_CLASSES and set(class_names) <= imagenet_labels().keys():
         return [imagenet_labels()[name] for name in class_names]

@@ -17,27 +17,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 Table = TypeVar("Table")
-
-
 _ESCAPE = str.maketrans({"\\": "\\\\", "\t": "\\t", "\n": "\\n", "\r": "\\r"})
-
-
 _UNESCAPE = {"\\": "\\", "t": "\t", "n": "\n", "r": "\r"}
 
 
 def read_rows(
     file: Path, magic: str, parse: Callable[[Mapping[str, Any], Iterator[list[str]]], Table | None]
 ) -> Table | None:
-    """What `parse` makes of the first line's values and the rows; or `None` if it is damaged or not there.
+    """Return what `parse` makes of the first line's values and the rows; None if the file is damaged or missing.
 
     Args:
-        file: what `write_rows` wrote.
-        magic: how the first line begins, with the version of the format.
-        parse: gives `None` if the table is out of date, and raises `ValueError`, `LookupError` or `TypeError` on
+        file: What `write_rows` wrote.
+        magic: How the first line begins, with the version of the format.
+        parse: Gives `None` if the table is out of date, and raises `ValueError`, `LookupError` or `TypeError` on
             values that are none of its own.
     """
     if not file.exists():
@@ -53,7 +48,7 @@ def read_rows(
         rows = body.decode(errors="surrogateescape").split("\n")[:-1]
         return parse(values, (_fields(row) for row in rows))
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        logger.warning("%s cannot be used (%s); the images are listed anew", file, error)
+        _log.warning("%s cannot be used (%s); the images are listed anew", file, error)
         return None
 
 
@@ -74,7 +69,7 @@ def write_rows(file: Path, magic: str, values: Mapping[str, Any], rows: Iterable
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        logger.info("%s is not kept (%s); the images are listed on each run", file, error.strerror or error)
+        _log.info("%s is not kept (%s); the images are listed on each run", file, error.strerror or error)
 
 
 def _fields(row: str) -> list[str]:
@@ -93,9 +88,9 @@ class Source:
     """What a listing depends on.
 
     Attributes:
-        num_classes: the labels of one folder differ with the class count of the model.
-        samples_file: size in bytes and modification time in nanoseconds, if there is such a file.
-        directories: modification time in nanoseconds of each folder read, by path relative to the data.
+        num_classes: The labels of one folder differ with the class count of the model.
+        samples_file: Size in bytes and modification time in nanoseconds, if there is such a file.
+        directories: Modification time in nanoseconds of each folder read, by path relative to the data.
     """
 
     num_classes: int
@@ -104,7 +99,7 @@ class Source:
 
     @classmethod
     def of(cls, samples_file: Path, num_classes: int) -> Source:
-        """The state at this moment, before any folder is read."""
+        """Return the state at this moment, before any folder is read."""
         if not samples_file.is_file():
             return cls(num_classes, None)
         status = samples_file.stat()
@@ -121,12 +116,12 @@ class Listing:
 
 
 def index_file(data_path: Path, split: str) -> Path:
-    """Where the list of this split is kept."""
+    """Return where the list of this split is kept."""
     return data_path / f"{split}_index.tsv"
 
 
 def read_index(data_path: Path, split: str, source: Source) -> Listing | None:
-    """The kept list, or `None` if there is none, or it is damaged, or the data changed since."""
+    """Return the kept list, or `None` if there is none, or it is damaged, or the data changed since."""
     listing = read_rows(index_file(data_path, split), _MAGIC, _parse)
     if listing is None:
         return None

@@ -18,8 +18,6 @@ from torchvision import transforms
 from vbp.errors import InputError
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -34,16 +32,16 @@ class Preprocessing:
     """How images are resized, cropped and normalised for one network.
 
     Attributes:
-        img_size: height and width of the network's input, in pixels.
-        crop_pct: share of the resized image's edge that the centre crop keeps, in (0, 1].
-        interpolation: the resampling filter; one of `INTERPOLATIONS`.
-        mean: subtracted from each channel of an image in [0, 1]; one value makes the input greyscale.
-        std: divides each channel afterwards.
+        img_size: Height and width of the network's input, in pixels.
+        crop_pct: Share of the resized image's edge that the centre crop keeps, in (0, 1].
+        interpolation: The resampling filter; one of `INTERPOLATIONS`.
+        mean: Subtracted from each channel of an image in [0, 1]; one value makes the input greyscale.
+        std: Divides each channel afterwards.
         crop_mode: `center` keeps the aspect ratio and loses the border, `squash` ignores the aspect ratio,
             `border` keeps the whole image and pads it with the mean colour.
 
     Raises:
-        InputError: a value is outside its range.
+        InputError: A value is outside its range.
     """
 
     img_size: tuple[int, int]
@@ -69,10 +67,10 @@ class Preprocessing:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Preprocessing:
-        """A copy with the given values in place of the model's own; `None` keeps the model's.
+        """Return a copy with the given values in place of the model's own; `None` keeps the model's.
 
         Raises:
-            InputError: a value is outside its range.
+            InputError: A value is outside its range.
         """
         given = {
             "img_size": None if img_size is None else (img_size, img_size),
@@ -85,7 +83,7 @@ class Preprocessing:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
+        """Return plain JSON types; `from_dict` reads them back."""
         values = dataclasses.asdict(self)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
@@ -94,7 +92,7 @@ class Preprocessing:
         """Read back what `to_dict` wrote.
 
         Raises:
-            InputError: a name is missing or unknown, or a value is outside its range.
+            InputError: A name is missing or unknown, or a value is outside its range.
         """
         fields = dataclasses.fields(cls)
         required = {field.name for field in fields if field.default is dataclasses.MISSING}
@@ -119,7 +117,7 @@ class Preprocessing:
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    """Return the deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
     steps = create_transform(
         input_size=(len(preprocessing.mean), *preprocessing.img_size),
         is_training=False,
@@ -140,13 +138,13 @@ def training_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Transform:
-    """The random transform for fine-tuning; it draws from torch's default generator.
+    """Return the random transform for fine-tuning; it draws from torch's default generator.
 
     Args:
-        preprocessing: size, interpolation and normalisation are taken from it.
-        hflip: mirror every second image; wrong for digits, letters and road signs.
-        scale: least and greatest share of the image's area that the random crop covers.
-        ratio: least and greatest width / height of the random crop.
+        preprocessing: Size, interpolation and normalisation are taken from it.
+        hflip: Mirror every second image; wrong for digits, letters and road signs.
+        scale: Least and greatest share of the image's area that the random crop covers.
+        ratio: Least and greatest width / height of the random crop.
 
     Raises:
         InputError: `scale` or `ratio` is no range, or lies outside what is allowed.

@@ -15,7 +15,7 @@ def read_samples(file: Path, source: Source) -> Listing:
     """Read a pickled list of `(path, label)`; paths are absolute or relative to the file's folder.
 
     Raises:
-        InputError: the file is damaged, asks for code, is no such list, or names images that do not exist.
+        InputError: The file is damaged, asks for code, is no such list, or names images that do not exist.
     """
     samples = _load_plain_pickle(file)
     if not isinstance(samples, list) or not samples:

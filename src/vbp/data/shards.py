@@ -21,8 +21,7 @@ from vbp.data.listing_cache import read_rows, write_rows
 from vbp.data.tar_scan import SampleFormat, scan_shard
 from vbp.errors import InputError
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 _MARK = "{split}"
 
@@ -31,12 +30,12 @@ def find_shards(place: str, options: Mapping[str, str], split: str) -> tuple[Pat
     """Return a folder and the names in it of a split's shards, in order.
 
     Args:
-        place: a folder of shards, or a pattern with `{split}`.
-        options: for each split its name, or a pattern inside the folder.
-        split: which of the two.
+        place: A folder of shards, or a pattern with `{split}`.
+        options: For each split its name, or a pattern inside the folder.
+        split: Which of the two.
 
     Raises:
-        InputError: there is none, one is missing, or one would be read twice.
+        InputError: There is none, one is missing, or one would be read twice.
     """
     root, names = _candidates(place, options, split)
     if not names:
@@ -116,11 +115,11 @@ class ShardImages:
     """Samples of tar shards, in the order of the shards.
 
     Attributes:
-        root: the folder of the shards.
-        shards: their names in it.
-        keys: the key of each sample.
-        labels: one for each sample.
-        places: for each sample the number of its shard, and the image's offset and size in it, in bytes.
+        root: The folder of the shards.
+        shards: Their names in it.
+        keys: The key of each sample.
+        labels: One for each sample.
+        places: For each sample the number of its shard, and the image's offset and size in it, in bytes.
     """
 
     root: Path
@@ -133,14 +132,14 @@ class ShardImages:
         return len(self.keys)
 
     def name(self, index: int) -> str:
-        """The sample's key and its shard."""
+        """Return the sample's key and its shard."""
         return f"{self.keys[index]} in {self._shard(index)}"
 
     def read(self, index: int) -> BinaryIO:
-        """The image's bytes.
+        """Return the image's bytes.
 
         Raises:
-            OSError: the shard has gone or has become shorter.
+            OSError: The shard has gone or has become shorter.
         """
         _, offset, size = self.places[index].tolist()
         # Opened for each image, as a folder's files are: nothing is shared with other processes, nothing stays open.
@@ -152,7 +151,7 @@ class ShardImages:
         return io.BytesIO(content)
 
     def select(self, indices: Sequence[int]) -> ShardImages:
-        """The samples at these places, in this order."""
+        """Return the samples at these places, in this order."""
         return dataclasses.replace(
             self,
             keys=tuple(self.keys[i] for i in indices),
@@ -161,7 +160,7 @@ class ShardImages:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over label, shard, key and size of each image, in order."""
+        """Return the SHA-256 over label, shard, key and size of each image, in order."""
         digest = hashlib.sha256()
         for key, label, (shard, _, size) in zip(self.keys, self.labels, self.places.tolist(), strict=True):
             text = f"{label}\0{self.shards[shard]}\0{key}\0{size}\0"
@@ -178,13 +177,13 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
     The list is kept beside the shards in `<split>_shards.tsv`, and made anew when one of them changes.
 
     Args:
-        place: a folder of shards, or a pattern with `{split}`.
-        options: names of the splits, of the image's extension and of the label's.
-        split: which of the two.
-        num_classes: outputs of the model.
+        place: A folder of shards, or a pattern with `{split}`.
+        options: Names of the splits, of the image's extension and of the label's.
+        split: Which of the two.
+        num_classes: Outputs of the model.
 
     Raises:
-        InputError: a shard is missing or damaged, a sample is incomplete, or a label is not the model's.
+        InputError: A shard is missing or damaged, a sample is incomplete, or a label is not the model's.
     """
     root, shards = find_shards(place, options, split)
     form = SampleFormat.of(options.get("image"), options.get("label"))
@@ -193,7 +192,7 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
     file = root / f"{split}_shards.tsv"
     images = read_rows(file, _MAGIC, lambda values, rows: _parse(root, shards, made_from, values, rows))
     if images is None:
-        logger.info("listing the samples of %d shards in %s", len(shards), root)
+        _log.info("listing the samples of %d shards in %s", len(shards), root)
         images = _scan(root, shards, form)
         rows = zip(images.labels, *images.places.T.tolist(), images.keys, strict=True)
         write_rows(file, _MAGIC, made_from, rows)
@@ -207,7 +206,7 @@ def check_shards(place: str, options: Mapping[str, str]) -> None:
     """Find out without reading a shard whether those of both splits are there.
 
     Raises:
-        InputError: one is missing.
+        InputError: One is missing.
     """
     for split in SPLITS:
         find_shards(place, options, split)

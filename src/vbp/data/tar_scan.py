@@ -15,8 +15,6 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 from vbp.errors import InputError
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
-
-
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 
@@ -25,9 +23,9 @@ class SampleFormat:
     """Which files of a sample hold the image and the label.
 
     Attributes:
-        image: extensions, any one of which is the image.
-        label: extension of the label.
-        field: name of the label in a JSON file; without it the file is the number as text.
+        image: Extensions, any one of which is the image.
+        label: Extension of the label.
+        field: Name of the label in a JSON file; without it the file is the number as text.
     """
 
     image: tuple[str, ...]
@@ -36,13 +34,13 @@ class SampleFormat:
 
     @classmethod
     def of(cls, image: str | None, label: str | None) -> SampleFormat:
-        """From the options `image=jpg,png` and `label=cls` or `label=json:label`."""
+        """Read the options `image=jpg,png` and `label=cls` or `label=json:label`."""
         extensions = image.split(",") if image else [extension.removeprefix(".") for extension in IMG_EXTENSIONS]
         name, _, field = (label or "cls").partition(":")
         return cls(tuple(extension.lower() for extension in extensions), name.lower(), field or None)
 
     def text(self) -> str:
-        """The two options written out: what was read from a shard depends on them."""
+        """Return the two options written out: what was read from a shard depends on them."""
         return f"image={','.join(self.image)}&label={self.label}:{self.field or ''}"
 
 
@@ -59,7 +57,7 @@ def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
     """Return the samples of a shard in their order.
 
     Raises:
-        InputError: the shard is torn, or a sample is incomplete or there twice.
+        InputError: The shard is torn, or a sample is incomplete or there twice.
     """
     try:
         with tarfile.open(shard, "r:") as tar:

@@ -15,8 +15,6 @@ from vbp.errors import InputError
 from vbp.models.weights import one_line
 
 Library = Literal["timm", "transformers"]
-
-
 Family = Literal["vit", "convnext", "swin", "other"]
 
 
@@ -25,9 +23,9 @@ class ModelSource:
     """What builds the same dense architecture again, untrained and without network; plain JSON types.
 
     Attributes:
-        library: who builds it.
-        name: timm's architecture name without tag, or the class name of the transformers model.
-        arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
+        library: Who builds it.
+        name: Timm's architecture name without tag, or the class name of the transformers model.
+        arguments: Timm: the keyword arguments of `create_model`; transformers: the whole configuration,
             the attention implementation included.
     """
 
@@ -36,7 +34,7 @@ class ModelSource:
     arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
+        """Return plain JSON types; `from_dict` reads them back."""
         return {"library": self.library, "name": self.name, "arguments": dict(self.arguments)}
 
     @classmethod
@@ -44,7 +42,7 @@ class ModelSource:
         """Read back what `to_dict` wrote.
 
         Raises:
-            InputError: a name is missing or unknown, or a value is of the wrong type.
+            InputError: A name is missing or unknown, or a value is of the wrong type.
         """
         if set(values) != {"library", "name", "arguments"}:
             raise InputError(
@@ -66,12 +64,12 @@ class Classifier:
     """A network in evaluation mode on the CPU, and what travels with it.
 
     Attributes:
-        model: takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
-        source: builds the same dense architecture again.
-        preprocessing: the model's own, with the user's overrides.
-        num_classes: the logits per image.
+        model: Takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
+        source: Builds the same dense architecture again.
+        preprocessing: The model's own, with the user's overrides.
+        num_classes: The logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
-        class_names: of each logit, in its order; None where the weights do not say it.
+        class_names: Of each logit, in its order; None where the weights do not say it.
     """
 
     model: nn.Module
@@ -87,10 +85,10 @@ class Classifier:
 
 
 def check_takes_images(classifier: Classifier) -> None:
-    """One blank image through the network, so that a wrong size stops the run at its start.
+    """Pass one blank image through the network, so that a wrong size stops the run at its start.
 
     Raises:
-        InputError: the network does not take images of this size, or gives another number of logits.
+        InputError: The network does not take images of this size, or gives another number of logits.
     """
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size

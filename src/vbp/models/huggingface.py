@@ -17,8 +17,7 @@ from vbp.models.classifier import Classifier, Family, ModelSource
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
 from vbp.models.weights import describe_mismatch, one_line
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, Family] = {
     "vit": "vit",
@@ -29,10 +28,8 @@ FAMILIES: dict[str, Family] = {
     "swinv2": "swin",
 }
 
-
 # Saved with some backbones, but no part of a classifier's weights.
 HARMLESS = ("pooler.", "relative_position_index", "relative_coords_table", "position_ids")
-
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -48,10 +45,10 @@ def load_huggingface(
     overrides: Mapping[str, Any],
     check_family: Callable[[Family], None],
 ) -> Classifier:
-    """A transformers classifier; `check_family` is called before any weight is read or fetched.
+    """Load a transformers classifier; `check_family` is called before any weight is read or fetched.
 
     Raises:
-        InputError: the folder or the id is wrong, a weight or the preprocessing is missing, or the files
+        InputError: The folder or the id is wrong, a weight or the preprocessing is missing, or the files
             cannot be fetched.
     """
     config = _config(model_name)
@@ -69,10 +66,10 @@ def load_huggingface(
 
 
 def build_huggingface(source: ModelSource) -> nn.Module:
-    """The untrained architecture of `source`, in evaluation mode and float32.
+    """Build the untrained architecture of `source`, in evaluation mode and float32.
 
     Raises:
-        InputError: the installed transformers does not know the configuration, or builds another class.
+        InputError: The installed transformers does not know the configuration, or builds another class.
     """
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
@@ -142,7 +139,7 @@ def _without_weights(model_name: str, config: Any, allow_random_init: bool) -> n
             f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
             "--allow_random_init starts from random weights"
         )
-    logger.warning("%s starts from random weights: the folder holds none", model_name)
+    _log.warning("%s starts from random weights: the folder holds none", model_name)
     return _from_config(config)
 
 
@@ -185,7 +182,7 @@ def _check_complete(model_name: str, model: Any, info: Mapping[str, Any], allow_
     head_only = not any(name.startswith(f"{model.base_model_prefix}.") for name in random)
     fault = describe_mismatch(missing, unexpected, shapes)
     if head_only and not unexpected and allow_random_init:
-        logger.warning("the head of %s starts from random weights: %s", model_name, fault)
+        _log.warning("the head of %s starts from random weights: %s", model_name, fault)
         return
     remedy = (
         "--allow_random_init leaves the head at random" if head_only and not unexpected else "save the model again"

@@ -39,25 +39,25 @@ def load_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
-    """A classifier in evaluation mode, float32, on the CPU, with every weight accounted for.
+    """Load a classifier in evaluation mode, float32, on the CPU, with every weight accounted for.
 
     Args:
-        model_name: a folder, a hub id or a timm name: see above.
-        model_type: the family that the model must belong to; `auto` checks nothing.
-        checkpoint: weights for a timm name; then nothing is downloaded. Its head sets the number of classes
+        model_name: A folder, a hub id or a timm name: see above.
+        model_type: The family that the model must belong to; `auto` checks nothing.
+        checkpoint: Weights for a timm name; then nothing is downloaded. Its head sets the number of classes
             unless `model_kwargs` does.
-        convnext_checkpoint: one of Facebook's original ConvNeXt files, for a timm ConvNeXt name.
-        allow_random_init: a timm model without file is built from random weights, and nothing is downloaded;
+        convnext_checkpoint: One of Facebook's original ConvNeXt files, for a timm ConvNeXt name.
+        allow_random_init: A timm model without file is built from random weights, and nothing is downloaded;
             in a Hugging Face model the head alone may be missing, or in a local folder all weights.
-        model_kwargs: further arguments of `timm.create_model`, of plain JSON types.
-        img_size: edge of the square input in pixels; a timm model of fixed input size is built for it.
-        crop_pct: in place of the model's own, as are the following.
-        interpolation: the resampling filter.
-        mean: one value for each input channel.
-        std: one value for each input channel.
+        model_kwargs: Further arguments of `timm.create_model`, of plain JSON types.
+        img_size: Edge of the square input in pixels; a timm model of fixed input size is built for it.
+        crop_pct: In place of the model's own, as are the following.
+        interpolation: The resampling filter.
+        mean: One value for each input channel.
+        std: One value for each input channel.
 
     Raises:
-        InputError: anything given does not exist, does not fit, or cannot be fetched.
+        InputError: Anything given does not exist, does not fit, or cannot be fetched.
     """
     kind = _check_model(model_name, model_type)
     files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
@@ -75,10 +75,10 @@ def load_classifier(
 
 
 def build_model(source: ModelSource) -> nn.Module:
-    """The dense architecture with random weights, in evaluation mode; needs no network.
+    """Build the dense architecture with random weights, in evaluation mode; needs no network.
 
     Raises:
-        InputError: the installed library cannot build it.
+        InputError: The installed library cannot build it.
     """
     return build_timm(source) if source.library == "timm" else build_huggingface(source)
 
@@ -106,7 +106,7 @@ def _checked_size(img_size: int | None) -> int | None:
 
 
 def _check_model(model_name: str, model_type: str) -> Library:
-    """Which library builds the model."""
+    """Return the library that builds the model."""
     if model_type not in get_args(ModelType):
         raise InputError(f"model_type must be one of {', '.join(get_args(ModelType))}, got {model_type!r}")
     if not model_name.strip():

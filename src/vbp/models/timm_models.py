@@ -32,8 +32,7 @@ from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
 from vbp.models.weights import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
     ("vit", (vision_transformer.VisionTransformer,)),  # DeiT is one, distilled or not
@@ -47,7 +46,6 @@ FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
         ),
     ),
 )
-
 
 # What a constructor raises for arguments that it cannot use.
 BUILDING_ERRORS = (
@@ -77,10 +75,10 @@ def load_timm(
     overrides: Mapping[str, Any],
     check_family: Callable[[Family], None],
 ) -> Classifier:
-    """A timm classifier; `check_family` is called before any weight is read or fetched.
+    """Load a timm classifier; `check_family` is called before any weight is read or fetched.
 
     Raises:
-        InputError: the name, an argument or the weight file is wrong, or the weights cannot be fetched.
+        InputError: The name, an argument or the weight file is wrong, or the weights cannot be fetched.
     """
     if file is not None and file.facebook:
         model_name = with_facebook_tag(model_name, file.path)
@@ -93,7 +91,7 @@ def load_timm(
     if file is not None:
         model, architecture = _from_file(model, architecture, file, fixed="num_classes" in model_kwargs)
     elif allow_random_init:
-        logger.warning("%s starts from random weights: nothing was loaded", architecture.name)
+        _log.warning("%s starts from random weights: nothing was loaded", architecture.name)
     else:
         model = _from_hub(model, architecture)
     num_classes = int(getattr(model, "num_classes", 0))
@@ -110,17 +108,17 @@ def load_timm(
 
 
 def build_timm(source: ModelSource) -> nn.Module:
-    """The untrained architecture of `source`, in evaluation mode.
+    """Build the untrained architecture of `source`, in evaluation mode.
 
     Raises:
-        InputError: the installed timm does not know the name or the arguments.
+        InputError: The installed timm does not know the name or the arguments.
     """
     check_known(source.name)
     return _build(source.name, source.arguments).eval()
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family that timm's class belongs to."""
+    """Return the family that timm's class belongs to."""
     return next((family for family, classes in FAMILIES if isinstance(model, classes)), "other")
 
 
@@ -182,7 +180,7 @@ def _from_file(
     converted = convert(weights, conversion, model, file.path)
     rows = _head_rows(converted, architecture.cfg)
     if not fixed and rows is not None and rows != getattr(model, "num_classes", rows):
-        logger.info("%s has a head of %d classes; the model is built with it", file.path, rows)
+        _log.info("%s has a head of %d classes; the model is built with it", file.path, rows)
         architecture = replace(architecture, arguments={**architecture.arguments, "num_classes": rows})
         model = _build(architecture.name, architecture.arguments)
         converted = convert(weights, conversion, model, file.path)
@@ -191,7 +189,7 @@ def _from_file(
 
 
 def _conversion(name: str) -> Conversion | None:
-    """The conversion that timm has for older and foreign files, and for another image size."""
+    """Return the conversion that timm has for older and foreign files, and for another image size."""
     module = sys.modules[model_entrypoint(name).__module__]
     conversion = getattr(module, "checkpoint_filter_fn", None)
     if conversion is None:

@@ -17,35 +17,24 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-
 
 # Where training scripts put the weights in a larger file, in the order tried: averaged weights come first,
 # for they are the ones whose accuracy is reported.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-
 # Put before each name by DistributedDataParallel and torch.compile.
 PREFIXES = ("module.", "_orig_mod.")
-
 
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
-
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
-
-
 LISTED = 5
-
-
 StateDict = dict[str, Tensor]
-
-
 Conversion = Callable[[StateDict, nn.Module], StateDict]
 
 
@@ -53,7 +42,7 @@ def check_weight_file(path: Path) -> None:
     """Stop before any work if `path` cannot be a weight file.
 
     Raises:
-        InputError: there is no such file, or its name does not end as a weight file's does.
+        InputError: There is no such file, or its name does not end as a weight file's does.
     """
     if not path.is_file():
         raise InputError(f"the checkpoint must be an existing file, got {path}; check the path")
@@ -64,12 +53,12 @@ def check_weight_file(path: Path) -> None:
 
 
 def read_weights(path: Path) -> StateDict:
-    """The tensors of a weight file on the CPU, without the wrappers that training scripts add.
+    """Read the tensors of a weight file to the CPU, without the wrappers that training scripts add.
 
     A `.pth` or `.pt` file is read by `torch.load(weights_only=True)`: nothing in it is run.
 
     Raises:
-        InputError: the file is missing, damaged, needs code to be run, or holds no state dict.
+        InputError: The file is missing, damaged, needs code to be run, or holds no state dict.
     """
     check_weight_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -81,10 +70,10 @@ def read_weights(path: Path) -> StateDict:
 
 
 def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module, path: Path) -> StateDict:
-    """The weights under the names of `model`, every tensor of the file accounted for.
+    """Return the weights under the names of `model`, every tensor of the file accounted for.
 
     Raises:
-        InputError: the conversion does not know the file's layout, or drops a tensor without using it.
+        InputError: The conversion does not know the file's layout, or drops a tensor without using it.
     """
     if conversion is None:
         return weights
@@ -96,7 +85,7 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
         raise InputError(_does_not_fit(path, fault)) from error
     resized = [name for name in converted if name in weights and converted[name].shape != weights[name].shape]
     if resized:
-        logger.warning("%s: resampled to the model's image size: %s", path, _first(resized))
+        _log.warning("%s: resampled to the model's image size: %s", path, _first(resized))
     used = {tensor.data_ptr() for tensor in converted.values()}
     dropped = [
         name
@@ -112,7 +101,7 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
 
 
 def _convertible(weights: StateDict, conversion: Conversion, model: nn.Module) -> StateDict:
-    """What a conversion makes of a file that it trips over: the tensors it cannot take keep their names."""
+    """Return what a conversion makes of a file on which it fails: tensors that it cannot take keep their names."""
     stumbling = {}
     for name, tensor in weights.items():
         try:
@@ -130,7 +119,7 @@ def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     """Copy `weights` into `model`; each tensor of either side must have its counterpart.
 
     Raises:
-        InputError: a tensor is missing, too much, or of another shape; the model is unchanged.
+        InputError: A tensor is missing, too much, or of another shape; the model is unchanged.
     """
     fault = mismatch(model.state_dict(), weights)
     if fault is not None:
@@ -139,7 +128,7 @@ def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
 
 
 def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """What is missing, too much or of another shape; `None` if the two fit."""
+    """Return what is missing, too much or of another shape; None if the two fit."""
     shapes = [
         (name, tuple(given[name].shape), tuple(tensor.shape))
         for name, tensor in expected.items()
@@ -155,7 +144,7 @@ def describe_mismatch(
     unexpected: Iterable[str],
     shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]],
 ) -> str:
-    """One text for tensors missing, too many, and of another shape (name, in the file, in the model)."""
+    """Describe tensors missing, too many, and of another shape (name, in the file, in the model)."""
     named_shapes = [f"{name}: file {list(given)}, model {list(own)}" for name, given, own in shapes]
     kinds = (
         ("missing", list(missing)),
@@ -213,7 +202,7 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 
 def one_line(error: BaseException) -> str:
-    """A library's error as part of a sentence: without line breaks, and not without end."""
+    """Return a library's error as part of a sentence: without line breaks, and of limited length."""
     return textwrap.shorten(str(error), width=400, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
@@ -223,7 +212,7 @@ def _unwrap(content: object, path: Path) -> StateDict:
         inner: Mapping[Any, Any] = content if wrapper is None else content[wrapper]
         if inner and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in inner.items()):
             if wrapper is not None:
-                logger.info("weights taken from %r in %s", wrapper, path)
+                _log.info("weights taken from %r in %s", wrapper, path)
             return dict(inner)
         found = _first([str(name) for name in content]) or "nothing"
     else:

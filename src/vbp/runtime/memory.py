@@ -12,7 +12,6 @@ from vbp.errors import InputError
 # How CPUs and the libraries of GPUs say that memory is at its end, in errors of no type of their own.
 _SIGNS = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
-
 _REMEDIES = {
     "fine-tuning": (
         "lower --train_batch_size and raise --grad_accum by as much, add --grad_checkpointing or --amp bf16, or "

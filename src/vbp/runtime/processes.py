@@ -21,7 +21,6 @@ from vbp.errors import InputError, Interrupted, PeerError
 
 _T = TypeVar("_T")
 
-
 # Signs in the message of a collective whose other end went away.
 _LOST_PEER = ("gloo", "nccl", "connection", "peer", "store", "timed out", "timeout")
 
@@ -48,7 +47,7 @@ class Processes:
 
     @property
     def main(self) -> bool:
-        """Whether this is the process that writes."""
+        """Return whether this is the process that writes."""
         return self.rank == 0
 
     def gather(self, value: _T) -> list[_T]:

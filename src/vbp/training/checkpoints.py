@@ -19,27 +19,15 @@ from vbp.runtime.files import write_atomically
 
 _log = logging.getLogger(__name__)
 
-
 CHECKPOINTS = "checkpoints"
-
-
 _FORMAT = "vbp-checkpoint/1"
-
-
 _KEPT = 2
-
-
 _NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
-
 
 # The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:
 # torch.load reads the archive as ever, but looks at no check sum itself and takes flipped bits for weights.
 _SEAL = re.compile(rb"(vbp-checkpoint/\d+) sha256:([0-9a-f]{64})\Z")
-
-
 _SEAL_SIZE = len(f"{_FORMAT} sha256:") + 64
-
-
 _PIECE = 2**20
 
 

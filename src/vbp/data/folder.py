@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from timm.data.imagenet_info import ImageNetInfo
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from vbp.data.images import SPLITS
-from vbp.data.listing_cache import Listing, Source, read_index, write_index
+from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
 
 _log = logging.getLogger(__name__)
 
-IMAGENET_CLASSES = 1000
+_FORMAT = "vbp-image-index/2"
 _SHOWN = 5  # names given in a message before "..."
 
 
-def scan_split(data_path: Path, split: str, source: Source) -> Listing:
+def scan_split(data_path: Path, split: str, num_classes: int) -> tuple[list[Row], dict[str, int]]:
     """List `data_path/<split>/<class>/**`, classes and paths sorted, hidden entries left out.
+
+    Returns:
+        Label and path of each image; and the modification time in nanoseconds of each folder that was read.
 
     Raises:
         InputError: There is no such folder, no class, no image, or the classes do not fit the model.
@@ -41,14 +42,10 @@ def scan_split(data_path: Path, split: str, source: Source) -> Listing:
     # Taken before the folder is read: a change in between makes the kept list stale, never wrong.
     directories = {split: folder.stat().st_mtime_ns}
     names = class_names(folder)
-    labels = label_classes(folder, names, source.num_classes)
-    found = {name: sorted(_walk(folder / name, f"{split}/{name}", frozenset(), directories)) for name in names}
-    _check_empty_classes(folder, found, source.num_classes)
-    return Listing(
-        tuple(path for name in names for path in found[name]),
-        tuple(labels[name] for name in names for _ in found[name]),
-        dataclasses.replace(source, directories=directories),
-    )
+    labels = label_classes(folder, names, num_classes)
+    paths = {name: sorted(_walk(folder / name, f"{split}/{name}", frozenset(), directories)) for name in names}
+    _check_empty_classes(folder, paths, num_classes)
+    return [(labels[name], path) for name in names for path in paths[name]], directories
 
 
 def class_names(folder: Path) -> list[str]:
@@ -116,13 +113,6 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
         f"found only in train: {_some(sorted(train - val)) or 'none'}; "
         f"only in val: {_some(sorted(val - train)) or 'none'}"
     )
-
-
-@functools.cache
-def imagenet_labels() -> dict[str, int]:
-    """Return the label of each of the 1,000 synsets of ImageNet-1k, in the order that every pretrained head uses."""
-    info = ImageNetInfo("imagenet-1k")
-    return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
 def _walk(
@@ -226,13 +216,46 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
     the 1,000, even where folders are missing. Otherwise there must be one folder for each class, and labels
     follow the sorted folder names, which `train` and `val` must share.
 
-    The list is kept in `data_path/<split>_index.tsv` and made anew when the folder changes.
+    The list is kept in `data_path/<split>_index.jsonl` and made anew when a folder changes: its time does
+    when an entry is added, removed or renamed.
 
     Raises:
         InputError: A folder is missing or empty, the classes do not fit the model, or a samples file is bad.
     """
-    listing = _listing(data_path, split, num_classes)
-    return ImageList(data_path, listing.paths, listing.labels)
+    if not data_path.is_dir():
+        got = "is no folder" if data_path.exists() else "does not exist"
+        raise InputError(
+            f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {got}"
+        )
+    samples, index = data_path / f"{split}_samples.pkl", data_path / f"{split}_index.jsonl"
+    # The labels of one folder differ with the class count of the model.
+    made_from: dict[str, Any] = {"num_classes": num_classes, "samples_file": None}
+    if samples.is_file():
+        status = samples.stat()
+        made_from["samples_file"] = [status.st_size, status.st_mtime_ns]
+    else:
+        check_same_classes(data_path, num_classes)
+    rows = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
+    if rows is None:
+        directories: dict[str, int] = {}
+        if made_from["samples_file"] is None:
+            _log.info("listing the images of %s", data_path / split)
+            rows, directories = scan_split(data_path, split, num_classes)
+        else:
+            _log.info("listing the images of %s", samples)
+            rows = read_samples(samples, num_classes)
+        write_rows(index, _FORMAT, {**made_from, "directories": directories}, rows)
+    return ImageList(data_path, tuple(path for _, path in rows), tuple(label for label, _ in rows))
+
+
+def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
+    directories = kept["directories"].items()
+    try:
+        return kept == {**made_from, "directories": kept["directories"]} and all(
+            (data_path / name).stat().st_mtime_ns == time for name, time in directories
+        )
+    except (OSError, ValueError):  # gone, or no possible path
+        return False
 
 
 def check_folder_splits(data_path: Path) -> None:
@@ -245,24 +268,3 @@ def check_folder_splits(data_path: Path) -> None:
         if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
             missing = data_path / split if data_path.is_dir() else data_path
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")
-
-
-def _listing(data_path: Path, split: str, num_classes: int) -> Listing:
-    if not data_path.is_dir():
-        found = "is no folder" if data_path.exists() else "does not exist"
-        raise InputError(
-            f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {found}"
-        )
-    samples = data_path / f"{split}_samples.pkl"
-    source = Source.of(samples, num_classes)
-    if source.samples_file is None:
-        check_same_classes(data_path, num_classes)
-    listing = read_index(data_path, split, source)
-    if listing is None:
-        _log.info("listing the images of %s", data_path / split if source.samples_file is None else samples)
-        if source.samples_file is None:
-            listing = scan_split(data_path, split, source)
-        else:
-            listing = read_samples(samples, source)
-        write_index(data_path, split, listing)
-    return listing

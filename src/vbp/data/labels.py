@@ -1,4 +1,4 @@
-"""Labels that come as numbers: are they those of the model's head?"""
+"""The labels of the model's head: those of ImageNet's classes by name, and whether given numbers are among them."""
 
 from __future__ import annotations
 
@@ -9,8 +9,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 from timm.data.imagenet_info import ImageNetInfo
 
-from vbp.data.folder import IMAGENET_CLASSES, imagenet_labels
 from vbp.errors import InputError
+
+IMAGENET_CLASSES = 1000
+
+
+@functools.cache
+def imagenet_labels() -> dict[str, int]:
+    """Return the label of each of the 1,000 synsets of ImageNet-1k, in the order that every pretrained head uses."""
+    info = ImageNetInfo("imagenet-1k")
+    return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
 def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], str]) -> None:

@@ -8,7 +8,7 @@ import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -107,7 +107,7 @@ def _expand(root: Path, pattern: str) -> tuple[str, ...]:
     return tuple(found)
 
 
-_MAGIC = "#vbp-shard-index 1 "
+_FORMAT = "vbp-shard-index/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,7 +174,7 @@ class ShardImages:
 def list_samples(place: str, options: Mapping[str, str], split: str, num_classes: int) -> ShardImages:
     """List the samples of a split's shards.
 
-    The list is kept beside the shards in `<split>_shards.tsv`, and made anew when one of them changes.
+    The list is kept beside the shards in `<split>_shards.jsonl`, and made anew when one of them changes.
 
     Args:
         place: A folder of shards, or a pattern with `{split}`.
@@ -189,13 +189,15 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
     form = SampleFormat.of(options.get("image"), options.get("label"))
     # Taken before the shards are read: a change in between makes the kept list stale, never wrong.
     made_from = {"shards": [_state(root, name) for name in shards], "format": form.text()}
-    file = root / f"{split}_shards.tsv"
-    images = read_rows(file, _MAGIC, lambda values, rows: _parse(root, shards, made_from, values, rows))
-    if images is None:
+    file = root / f"{split}_shards.jsonl"
+    rows = read_rows(file, _FORMAT, lambda kept: kept == made_from)
+    if rows is None:
         _log.info("listing the samples of %d shards in %s", len(shards), root)
-        images = _scan(root, shards, form)
-        rows = zip(images.labels, *images.places.T.tolist(), images.keys, strict=True)
-        write_rows(file, _MAGIC, made_from, rows)
+        rows = [(number, *place) for number, shard in enumerate(shards) for place in scan_shard(root / shard, form)]
+        write_rows(file, _FORMAT, made_from, rows)
+    places = np.array([(number, offset, size) for number, _, offset, size, _ in rows], dtype=np.int64).reshape(-1, 3)
+    keys, labels = tuple(row[1] for row in rows), tuple(row[4] for row in rows)
+    images = ShardImages(root, shards, keys, labels, places)
     if len(images) == 0:
         raise InputError(f"the shards of {split} in {root} must hold samples, got none")
     check_labels(images.labels, num_classes, images.name)
@@ -215,41 +217,3 @@ def check_shards(place: str, options: Mapping[str, str]) -> None:
 def _state(root: Path, name: str) -> list[str | int]:
     status = (root / name).stat()
     return [name, status.st_size, status.st_mtime_ns]
-
-
-def _scan(root: Path, shards: Sequence[str], form: SampleFormat) -> ShardImages:
-    keys: list[str] = []
-    labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
-    for number, shard in enumerate(shards):
-        for sample in scan_shard(root / shard, form):
-            keys.append(sample.key)
-            labels.append(sample.label)
-            places.append((number, sample.offset, sample.size))
-    return _images(root, shards, keys, labels, places)
-
-
-def _parse(
-    root: Path,
-    shards: Sequence[str],
-    made_from: Mapping[str, Any],
-    values: Mapping[str, Any],
-    rows: Iterator[list[str]],
-) -> ShardImages | None:
-    if any(values[name] != value for name, value in made_from.items()):
-        return None
-    keys: list[str] = []
-    labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
-    for label, shard, offset, size, key in rows:
-        keys.append(key)
-        labels.append(int(label))
-        places.append((int(shard), int(offset), int(size)))
-    return _images(root, shards, keys, labels, places)
-
-
-def _images(
-    root: Path, shards: Sequence[str], keys: list[str], labels: list[int], places: list[tuple[int, int, int]]
-) -> ShardImages:
-    table = np.array(places, dtype=np.int64).reshape(-1, 3)
-    return ShardImages(root, tuple(shards), tuple(keys), tuple(labels), table)

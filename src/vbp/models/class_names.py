@@ -8,8 +8,9 @@ from typing import Any
 
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
+from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+
 ClassNames = tuple[str, ...]
-IMAGENET_CLASSES = 1000
 
 # What transformers calls the classes of a model that was given no names.
 PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -49,8 +50,6 @@ def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames 
             descriptions, and any part of the synsets names all 1,000 classes.
         num_classes: Outputs of the head.
     """
-    if num_classes == IMAGENET_CLASSES and folders:
-        info: Any = ImageNetInfo("imagenet-1k")  # untyped in timm
-        if set(folders) <= set(info.label_names()):
-            return tuple(info.label_descriptions())
+    if num_classes == IMAGENET_CLASSES and folders and set(folders) <= imagenet_labels().keys():
+        return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
     return tuple(folders) if len(folders) == num_classes else None

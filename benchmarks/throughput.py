@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vbp import Trainer, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
+from vbp import Trainer, TrainerSettings, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group
 
@@ -156,10 +156,10 @@ def _ours(
     }
     for compiled in (False, True) if options.compile else (False,):
         for stage, teacher in (("taught", dense), ("alone", None)):
-            trainer = Trainer.of(
-                deepcopy(student), steps=1_000_000, learning_rate=1e-5, device=device,
-                teacher=None if teacher is None else deepcopy(teacher), processes=processes, precision=precision,
-                compile=compiled,
+            trainer = Trainer(
+                deepcopy(student), TrainerSettings(steps=1_000_000, learning_rate=1e-5, compile=compiled),
+                device=device, teacher=None if teacher is None else deepcopy(teacher), precision=precision,
+                processes=processes,
             )  # fmt: skip
             name = (
                 f"fine-tuning{', teacher' if teacher is not None else ''}, amp {precision.name}"

@@ -6,14 +6,13 @@ import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vbp import DistillationLoss, InputError, Trainer
+from vbp import DistillationLoss, InputError, Trainer, TrainerSettings
 from vbp.runtime.processes import Processes
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.memory import dry_step
@@ -57,12 +56,13 @@ def network(seed: int, middle: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), middle or nn.GELU(), nn.Linear(6, 3)).double()
 
 
-def trainer(student: nn.Module, processes: Processes, accumulate: int = 2, **settings: Any) -> Trainer:
+def trainer(student: nn.Module, processes: Processes) -> Trainer:
     """Set up two epochs."""
-    return Trainer.of(
-        student, steps=4, learning_rate=0.03, device=CPU, teacher=network(9), loss=DistillationLoss(0.6, 0.4, 3.0),
-        processes=processes, accumulate=accumulate, ema_decay=0.7, clip_grad=0.5, measure_gradients=True, **settings,
+    settings = TrainerSettings(
+        steps=4, learning_rate=0.03, loss=DistillationLoss(0.6, 0.4, 3.0), accumulate=2, ema_decay=0.7,
+        clip_grad=0.5, measure_gradients=True,
     )  # fmt: skip
+    return Trainer(student, settings, device=CPU, teacher=network(9), processes=processes)
 
 
 def two_train_as_one(mine: Processes) -> None:

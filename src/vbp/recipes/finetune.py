@@ -32,9 +32,9 @@ from vbp.training.checkpoints import save_checkpoint
 from vbp.training.losses import DistillationLoss
 from vbp.training.memory import dry_step
 from vbp.training.meters import EpochResult, steps_per_epoch
-from vbp.training.mixup import Mixing
+from vbp.training.mixup import Mixup
 from vbp.training.tensorboard import Tracker
-from vbp.training.trainer import Trainer
+from vbp.training.trainer import Trainer, TrainerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -162,31 +162,29 @@ def _announced(job: Job, loader: ImageLoader) -> int:
 
 def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None, *, compiled: bool) -> Trainer:
     config = job.config
-    return Trainer.of(
-        student,
+    settings = TrainerSettings(
         steps=config.epochs_ft * steps,
-        warmup_steps=math.ceil(config.warmup_epochs * steps),
         learning_rate=config.lr_ft,
         weight_decay=config.weight_decay,
-        device=job.device,
-        teacher=teacher,
+        warmup_steps=math.ceil(config.warmup_epochs * steps),
         loss=DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, label_smoothing=config.label_smoothing),
-        processes=job.processes,
         accumulate=config.grad_accum,
         clip_grad=config.clip_grad,
         ema_decay=config.ema_decay if config.ema else None,
-        precision=job.precision,
         compile=compiled,
-        mixing=_mixing(job),
+        mixup=_mixup(job),
         measure_gradients=config.log_dir is not None,
+    )
+    return Trainer(
+        student, settings, device=job.device, teacher=teacher, precision=job.precision, processes=job.processes
     )
 
 
-def _mixing(job: Job) -> Mixing | None:
+def _mixup(job: Job) -> Mixup | None:
     config = job.config
     if config.mixup == 0 and config.cutmix == 0:
         return None
-    return Mixing(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
+    return Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
 
 
 def _epochs(

@@ -105,7 +105,7 @@ class _Blank:
 
     def __init__(self, trainer: Trainer, image: tuple[int, ...], batch_size: int) -> None:
         self.batch = torch.zeros(batch_size, *image), torch.zeros(batch_size, dtype=torch.int64)
-        self.batches = min(2, trainer.accumulate)
+        self.batches = min(2, trainer.settings.accumulate)
         self.world = trainer.processes.world
 
     def __len__(self) -> int:

@@ -47,7 +47,7 @@ def steps_per_epoch(batches: int, accumulate: int = 1) -> int:
     return math.ceil(batches / accumulate)
 
 
-class EpochSums:
+class EpochMeter:
     """Sums over the images and steps of this process; reading them in the loop would make a GPU wait.
 
     Attributes:

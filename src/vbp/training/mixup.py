@@ -10,20 +10,20 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from timm.data.mixup import Mixup
+from timm.data.mixup import Mixup as TimmMixup
 from torch import Tensor
 
 from vbp.errors import InputError
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Mixup:
     """Mixes each image of a batch with the one at the same place from the end.
 
     What is drawn depends on the seed, the epoch, the batch and the process alone.
 
     Attributes:
-        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two, as a coin falls.
+        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two at random.
         cutmix: Alpha of CutMix; 0 leaves it out.
         label_smoothing: Share of each label that is spread over all classes.
         num_classes: Of the model.
@@ -64,7 +64,7 @@ class Mixing:
         # stands there twice while the others are mixed.
         if odd:
             pixels, labels = (torch.cat((both[:half], both[half - 1 :])) for both in (pixels, labels))
-        mix = Mixup(  # type: ignore[no-untyped-call]
+        mix = TimmMixup(  # type: ignore[no-untyped-call]
             self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.num_classes
         )
         with _numpy_seeded(self.seed, epoch, batch, rank):

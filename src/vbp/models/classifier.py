@@ -11,8 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
 
 Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
-from vbp.models.weights import describe_mismatch, one_line
+from vbp.models.weights import describe_mismatch
 
 _log = logging.getLogger(__name__)
 

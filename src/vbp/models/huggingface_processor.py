@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
 
 # Those that resize, then perhaps crop the centre, then normalise; the names may end in Fast or Pil.
 PLAIN_PROCESSORS = (

@@ -11,8 +11,7 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 

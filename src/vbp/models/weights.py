@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 
 _log = logging.getLogger(__name__)
 
@@ -199,11 +198,6 @@ def _unsafe_globals(path: Path) -> list[str]:
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
         return []  # too damaged, or too old a format, to say
     return sorted(name for name in found if name != "argparse.Namespace")
-
-
-def one_line(error: BaseException) -> str:
-    """Return a library's error as part of a sentence: without line breaks, and of limited length."""
-    return textwrap.shorten(str(error), width=400, placeholder=" ...").rstrip(".") or type(error).__name__
 
 
 def _unwrap(content: object, path: Path) -> StateDict:

@@ -49,8 +49,9 @@ def _figures() -> str:
         return ""
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
-    return f" ({_gib(peak)} in use at most, {_gib(free)} of {_gib(total)} free)"
+    return f" ({gib(peak)} in use at most, {gib(free)} of {gib(total)} free)"
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return a size in bytes as text."""
     return f"{size / 2**30:.2f} GiB"

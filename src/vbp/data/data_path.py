@@ -101,19 +101,20 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
     if num_classes < 1:
         raise InputError(f"num_classes must be 1 or more, got {num_classes}")
     path = DataPath.parse(data_path)
+    images: Images
     try:
-        images = _list(path, split, num_classes)
+        if path.kind == "folder":
+            images = list_folder(Path(path.place), split, num_classes)
+        elif path.kind == "hfds":
+            images = list_rows(path.place, path.options, split, num_classes)
+        else:
+            images = list_samples(path.place, path.options, split, num_classes)
     except OSError as error:
         raise InputError(
             f"the images of {data_path} must be readable, got {error.strerror} for {error.filename}"
         ) from error
-    _log.info(
-        "%s: %d images of %d of the model's %d classes",
-        split,
-        len(images),
-        len(set(images.labels)),
-        num_classes,
-    )
+    classes = len(set(images.labels))
+    _log.info("%s: %d images of %d of the model's %d classes", split, len(images), classes, num_classes)
     return images
 
 
@@ -139,11 +140,3 @@ def class_folders(data_path: Path | str) -> list[str]:
     if path.kind != "folder" or folder.with_name(f"{SPLITS[0]}_samples.pkl").is_file():
         return []
     return class_names(folder)
-
-
-def _list(path: DataPath, split: Split, num_classes: int) -> Images:
-    if path.kind == "folder":
-        return list_folder(Path(path.place), split, num_classes)
-    if path.kind == "hfds":
-        return list_rows(path.place, path.options, split, num_classes)
-    return list_samples(path.place, path.options, split, num_classes)

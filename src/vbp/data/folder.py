@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -10,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from vbp.data.images import SPLITS
+from vbp.data.images import IMAGE_EXTENSIONS, SPLITS
 from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
 from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -138,7 +136,7 @@ def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes:
     empty = [name for name, paths in found.items() if not paths]
     if len(empty) == len(found):
         raise InputError(
-            f"{folder} must hold images ({', '.join(IMG_EXTENSIONS)}), found none in {len(found)} class folders"
+            f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(found)} class folders"
         )
     if not empty:
         return
@@ -152,7 +150,7 @@ def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -202,11 +200,8 @@ class ImageList:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            # A zero byte cannot occur in a path, so no two lists give the same bytes.
-            digest.update(f"{label}\0{path}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        # A zero byte cannot occur in a path, so no two lists give the same bytes.
+        return text_fingerprint(f"{label}\0{path}\0" for path, label in zip(self.paths, self.labels, strict=True))
 
 
 def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ import numpy as np
 from vbp.data.images import SPLITS
 from vbp.data.labels import check_labels, head_labels
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -67,10 +67,8 @@ class HuggingFaceImages:
     def fingerprint(self) -> str:
         """Return the SHA-256 over the label, the file name and the size of each image, in order."""
         paths, sizes = self._stored()
-        digest = hashlib.sha256()
-        for row, label in zip(self.rows, self.labels, strict=True):
-            digest.update(f"{label}\0{paths[row]}\0{sizes[row]}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        stored = zip(self.rows, self.labels, strict=True)
+        return text_fingerprint(f"{label}\0{paths[row]}\0{sizes[row]}\0" for row, label in stored)
 
     def _stored(self) -> tuple[list[str], list[int]]:
         # Arrow keeps names and sizes apart from the images' bytes, which are not touched.

@@ -13,6 +13,7 @@ from vbp.errors import InputError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 AnyImages = TypeVar("AnyImages", bound="Images")
 
 

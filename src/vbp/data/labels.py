@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from timm.data.imagenet_info import ImageNetInfo
 
 from vbp.errors import InputError
 
@@ -17,7 +17,7 @@ IMAGENET_CLASSES = 1000
 @functools.cache
 def imagenet_labels() -> dict[str, int]:
     """Return the label of each of the 1,000 synsets of ImageNet-1k, in the order that every pretrained head uses."""
-    info = ImageNetInfo("imagenet-1k")
+    info = _imagenet()
     return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
@@ -71,10 +71,16 @@ def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> li
 
 @functools.cache
 def _described() -> dict[str, set[int]]:
-    info = ImageNetInfo("imagenet-1k")
+    info = _imagenet()
     places: defaultdict[str, set[int]] = defaultdict(set)
     for label in range(IMAGENET_CLASSES):
         # Two classes are called "crane".
         places[info.index_to_description(label).lower()].add(label)
         places[info.index_to_label_name(label)].add(label)
     return dict(places)
+
+
+def _imagenet() -> Any:
+    from timm.data.imagenet_info import ImageNetInfo  # timm takes seconds to import
+
+    return ImageNetInfo("imagenet-1k")

@@ -132,9 +132,7 @@ class ImageLoader:
         """Return the batches of this process in a whole epoch; fewer come if all images of one cannot be read."""
         return len(self._batches)
 
-    def __iter__(
-        self,
-    ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
         """Yield one epoch, from the batch on that `set_epoch` was told.
 
         Raises:

@@ -11,9 +11,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision import transforms
 
 from vbp.errors import InputError
 
@@ -118,6 +116,8 @@ class Preprocessing:
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     """Return the deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    from timm.data.transforms_factory import create_transform  # timm takes seconds to import
+
     steps = create_transform(
         input_size=(len(preprocessing.mean), *preprocessing.img_size),
         is_training=False,
@@ -127,8 +127,7 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    transform: Transform = _in_colour_or_grey(preprocessing, [steps])
-    return transform
+    return _in_colour_or_grey(preprocessing, [steps])
 
 
 def training_transform(
@@ -153,6 +152,8 @@ def training_transform(
         raise InputError(f"scale must be two shares with 0 < least <= greatest <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1] < math.inf:
         raise InputError(f"ratio must be two numbers with 0 < least <= greatest, got {ratio}")
+    from torchvision import transforms
+
     steps: list[Callable[[Any], Any]] = [
         transforms.RandomResizedCrop(
             preprocessing.img_size,
@@ -164,8 +165,7 @@ def training_transform(
     if hflip:
         steps.append(transforms.RandomHorizontalFlip())
     steps += [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-    transform: Transform = _in_colour_or_grey(preprocessing, steps)
-    return transform
+    return _in_colour_or_grey(preprocessing, steps)
 
 
 class ViewTransform:
@@ -175,12 +175,7 @@ class ViewTransform:
     """
 
     def __init__(
-        self,
-        preprocessing: Preprocessing,
-        views: int,
-        *,
-        hflip: bool = True,
-        scale: tuple[float, float],
+        self, preprocessing: Preprocessing, views: int, *, hflip: bool = True, scale: tuple[float, float]
     ) -> None:
         """Prepare both.
 
@@ -203,10 +198,13 @@ class ViewTransform:
         return (self._whole if whole else self._crop)(image)
 
 
-def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Any:
+def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Transform:
+    from torchvision import transforms
+
     # Images arrive as RGB; a network with one input channel wants their luminance.
     grey = [transforms.Grayscale(1)] if len(preprocessing.mean) == 1 else []
-    return transforms.Compose([*grey, *steps])
+    composed: Transform = transforms.Compose([*grey, *steps])
+    return composed
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import io
 import logging
 import os
@@ -20,6 +19,7 @@ from vbp.data.labels import check_labels
 from vbp.data.listing_cache import read_rows, write_rows
 from vbp.data.tar_scan import SampleFormat, scan_shard
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
 
@@ -161,11 +161,10 @@ class ShardImages:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over label, shard, key and size of each image, in order."""
-        digest = hashlib.sha256()
-        for key, label, (shard, _, size) in zip(self.keys, self.labels, self.places.tolist(), strict=True):
-            text = f"{label}\0{self.shards[shard]}\0{key}\0{size}\0"
-            digest.update(text.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        samples = zip(self.keys, self.labels, self.places.tolist(), strict=True)
+        return text_fingerprint(
+            f"{label}\0{self.shards[shard]}\0{key}\0{size}\0" for key, label, (shard, _, size) in samples
+        )
 
     def _shard(self, index: int) -> Path:
         return self.root / self.shards[int(self.places[index, 0])]
@@ -188,7 +187,11 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
     root, shards = find_shards(place, options, split)
     form = SampleFormat.of(options.get("image"), options.get("label"))
     # Taken before the shards are read: a change in between makes the kept list stale, never wrong.
-    made_from = {"shards": [_state(root, name) for name in shards], "format": form.text()}
+    states = [(root / name).stat() for name in shards]
+    made_from = {
+        "shards": [[name, one.st_size, one.st_mtime_ns] for name, one in zip(shards, states, strict=True)],
+        "format": repr(form),
+    }
     file = root / f"{split}_shards.jsonl"
     rows = read_rows(file, _FORMAT, lambda kept: kept == made_from)
     if rows is None:
@@ -212,8 +215,3 @@ def check_shards(place: str, options: Mapping[str, str]) -> None:
     """
     for split in SPLITS:
         find_shards(place, options, split)
-
-
-def _state(root: Path, name: str) -> list[str | int]:
-    status = (root / name).stat()
-    return [name, status.st_size, status.st_mtime_ns]

@@ -15,6 +15,7 @@ from vbp.errors import InputError, one_line
 
 Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]
+ModelType = Literal["vit", "convnext", "swin", "auto"]
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,19 @@ class Classifier:
     def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
         """Return blank images of the size that the model takes, on the CPU."""
         return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
+
+
+def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
+    """Refuse a model of another family than it was said to be.
+
+    Raises:
+        InputError: It is.
+    """
+    if model_type not in ("auto", family):
+        raise InputError(
+            f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
+            "model or its type"
+        )
 
 
 def check_takes_images(classifier: Classifier) -> None:

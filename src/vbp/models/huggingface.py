@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource
+from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
 from vbp.models.weights import describe_mismatch
 
@@ -40,12 +40,9 @@ WEIGHT_FILES = (
 
 
 def load_huggingface(
-    model_name: str,
-    allow_random_init: bool,
-    overrides: Mapping[str, Any],
-    check_family: Callable[[Family], None],
+    model_name: str, allow_random_init: bool, overrides: Mapping[str, Any], model_type: ModelType
 ) -> Classifier:
-    """Load a transformers classifier; `check_family` is called before any weight is read or fetched.
+    """Load a transformers classifier; its family is checked before any weight is read or fetched.
 
     Raises:
         InputError: The folder or the id is wrong, a weight or the preprocessing is missing, or the files
@@ -53,11 +50,17 @@ def load_huggingface(
     """
     config = _config(model_name)
     family = FAMILIES.get(config.model_type, "other")
-    check_family(family)
+    check_family(model_name, model_type, family)
     preprocessing = processor_preprocessing(model_name, overrides)
     folder = Path(model_name)
     if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        model = _without_weights(model_name, config, allow_random_init)
+        if not allow_random_init:
+            raise InputError(
+                f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
+                "--allow_random_init starts from random weights"
+            )
+        _log.warning("%s starts from random weights: the folder holds none", model_name)
+        model = _from_config(config)
     else:
         model = _with_weights(model_name, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
@@ -131,16 +134,6 @@ def _cannot_load(model_name: str, error: BaseException) -> InputError:
         f"name): {one_line(error)}; check the name and the connection, or give a local Hugging Face folder, or "
         "a timm model name with --checkpoint FILE"
     )
-
-
-def _without_weights(model_name: str, config: Any, allow_random_init: bool) -> nn.Module:
-    if not allow_random_init:
-        raise InputError(
-            f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
-            "--allow_random_init starts from random weights"
-        )
-    _log.warning("%s starts from random weights: the folder holds none", model_name)
-    return _from_config(config)
 
 
 def _from_config(config: Any) -> nn.Module:

@@ -9,20 +9,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, Family, Library, ModelSource, check_takes_images
+from vbp.models.classifier import Classifier, Library, ModelSource, ModelType, check_takes_images
 from vbp.models.huggingface import build_huggingface, load_huggingface
 from vbp.models.timm_models import WeightFile, build_timm, load_timm
 from vbp.models.timm_names import hub_repository
 from vbp.models.weights import check_weight_file
-
-ModelType = Literal["vit", "convnext", "swin", "auto"]
 
 
 def load_classifier(
@@ -62,14 +59,13 @@ def load_classifier(
     kind = _check_model(model_name, model_type)
     files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
     file = _weight_file(model_name, kind, *files)
-    values = (_checked_size(img_size), crop_pct, interpolation, mean, std)
-    overrides = dict(zip(("img_size", "crop_pct", "interpolation", "mean", "std"), values, strict=True))
-    check = partial(_check_family, model_name, model_type)
+    _check_size(img_size)
+    overrides = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
     if kind == "timm":
-        classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, check)
+        classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, model_type)
     else:
         _check_no_arguments(model_name, model_kwargs)
-        classifier = load_huggingface(model_name, allow_random_init, overrides, check)
+        classifier = load_huggingface(model_name, allow_random_init, overrides, model_type)
     check_takes_images(classifier)
     return classifier
 
@@ -83,14 +79,6 @@ def build_model(source: ModelSource) -> nn.Module:
     return build_timm(source) if source.library == "timm" else build_huggingface(source)
 
 
-def _check_family(model_name: str, model_type: ModelType, family: Family) -> None:
-    if model_type not in ("auto", family):
-        raise InputError(
-            f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
-            "model or its type"
-        )
-
-
 def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None) -> None:
     if model_kwargs:
         raise InputError(
@@ -99,10 +87,9 @@ def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None)
         )
 
 
-def _checked_size(img_size: int | None) -> int | None:
+def _check_size(img_size: int | None) -> None:
     if img_size is not None and (isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1):
         raise InputError(f"img_size must be a positive whole number of pixels, got {img_size!r}")
-    return img_size
 
 
 def _check_model(model_name: str, model_type: str) -> Library:

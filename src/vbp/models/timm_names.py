@@ -16,14 +16,7 @@ from vbp.errors import InputError, one_line
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 # Set here or by the caller's other options: as model arguments they would go behind their back.
-RESERVED = (
-    "cache_dir",
-    "checkpoint_path",
-    "features_only",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-)
+RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,8 @@ PREFIXES = ("module.", "_orig_mod.")
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
+# What torch raises on damaged and foreign files.
+READING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
 LISTED = 5
@@ -139,17 +141,11 @@ def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str
 
 
 def describe_mismatch(
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]]
 ) -> str:
     """Describe tensors missing, too many, and of another shape (name, in the file, in the model)."""
     named_shapes = [f"{name}: file {list(given)}, model {list(own)}" for name, given, own in shapes]
-    kinds = (
-        ("missing", list(missing)),
-        ("too much", list(unexpected)),
-        ("of another shape", named_shapes),
-    )
+    kinds = (("missing", list(missing)), ("too much", list(unexpected)), ("of another shape", named_shapes))
     return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names)
 
 
@@ -179,7 +175,7 @@ def _read_pickle(path: Path) -> Any:
         # timm's training script stores its command line as a Namespace: plain data, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except READING_ERRORS as error:
         unsafe = _unsafe_globals(path)
         if unsafe:
             raise InputError(
@@ -195,7 +191,7 @@ def _read_pickle(path: Path) -> Any:
 def _unsafe_globals(path: Path) -> list[str]:
     try:
         found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+    except READING_ERRORS:
         return []  # too damaged, or too old a format, to say
     return sorted(name for name in found if name != "argparse.Namespace")
 

@@ -106,11 +106,7 @@ class EpochMeter:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` reads."""
-        return {
-            "sums": self._values.cpu().clone(),
-            "seconds": self.seconds,
-            "learning_rate": self.learning_rate,
-        }
+        return {"sums": self._values.cpu().clone(), "seconds": self.seconds, "learning_rate": self.learning_rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where the state was taken."""

@@ -400,12 +400,10 @@ def test_a_full_disk_leaves_the_earlier_list_whole(
     earlier = (data / "val_index.jsonl").read_bytes()
     add_image(data)
 
-    def half_written(self: Path, content: bytes) -> int:
-        with self.open("wb") as stream:
-            stream.write(content[: len(content) // 2])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
+    monkeypatch.setattr("vbp.runtime.files.os.fsync", full)
     assert "val/cat/new.png" in list_images(data, "val", 3).paths
     assert (data / "val_index.jsonl").read_bytes() == earlier
     assert sorted(file.name for file in data.iterdir()) == ["train", "val", "val_index.jsonl"]

@@ -22,7 +22,7 @@ from torch import Tensor
 import vbp.statistics.evidence
 import vbp.statistics.images
 from vbp import InputError, Preprocessing, RunConfig, Statistics
-from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS, write_digits
+from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
 from vbp.data.images import balanced_order
 from vbp.pruning.divergence import held_back
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
@@ -36,12 +36,10 @@ IMAGES = 40
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def job(digits: Path, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """Return the demo's model on some digits, in float64."""
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
     config = RunConfig(
-        data_path=str(folder),
+        data_path=str(digits),
         model_name=MODEL_NAME,
         model_kwargs=dict(MODEL_KWARGS),
         checkpoint=WEIGHTS,

@@ -46,7 +46,7 @@ class Batch(NamedTuple):
 
 
 class DecodedImages(Dataset[Sample]):
-    """Samples by `(epoch, index)`: a worker that lives through epochs hears of nothing else.
+    """Samples by `(epoch, index)`: a worker that serves several epochs gets its whole state from the key.
 
     Args:
         images: What to read.

@@ -54,7 +54,7 @@ def write_digits(folder: Path) -> None:
     """
     images = _encode()
     try:
-        _check_no_strangers(folder, images)
+        _check_only_digits(folder, images)
         wanting = [path for path, png in images.items() if not _holds(folder / path, png)]
         if not wanting:
             return
@@ -86,7 +86,7 @@ def _encode() -> dict[str, bytes]:
     return images
 
 
-def _check_no_strangers(folder: Path, images: Mapping[str, bytes]) -> None:
+def _check_only_digits(folder: Path, images: Mapping[str, bytes]) -> None:
     """Refuse to mix the digits with other data, which would then be trained on and counted as digits."""
     known = set(images) | {str(Path(path).parent) for path in images}
     for split in ("train", "val"):

@@ -132,15 +132,15 @@ def _walk(
                 yield path
 
 
-def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes: int) -> None:
-    empty = [name for name, paths in found.items() if not paths]
-    if len(empty) == len(found):
+def _check_empty_classes(folder: Path, paths: dict[str, list[str]], num_classes: int) -> None:
+    empty = [name for name, own in paths.items() if not own]
+    if len(empty) == len(paths):
         raise InputError(
-            f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(found)} class folders"
+            f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(paths)} class folders"
         )
     if not empty:
         return
-    if num_classes == IMAGENET_CLASSES and found.keys() <= imagenet_labels().keys():
+    if num_classes == IMAGENET_CLASSES and paths.keys() <= imagenet_labels().keys():
         _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
         return
     raise InputError(

@@ -9,10 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from vbp.runtime.files import write_bytes
 
 _log = logging.getLogger(__name__)
 
@@ -49,16 +50,12 @@ def write_rows(file: Path, format_name: str, made_from: Mapping[str, Any], rows:
     """Keep the rows for the next run, whole or not at all; a folder that cannot be written to is no error."""
     body = "".join(json.dumps(row) + "\n" for row in rows).encode()
     header = {"format": format_name, "sha256": hashlib.sha256(body).hexdigest(), "made_from": made_from}
-    temporary = file.with_name(f".{file.name}.{secrets.token_hex(8)}")
     try:
         # The superuser can write anywhere; a folder that its owner marked as read-only is still left alone.
         if not file.parent.stat().st_mode & 0o222:
             raise PermissionError("the folder is read-only")
-        try:
-            temporary.write_bytes(json.dumps(header).encode() + b"\n" + body)
-            # Replacing is atomic: another process reads the earlier list or this one, never a part.
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # Another process reads the earlier list or this one, never a part.
+        write_bytes(file, json.dumps(header).encode() + b"\n" + body)
     except OSError as error:
-        _log.info("%s is not kept (%s); the images are listed on each run", file, error.strerror or error)
+        cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
+        _log.info("%s is not kept (%s); the images are listed on each run", file, cause.strerror or cause)

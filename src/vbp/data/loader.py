@@ -133,7 +133,7 @@ class ImageLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
-        """Yield one epoch, from the batch on that `set_epoch` was told.
+        """Yield one epoch, from the batch on that `set_epoch` chose.
 
         Raises:
             InputError: Too many images cannot be read.

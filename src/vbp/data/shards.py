@@ -74,9 +74,9 @@ def _candidates(place: str, options: Mapping[str, str], split: str) -> tuple[Pat
         return root, _expand(root, sought.removeprefix(f"{fixed}/") if fixed else sought)
     root = Path(place)
     if not root.is_dir():
-        found = "is no folder" if root.exists() else "does not exist"
+        fault = "is no folder" if root.exists() else "does not exist"
         raise InputError(
-            f"wds/ must be followed by a folder of shards or a pattern that ends in .tar, {place} {found}"
+            f"wds/ must be followed by a folder of shards or a pattern that ends in .tar, {place} {fault}"
         )
     return root, _expand(root, sought)
 
@@ -100,11 +100,11 @@ def _expand(root: Path, pattern: str) -> tuple[str, ...]:
         names = expand_urls(pattern)
     except (ValueError, AssertionError) as error:
         raise InputError(f"the braces of a shard pattern must read {{0000..0009}} or {{a,b}}, got {error}") from error
-    found: list[str] = []
+    shards: list[str] = []
     for name in names:
         # Unlike pathlib's star this one finds no hidden files, such as a half copied shard.
-        found += sorted(glob.glob(name, root_dir=root)) if "*" in name else [name]  # noqa: PTH207
-    return tuple(found)
+        shards += sorted(glob.glob(name, root_dir=root)) if "*" in name else [name]  # noqa: PTH207
+    return tuple(shards)
 
 
 _FORMAT = "vbp-shard-index/2"
@@ -189,7 +189,7 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
     # Taken before the shards are read: a change in between makes the kept list stale, never wrong.
     states = [(root / name).stat() for name in shards]
     made_from = {
-        "shards": [[name, one.st_size, one.st_mtime_ns] for name, one in zip(shards, states, strict=True)],
+        "shards": [[name, state.st_size, state.st_mtime_ns] for name, state in zip(shards, states, strict=True)],
         "format": repr(form),
     }
     file = root / f"{split}_shards.jsonl"

@@ -17,6 +17,8 @@ Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]
 ModelType = Literal["vit", "convnext", "swin", "auto"]
 
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -82,6 +84,14 @@ class Classifier:
     def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
         """Return blank images of the size that the model takes, on the CPU."""
         return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
+
+
+def hub_repository(model_name: str) -> str | None:
+    """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
+    for prefix in HUB_PREFIXES:
+        if model_name.startswith(prefix):
+            return model_name.removeprefix(prefix)
+    return model_name if model_name.startswith("timm/") else None
 
 
 def check_family(model_name: str, model_type: ModelType, family: Family) -> None:

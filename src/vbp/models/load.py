@@ -15,11 +15,8 @@ from typing import Any, get_args
 from torch import nn
 
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, Library, ModelSource, ModelType, check_takes_images
-from vbp.models.huggingface import build_huggingface, load_huggingface
-from vbp.models.timm_models import WeightFile, build_timm, load_timm
-from vbp.models.timm_names import hub_repository
-from vbp.models.weights import check_weight_file
+from vbp.models.classifier import Classifier, Library, ModelSource, ModelType, check_takes_images, hub_repository
+from vbp.models.weights import WeightFile, check_weight_file
 
 
 def load_classifier(
@@ -57,14 +54,18 @@ def load_classifier(
         InputError: Anything given does not exist, does not fit, or cannot be fetched.
     """
     kind = _check_model(model_name, model_type)
-    files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
+    files = (None if path is None else Path(path) for path in (checkpoint, convnext_checkpoint))
     file = _weight_file(model_name, kind, *files)
     _check_size(img_size)
     overrides = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
     if kind == "timm":
+        from vbp.models.timm_models import load_timm
+
         classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, model_type)
     else:
         _check_no_arguments(model_name, model_kwargs)
+        from vbp.models.huggingface import load_huggingface
+
         classifier = load_huggingface(model_name, allow_random_init, overrides, model_type)
     check_takes_images(classifier)
     return classifier
@@ -76,7 +77,14 @@ def build_model(source: ModelSource) -> nn.Module:
     Raises:
         InputError: The installed library cannot build it.
     """
-    return build_timm(source) if source.library == "timm" else build_huggingface(source)
+    # Either library takes seconds to import: only the one that is needed is.
+    if source.library == "timm":
+        from vbp.models.timm_models import build_timm
+
+        return build_timm(source)
+    from vbp.models.huggingface import build_huggingface
+
+    return build_huggingface(source)
 
 
 def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None) -> None:

@@ -6,9 +6,8 @@ import inspect
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
@@ -28,7 +27,7 @@ from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
 from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
-from vbp.models.weights import Conversion, StateDict, convert, load_strictly_, read_weights
+from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +39,6 @@ FAMILIES: dict[Family, tuple[type[nn.Module], ...]] = {
 
 # What a constructor raises for arguments that it cannot use.
 BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A file to load; `facebook` marks the original ConvNeXt layout."""
-
-    path: Path
-    facebook: bool = False
 
 
 def load_timm(

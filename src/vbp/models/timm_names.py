@@ -12,10 +12,9 @@ import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
 from vbp.errors import InputError, one_line
+from vbp.models.classifier import hub_repository
 
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
-
-# Set here or by the caller's other options: as model arguments they would go behind their back.
+# Set here or by the caller's other options: as model arguments they would contradict those.
 RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
@@ -34,14 +33,6 @@ class Architecture:
     name: str
     cfg: dict[str, Any]
     arguments: dict[str, Any]
-
-
-def hub_repository(model_name: str) -> str | None:
-    """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
-    for prefix in HUB_PREFIXES:
-        if model_name.startswith(prefix):
-            return model_name.removeprefix(prefix)
-    return model_name if model_name.startswith("timm/") else None
 
 
 def resolve(

@@ -6,6 +6,7 @@ import argparse
 import logging
 import pickle
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,14 @@ CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeEr
 LISTED = 5
 StateDict = dict[str, Tensor]
 Conversion = Callable[[StateDict, nn.Module], StateDict]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file to load; `facebook` marks the original ConvNeXt layout."""
+
+    path: Path
+    facebook: bool = False
 
 
 def check_weight_file(path: Path) -> None:
@@ -103,15 +112,15 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
 
 def _convertible(weights: StateDict, conversion: Conversion, model: nn.Module) -> StateDict:
     """Return what a conversion makes of a file on which it fails: tensors that it cannot take keep their names."""
-    stumbling = {}
+    refused = {}
     for name, tensor in weights.items():
         try:
             conversion({name: tensor}, model)
         except CONVERSION_ERRORS:
-            stumbling[name] = tensor
+            refused[name] = tensor
     try:
-        rest = {name: tensor for name, tensor in weights.items() if name not in stumbling}
-        return {**conversion(rest, model), **stumbling}
+        rest = {name: tensor for name, tensor in weights.items() if name not in refused}
+        return {**conversion(rest, model), **refused}
     except CONVERSION_ERRORS:
         return weights
 
@@ -190,10 +199,10 @@ def _read_pickle(path: Path) -> Any:
 
 def _unsafe_globals(path: Path) -> list[str]:
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except READING_ERRORS:
         return []  # too damaged, or too old a format, to say
-    return sorted(name for name in found if name != "argparse.Namespace")
+    return sorted(name for name in names if name != "argparse.Namespace")
 
 
 def _unwrap(content: object, path: Path) -> StateDict:
@@ -204,10 +213,10 @@ def _unwrap(content: object, path: Path) -> StateDict:
             if wrapper is not None:
                 _log.info("weights taken from %r in %s", wrapper, path)
             return dict(inner)
-        found = _first([str(name) for name in content]) or "nothing"
+        got = _first([str(name) for name in content]) or "nothing"
     else:
-        found = type(content).__name__
+        got = type(content).__name__
     raise InputError(
         f"{path} must hold a state dict (names and tensors), bare or under one of {', '.join(WRAPPERS)}, got "
-        f"{found}; save it as torch.save(model.state_dict(), FILE)"
+        f"{got}; save it as torch.save(model.state_dict(), FILE)"
     )

@@ -68,9 +68,9 @@ class Processes:
         """Return the largest of everyone's small whole numbers; cheap enough for every step."""
         if self.world == 1:
             return value
-        found = torch.tensor([value])
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
-        return int(found)
+        largest = torch.tensor([value])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
     def wait(self) -> None:
         """Go on when all have come here."""
@@ -110,7 +110,7 @@ def launched() -> Processes:
     """
     if "WORLD_SIZE" not in os.environ:
         return Processes()
-    found = []
+    numbers = []
     rank = "0" if os.environ["WORLD_SIZE"] == "1" else None
     for name, default in (("RANK", rank), ("WORLD_SIZE", None), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         value = os.environ.get(name, default)
@@ -118,8 +118,8 @@ def launched() -> Processes:
             raise InputError(
                 f"{name} must be a whole number, got {value!r}; start with torchrun, or unset WORLD_SIZE"
             )
-        found.append(int(value))
-    processes = Processes(found[0], found[1], found[2], found[3])
+        numbers.append(int(value))
+    processes = Processes(numbers[0], numbers[1], numbers[2], numbers[3])
     if not processes.rank < processes.world:
         raise InputError(
             f"RANK must be below WORLD_SIZE, got {processes.rank} and {processes.world}; start with torchrun"
@@ -205,10 +205,10 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
     Raises:
         PeerError: Another process failed.
     """
-    found = launched()
-    place = device_of(device, found)
-    if found.world == 1:
-        yield found, place
+    launch = launched()
+    place = device_of(device, launch)
+    if launch.world == 1:
+        yield launch, place
         return
     timeout = timedelta(minutes=timeout_minutes)
     common, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -220,7 +220,7 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
         device_id=place if place.type == "cuda" else None,
     )  # fmt: skip
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-    processes = Processes(rank, world, found.local_rank, found.local_world, control, PrefixStore("failures", store))
+    processes = Processes(rank, world, launch.local_rank, launch.local_world, control, PrefixStore("failures", store))
 
     def end(number: int, frame: FrameType | None) -> None:
         failure = _first_failure(processes, "")

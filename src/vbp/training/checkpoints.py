@@ -15,7 +15,7 @@ from typing import IO, Any
 import torch
 
 from vbp.errors import InputError, OutputError, first_line
-from vbp.runtime.files import write_atomically
+from vbp.runtime.files import clear_folder, write_atomically
 
 _log = logging.getLogger(__name__)
 
@@ -53,15 +53,15 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
-    _clear_halves(folder)
+    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
     write_atomically(path, lambda file: write_sealed(file, {"format": FORMAT, "state": dict(state)}))
     whole = 0
     for other in reversed([file for file in _files(folder) if _position(file) is not None]):
         if _place(other) > _place(path):
             _log.warning("%s is removed: training went on from before it", other)
-            _remove(other)
+            clear_folder(folder, [other.name])
         elif whole >= _KEPT:
-            _remove(other)
+            clear_folder(folder, [other.name])
         elif other == path or checkpoint_fault(other) is None:
             whole += 1
     return path
@@ -132,8 +132,8 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
     folder = save_dir / CHECKPOINTS
     for path in _files(folder):
         if _position(path) is not None and (after is None or _place(path) > _place(after)):
-            _remove(path)
-    _clear_halves(folder)
+            clear_folder(folder, [path.name])
+    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
 
 
 def write_sealed(file: IO[bytes], content: dict[str, Any]) -> None:
@@ -204,15 +204,3 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 def _place(path: Path) -> tuple[tuple[int, int], str]:
     return _position(path) or (-1, -1), path.name
-
-
-def _clear_halves(folder: Path) -> None:
-    for half in folder.glob(".*.part"):
-        _remove(half)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} could not be removed ({error}); see to the folder") from error

@@ -121,7 +121,7 @@ class _Blank:
 
 
 def _copied(state: Any) -> Any:
-    """Copy a state to the CPU, where it is in nobody's way."""
+    """Copy a state to the CPU, so that it takes no memory of the device."""
     if isinstance(state, Tensor):
         return state.detach().cpu().clone()
     if isinstance(state, Mapping):

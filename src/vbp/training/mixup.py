@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from timm.data.mixup import Mixup as TimmMixup
 from torch import Tensor
 
 from vbp.errors import InputError
@@ -59,6 +58,8 @@ class Mixup:
         rank: int = 0,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         """Return mixed images and their shares of all classes; the images that came in stay as they are."""
+        from timm.data.mixup import Mixup as TimmMixup  # timm takes seconds to import
+
         half, odd = (len(labels) + 1) // 2, len(labels) % 2 == 1
         # timm takes even batches. In an odd one the image in the middle is its own partner and stays as it is: it
         # stands there twice while the others are mixed.

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -151,16 +152,12 @@ class Trainer:
         """Return the model to evaluate and to save: the moving average if there is one, else the student."""
         return self.student if self.average is None else self.average.module
 
-    @property
+    @cached_property
     def predictor(self) -> nn.Module:
         """Return `evaluated` as it is called fastest: compiled if asked for."""
         if not self.settings.compile:
             return self.evaluated
-        if self._ddp is None and self.average is None:
-            return self._student
-        if not hasattr(self, "_predictor"):
-            self._predictor = Compiled(self.evaluated)
-        return self._predictor
+        return self._student if self._ddp is None and self.average is None else Compiled(self.evaluated)
 
     def train_epoch(
         self,

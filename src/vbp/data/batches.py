@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
 from vbp.errors import InputError
 
 
+@dataclass(eq=False)
 class PlannedBatches:
     """The `(epoch, index)` keys of each batch of one process.
 
@@ -18,21 +20,21 @@ class PlannedBatches:
     out each batch of `batch_size * world` images, so that all take the same number of steps.
 
     Attributes:
+        count: Images in all.
+        batch_size: Of one process.
         epoch: Which order; an iteration under way keeps its own.
         start: Batches of the epoch that are left out at its beginning.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.count = count
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
-        self.start = 0
+    count: int
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def steps(self) -> int:

@@ -194,7 +194,7 @@ def main(options: Options) -> None:
             batches = [(pixels.pin_memory(), labels.pin_memory()) for pixels, labels in batches]
         passes = variants(options, Images(batches, processes.world), processes, device)
         seconds = _timed(options, {name: run for name, (_, run) in passes.items()}, processes, device)
-        if not processes.main:
+        if not processes.is_main:
             return
         plain = {stage: name for name, (stage, _) in passes.items() if name.startswith("plain")}
         images = options.batch_size * options.batches * processes.world
@@ -216,7 +216,7 @@ def _timed(
         # The plain loops are float32 in full; ours may use TF32, which is what --matmul_precision high means.
         for name, run in passes.items():
             set_matmul_precision("highest" if name.startswith("plain") else "high")
-            processes.wait()
+            processes.barrier()
             start = time.perf_counter()
             run()
             if device.type == "cuda":

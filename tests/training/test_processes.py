@@ -87,7 +87,7 @@ def both_hold_the_same_running_statistics(mine: Processes) -> None:
     ours.train_epoch(Dealt(mine.rank, 2), 1)
     for model in (ours.student, ours.evaluated):
         mean = model.get_buffer("1.running_mean")
-        first, second = mine.gather(mean)
+        first, second = mine.all_gather(mean)
         assert torch.equal(first, second)
         assert mean.abs().max() > 0
 
@@ -106,7 +106,7 @@ def two_that_were_stopped_go_on(mine: Processes) -> None:
     shared, own = torch.load(file, weights_only=True)
     resumed = trainer(network(5, nn.Dropout(0.4)), mine)
     # The state that all share comes from the main process.
-    resumed.load_state_dict(mine.gather(shared)[0], own)
+    resumed.load_state_dict(mine.all_gather(shared)[0], own)
     result = resumed.train_epoch(Dealt(mine.rank, 2), 2)
     assert (result.loss, result.top1, result.gradient_norm) == (
         expected.loss, expected.top1, expected.gradient_norm,

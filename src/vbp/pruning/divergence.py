@@ -65,14 +65,14 @@ class HeldBack:
         with evaluation_mode(model), torch.no_grad():
             self._answers = [self._log_probabilities(model, batch) for batch in self._batches]
         count = torch.tensor([sum(len(batch) for batch in batches)], dtype=torch.float64, device=self._device)
-        self.images = int(processes.sum_(count))
+        self.images = int(processes.all_reduce_sum_(count))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
     def example(self) -> Tensor:
         """Return one image, the same to all processes, where the model is."""
         mine = next((batch[:1].cpu() for batch in self._batches if len(batch)), None)
-        return next(one for one in self._processes.gather(mine) if one is not None).to(self._device)
+        return next(one for one in self._processes.all_gather(mine) if one is not None).to(self._device)
 
     def divergence(self, pruned: nn.Module) -> float:
         """Return the mean of KL(dense || pruned) over the images of all processes, in nats."""
@@ -80,7 +80,7 @@ class HeldBack:
         with evaluation_mode(pruned), torch.no_grad():
             for batch, answer in zip(self._batches, self._answers, strict=True):
                 total += self._loss(pruned, batch, answer).double()
-        return float(self._processes.sum_(total)) / self.images
+        return float(self._processes.all_reduce_sum_(total)) / self.images
 
     def shares(self, pruned: nn.Module, plan: PruningPlan) -> dict[str, float]:
         """Return what each MLP site adds to the divergence, its interaction with the others included.
@@ -108,7 +108,7 @@ class HeldBack:
                 loss = self._loss(self._model, batch, answer)
                 (gradient,) = torch.autograd.grad(loss, amplitudes)
                 total += gradient.double()
-        found = (self._processes.sum_(total) / (2 * self.images)).tolist()
+        found = (self._processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
         return {entry.site.name: share for entry, share in zip(entries, found, strict=True)}
 
     def _loss(self, model: nn.Module, batch: Tensor, answer: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ def finetune(job: Job, pruned: Pruned, teacher: nn.Module | None) -> tuple[Measu
         trainer = _trainer(job, job.model, _announced(job, loader), teacher, compiled=job.config.compile)
         if found is not None:
             trainer.load_state_dict(found["trainer"], found["processes"][job.processes.rank])
-        log_dir = job.config.log_dir if job.processes.main else None
+        log_dir = job.config.log_dir if job.processes.is_main else None
         with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
             tracker.sites(pruned.plan)
             _epochs(job, pruned, progress, loader, trainer, interruption, tracker)
@@ -228,12 +228,12 @@ def _after_step(
 ) -> None:
     """Write a checkpoint where it is time: at the end of an epoch, every so many minutes, or when told to stop."""
     wish = _GO_ON
-    if trainer.batches_done == batches or (job.processes.main and interruption.due(job.config.checkpoint_minutes)):
+    if trainer.batches_done == batches or (job.processes.is_main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE
     if interruption.signal is not None:
         wish = _STOP
     # A signal may reach one process a step before another: all must do the same.
-    wish = job.processes.most(wish)
+    wish = job.processes.all_reduce_max(wish)
     if wish != _GO_ON:
         save()
     if wish == _STOP:
@@ -247,8 +247,8 @@ def _after_step(
 
 def _checkpoint(job: Job, pruned: Pruned, progress: _Progress, trainer: Trainer) -> None:
     """Write what is needed to go on, in such a way that it makes no difference."""
-    own = job.processes.gather(trainer.process_state())
-    if not job.processes.main:
+    own = job.processes.all_gather(trainer.process_state())
+    if not job.processes.is_main:
         return
     content = {
         "settings": job.settings,
@@ -266,12 +266,12 @@ def _checkpoint(job: Job, pruned: Pruned, progress: _Progress, trainer: Trainer)
 
 
 def _write_rows(job: Job, rows: list[dict[str, Any]]) -> None:
-    if job.processes.main:
+    if job.processes.is_main:
         write_bytes(job.config.save_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 def _save(job: Job, name: str, pruned: Pruned, measured: Measured, weights: Mapping[str, Tensor]) -> None:
-    if not job.processes.main:
+    if not job.processes.is_main:
         return
     save_pruned(
         weights,

@@ -19,8 +19,8 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
         accuracy = evaluate(
             model, bar(job, job.val, label), job.device, precision=job.precision, processes=job.processes
         )
-    unreadable = job.processes.gather(dict(job.val.unreadable))
-    if job.processes.main:  # whose log is kept
+    unreadable = job.processes.all_gather(dict(job.val.unreadable))
+    if job.processes.is_main:  # whose log is kept
         for found in unreadable:
             job.val.take_over(found)
     return Measured(
@@ -44,7 +44,7 @@ def latencies(job: Job, models: dict[str, nn.Module]) -> tuple[dict[str, float],
     """Time the models side by side on the main process, and give milliseconds a batch and the batch's images."""
     batch = latency_batch(job.config, job.model, job.example)
     found = {}
-    if job.processes.main:
+    if job.processes.is_main:
         with job.precision.autocast():
             found = measure_latency_ms(models, batch)
-    return job.processes.gather(found)[0], len(batch)
+    return job.processes.all_gather(found)[0], len(batch)

@@ -106,10 +106,10 @@ def _meet(job: Job, plan_for: PlanFor) -> BudgetResult:
     def compare(plan: PruningPlan) -> Comparison:
         """Time on the main process, for all."""
         found = None
-        if job.processes.main:
+        if job.processes.is_main:
             batch = latency_batch(job.config, job.model, job.example)
             found = compare_in_turns(job.model, plan, batch, precision=job.precision)
-        measured = job.processes.gather(found)[0]
+        measured = job.processes.all_gather(found)[0]
         assert measured is not None
         return measured
 
@@ -246,7 +246,7 @@ def prune_again(job: Job, found: Mapping[str, Any]) -> tuple[Pruned, nn.Module]:
     move_(job.model, job.device)
     for stage, seconds in found["seconds"].items():
         job.seconds[stage] = job.seconds.get(stage, 0.0) + seconds
-    if job.processes.main:
+    if job.processes.is_main:
         pruned.plan.save(job.config.save_dir / PLAN)
     job.processes.check_same("plan", json_fingerprint(pruned.plan.to_dict()))
     return pruned, dense
@@ -275,7 +275,7 @@ def _evidence(job: Job) -> tuple[Evidence, Mapping[str, Any] | None]:
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
-    if job.processes.main:
+    if job.processes.is_main:
         statistics.save(config.save_dir / STATISTICS)
     found = Evidence(statistics, gradients, config.seed, config.ridge)
     return found, None if convergence is None else convergence.to_dict()
@@ -284,7 +284,7 @@ def _evidence(job: Job) -> tuple[Evidence, Mapping[str, Any] | None]:
 def _chosen(job: Job, evidence: Evidence) -> Chosen:
     chosen = choose(job, evidence)
     job.processes.check_same("plan", json_fingerprint(chosen.plan.to_dict()))
-    if job.processes.main:
+    if job.processes.is_main:
         chosen.plan.save(job.config.save_dir / PLAN)
     _log.info("%s", format_plan(chosen.plan, plan_cost(job.model, chosen.plan, job.example)))
     (_log.info if chosen.result.met else _log.warning)("%s", chosen.result.sentence())

@@ -48,7 +48,7 @@ def run(config: RunConfig) -> RunReport:
     """
     check_config(config)
     with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
-        if processes.main:
+        if processes.is_main:
             check_shipping(config)
         job = prepare(config, processes, device)
         check_given(job, config.needs)
@@ -61,18 +61,18 @@ def run(config: RunConfig) -> RunReport:
         del dense  # without distillation its memory is wanted for training
         best, final = finetune(job, pruned, teacher)
         report = _report(job, pruned, best, final)
-        if processes.main:
+        if processes.is_main:
             _leave(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if processes.main and config.push_to_hub is not None:
+        if processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
     return report
 
 
 def _open(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
-    if not job.processes.main:
+    if not job.processes.is_main:
         return
     folder = job.config.save_dir
     if job.found is None:

@@ -89,8 +89,8 @@ def find_target(
     """
     budget, times = config.budget, None
     if budget.timed and not planned:
-        times = processes.gather(
-            _layer_times(config, model, sites, example, precision, rules["round_to"]) if processes.main else None
+        times = processes.all_gather(
+            _layer_times(config, model, sites, example, precision, rules["round_to"]) if processes.is_main else None
         )[0]
     target = Target.of(budget, model, sites, example, times, **rules)
     _check_removes(config, sites, target, rules)
@@ -191,7 +191,7 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
     check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     found = _found(config, processes)
-    with processes.one_per_node_first():
+    with processes.local_main_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
         classifier = _named(classifier, config.data_path)
@@ -237,11 +237,11 @@ def reading(config: RunConfig) -> dict[str, Any]:
 def _found(config: RunConfig, processes: Processes) -> Found | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
     path = None
-    if processes.main:
+    if processes.is_main:
         path = find_checkpoint(
             config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
         )
-    path = processes.gather(path)[0]
+    path = processes.all_gather(path)[0]
     if path is None:
         return None
     _log.info("going on from %s", path)
@@ -250,7 +250,7 @@ def _found(config: RunConfig, processes: Processes) -> Found | None:
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
     """See that the disk holds what a run writes at most."""
-    if not processes.main:
+    if not processes.is_main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the

@@ -209,7 +209,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
     """
     check_sweep(config)
     with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
-        begun = processes.gather(read_begun(config) if processes.main else None)[0]
+        begun = processes.all_gather(read_begun(config) if processes.is_main else None)[0]
         job = prepare(config.run_config(), processes, device)
         settings = deciding_settings(config, job)
         check_may_go_on(begun, settings, config.save_dir)
@@ -217,7 +217,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         check_refits(job)
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, begun, settings)
-        if processes.main:
+        if processes.is_main:
             _write(config.save_dir, report, settings, references)
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
@@ -231,7 +231,7 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         _log.info("%d of %d models were measured before", len(config.settings) - len(missing), len(config.settings))
 
     def keep(report: SweepReport) -> None:
-        if job.processes.main:
+        if job.processes.is_main:
             write_state(config.save_dir, settings, report.to_dict())
 
     def timed(pruned: torch.nn.Module) -> tuple[float, float]:
@@ -274,7 +274,7 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
         share = reader.read(range(len(job.calibration)))
         if missing & FROM_STATISTICS:
             statistics = merge_across(share, job.processes)
-            if job.processes.main:
+            if job.processes.is_main:
                 statistics.save(config.save_dir / STATISTICS)
         gradients = reader.gradients()
     return Evidence(statistics, gradients, config.seed, config.ridge)
@@ -298,14 +298,14 @@ def _after_refit(job: Job, missing: Collection[Setting]) -> Callable[[torch.nn.M
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:
     """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
     if job.given is not None:
-        if job.processes.main:
+        if job.processes.is_main:
             job.given.save(config.save_dir / STATISTICS)
         return job.given
     path = config.save_dir / STATISTICS
     # The main process's word: the folder may not be on every node.
-    if not job.processes.gather(path.is_file())[0]:
+    if not job.processes.all_gather(path.is_file())[0]:
         return None
-    found = job.processes.gather(Statistics.load(path) if job.processes.main else None)[0]
+    found = job.processes.all_gather(Statistics.load(path) if job.processes.is_main else None)[0]
     assert found is not None
     found.check_made_for(job.settings["model"], job.data, path)
     for need, held in (("covariance", found.covariances), ("sensitivity", found.sensitivities)):
@@ -318,7 +318,7 @@ def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics 
 
 def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any], *, fresh: bool) -> None:
     """Begin to write: from here on the folder is this sweep's."""
-    if not job.processes.main:
+    if not job.processes.is_main:
         return
     folder = config.save_dir
     needed = evidence_bytes(job, sweep_needs(config.settings))

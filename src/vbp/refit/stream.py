@@ -127,7 +127,9 @@ def refit_stream_(
                 held = _HELD_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = processes.gather(step_of(pruned, join.site, activation, sample, ridge=held, caution=held))[0]
+                step = processes.all_gather(step_of(pruned, join.site, activation, sample, ridge=held, caution=held))[
+                    0
+                ]
                 if step.better:
                     add_step_(pruned, join.site, step)
                     changed.append(join.site.name)
@@ -201,7 +203,7 @@ class _Work:
             target = given + (wanted - found) / gain.to(given)
             parts.append(draw(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        total = sum(self.processes.gather(images))
+        total = sum(self.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
         return merged(join.site.name, parts, metric, self.processes), total

@@ -46,11 +46,11 @@ class Processes:
     store: Store | None = None
 
     @property
-    def main(self) -> bool:
+    def is_main(self) -> bool:
         """Return whether this is the process that writes."""
         return self.rank == 0
 
-    def gather(self, value: _T) -> list[_T]:
+    def all_gather(self, value: _T) -> list[_T]:
         """Return everyone's value to everyone, in the order of ranks; plain data or tensors on the CPU."""
         if self.world == 1:
             return [value]
@@ -58,13 +58,13 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, on the device where it lies."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the largest of everyone's small whole numbers; cheap enough for every step."""
         if self.world == 1:
             return value
@@ -72,20 +72,20 @@ class Processes:
         dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
         return int(largest)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     @contextmanager
-    def one_per_node_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """Let one process of each node do the block first: the others find the files in place and in memory."""
         if self.local_rank != 0:
-            self.wait()
+            self.barrier()
         yield
         if self.local_rank == 0:
-            self.wait()
-        self.wait()
+            self.barrier()
+        self.barrier()
 
     def check_same(self, what: str, value: str) -> None:
         """Stop all processes if they do not hold the same.
@@ -93,7 +93,7 @@ class Processes:
         Raises:
             InputError: They differ.
         """
-        values = self.gather(value)
+        values = self.all_gather(value)
         if len(set(values)) > 1:
             listed = ", ".join(f"{rank}: {value[:12]}" for rank, value in enumerate(values))
             raise InputError(

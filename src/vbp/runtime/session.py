@@ -14,14 +14,14 @@ if TYPE_CHECKING:
 
 def bar(job: Job, loader: Iterable[Any], label: str) -> Any:
     """Draw progress on the main process, where the output is a terminal."""
-    hidden = None if job.processes.main else True
+    hidden = None if job.processes.is_main else True
     return tqdm(loader, desc=label, unit="batch", leave=False, disable=hidden, dynamic_ncols=True)
 
 
 @contextmanager
 def counted(job: Job, label: str, unit: str) -> Iterator[Callable[[str], None]]:
     """Draw progress as `bar` does over steps whose number nobody knows: call what is given with each step's name."""
-    hidden = None if job.processes.main else True
+    hidden = None if job.processes.is_main else True
     with tqdm(desc=label, unit=f" {unit}", leave=False, disable=hidden, dynamic_ncols=True) as drawn:
 
         def tell(name: str) -> None:

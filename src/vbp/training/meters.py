@@ -85,7 +85,7 @@ class EpochMeter:
         Raises:
             InputError: There was no image, or the loss is no finite number; on every process alike.
         """
-        loss, correct, images, norm, norms = processes.sum_(self._values.clone()).tolist()
+        loss, correct, images, norm, norms = processes.all_reduce_sum_(self._values.clone()).tolist()
         if images == 0:
             raise InputError("fine-tuning needs at least one image, got none; check the training images")
         if not math.isfinite(loss):

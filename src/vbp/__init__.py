@@ -54,7 +54,7 @@ from vbp.torch_pruning.install import install as _install_in_torch_pruning
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochResult
-from vbp.training.trainer import Trainer
+from vbp.training.trainer import Trainer, TrainerSettings
 
 # Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
 _install_in_torch_pruning()
@@ -103,6 +103,7 @@ __all__ = [
     "StreamRefit",
     "TokenSample",
     "Trainer",
+    "TrainerSettings",
     "auto_plan",
     "balanced_subset",
     "build_model",

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from families import FAMILIES, Family
 from hub_stand_in import Hub, served
+from threads import single_thread
+from torch import nn
 
 from vbp import RunConfig
 from vbp.data.digits import write_digits
@@ -22,10 +25,24 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 
 @pytest.fixture
+def vit() -> nn.Module:
+    """Return a small ViT in float64."""
+    torch.manual_seed(0)
+    return FAMILIES["timm-vit"].build().double().eval()
+
+
+@pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Return a hub that knows nothing yet, on which `me` may write."""
     with served(tmp_path / "cache", monkeypatch) as known:
         yield known
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as the processes of the tests do: a sum over threads has other last bits."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from vbp.cost.macs import format_count
 from vbp.errors import InputError
 from vbp.pruning.make_plan import check_keep_ratio
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.tables import format_count
 
 Quantity = Literal["keep_ratio", "macs", "params", "latency_ms", "speedup"]
 
@@ -39,6 +39,10 @@ class Budget:
         quantity: What is limited: the share of MLP channels, MACs of one image, parameters, milliseconds of a batch,
             or the speed-up, of which there must be at least so much.
         amount: MACs and parameters below 1 are a share of the dense model's, others a count.
+
+    Example:
+        >>> vbp.Budget.of(target_macs="75%")
+        Budget(quantity='macs', amount=0.75)
     """
 
     quantity: Quantity
@@ -149,6 +153,10 @@ class BudgetResult:
         predicted: What a table of measured layers had promised for the plan, of a latency or speed-up.
         spread: Quartiles of the measured values.
         detail: Further plain data, as the attempts of a latency budget and the conditions of its measurements.
+
+    Example:
+        >>> vbp.BudgetResult(vbp.Budget.of(keep_ratio=0.5), plan, target=128, dense=256, reached=128, met=True).miss
+        0.0
     """
 
     budget: Budget

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.macs import format_count
 from vbp.cost.widths import WidthCosts
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.decode import to_json
+from vbp.runtime.tables import format_count, text_table
 from vbp.sites.site import Site, SiteKind, find_sites
 
 
@@ -56,11 +57,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        plain = asdict(self)
-        for site in plain["sites"]:
-            site["producers"] = list(site["producers"])
-            site["shapes"] = {name: list(shape) for name, shape in site["shapes"].items()}
-        plain["sites"] = list(plain["sites"])
+        plain: dict[str, Any] = to_json(self)
         return plain
 
     def table(self) -> str:
@@ -87,7 +84,7 @@ class Inspection:
             format_count(params), f"{params / self.params:.1%}", "",
         ))  # fmt: skip
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
-        return f"{self.model}: {whole}\n{_aligned([head, *rows])}"
+        return f"{self.model}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
 
 
 def inspect_model(
@@ -109,6 +106,10 @@ def inspect_model(
 
     Raises:
         InputError: The model has no site.
+
+    Example:
+        >>> vbp.inspect_model(model, example).sites[0].params
+        8320
     """
     costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
     dense: dict[str, int] = {}
@@ -134,16 +135,4 @@ def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> Si
         shapes={name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers},
         macs=macs,
         params=params,
-    )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {0, 1, len(widths) - 1}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
     )

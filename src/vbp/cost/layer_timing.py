@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import takewhile
 from typing import Any
 
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 
 from vbp.cost.timing import Timer, clock_of, hardware, time_in_turns
 from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
-from vbp.method.allocation import Bounds
+from vbp.method.allocation import AllowedWidths
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import Precision
 from vbp.sites.site import Site
 
@@ -128,21 +129,17 @@ def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precisi
     """Run the model, and record the arguments of the named modules."""
     calls: dict[str, Call] = {}
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
-        return lambda _module, args, kwargs: calls.update({name: Call(args, kwargs)})
+    def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls[name] = Call(args, kwargs)
 
     forward = run_pass([(model, Call((images,), {}))], precision)
     forward()
-    hooks = [model.get_submodule(name).register_forward_pre_hook(note(name), with_kwargs=True) for name in names]
-    start = time.perf_counter()
-    try:
+    with hooked(before=[(model.get_submodule(name), partial(note, name)) for name in names]):
+        start = time.perf_counter()
         forward()
         if images.device.type == "cuda":
             torch.cuda.synchronize(images.device)
         return calls, time.perf_counter() - start
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def _shape_of(model: nn.Module, unit: Unit) -> str:
@@ -276,7 +273,7 @@ def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]
     size = first.hidden // first.heads
     widths = {}
     for share in _SHARES:
-        count = min(Bounds.of(size, round_to, 0.0).counts, key=lambda count: abs(count - size * share))
+        count = min(AllowedWidths.of(size, round_to, 0.0).counts, key=lambda count: abs(count - size * share))
         if round_to == 1 and first.kind == "mlp" and count % 2 == 0:
             count -= 1
         if count < size:

@@ -43,6 +43,10 @@ class PrunedArtifact:
         class_names: What each logit stands for, if known.
         versions: Of the packages with which it was written.
         settings: How it was made, by name, if known.
+
+    Example:
+        >>> vbp.read_artifact(saved).plans[0] == plan
+        True
     """
 
     plans: tuple[PruningPlan, ...]
@@ -94,6 +98,11 @@ def save_pruned(
     Raises:
         InputError: The folder holds something else, or something given cannot be written in this format.
         OutputError: The disk is full or cannot be written; an earlier model there stays whole.
+
+    Example:
+        >>> vbp.save_pruned(pruned, folder / "pruned", plans=plan)
+        >>> vbp.load_pruned(folder / "pruned", model=model)(images).equal(pruned(images))
+        True
     """
     entries = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
     manifest = {
@@ -118,6 +127,10 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
 
     Raises:
         InputError: It is missing, damaged, or something else.
+
+    Example:
+        >>> vbp.read_artifact(saved).metrics
+        {'top1': 75.0}
     """
     place = fetch(str(path), (MANIFEST, WEIGHTS)) if is_reference(path) else Path(path)
     if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
@@ -162,6 +175,10 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
 
     Raises:
         InputError: The file is missing or damaged, or does not fit the model.
+
+    Example:
+        >>> vbp.load_pruned(saved, model=model)(images).equal(pruned(images))
+        True
     """
     artifact = read_artifact(path)
     device = torch.device("cpu")

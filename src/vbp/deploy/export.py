@@ -142,6 +142,10 @@ def export_model(
         InputError: The combination is not supported, the model cannot be exported, or the file's logits are too far
             from the model's; no file is left behind.
         OutputError: The file could not be written.
+
+    Example:
+        >>> vbp.export_model(pruned, images, folder / "pruned.pt2", to="pt2").tolerance
+        0.0001
     """
     path, allowed = Path(output), TOLERANCES[dtype] if tolerance is None and dtype in TOLERANCES else tolerance
     _check_choice(to, dtype, calibration)
@@ -204,6 +208,10 @@ def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
 
     Raises:
         InputError: The file is missing or has another ending, or onnxruntime is not installed.
+
+    Example:
+        >>> vbp.open_exported(exported)(images).shape
+        torch.Size([8, 7])
     """
     file = Path(path)
     if not file.is_file() or file.suffix not in (".onnx", ".pt2"):

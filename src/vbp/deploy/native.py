@@ -73,6 +73,10 @@ def save_native(
     Raises:
         InputError: The configuration cannot say the widths (the reason is given), or the folder is in use.
         OutputError: The folder could not be written; nothing is left of it.
+
+    Example:
+        >>> vbp.save_native(equal_pruned, folder / "native", plans=equal_plan, source=source)
+        {'mlp_ratio': 2.0}
     """
     target = Path(folder)
     _check_free(target)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
+from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
-
-
 Family = Literal["vit", "convnext", "swin", "other"]
+ModelType = Literal["vit", "convnext", "swin", "auto"]
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 @dataclass(frozen=True)
@@ -25,10 +26,14 @@ class ModelSource:
     """What builds the same dense architecture again, untrained and without network; plain JSON types.
 
     Attributes:
-        library: who builds it.
-        name: timm's architecture name without tag, or the class name of the transformers model.
-        arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
+        library: Who builds it.
+        name: Timm's architecture name without tag, or the class name of the transformers model.
+        arguments: Timm: the keyword arguments of `create_model`; transformers: the whole configuration,
             the attention implementation included.
+
+    Example:
+        >>> vbp.ModelSource("timm", "test_vit", {"num_classes": 7}).to_dict()["library"]
+        'timm'
     """
 
     library: Library
@@ -36,29 +41,18 @@ class ModelSource:
     arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
-        return {"library": self.library, "name": self.name, "arguments": dict(self.arguments)}
+        """Return plain JSON types; `from_dict` reads them back."""
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
         """Read back what `to_dict` wrote.
 
         Raises:
-            InputError: a name is missing or unknown, or a value is of the wrong type.
+            InputError: A name is missing or unknown, or a value is of the wrong type.
         """
-        if set(values) != {"library", "name", "arguments"}:
-            raise InputError(
-                "a model source must hold library, name and arguments, got "
-                f"{', '.join(sorted(values)) or 'nothing'}; save the file again with this version of vbp"
-            )
-        library, name, arguments = values["library"], values["name"], values["arguments"]
-        if library not in get_args(Library):
-            raise InputError(f"library must be one of {', '.join(get_args(Library))}, got {library!r}")
-        if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            raise InputError(
-                f"a model source must hold a name (text) and arguments (a table), got {name!r} and {arguments!r}"
-            )
-        return cls(library, name, dict(arguments))
+        return from_json(cls, values, "a model source", "save the file again with this version of vbp")
 
 
 @dataclass(frozen=True)
@@ -66,12 +60,16 @@ class Classifier:
     """A network in evaluation mode on the CPU, and what travels with it.
 
     Attributes:
-        model: takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
-        source: builds the same dense architecture again.
-        preprocessing: the model's own, with the user's overrides.
-        num_classes: the logits per image.
+        model: Takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
+        source: Builds the same dense architecture again.
+        preprocessing: The model's own, with the user's overrides.
+        num_classes: The logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
-        class_names: of each logit, in its order; None where the weights do not say it.
+        class_names: Of each logit, in its order; None where the weights do not say it.
+
+    Example:
+        >>> vbp.load_classifier("test_vit", allow_random_init=True).num_classes
+        1000
     """
 
     model: nn.Module
@@ -86,11 +84,32 @@ class Classifier:
         return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
 
 
-def check_takes_images(classifier: Classifier) -> None:
-    """One blank image through the network, so that a wrong size stops the run at its start.
+def hub_repository(model_name: str) -> str | None:
+    """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
+    for prefix in HUB_PREFIXES:
+        if model_name.startswith(prefix):
+            return model_name.removeprefix(prefix)
+    return model_name if model_name.startswith("timm/") else None
+
+
+def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
+    """Refuse a model of another family than it was said to be.
 
     Raises:
-        InputError: the network does not take images of this size, or gives another number of logits.
+        InputError: It is.
+    """
+    if model_type not in ("auto", family):
+        raise InputError(
+            f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
+            "model or its type"
+        )
+
+
+def check_takes_images(classifier: Classifier) -> None:
+    """Pass one blank image through the network, so that a wrong size stops the run at its start.
+
+    Raises:
+        InputError: The network does not take images of this size, or gives another number of logits.
     """
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size

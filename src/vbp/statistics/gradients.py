@@ -17,7 +17,6 @@ from vbp.sites.weights import weight_slices
 
 _ALONE = Processes()
 
-
 # Images that go forward and backward at a time: the sum does not depend on it, the memory does.
 _IMAGES = 32
 
@@ -54,8 +53,8 @@ class GradientSum:
                     running += gradient
         self._images += labels.shape[0]
 
-    def seen_on_the_way(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand batches on, and take in each: one reading of the images serves statistics and gradients."""
+    def tee(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pass batches on, and take in each: one reading of the images serves statistics and gradients."""
         for pixels, labels in batches:
             self.add_(pixels, labels)
             yield pixels, labels
@@ -69,10 +68,10 @@ class GradientSum:
         Raises:
             InputError: No image came, to any process, or a gradient is not finite.
         """
-        images = int(processes.sum_(torch.tensor([self._images], device=self._device)))
+        images = int(processes.all_reduce_sum_(torch.tensor([self._images], device=self._device)))
         if images == 0:
             raise InputError("gradients need at least one labelled image, got none; check the training images")
-        gradients = {name: (processes.sum_(value) / images).cpu() for name, value in self._sums.items()}
+        gradients = {name: (processes.all_reduce_sum_(value) / images).cpu() for name, value in self._sums.items()}
         for name, gradient in gradients.items():
             if bad := int((~gradient.isfinite()).sum()):
                 raise InputError(

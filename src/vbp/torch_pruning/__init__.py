@@ -4,4 +4,11 @@ Source: Berisha, Mehnert, Condurache, "Variance-Based Pruning for Accelerating a
 ICCV 2025, arXiv 2507.12988.
 """
 
-from __future__ import annotations
+from vbp.torch_pruning.compensate import reestimate_batchnorm_
+from vbp.torch_pruning.importance import VarianceImportance
+from vbp.torch_pruning.install import install
+from vbp.torch_pruning.mean_check import MeanMovement
+from vbp.torch_pruning.means import ChannelMeans
+from vbp.torch_pruning.pruner import VBPPruner
+
+__all__ = ["ChannelMeans", "MeanMovement", "VBPPruner", "VarianceImportance", "install", "reestimate_batchnorm_"]

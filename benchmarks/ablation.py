@@ -33,13 +33,16 @@ from vbp.method.elimination import Elimination, strictly_rising
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
-from vbp.pruning.criteria import criterion_scores
+from vbp.pruning.criteria import criterion_scores, eliminations
 from vbp.pruning.divergence import HeldBack
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.refit.producers import refit_producers_
+from vbp.refit.stream import refit_stream_
 from vbp.statistics.collect import Observer
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
+from vbp.statistics.mlp_samples import HiddenSamples
 from vbp.statistics.statistics import Statistics
 
 Scores = dict[str, Tensor]
@@ -261,7 +264,7 @@ class Ablation:
         return criterion_scores(criterion, self.dense.model, self.dense.sites, evidence)
 
     def _orders(self, what: str, ridge: float) -> Mapping[str, Elimination]:
-        return vbp.eliminations(self.dense.model, self.dense.sites, self._found(what), ridge=ridge)
+        return eliminations(self.dense.model, self.dense.sites, self._found(what), ridge=ridge)
 
     def _paper(self, ratio: float) -> nn.Module:
         return self._pruned(vbp.variance_scores(self.seen.all), ratio, means=self.seen.all.means)
@@ -300,8 +303,8 @@ class Ablation:
 
         return build
 
-    def _samples(self) -> vbp.HiddenSamples:
-        return vbp.HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
+    def _samples(self) -> HiddenSamples:
+        return HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
 
     def _others(self) -> tuple[Tensor, ...]:
         """Return the images that do not judge."""
@@ -313,10 +316,10 @@ class Ablation:
         def build(ratio: float) -> nn.Module:
             model = self._auto("all")(ratio)
             if producers:
-                _tell(vbp.refit_producers_(model, self.samples()).sentence())
+                _tell(refit_producers_(model, self.samples()).sentence())
             if stream:
                 judge, others = self.held_back(self.seen.all.images), self._others()
-                _tell(vbp.refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
+                _tell(refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
             if head:
                 _tell(refit_head_(model, self.answers()).sentence())
             return model

@@ -31,9 +31,15 @@ from torch import Tensor, nn
 import vbp
 from vbp.data import digits
 from vbp.method.elimination import Elimination
+from vbp.method.sampling import Draws, TokenSample
 from vbp.pruning.auto import sensitivity_eliminations
-from vbp.pruning.divergence import HELD_BACK_IMAGES
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.pruning.criteria import eliminations
+from vbp.pruning.divergence import HELD_BACK_IMAGES, HeldBack
+from vbp.recipes.options import COVARIANCE_TOKENS
+from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.refit.producers import refit_producers_
+from vbp.refit.stream import refit_stream_
+from vbp.statistics.mlp_samples import HiddenSamples
 
 # The first batch gives the pivots of the sensitivity: `vbp run` takes 32 images too.
 _BATCH: Final = 32
@@ -77,9 +83,9 @@ class Bench:
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
-            tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed), sensitivity=vbp.Draws(seed),
+            tokens=TokenSample(COVARIANCE_TOKENS, seed), sensitivity=Draws(seed),
         )  # fmt: skip
-        self.held_back = vbp.HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
+        self.held_back = HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
         self.judge = Judge(model, bordered(val), shift=_SHIFT)
 
     @cached_property
@@ -90,20 +96,20 @@ class Bench:
     @cached_property
     def plain_scores(self) -> Mapping[str, Tensor]:
         """Return the scores of elimination in the plain covariance."""
-        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        found = eliminations(self.model, self.sites, self.statistics)
         return {name: one.scores for name, one in found.items()}
 
     @cached_property
-    def samples(self) -> vbp.HiddenSamples:
+    def samples(self) -> HiddenSamples:
         """Return what the producers are refitted to."""
         rest = self.train.pixels[HELD_BACK_IMAGES:]
-        return vbp.HiddenSamples(self.model, self.sites, rest[:1], _batches(rest))
+        return HiddenSamples(self.model, self.sites, rest[:1], _batches(rest))
 
     @cached_property
-    def answers(self) -> vbp.DenseAnswers | None:
+    def answers(self) -> DenseAnswers | None:
         """Return what the last layer is refitted to; None if the model ends in no linear layer."""
         try:
-            return vbp.DenseAnswers(self.model, self.batches)
+            return DenseAnswers(self.model, self.batches)
         except vbp.InputError as error:
             print(f"the last layer stays as it is: {error}")
             return None
@@ -130,10 +136,10 @@ class Bench:
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
         rest = _batches(self.train.pixels[HELD_BACK_IMAGES:])
-        vbp.refit_producers_(model, self.samples)
-        vbp.refit_stream_(model, self.model, self.sites, rest, self.held_back)
+        refit_producers_(model, self.samples)
+        refit_stream_(model, self.model, self.sites, rest, self.held_back)
         if self.answers is not None:
-            vbp.refit_head_(model, self.answers)
+            refit_head_(model, self.answers)
         return model
 
 

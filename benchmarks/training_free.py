@@ -29,11 +29,15 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.data.folder import ImageList
-from vbp.method.sampling import Draws
+from vbp.method.sampling import Draws, TokenSample
 from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.pruning.criteria import eliminations
 from vbp.pruning.divergence import HeldBack
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.refit.producers import refit_producers_
+from vbp.refit.stream import refit_stream_
+from vbp.statistics.mlp_samples import HiddenSamples
 
 Rule = Literal[
     "paper", "variance", "output variance", "elimination", "equal shares",
@@ -126,7 +130,7 @@ class Bench(Dense):
         print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
         self.train = train
         self.answers: DenseAnswers | None = None
-        self.samples: vbp.HiddenSamples | None = None
+        self.samples: HiddenSamples | None = None
         self.found: dict[float, AutoPlan] = {}
         # The first ones judge, as in `vbp sweep`: the order is balanced over the classes.
         everyone = torch.cat(train)
@@ -152,7 +156,7 @@ class Bench(Dense):
         start = time.perf_counter()
         found = vbp.collect_statistics(
             self.model, self.sites, train,
-            covariance=True, tokens=vbp.TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
+            covariance=True, tokens=TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
         )  # fmt: skip
         print(f"statistics, covariance and sensitivity: {time.perf_counter() - start:.1f} s", flush=True)
         if path is not None:
@@ -183,7 +187,7 @@ class Bench(Dense):
 
     def elimination(self, ratio: float, scope: str = "global") -> nn.Module:
         """Prune by greedy elimination in the plain covariance."""
-        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        found = eliminations(self.model, self.sites, self.statistics)
         return self.refitted({name: one.scores for name, one in found.items()}, ratio, scope)
 
     def auto(self, ratio: float) -> nn.Module:
@@ -207,10 +211,10 @@ class Bench(Dense):
         model = self.auto(ratio)
         start = time.perf_counter()
         if self.samples is None:
-            self.samples = vbp.HiddenSamples(self.model, self.sites, self.others[0][:1], self.others)
+            self.samples = HiddenSamples(self.model, self.sites, self.others[0][:1], self.others)
             print(f"samples: {time.perf_counter() - start:.1f} s", flush=True)
             start = time.perf_counter()
-        done = vbp.refit_producers_(model, self.samples)
+        done = refit_producers_(model, self.samples)
         print(f"producers at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
         return model
 
@@ -218,7 +222,7 @@ class Bench(Dense):
         """Prune by the criterion auto, refit the producers, then bring the residual stream back."""
         model = self.auto_producers(ratio)
         start = time.perf_counter()
-        done = vbp.refit_stream_(model, self.model, self.sites, self.others, self.held_back)
+        done = refit_stream_(model, self.model, self.sites, self.others, self.held_back)
         print(f"stream at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
         return model
 

@@ -12,7 +12,8 @@ from hub_stand_in import Hub, served
 
 from vbp import RunConfig
 from vbp.data.digits import write_digits
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 
 
 @pytest.fixture(params=list(FAMILIES))

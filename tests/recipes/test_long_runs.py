@@ -19,7 +19,8 @@ from launching import DRIVE, environment, summary, wait_for, weights, written
 
 from vbp import InputError, RunConfig, run
 from vbp.data.digits import write_digits
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 
 
 @pytest.fixture(scope="module")

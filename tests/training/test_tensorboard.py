@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from vbp import InputError, RunConfig, run
 from vbp.data.digits import write_digits
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 from vbp.training.tensorboard import Tracker, check_tracking
 
 

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -21,18 +21,13 @@ from torch import Tensor, nn
 
 from vbp.deploy.onnx import OnnxClassifier, quantize_onnx, require_onnx, write_onnx
 from vbp.deploy.parity import Parity, measure_parity
+from vbp.deploy.settings import ExportFormat, ExportPrecision
 from vbp.deploy.torch_export import Portable, ProgramClassifier, write_program
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
 from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
-
-
-ExportFormat = Literal["onnx", "pt2"]
-
-
-ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 Batches = Iterable[tuple[Tensor, Tensor]]

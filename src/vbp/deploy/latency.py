@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs, format_count
 from vbp.cost.timing import Spread, Turn, time_in_turns
-from vbp.deploy.latency_backends import LatencySettings, batch_for, check_settings, cpu_threads, runner_of
+from vbp.deploy.latency_backends import batch_for, check_settings, cpu_threads, runner_of
+from vbp.deploy.settings import LatencySettings
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
@@ -21,8 +21,7 @@ from vbp.models.huggingface import build_huggingface, load_huggingface
 from vbp.models.timm_models import WeightFile, build_timm, load_timm
 from vbp.models.timm_names import hub_repository
 from vbp.models.weights import check_weight_file
-
-ModelType = Literal["vit", "convnext", "swin", "auto"]
+from vbp.runtime.choices import ModelType
 
 
 def load_classifier(

@@ -9,7 +9,8 @@ import torch
 
 from vbp.deploy.artifact import installed_versions
 from vbp.deploy.artifact_files import remove_folder
-from vbp.recipes.config import RunConfig, check_config
+from vbp.recipes.checks import check_config
+from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import BEST, FINAL, METRICS, finetune, rehearse
 from vbp.recipes.prune import PLAN, STATISTICS, Pruned, prune, prune_again
 from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact

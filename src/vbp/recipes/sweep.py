@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Final, Protocol
 
 import torch
@@ -21,14 +20,17 @@ from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import check_ratios, make_plan
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
+from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
 from vbp.recipes.setup import Job, prepare
-from vbp.recipes.sweep_config import SweepConfig, check_sweep, sweep_needs
+from vbp.recipes.sweep_config import SweepConfig
 from vbp.recipes.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
 from vbp.refit.refits import AfterSurgery, check_refits
+from vbp.report.published import SOURCE, points_of
 from vbp.report.run_report import Measured
 from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
-from vbp.report.sweep_report import Compensation, Setting, SweepReport, SweepRow
+from vbp.report.sweep_report import Setting, SweepReport, SweepRow
+from vbp.runtime.choices import Compensation
 from vbp.runtime.files import check_folder, clear_folder, write_bytes
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.processes import process_group
@@ -192,7 +194,7 @@ LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
 STATISTICS: Final = "statistics.safetensors"
 
 
-def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) -> SweepReport:
+def run_sweep(config: SweepConfig) -> SweepReport:
     """Prune a model in many ways, and leave table, figure, statistics and log in `config.save_dir`.
 
     A sweep that was stopped goes on where it was, and one that is asked for more measures only that. Under torchrun
@@ -200,7 +202,6 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
 
     Args:
         config: What to do.
-        references: Published points of this model, for the figure.
 
     Raises:
         InputError: Something in the configuration or behind its paths is wrong, or `save_dir` holds something else.
@@ -218,7 +219,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, begun, settings)
         if processes.main:
-            _write(config.save_dir, report, settings, references)
+            _write(config, report, settings)
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
 
@@ -330,11 +331,15 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     log.open(folder / LOG, append=not fresh)
 
 
-def _write(
-    folder: Path, report: SweepReport, settings: Mapping[str, Any], references: Sequence[ReferencePoint]
-) -> None:
+def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]) -> None:
+    folder = config.save_dir
     write_state(folder, settings, report.to_dict())
     write_bytes(folder / CSV, report.csv().encode())
-    svg, png = render_sweep(draw_sweep(report, references))
+    published = [
+        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
+        for point in points_of(config.model_name)
+        if point.pruned is not None
+    ]
+    svg, png = render_sweep(draw_sweep(report, published))
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.errors import InputError
+from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import Measured
@@ -21,13 +22,6 @@ JSON: Final = "sweep.json"
 
 
 _FORMAT: Final = "vbp-sweep/1"
-
-
-# What decides about a row besides its own setting; model and images are compared by their contents.
-_DECIDING: Final = (
-    "round_to", "min_keep_ratio", "bottleneck", "seed", "limit_val", "val_batch_size", "matmul_precision", "latency",
-    "covariance_tokens", "ridge", "refit_producers", "refit_stream", "refit_head", "refit_views",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,8 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
         "amp": job.precision.name,
         "processes": job.processes.world,
     }
-    return facts | {name: getattr(config, name) for name in _DECIDING}
+    # Model and images are compared by their contents.
+    return facts | {name: getattr(config, name) for name in fields_with(SweepConfig, Role.RESULT)}
 
 
 def _identity(statistics: Statistics) -> list[Any]:

@@ -6,13 +6,11 @@ import csv
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 from vbp.cost.macs import format_count
-from vbp.pruning.plan import Scope
 from vbp.report.run_report import Measured
-
-Compensation = Literal["none", "mean", "refit"]
+from vbp.runtime.choices import Compensation, Scope
 
 
 @dataclass(frozen=True)

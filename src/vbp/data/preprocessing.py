@@ -11,9 +11,7 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision import transforms
 
 from vbp.errors import InputError
 
@@ -120,6 +118,8 @@ class Preprocessing:
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
     """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    from timm.data.transforms_factory import create_transform
+
     steps = create_transform(
         input_size=(len(preprocessing.mean), *preprocessing.img_size),
         is_training=False,
@@ -155,6 +155,8 @@ def training_transform(
         raise InputError(f"scale must be two shares with 0 < least <= greatest <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1] < math.inf:
         raise InputError(f"ratio must be two numbers with 0 < least <= greatest, got {ratio}")
+    from torchvision import transforms
+
     steps: list[Callable[[Any], Any]] = [
         transforms.RandomResizedCrop(
             preprocessing.img_size,
@@ -206,6 +208,8 @@ class ViewTransform:
 
 
 def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Any:
+    from torchvision import transforms
+
     # Images arrive as RGB; a network with one input channel wants their luminance.
     grey = [transforms.Grayscale(1)] if len(preprocessing.mean) == 1 else []
     return transforms.Compose([*grey, *steps])

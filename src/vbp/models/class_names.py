@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-
 ClassNames = tuple[str, ...]
 
 
@@ -30,6 +28,8 @@ def timm_class_names(cfg: Mapping[str, Any], num_classes: int) -> ClassNames | N
         described = cfg.get("label_descriptions") or {}
         ordered = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
         return tuple(str(described.get(name, name)) for name in ordered) if len(ordered) == num_classes else None
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
+
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None or cfg.get("num_classes") != num_classes:
         return None
@@ -53,6 +53,8 @@ def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames 
         num_classes: outputs of the head.
     """
     if num_classes == IMAGENET_CLASSES and folders:
+        from timm.data.imagenet_info import ImageNetInfo
+
         info: Any = ImageNetInfo("imagenet-1k")  # untyped in timm
         if set(folders) <= set(info.label_names()):
             return tuple(info.label_descriptions())

@@ -11,17 +11,17 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from torch import nn
 
 from vbp.errors import InputError
 from vbp.models.classifier import Classifier, Family, Library, ModelSource, check_takes_images
-from vbp.models.huggingface import build_huggingface, load_huggingface
-from vbp.models.timm_models import WeightFile, build_timm, load_timm
-from vbp.models.timm_names import hub_repository
 from vbp.models.weights import check_weight_file
 from vbp.runtime.choices import ModelType
+
+if TYPE_CHECKING:
+    from vbp.models.timm_models import WeightFile
 
 
 def load_classifier(
@@ -65,8 +65,12 @@ def load_classifier(
     overrides = dict(zip(("img_size", "crop_pct", "interpolation", "mean", "std"), values, strict=True))
     check = partial(_check_family, model_name, model_type)
     if kind == "timm":
+        from vbp.models.timm_models import load_timm
+
         classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, check)
     else:
+        from vbp.models.huggingface import load_huggingface
+
         _check_no_arguments(model_name, model_kwargs)
         classifier = load_huggingface(model_name, allow_random_init, overrides, check)
     check_takes_images(classifier)
@@ -79,7 +83,14 @@ def build_model(source: ModelSource) -> nn.Module:
     Raises:
         InputError: the installed library cannot build it.
     """
-    return build_timm(source) if source.library == "timm" else build_huggingface(source)
+    # Each needs a library that takes seconds to load, timm with torchvision.
+    if source.library == "timm":
+        from vbp.models.timm_models import build_timm
+
+        return build_timm(source)
+    from vbp.models.huggingface import build_huggingface
+
+    return build_huggingface(source)
 
 
 def _check_family(model_name: str, model_type: ModelType, family: Family) -> None:
@@ -112,6 +123,8 @@ def _check_model(model_name: str, model_type: str) -> Library:
         raise InputError("model_name must be a local folder, a Hugging Face id or a timm model, got nothing")
     if Path(model_name).is_dir():
         return "transformers"
+    from vbp.models.timm_names import hub_repository
+
     if hub_repository(model_name) is not None or "/" not in model_name:
         return "timm"
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", model_name):
@@ -129,6 +142,9 @@ def _weight_file(
     path = checkpoint or convnext_checkpoint
     if path is None:
         return None
+    from vbp.models.timm_models import WeightFile
+    from vbp.models.timm_names import hub_repository
+
     if kind == "transformers" or hub_repository(model_name) is not None:
         own = "the folder" if Path(model_name).is_dir() else "the hub id"
         raise InputError(

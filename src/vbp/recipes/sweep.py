@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from vbp.deploy.artifact import installed_versions
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
-from vbp.pruning.auto import AutoSearch
+from vbp.pruning.auto import AutoPlan, AutoSearch
 from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import check_ratios, make_plan
@@ -24,7 +25,14 @@ from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
 from vbp.recipes.setup import Job, prepare
 from vbp.recipes.sweep_config import SweepConfig
-from vbp.recipes.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
+from vbp.recipes.sweep_state import (
+    JSON,
+    SweepProgress,
+    check_may_go_on,
+    deciding_settings,
+    read_progress,
+    write_state,
+)
 from vbp.refit.refits import AfterSurgery, check_refits
 from vbp.report.published import SOURCE, points_of
 from vbp.report.run_report import Measured
@@ -41,27 +49,13 @@ from vbp.statistics.statistics import Statistics
 _log = logging.getLogger(__name__)
 
 
-class Planned(Protocol):
+@dataclass(frozen=True)
+class Planned:
     """A plan, and what surgery takes with it."""
 
-    @property
-    def plan(self) -> PruningPlan:
-        """What stays."""
-
-    @property
-    def means(self) -> Mapping[str, Tensor] | None:
-        """For the mean shift and the refit."""
-
-    @property
-    def covariances(self) -> Mapping[str, ChannelCovariance] | None:
-        """For the refit."""
-
-
-@dataclass(frozen=True)
-class _FromScores:
     plan: PruningPlan
-    means: Mapping[str, Tensor] | None
-    covariances: Mapping[str, ChannelCovariance] | None
+    means: Mapping[str, Tensor] | None = None
+    covariances: Mapping[str, ChannelCovariance] | None = None
 
 
 def sweep(
@@ -76,7 +70,7 @@ def sweep(
     min_keep_ratio: float = 0.02,
     dense: Measured | None = None,
     known: Collection[SweepRow] = (),
-    planners: Mapping[str, Callable[[Setting], Planned]] | None = None,
+    planners: Mapping[str, Callable[[Setting], Planned | AutoPlan]] | None = None,
     after_refit: Callable[[nn.Module], object] | None = None,
     on_row: Callable[[SweepReport], None] | None = None,
     about: Mapping[str, Any] | None = None,
@@ -119,11 +113,11 @@ def sweep(
         return SweepReport(dense, tuple(rows[setting] for setting in asked if setting in rows), about or {})
 
     missing = [setting for setting in settings if setting not in rows]
-    planner = _Planner(model, sites, evidence, round_to, min_keep_ratio, planners or {})
+    by_scores = _planner(model, sites, evidence, round_to, min_keep_ratio)
     for number, setting in enumerate(missing):
         if on_row is not None and number == 0:
             on_row(report())
-        planned = planner.plan(setting)
+        planned = (planners or {}).get(setting.criterion, by_scores)(setting)
         plan = planned.plan
         pruned = _pruned(model, planned, setting.compensation, evidence.ridge)
         if after_refit is not None and setting.compensation == "refit":
@@ -141,38 +135,24 @@ def sweep(
     return report()
 
 
-class _Planner:
-    """Makes the plans; the scores of a criterion once."""
+def _planner(
+    model: nn.Module, sites: Sequence[Site], evidence: Evidence, round_to: int, min_keep_ratio: float
+) -> Callable[[Setting], Planned]:
+    """Return what makes plans from scores, which are computed once for a criterion."""
+    scores = functools.cache(lambda criterion: criterion_scores(criterion, model, sites, evidence))
+    statistics = evidence.statistics
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        evidence: Evidence,
-        round_to: int,
-        min_keep_ratio: float,
-        planners: Mapping[str, Callable[[Setting], Planned]],
-    ) -> None:
-        self._model, self._sites, self._evidence, self._planners = model, sites, evidence, planners
-        self._round_to, self._min_keep_ratio = round_to, min_keep_ratio
-        self._scores: dict[str, dict[str, Tensor]] = {}
-
-    def plan(self, setting: Setting) -> Planned:
-        criterion, statistics = setting.criterion, self._evidence.statistics
-        if criterion in self._planners:
-            return self._planners[criterion](setting)
-        if criterion not in self._scores:
-            self._scores[criterion] = criterion_scores(criterion, self._model, self._sites, self._evidence)
-        plan = make_plan(
-            self._sites, self._scores[criterion], keep_ratio=setting.keep_ratio, scope=setting.scope,
-            round_to=self._round_to, min_keep_ratio=self._min_keep_ratio,
+    def plan(setting: Setting) -> Planned:
+        made = make_plan(
+            sites, scores(setting.criterion), keep_ratio=setting.keep_ratio, scope=setting.scope, round_to=round_to,
+            min_keep_ratio=min_keep_ratio,
         )  # fmt: skip
-        if statistics is None:
-            return _FromScores(plan, None, None)
-        return _FromScores(plan, statistics.means, statistics.covariances)
+        return Planned(made) if statistics is None else Planned(made, statistics.means, statistics.covariances)
+
+    return plan
 
 
-def _pruned(model: nn.Module, planned: Planned, compensation: Compensation, ridge: float) -> nn.Module:
+def _pruned(model: nn.Module, planned: Planned | AutoPlan, compensation: Compensation, ridge: float) -> nn.Module:
     if compensation != "none" and planned.means is None:
         raise InputError(f"compensation {compensation} needs statistics, got none; collect them")
     if compensation == "refit" and planned.covariances is None:
@@ -210,22 +190,22 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     """
     check_sweep(config)
     with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
-        begun = processes.gather(read_begun(config) if processes.main else None)[0]
+        progress = processes.gather(read_progress(config) if processes.main else None)[0]
         job = prepare(config.run_config(), processes, device)
         settings = deciding_settings(config, job)
-        check_may_go_on(begun, settings, config.save_dir)
+        check_may_go_on(progress, settings, config.save_dir)
         check_given(job, sweep_needs(config.settings))
         check_refits(job)
-        _open(config, job, log, settings, fresh=begun is None)
-        report = _sweep(config, job, begun, settings)
+        _open(config, job, log, settings, fresh=progress is None)
+        report = _sweep(config, job, progress, settings)
         if processes.main:
             _write(config, report, settings)
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
 
 
-def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping[str, Any]) -> SweepReport:
-    known = () if begun is None else begun.rows
+def _sweep(config: SweepConfig, job: Job, progress: SweepProgress | None, settings: Mapping[str, Any]) -> SweepReport:
+    known = () if progress is None else progress.rows
     done = {row.setting for row in known}
     missing = [setting for setting in config.settings if setting not in done]
     if known:
@@ -249,7 +229,7 @@ def _sweep(config: SweepConfig, job: Job, begun: Begun | None, settings: Mapping
         latency=timed if config.latency else None,
         round_to=job.rules["round_to"],
         min_keep_ratio=config.min_keep_ratio,
-        dense=None if begun is None else begun.dense,
+        dense=None if progress is None else progress.dense,
         known=known,
         planners=_planners(job, evidence),
         after_refit=_after_refit(job, missing),
@@ -281,7 +261,7 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
     return Evidence(statistics, gradients, config.seed, config.ridge)
 
 
-def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Planned]]:
+def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], AutoPlan]]:
     """Return what makes plans, for the criteria that have no scores."""
     if evidence.statistics is None:
         return {}

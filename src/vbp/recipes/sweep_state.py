@@ -25,7 +25,7 @@ _FORMAT: Final = "vbp-sweep/1"
 
 
 @dataclass(frozen=True)
-class Begun:
+class SweepProgress:
     """What an earlier attempt left: its settings, and what it measured."""
 
     settings: Mapping[str, Any]
@@ -54,7 +54,7 @@ def _identity(statistics: Statistics) -> list[Any]:
     return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
 
 
-def read_begun(config: SweepConfig) -> Begun | None:
+def read_progress(config: SweepConfig) -> SweepProgress | None:
     """Read what is in the folder: nothing, or an earlier attempt; on the main process.
 
     Raises:
@@ -69,7 +69,7 @@ def read_begun(config: SweepConfig) -> Begun | None:
         if found["format"] != _FORMAT:
             raise ValueError(f"format {found['format']!r} where {_FORMAT} belongs")
         dense = None if found["dense"] is None else Measured(**found["dense"])
-        return Begun(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
+        return SweepProgress(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
@@ -77,19 +77,19 @@ def read_begun(config: SweepConfig) -> Begun | None:
         ) from error
 
 
-def check_may_go_on(begun: Begun | None, settings: Mapping[str, Any], folder: Path) -> None:
+def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse rows of two kinds in one table.
 
     Raises:
         InputError: A setting differs; all that do are listed.
     """
-    if begun is None:
+    if progress is None:
         return
-    names = sorted({*begun.settings, *settings})
+    names = sorted({*progress.settings, *settings})
     different = [
-        f"{name} {_short(begun.settings.get(name))} there, {_short(settings.get(name))} here"
+        f"{name} {_short(progress.settings.get(name))} there, {_short(settings.get(name))} here"
         for name in names
-        if begun.settings.get(name) != settings.get(name)
+        if progress.settings.get(name) != settings.get(name)
     ]
     if different:
         raise InputError(

@@ -11,15 +11,12 @@ ICCV 2025, arXiv 2507.12988.
 
 from __future__ import annotations
 
-import functools
-import importlib
-import re
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from vbp.torch_pruning.install import install_on_import
+from vbp.runtime.lazy import lazy_names
+from vbp.torch_pruning.hook import install_on_import
 
-# The public names: type checkers and editors read them, and so does `_public_names`. One more is one more line.
+# The public names: one more is one more line here.
 if TYPE_CHECKING:
     from vbp.cost.budget import Budget as Budget
     from vbp.cost.budget import BudgetResult as BudgetResult
@@ -75,30 +72,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+if not TYPE_CHECKING:  # else a type checker would take any name for a public one
+    __getattr__, __dir__ = lazy_names(__name__, __file__)
 
 install_on_import()
-
-
-@functools.cache
-def _public_names() -> dict[str, str]:
-    """Return name -> module, read from the imports above, so that there is one list of them."""
-    source = Path(__file__).read_text(encoding="utf-8")
-    return {name: module for module, name in re.findall(r"^    from (\S+) import (\w+) as \2$", source, re.MULTILINE)}
-
-
-if not TYPE_CHECKING:  # else a type checker would take any name for a public one
-
-    def __getattr__(name: str) -> Any:
-        """Import a public name when it is first used."""
-        names = _public_names()
-        if name == "__all__":
-            return sorted(names)
-        if name not in names:
-            raise AttributeError(f"module 'vbp' has no attribute {name!r}")
-        value = globals()[name] = getattr(importlib.import_module(names[name]), name)
-        return value
-
-
-def __dir__() -> list[str]:
-    """List the public names, those that are not imported yet, too."""
-    return sorted({*(name for name in globals() if name.startswith("__")), "__all__", *_public_names()})

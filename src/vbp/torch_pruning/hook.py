@@ -85,7 +85,7 @@ def _brings_its_own(tp: ModuleType) -> bool:
         _warned = True
         warnings.warn(
             f"Torch-Pruning {tp.__version__} brings {' and '.join(theirs)} itself; they are left alone, vbp's are "
-            "vbp.torch_pruning.importance.VarianceImportance and vbp.torch_pruning.pruner.VBPPruner",
+            "vbp.torch_pruning.VarianceImportance and vbp.torch_pruning.VBPPruner",
             stacklevel=3,
         )
     return bool(theirs)

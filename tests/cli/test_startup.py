@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from families import FAMILIES
+from pruned_models import pruned_in_place
+from runs import write_run
+from transformers import ViTImageProcessor
 
 import vbp
 
@@ -91,3 +96,38 @@ assert tp.importance.VarianceImportance.__module__ == "__main__"
 assert not hasattr(tp.pruner, "VBPPruner")
 """
     assert "torch_pruning" in imported(code)
+
+
+def no_more_than(found: set[str], *allowed: str) -> None:
+    """Check that of the libraries for models and images only these are there."""
+    if "torch_pruning" in found:
+        pytest.xfail("surgery still takes its functions from Torch-Pruning, which imports timm and torchvision")
+    assert found & {"timm", "torchvision", "transformers"} == {*allowed}
+
+
+def test_comparing_runs_needs_no_library_for_models(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_run(tmp_path / name, config={"model_name": "m", "keep_ratio": 0.5, "save_dir": "a"})
+    no_more_than(command("compare", str(tmp_path / "a"), str(tmp_path / "b")))
+
+
+def test_a_saved_model_of_timm_is_inspected_without_transformers(tmp_path: Path) -> None:
+    # timm itself imports torchvision.
+    classifier = vbp.load_classifier("test_vit", allow_random_init=True)
+    no_more_than(command("inspect", saved(classifier, tmp_path / "artefact")), "timm", "torchvision")
+
+
+def test_a_saved_model_of_transformers_is_inspected_without_timm_and_torchvision(tmp_path: Path) -> None:
+    FAMILIES["hf-vit"].build().save_pretrained(tmp_path / "dense")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "dense")
+    classifier = vbp.load_classifier(str(tmp_path / "dense"))
+    no_more_than(command("inspect", saved(classifier, tmp_path / "artefact")), "transformers")
+
+
+def saved(classifier: vbp.Classifier, folder: Path) -> str:
+    """Prune a classifier, save it, and return the folder."""
+    plan = pruned_in_place(classifier.model, classifier.example_input())
+    vbp.save_pruned(
+        classifier.model, folder, plans=[plan], source=classifier.source, preprocessing=classifier.preprocessing
+    )
+    return str(folder)

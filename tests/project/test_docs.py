@@ -107,7 +107,7 @@ def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
     (line,) = [line for line in text.splitlines() if "vbp_imagenet.py" in line]
     words = shlex.split(line)
     place = words.index("benchmarks/vbp/vbp_imagenet.py")
-    parse_config(words[place + 1 :], prog="vbp_imagenet.py")
+    parse(RunConfig, words[place + 1 :], "vbp_imagenet.py")
     from torch.distributed.run import get_args_parser
 
     torchrun = [word.replace("$SLURM_JOB_NUM_NODES", "2").replace("${SLURM_GPUS_PER_NODE:-4}", "4") for word in words]

@@ -15,6 +15,7 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from functools import cache
@@ -32,17 +33,16 @@ from vbp.data.images import balanced_order
 from vbp.method.elimination import Elimination, strictly_rising
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
-from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
+from vbp.pruning.auto import sensitivity_eliminations
+from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations
-from vbp.pruning.divergence import HeldBack
 from vbp.recipes.options import COVARIANCE_TOKENS
-from vbp.refit.head import DenseAnswers, refit_head_
-from vbp.refit.producers import refit_producers_
-from vbp.refit.stream import refit_stream_
-from vbp.statistics.collect import Observer
+from vbp.refit.refits import Refit, Refits
+from vbp.runtime.forward import hooked
+from vbp.statistics.collect import Observer, rows_of
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.images import GivenImages
 from vbp.statistics.statistics import Statistics
 
 Scores = dict[str, Tensor]
@@ -87,32 +87,35 @@ class Collected:
         self._samplers = {
             share: TokenSampler(TokenSample(share)) for share in shares if share != options.covariance_tokens
         }
-        before, more = self._watch_more()
-        self.by_images: dict[int, Statistics] = self._passes()
-        for handle in self._handles:
-            handle.remove()
+        with self._watching_more() as (before, more):
+            self.by_images: dict[int, Statistics] = self._passes()
         self.all = self.by_images[len(self.pixels)]
         self.gradients = None if self._gradients is None else self._gradients.mean()
         # What the moments are called does not tell where they were taken: the library knows none of these.
         self.before = replace(self.all, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
         self.by_tokens = {options.covariance_tokens: self.all} | {
-            share: replace(self.all, covariances={name: one.covariance.take() for name, one in found.items()})  # type: ignore[union-attr, misc]
+            share: replace(self.all, covariances={name: one.covariance.finish() for name, one in found.items()})  # type: ignore[union-attr, misc]
             for share, found in more.items()
         }
 
-    def _watch_more(self) -> tuple[dict[str, Observer], dict[float, dict[str, Observer]]]:
-        """See also what the producers give, and more shares of the tokens."""
+    @contextmanager
+    def _watching_more(self) -> Iterator[tuple[dict[str, Observer], dict[float, dict[str, Observer]]]]:
+        """See also what the producers return, and more shares of the tokens."""
         model, sites = self._dense.model, self._dense.sites
         before = {site.name: Observer() for site in sites}
         more = {share: {site.name: Observer(one) for site in sites} for share, one in self._samplers.items()}
-        self._handles = [
-            before[site.name].watch_output(model.get_submodule(layer), first, site.hidden)
+        made = [
+            (module, before[site.name].of_output(rows_of(module, first, site.hidden)))
             for site in sites
-            for layer, first in site.rows
+            for module, first in ((model.get_submodule(layer), first) for layer, first in site.rows)
         ]
-        for observers in more.values():
-            self._handles += [observers[site.name].watch_input(model.get_submodule(site.consumer)) for site in sites]
-        return before, more
+        read = [
+            (model.get_submodule(site.consumer), observers[site.name].of_input)
+            for observers in more.values()
+            for site in sites
+        ]
+        with hooked(made, before=read):
+            yield before, more
 
     def _passes(self) -> dict[int, Statistics]:
         """Read the images part by part, and merge."""
@@ -134,7 +137,7 @@ class Collected:
     def _seen(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self._options.batch_size
         batches = zip(self.pixels[start:stop].split(size), self._labels[start:stop].split(size), strict=True)
-        for batch in batches if self._gradients is None else self._gradients.seen_on_the_way(batches):
+        for batch in batches if self._gradients is None else self._gradients.tee(batches):
             for sampler in self._samplers.values():
                 sampler.begin(len(batch[1]))
             yield batch
@@ -165,9 +168,9 @@ class Ablation:
             cache(self._orders),
             cache(self._auto_orders),
         )
-        self.auto_plans, self.held_back, self.answers, self.samples = (
-            cache(self._auto_plan), cache(self._held_back), cache(self._answers), cache(self._samples),
-        )  # fmt: skip
+        self.auto_choices, self.reference = cache(self._auto_choice), cache(self._reference)
+        model, sites, pixels = self.dense.model, self.dense.sites, self.seen.pixels
+        self.refits = Refits(model, sites, pixels[:1], GivenImages(pixels.split(options.batch_size)))
 
     def rows(self) -> list[Row]:
         """Return all rows of the groups asked for."""
@@ -208,10 +211,10 @@ class Ablation:
             yield Row("criterion", name, name, self._by(name))
         yield Row("criterion", "auto", "auto", self._auto("all"))
         with_ = self._auto_with
-        yield Row("criterion", "auto, last layer", "auto, last layer", with_(head=True))
-        yield Row("criterion", "auto, producers", "auto, producers", with_(producers=True))
-        yield Row("criterion", "auto, producers, stream", "auto, two", with_(producers=True, stream=True))
-        yield Row("criterion", "auto, all three", "auto, three", with_(producers=True, stream=True, head=True))
+        yield Row("criterion", "auto, last layer", "auto, last layer", with_("head"))
+        yield Row("criterion", "auto, producers", "auto, producers", with_("producers"))
+        yield Row("criterion", "auto, producers, stream", "auto, two", with_("producers", "stream"))
+        yield Row("criterion", "auto, all three", "auto, three", with_("producers", "stream", "head"))
 
     def _budgets(self) -> Iterable[Row]:
         def of(scores: Callable[[], Scores], scope: str = "global") -> Callable[[float], nn.Module]:
@@ -274,54 +277,36 @@ class Ablation:
             self._found(what), self.scores(criterion, what, ridge), ratio, ridge=ridge
         )
 
-    def _auto_plan(self, what: str, ratio: float) -> AutoPlan:
-        found = self._found(what)
-        model, sites = self.dense.model, self.dense.sites
-        chosen = auto_plan(
-            model, sites, found, self.held_back(found.images), keep_ratio=ratio, orders=self.auto_orders(what)
-        )
-        _tell(chosen.table())
-        return chosen
+    def _auto_choice(self, what: str, ratio: float) -> PlanChoice:
+        statistics = self._found(what)
+        choice = vbp.auto_plan(
+            self.dense.model, self.dense.sites, statistics, self.reference(statistics.images), keep_ratio=ratio,
+            orders=self.auto_orders(what),
+        )  # fmt: skip
+        _tell(choice.table())
+        return choice
 
     def _auto_orders(self, what: str) -> Mapping[str, Elimination]:
         return sensitivity_eliminations(self.dense.model, self.dense.sites, self._found(what))
 
-    def _held_back(self, images: int) -> HeldBack:
+    def _reference(self, images: int) -> vbp.DenseReference:
         """Take the first calibration images, no more than the statistics are of."""
-        first = self.seen.pixels[: min(self.options.held_back, images)]
-        return HeldBack(self.dense.model, first.split(self.options.batch_size))
-
-    def _answers(self) -> DenseAnswers:
-        return DenseAnswers(self.dense.model, self.seen.pixels.split(self.options.batch_size))
+        first = self.seen.pixels[: min(self.options.held_out, images)]
+        return vbp.DenseReference(self.dense.model, first.split(self.options.batch_size))
 
     def _auto(self, what: str) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
-            chosen = self.auto_plans(what, ratio)
+            choice = self.auto_choices(what, ratio)
             model = copy.deepcopy(self.dense.model)
-            vbp.prune_(model, chosen.plan, chosen.means, chosen.covariances)
+            vbp.prune_(model, choice.plan, choice.means, choice.covariances)
             return model
 
         return build
 
-    def _samples(self) -> HiddenSamples:
-        return HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
-
-    def _others(self) -> tuple[Tensor, ...]:
-        """Return the images that do not judge."""
-        return self.seen.pixels[self.held_back(self.seen.all.images).images :].split(self.options.batch_size)
-
-    def _auto_with(
-        self, *, producers: bool = False, stream: bool = False, head: bool = False
-    ) -> Callable[[float], nn.Module]:
+    def _auto_with(self, *refits: Refit) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
             model = self._auto("all")(ratio)
-            if producers:
-                _tell(refit_producers_(model, self.samples()).sentence())
-            if stream:
-                judge, others = self.held_back(self.seen.all.images), self._others()
-                _tell(refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
-            if head:
-                _tell(refit_head_(model, self.answers()).sentence())
+            _tell(str(self.refits.refit_(model, refits)))
             return model
 
         return build

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from families import FAMILIES, Family
 from hub_stand_in import Hub, served
+from torch import nn
 
 from vbp import RunConfig
 from vbp.data.digits import write_digits
@@ -20,6 +22,13 @@ from vbp.recipes.demo import demo_run_config
 def family(request: pytest.FixtureRequest) -> Family:
     """Return each family in turn."""
     return FAMILIES[request.param]
+
+
+@pytest.fixture
+def vit() -> nn.Module:
+    """Return a small ViT in float64."""
+    torch.manual_seed(0)
+    return FAMILIES["timm-vit"].build().double().eval()
 
 
 @pytest.fixture

@@ -49,17 +49,19 @@ if TYPE_CHECKING:
     from vbp.models.classifier import ModelSource as ModelSource
     from vbp.models.load import build_model as build_model
     from vbp.models.load import load_classifier as load_classifier
-    from vbp.pruning.auto import AutoPlan as AutoPlan
     from vbp.pruning.auto import auto_plan as auto_plan
+    from vbp.pruning.choice import PlanChoice as PlanChoice
     from vbp.pruning.criteria import criterion_scores as criterion_scores
     from vbp.pruning.criteria import output_variance_scores as output_variance_scores
     from vbp.pruning.criteria import variance_scores as variance_scores
+    from vbp.pruning.divergence import DenseReference as DenseReference
     from vbp.pruning.make_plan import make_plan as make_plan
     from vbp.pruning.plan import PruningPlan as PruningPlan
     from vbp.pruning.plan import SitePlan as SitePlan
     from vbp.pruning.surgery import prune_ as prune_
     from vbp.recipes.config import RunConfig as RunConfig
     from vbp.recipes.run import run as run
+    from vbp.refit.refits import refit_ as refit_
     from vbp.report.run_report import RunReport as RunReport
     from vbp.sites.site import Site as Site
     from vbp.sites.site import find_sites as find_sites

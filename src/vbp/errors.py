@@ -4,11 +4,23 @@ from __future__ import annotations
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the text says what, what was got, what is allowed, and the remedy."""
+    """Something the user gave is wrong; the text says what, what was got, what is allowed, and the remedy.
+
+    Example:
+        >>> vbp.Budget.of(keep_ratio=1.3)
+        Traceback (most recent call last):
+        vbp.errors.InputError: keep_ratio must be in (0, 1], got 1.3...
+    """
 
 
 class OutputError(OSError):
-    """A file could not be written; the earlier file of that name, if any, is whole."""
+    """A file could not be written; the earlier file of that name, if any, is whole.
+
+    Example:
+        >>> plan.save(folder / "missing/plan.json")
+        Traceback (most recent call last):
+        vbp.errors.OutputError: ...
+    """
 
 
 class PeerError(RuntimeError):

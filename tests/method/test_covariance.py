@@ -14,16 +14,16 @@ from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites
 from vbp.method import covariance as module
-from vbp.method.covariance import ChannelCovariance, CovarianceSum, covariance_bytes
+from vbp.method.covariance import ChannelCovariance, RunningCovariance, covariance_bytes
 from vbp.method.sampling import TokenSample, TokenSampler
 
 
 def running(values: Tensor, sizes: list[int]) -> ChannelCovariance:
     """Feed batches one after the other, as a statistics pass does."""
-    sums = CovarianceSum()
+    sums = RunningCovariance()
     for batch in values.split(sizes):
         sums.add_(batch)
-    found = sums.take()
+    found = sums.finish()
     assert found is not None
     return found
 
@@ -59,13 +59,13 @@ def test_a_mean_that_drifts_from_batch_to_batch() -> None:
 
 
 def test_pieces_of_a_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_CPU_CHUNK", 40)
+    monkeypatch.setattr(module, "CPU_CHUNK", 40)
     values = correlated(93, 4, 5, 1)
     assert_matches(running(values, [93]), values, 1e-13)
 
 
 def test_blocks_of_channels_the_last_of_them_narrower(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_LEAST_BLOCK", 3)
+    monkeypatch.setattr(module, "LEAST_BLOCK", 3)
     values = correlated(93, 8, 5, 1)
     assert_matches(running(values, [50, 43]), values, 1e-13)
 
@@ -107,7 +107,7 @@ def test_packing_loses_nothing() -> None:
 
 
 def test_memory_is_known_before_the_pass() -> None:
-    sums = CovarianceSum()
+    sums = RunningCovariance()
     sums.add_(torch.randn(9, 12))
     assert sums.mean is not None
     assert sums.m2 is not None

@@ -11,7 +11,7 @@ from torch import Tensor
 from vbp import InputError
 from vbp.method import elimination as module
 from vbp.method.elimination import Elimination, eliminate
-from vbp.method.ridge import as_matrix, penalty, prediction, reconstruction
+from vbp.method.ridge import as_matrix, reconstruction, ridge_coefficients, ridge_penalty
 
 
 def random_site(hidden: int, out: int, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -29,9 +29,9 @@ def direct_cost(covariance: Tensor, weight: Tensor, gone: list[int], ridge: floa
     matrix = as_matrix(weight)
     if not len(keep):
         return float(torch.trace(matrix @ covariance @ matrix.T))
-    coefficients = prediction(covariance, keep, removed, ridge)
+    coefficients = ridge_coefficients(covariance, keep, removed, ridge)
     added = matrix[:, removed] @ coefficients
-    paid = float((added.square() * penalty(covariance, ridge)[keep]).sum())
+    paid = float((added.square() * ridge_penalty(covariance, ridge)[keep]).sum())
     return reconstruction("", covariance, weight, coefficients, keep, removed).refit + paid
 
 

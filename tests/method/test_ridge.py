@@ -27,7 +27,15 @@ from vbp import (
     variance_scores,
 )
 from vbp.method.covariance import ChannelCovariance
-from vbp.method.ridge import RIDGE, as_matrix, folded, penalty, prediction, reconstruction, within_groups
+from vbp.method.ridge import (
+    RIDGE,
+    as_matrix,
+    block_diagonal,
+    fold_into_weight,
+    reconstruction,
+    ridge_coefficients,
+    ridge_penalty,
+)
 from vbp.runtime.forward import logits_of
 
 
@@ -37,7 +45,7 @@ def least_squares(rows: Tensor, keep: list[int], removed: list[int]) -> tuple[Te
     Gives the slopes and the constants.
     """
     values = rows.numpy()
-    weight = np.sqrt(penalty(torch.cov(rows.T), RIDGE).numpy()[keep] * (len(values) - 1))
+    weight = np.sqrt(ridge_penalty(torch.cov(rows.T), RIDGE).numpy()[keep] * (len(values) - 1))
     features = np.vstack([np.c_[values[:, keep], np.ones(len(values))], np.c_[np.diag(weight), np.zeros(len(keep))]])
     targets = np.vstack([values[:, removed], np.zeros((len(keep), len(removed)))])
     solution = np.linalg.lstsq(features, targets, rcond=None)[0]
@@ -161,10 +169,10 @@ def test_the_reported_error_is_that_of_the_consumers_output() -> None:
     weight = model[1].weight.detach()
     keep, removed = torch.tensor([0, 2, 3, 7]), torch.tensor([1, 4, 5, 6, 8])
     cov = torch.cov(rows.T)
-    fitted = prediction(cov, keep, removed, 0.1)
+    fitted = ridge_coefficients(cov, keep, removed, 0.1)
     found = reconstruction("s", cov, weight, fitted, keep, removed)
     deviation = rows - rows.mean(0)
-    after_refit = deviation[:, keep] @ folded(weight, fitted, keep, removed).T
+    after_refit = deviation[:, keep] @ fold_into_weight(weight, fitted, keep, removed).T
     for error, expected in (
         (found.refit, deviation @ weight.T - after_refit),
         (found.mean_shift, deviation[:, removed] @ weight[:, removed].T),
@@ -195,7 +203,7 @@ def test_never_worse_than_the_mean_shift(
     kept = data.draw(st.integers(1, hidden - 1))
     keep, removed = permutation[:kept].sort().values, permutation[kept:].sort().values
     cov = torch.cov(rows.T)
-    fitted = prediction(cov, keep, removed, ridge)
+    fitted = ridge_coefficients(cov, keep, removed, ridge)
     assert bool(fitted.isfinite().all())
     found = reconstruction("s", cov, weight, fitted, keep, removed)
     # What is left of rounding, on the scale of what is subtracted.
@@ -208,10 +216,10 @@ def test_never_worse_than_the_mean_shift(
 def test_dead_channels_neither_predict_nor_are_predicted() -> None:
     cov = torch.zeros(4, 4, dtype=torch.float64)
     cov[:2, :2] = torch.tensor([[2.0, 1.0], [1.0, 1.0]])
-    fitted = prediction(cov, torch.tensor([0, 2]), torch.tensor([1, 3]), 1e-3)
+    fitted = ridge_coefficients(cov, torch.tensor([0, 2]), torch.tensor([1, 3]), 1e-3)
     expected = torch.tensor([[1 / 2.002, 0.0], [0.0, 0.0]], dtype=torch.float64)
     torch.testing.assert_close(fitted, expected, rtol=1e-8, atol=1e-12)
-    nothing = prediction(torch.zeros(3, 3), torch.tensor([0]), torch.tensor([1, 2]), 1e-3)
+    nothing = ridge_coefficients(torch.zeros(3, 3), torch.tensor([0]), torch.tensor([1, 2]), 1e-3)
     assert torch.equal(nothing, torch.zeros(2, 1, dtype=torch.float64))
 
 
@@ -220,9 +228,9 @@ def test_a_massive_channel_does_not_drown_the_others() -> None:
     rows = torch.randn(500, 6, generator=generator, dtype=torch.float64)
     rows[:, 5] = rows[:, 4]
     keep, removed = torch.tensor([0, 1, 2, 4]), torch.tensor([3, 5])
-    before = prediction(torch.cov(rows.T), keep, removed, 1e-3)
+    before = ridge_coefficients(torch.cov(rows.T), keep, removed, 1e-3)
     rows[:, 0] *= 1e8
-    after = prediction(torch.cov(rows.T), keep, removed, 1e-3)
+    after = ridge_coefficients(torch.cov(rows.T), keep, removed, 1e-3)
     torch.testing.assert_close(after[:, 1:], before[:, 1:], rtol=1e-6, atol=1e-6)
     assert float(after[1, 3]) == pytest.approx(1, abs=2e-3)
 
@@ -233,12 +241,12 @@ def test_groups_predict_within_themselves(groups: int) -> None:
     rows = torch.randn(100, 6, generator=generator, dtype=torch.float64) @ torch.randn(6, 6, dtype=torch.float64)
     cov, size = torch.cov(rows.T), 6 // groups
     keep, removed = torch.tensor([0, 2, 3, 4]), torch.tensor([1, 5])
-    fitted = prediction(within_groups(cov, groups), keep, removed, 1e-2)
+    fitted = ridge_coefficients(block_diagonal(cov, groups), keep, removed, 1e-2)
     for place, channel in enumerate(removed.tolist()):
         inside = [other for other in keep.tolist() if other // size == channel // size]
         expected = torch.zeros(4, dtype=torch.float64)
         if inside:
-            alone = prediction(cov, torch.tensor(inside), torch.tensor([channel]), 1e-2)
+            alone = ridge_coefficients(cov, torch.tensor(inside), torch.tensor([channel]), 1e-2)
             expected[[keep.tolist().index(other) for other in inside]] = alone[0]
         torch.testing.assert_close(fitted[place], expected, rtol=1e-6, atol=1e-9)
 

@@ -11,6 +11,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, Family, randomise_
+from named_attention import ATTENTION_NAMES, named_transformer
 from oracles import clamped_logits
 from torch import Tensor, nn
 
@@ -153,6 +154,19 @@ def test_attributes_stay_true(name: str) -> None:
         assert all(
             getattr(module, attribute, None) in (None, len(entry.keep)) for attribute in ("attn_dim", "all_head_size")
         )
+
+
+@pytest.mark.parametrize("names", ATTENTION_NAMES)
+def test_widths_are_known_under_all_their_names(names: tuple[str, str]) -> None:
+    model, images = named_transformer(names)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images])
+    plan = make_plan(sites, variance_scores(statistics), keep_ratio=0.5)
+    expected = zeroed_logits(model, plan, images)
+    prune_(model, plan)
+    assert [getattr(model.attn, name) for name in names] == [6, 12]
+    assert model.attn.scale == 12**-0.5
+    torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", WITH_ATTENTION)

@@ -163,7 +163,7 @@ def test_statistics_and_gradients_share_a_reading_and_do_not_see_each_other() ->
             yield images[start : start + 2], LABELS[start : start + 2]
 
     running = GradientSum(model, sites)
-    statistics = collect_statistics(model, sites, running.seen_on_the_way(batches()))
+    statistics = collect_statistics(model, sites, running.tee(batches()))
     assert read == [0, 2]
     alone = collect_statistics(model, sites, batches())
     for name, moments in alone.moments.items():
@@ -221,7 +221,7 @@ def test_needs_are_named_and_their_lack_refused() -> None:
     with pytest.raises(InputError, match=r"criterion must be one of auto, variance, .*, got 'vraiance'"):
         needs_of(["vraiance"])
     model, images, sites = _case("timm-vit")
-    with pytest.raises(InputError, match=r"criterion auto makes plans, not scores.*call vbp\.auto\.auto_plan"):
+    with pytest.raises(InputError, match=r"criterion auto makes plans, not scores.*call vbp\.auto_plan"):
         criterion_scores("auto", model, sites, Evidence())
     means = Evidence(collect_statistics(model, sites, [images]))
     for criterion, evidence, missing in (

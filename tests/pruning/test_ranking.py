@@ -10,7 +10,7 @@ from families import FAMILIES, randomise_
 from oracles import hidden_values
 
 from vbp import InputError, collect_statistics, find_sites, make_plan, output_variance_scores, prune_, variance_scores
-from vbp.method.ridge import RIDGE, penalty
+from vbp.method.ridge import RIDGE, ridge_penalty
 from vbp.pruning.criteria import eliminations
 
 
@@ -61,7 +61,7 @@ def test_eliminations_plan_what_they_promise() -> None:
         assert removed == entry.site.hidden // 2
         assert sorted(found[name].order[:removed].tolist()) == list(entry.removed)
         change = model.get_submodule(entry.site.consumer).weight.detach() - weights[name][:, entry.keep]
-        share = penalty(statistics.covariances[name].covariance, RIDGE)[list(entry.keep)]
+        share = ridge_penalty(statistics.covariances[name].covariance, RIDGE)[list(entry.keep)]
         paid = float((change.square() * share).sum())
         assert errors[name].refit + paid == pytest.approx(float(found[name].cost[removed]), rel=1e-8)
         assert errors[name].refit < worse[name].refit

@@ -21,8 +21,9 @@ from vbp.method.activations import _KNOWN, find_activation, slope
 from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
 from vbp.method.sampling import Draws, priority_sample
 from vbp.refit.producers import refit_producers_
+from vbp.runtime.session import Session
 from vbp.sites.mlp import find_mlps
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.mlp_samples import MLPSamples
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -93,14 +94,14 @@ def test_the_step_is_the_least_of_the_linearised_problem(monkeypatch: pytest.Mon
 
 def test_both_layers_together_do_more_than_the_consumer_alone() -> None:
     layers, sample = problem()
-    fit = fit_hidden(layers, F.gelu, sample, ridge=0.01, caution=0.1)
+    fit = fit_hidden(layers, F.gelu, sample, ridge=0.01, damping=0.1)
     fitted, judging = sample.split()
     assert (fitted.images, judging.images) == (350, 50)
     assert float(squared(fit.layers, judging) / squared(layers, judging)) == pytest.approx(fit.after / fit.before)
     assert layers.hidden is not None
     read = F.gelu(F.pad(sample.inputs, (0, 1), value=1.0) @ layers.hidden.T)
     bare = HiddenSample(read, sample.outputs, sample.weights, sample.metric, sample.images)
-    alone = fit_hidden(HiddenLayers(None, layers.consumer), F.gelu, bare, ridge=0.01, caution=0.1)
+    alone = fit_hidden(HiddenLayers(None, layers.consumer), F.gelu, bare, ridge=0.01, damping=0.1)
     assert alone.layers.hidden is None
     assert fit.after < 0.8 * alone.after < 0.8 * alone.before == pytest.approx(0.8 * fit.before)
 
@@ -114,7 +115,7 @@ def test_what_does_not_help_on_other_images_is_not_done() -> None:
     outputs[:70] += 5 * normal(70, 4, seed=9)  # noise to be learnt
     outputs[70:] = given[70:] + 0.01 * normal(10, 4, seed=8)  # where the layers are right already
     noisy = HiddenSample(sample.inputs, outputs, sample.weights, sample.metric, 80)
-    fit = fit_hidden(layers, F.gelu, noisy, ridge=0.01, caution=0.1)
+    fit = fit_hidden(layers, F.gelu, noisy, ridge=0.01, damping=0.1)
     assert fit.layers is layers
     assert fit.after == fit.before
 
@@ -140,7 +141,7 @@ def test_every_familys_mlps_come_nearer_to_the_dense_ones(name: str) -> None:
     mlps = find_mlps(model, images[:1], sites)
     assert {mlp.site for mlp in mlps} == {site for site in sites if site.kind == "mlp"}
     untouched, dense = copy.deepcopy(pruned), copy.deepcopy(model.state_dict())
-    samples = HiddenSamples(model, sites, images[:1], [images[:20], images[20:]])
+    samples = MLPSamples(model, sites, images[:1], [images[:20], images[20:]])
     done = refit_producers_(pruned, samples)
     assert done.images == samples.images == 32
     assert all(after <= before for before, after in done.errors.values())
@@ -161,7 +162,7 @@ def test_every_familys_mlps_come_nearer_to_the_dense_ones(name: str) -> None:
 
 def test_samples_hold_what_mlps_read_and_give() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
-    samples = HiddenSamples(model, sites, images[:1], [images])
+    samples = MLPSamples(model, sites, images[:1], [images])
     assert model.blocks[0].mlp.act is not None  # type: ignore[union-attr, index]
     for mlp in samples.mlps:
         sample = samples.samples[mlp.site.name]
@@ -178,14 +179,14 @@ def test_samples_hold_what_mlps_read_and_give() -> None:
 def test_two_processes_fit_what_one_does() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     alone = copy.deepcopy(pruned)
-    done = refit_producers_(alone, HiddenSamples(model, sites, images[:1], [images]))
+    done = refit_producers_(alone, MLPSamples(model, sites, images[:1], [images]))
     barrier, slots = Barrier(2), [None, None]
 
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
         draws = Draws(first=first)
         return refit_producers_(
-            mine, HiddenSamples(dense, sites, images[:1], share, draws=draws, processes=processes)
+            mine, MLPSamples(dense, sites, images[:1], share, draws=draws, session=Session(processes))
         ), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
@@ -215,19 +216,19 @@ class Gated(nn.Module):
 def test_bad_input_is_refused() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
     with pytest.raises(InputError, match="producers needs at least one image, got none"):
-        HiddenSamples(model, sites, images[:1], [])
+        MLPSamples(model, sites, images[:1], [])
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
     with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and gives.* must be finite"):
-        HiddenSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
+        MLPSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
     gated, some = nn.Sequential(nn.Linear(4, 6), Gated(), nn.Linear(6, 3)), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"needs an MLP of two layers .*, got Sequential, where there is none"):
-        HiddenSamples(gated, find_sites(gated, some[:1]), some[:1], [some])
+        MLPSamples(gated, find_sites(gated, some[:1]), some[:1], [some])
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
     same = copy.deepcopy(model)
-    done = refit_producers_(same, HiddenSamples(model, sites, images[:1], [images]))
+    done = refit_producers_(same, MLPSamples(model, sites, images[:1], [images]))
     assert done.errors == {}
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())

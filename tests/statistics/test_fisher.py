@@ -14,7 +14,6 @@ from vbp import InputError, Statistics, collect_statistics, find_sites
 from vbp.method.sampling import Draws, TokenSample
 from vbp.runtime.forward import logits_of
 from vbp.sites.site import Site
-from vbp.statistics import fisher as module
 
 
 def collect(model: nn.Module, batches: list[Tensor], draws: Draws = Draws()) -> Statistics:  # noqa: B008
@@ -43,7 +42,7 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
     found = collect(model, [images[:2], images[2:]]).sensitivities
     classes = logits_of(model(images)).shape[1]
     for place, site in enumerate(sites):
-        one = found[site.name].about(torch.zeros(site.hidden, dtype=torch.float64))
+        one = found[site.name].recentred(torch.zeros(site.hidden, dtype=torch.float64))
         out = len(one.outputs)
         inputs, outputs = torch.zeros_like(one.inputs), torch.zeros_like(one.outputs)
         widest = [max(len(found[s.name].outputs) for s in sites), max(s.hidden for s in sites)]
@@ -60,16 +59,15 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
         torch.testing.assert_close(one.outputs, outputs, rtol=1e-8, atol=1e-8 * float(outputs.abs().max()))
 
 
-def test_the_sketch_has_the_gradients_product_as_its_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sketch_has_the_gradients_product_as_its_mean() -> None:
     family = FAMILIES["timm-vit"]
     model, images = randomise_(family.build()).double().eval(), family.example(1)
     sites = find_sites(model, images)
-    monkeypatch.setattr(module, "_INPUT_COLUMNS", 20_000)
-    found = collect(model, [images]).sensitivities[sites[0].name]
+    found = collect(model, [images], Draws(input_columns=20_000)).sensitivities[sites[0].name]
     classes = logits_of(model(images)).shape[1]
     gradient = weight_gradients(model, sites, images, Draws().of(0, 1, classes, 1, 1)[0])[0]
     exact = gradient.T @ gradient
-    about = found.about(torch.zeros(sites[0].hidden, dtype=torch.float64)).inputs
+    about = found.recentred(torch.zeros(sites[0].hidden, dtype=torch.float64)).inputs
     assert float((about - exact).norm() / exact.norm()) < 0.05
 
 
@@ -81,10 +79,12 @@ def test_two_processes_and_other_batches_give_the_same() -> None:
         collect(model, [images[1::2]], Draws(first=1, step=2))
     )
     for name, one in whole.sensitivities.items():
-        other = split.sensitivities[name].about(one.pivot)
+        other = split.sensitivities[name].recentred(one.pivot)
         assert (one.images, other.images) == (6, 6)
         torch.testing.assert_close(other.inputs, one.inputs, rtol=1e-8, atol=1e-8 * float(one.inputs.abs().max()))
-        metric, again = (found.sensitivities[name].metric(found.covariances[name]) for found in (whole, split))
+        metric, again = (
+            found.sensitivities[name].blended_covariance(found.covariances[name]) for found in (whole, split)
+        )
         torch.testing.assert_close(again.covariance, metric.covariance, rtol=1e-6, atol=1e-9)
         torch.testing.assert_close(again.mean, metric.mean, rtol=1e-6, atol=1e-9)
 
@@ -184,7 +184,7 @@ def test_autocast_sums_in_float32() -> None:
     for name, one in exact.sensitivities.items():
         other = half.sensitivities[name]
         assert other.inputs.dtype == torch.float64
-        about = other.about(one.pivot).inputs
+        about = other.recentred(one.pivot).inputs
         assert float((about - one.inputs).norm() / one.inputs.norm()) < 0.1
 
 
@@ -202,7 +202,7 @@ def test_massive_means_cost_no_precision() -> None:
         images = deviations.reshape(10, 4, 6)
         found = collect(model.to(dtype), [images[:5].to(dtype), images[5:].to(dtype)])
         name = next(iter(found.sensitivities))
-        return found.sensitivities[name].metric(found.covariances[name]).covariance
+        return found.sensitivities[name].blended_covariance(found.covariances[name]).covariance
 
     exact, single = metric(torch.float64), metric(torch.float32)
     assert float((single - exact).norm() / exact.norm()) < 1e-2

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import timm
 import torch
 from torch import Tensor, nn
@@ -108,13 +107,6 @@ FAMILIES = {
     "torchvision-swin": Family(_torchvision("swin"), 64, 2),
     "torchvision-convnext": Family(_torchvision("convnext"), 64, 2),
 }
-
-
-@pytest.fixture
-def vit() -> nn.Module:
-    """Return a small ViT in float64."""
-    torch.manual_seed(0)
-    return FAMILIES["timm-vit"].build().double().eval()
 
 
 def randomise_(model: nn.Module, seed: int = 0) -> nn.Module:

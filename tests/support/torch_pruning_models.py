@@ -109,16 +109,16 @@ class Clamped:
         self._names = {layer: name for name, layer in model.named_modules()}
         self._means = {self._names[layer]: mean.clone() for layer, mean in importance.means.inputs.items()}
         self.removed: dict[str, list[int]] = {}
-        plan = pruner._plan
+        plan = pruner.plan_removals
 
         def recorded(compensated: bool) -> Any:
             removals = plan(compensated)
             for removal in removals:
-                for edge in read_group(pruner._group_of(removal)).consumers:
+                for edge in read_group(pruner.group_of(removal)).consumers:
                     self.removed.setdefault(self._names[edge.layer], []).extend(edge.channels.tolist())
             return removals
 
-        pruner._plan = recorded  # type: ignore[method-assign]
+        pruner.plan_removals = recorded  # type: ignore[method-assign]
 
     def __call__(self, images: Tensor) -> Any:
         """Run the copy with the clamps."""

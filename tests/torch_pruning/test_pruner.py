@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch_pruning as tp
 from families import Family, randomise_
+from named_attention import ATTENTION_NAMES, named_transformer
 from torch import Tensor, nn
 from torch_pruning_models import all_but, assert_close, convnet, prepared, vit
 
@@ -358,6 +359,20 @@ def test_heads_and_their_channels(dims: bool) -> None:
         assert pruner.num_heads[block.attn.qkv] == block.attn.num_heads
         assert block.attn.scale == 12**-0.5
     assert set(heads.values()) == {2}
+    assert model(images).shape == (4, 5)
+
+
+@pytest.mark.parametrize("names", ATTENTION_NAMES)
+def test_an_attentions_widths_are_known_under_all_their_names(names: tuple[str, str]) -> None:
+    model, images = named_transformer(names)
+    heads = dict.fromkeys((model.attn.query, model.attn.key, model.attn.value), 2)
+    pruner, _, _ = prepared(
+        model, images, num_heads=heads, ignored_layers=[model.embed, model.head, model.attn.proj],
+        global_pruning=False, pruning_ratio=0.5, prune_head_dims=True,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match="inexact behind query and key channels"):
+        pruner.step()
+    assert [getattr(model.attn, name) for name in names] == [6, 12]
     assert model(images).shape == (4, 5)
 
 

@@ -15,10 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.tables import format_count, text_table
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model."""
+    """Count the parameters of a model.
+
+    Example:
+        >>> vbp.count_parameters(model)
+        32455
+    """
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -31,6 +37,10 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     Args:
         model: Counted in evaluation mode; left as it was.
         example: An input batch "batch channels height width" on the model's device.
+
+    Example:
+        >>> vbp.count_macs(model, example)
+        566912
     """
     return macs_by_module(model, example)[""]
 
@@ -53,12 +63,12 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         torch.func.functional_call(model, weights, (example,))
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    found = {
+    by_module = {
         name.removeprefix(f"{root}."): round(number / 2 / example.shape[0])
         for name, number in flops.items()
         if name.startswith(f"{root}.")
     }
-    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **found}
+    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **by_module}
 
 
 def _layer_norm_flops(
@@ -78,7 +88,12 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 @dataclass(frozen=True)
 class PlanCost:
-    """MACs and parameters of a model before and after a plan."""
+    """MACs and parameters of a model before and after a plan.
+
+    Example:
+        >>> vbp.plan_cost(model, plan, example).params
+        (32455, 24135)
+    """
 
     macs: tuple[int, int]
     params: tuple[int, int]
@@ -89,6 +104,10 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
 
     Raises:
         InputError: The plan does not fit the model.
+
+    Example:
+        >>> vbp.plan_cost(model, plan, example).macs
+        (566912, 427648)
     """
     pruned = copy.deepcopy(model)
     prune_(pruned, plan)
@@ -98,14 +117,17 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
 
 
 def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
-    """Return a plan as a table: kept of total channels a site, and the MACs and parameters that it saves."""
-    width = max(len(name) for name in plan.widths)
-    rows = [
-        f"  {name:<{width}}  {kept:>6} of {total:<6} {kept / total:6.1%}"
-        for name, (kept, total) in plan.widths.items()
-    ]
+    """Return a plan as a table: kept of total channels a site, and the MACs and parameters that it saves.
+
+    Example:
+        >>> print(vbp.format_plan(plan, vbp.plan_cost(model, plan, example)))
+        plan (global, keep_ratio 0.5):
+        ...
+    """
     label = "all" if plan.attn_keep_ratio is None else "all MLPs"
-    rows.append(f"  {label:<{width}}  {plan.kept:>6} of {plan.total:<6} {plan.kept / plan.total:6.1%}")
+    widths = {**plan.widths, label: (plan.kept, plan.total)}
+    table = text_table((name, f"{kept} of {total}", f"{kept / total:.1%}") for name, (kept, total) in widths.items())
+    rows = [f"  {line}" for line in table.splitlines()]
     if plan.kept != plan.requested:
         equal = "equal widths, " if plan.scope == "equal" else ""
         rows.append(
@@ -116,11 +138,3 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
         rows.append(f"  {label} {format_count(before)} -> {format_count(after)} ({1 - after / before:.1%} saved)")
     attention = "" if plan.attn_keep_ratio is None else f", attn_keep_ratio {plan.attn_keep_ratio}"
     return f"plan ({plan.scope}, keep_ratio {plan.keep_ratio}{attention}):\n" + "\n".join(rows)
-
-
-def format_count(number: int) -> str:
-    """Return a number of MACs or parameters as people read it: 1.26 G, 5.72 M."""
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return str(number)

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.latency_search import Comparison, allowed_share, check_faster, meet_latency
-from vbp.cost.layer_table import LayerTimes
+from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
-from vbp.cost.widths import WidthCosts
-from vbp.pruning.make_plan import make_plan
+from vbp.cost.timing import LatencyComparison
+from vbp.cost.widths import LayerTimes, WidthCosts
+from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.site import Site
 
 
 @dataclass(frozen=True)
-class Target:
+class BudgetTarget:
     """A budget of one model.
 
     Attributes:
@@ -43,9 +41,9 @@ class Target:
         model: nn.Module,
         sites: Sequence[Site],
         example: Tensor,
+        rules: PlanRules,
         times: LayerTimes | None = None,
-        **rules: Any,
-    ) -> Target:
+    ) -> BudgetTarget:
         """See whether a budget can be reached, and about where.
 
         Args:
@@ -53,21 +51,21 @@ class Target:
             model: The dense model.
             sites: From `find_sites`.
             example: One image or more on the model's device.
+            rules: Of the plans.
             times: Of this model, for a budget of time that is still to be met.
-            rules: Of the plans: `round_to`, `min_keep_ratio` and `attn_keep_ratio` of `make_plan`.
 
         Raises:
             InputError: No plan meets it, or the dense model does.
         """
 
         def equal_shares(keep_ratio: float) -> PruningPlan:
-            return neutral_plan(sites, keep_ratio=keep_ratio, **rules)
+            return rules.neutral(sites, keep_ratio)
 
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
-            return Target(budget, costs, times, budget.amount)
+            return BudgetTarget(budget, costs, times, budget.amount)
         if budget.timed and times is None:
-            return Target(budget, costs, None, 1.0)
+            return BudgetTarget(budget, costs, None, 1.0)
         search = PlanSearch(equal_shares)
         if times is not None:
             check_faster(budget, times)
@@ -78,14 +76,14 @@ class Target:
             plan = search.largest(
                 costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
             )
-        return Target(budget, costs, times, share_of(plan or search.floor))
+        return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
     def meet(
         self,
         plan_for: PlanFor,
         model: nn.Module,
         example: Tensor,
-        compare: Callable[[PruningPlan], Comparison],
+        compare: Callable[[PruningPlan], LatencyComparison],
         *,
         compensated: bool,
     ) -> BudgetResult:
@@ -103,17 +101,6 @@ class Target:
         return meet_count(
             self.budget, plan_for, self.costs, lambda plan: plan_cost(model, plan, example), compensated=compensated
         )
-
-
-def neutral_plan(sites: Sequence[Site], **options: Any) -> PruningPlan:
-    """Return a plan of the right widths before there are scores, the same share in every site.
-
-    Args:
-        sites: From `find_sites`.
-        options: Of `make_plan`.
-    """
-    scores = {site.name: torch.zeros(site.hidden) for site in sites}
-    return make_plan(sites, scores, **{"scope": "per_layer", **options})
 
 
 def share_of(plan: PruningPlan) -> float:

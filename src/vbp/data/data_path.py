@@ -98,6 +98,9 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
 
     Raises:
         InputError: the data is missing or damaged, or does not fit the model.
+
+    Example:
+        >>> train = vbp.list_images(data, "train", num_classes=7)
     """
     if split not in SPLITS:
         raise InputError(f"split must be train or val, got {split!r}")

@@ -62,6 +62,10 @@ def balanced_subset(images: AnyImages, count: int, seed: int) -> AnyImages:
 
     Raises:
         InputError: `count` is negative.
+
+    Example:
+        >>> len(vbp.balanced_subset(train, 7, seed=0))
+        7
     """
     if count < 0:
         raise InputError(f"the number of images must be 0 (all of them) or more, got {count}")

@@ -58,6 +58,10 @@ def make_loader(
 
     Raises:
         InputError: a value is outside its range, or there is nothing to load.
+
+    Example:
+        >>> [len(labels) for _, labels in vbp.make_loader(train, transform, batch_size=8, num_workers=0)]
+        [8, 6]
     """
     _check_options(len(images), batch_size, num_workers, max_unreadable, prefetch, rank, world)
     batches = PlannedBatches(len(images), batch_size, shuffle=shuffle, seed=seed, rank=rank, world=world)

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from vbp.errors import InputError
+from vbp.runtime.decode import from_json, to_json
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -42,6 +43,9 @@ class Preprocessing:
 
     Raises:
         InputError: a value is outside its range.
+
+    Example:
+        >>> own = vbp.Preprocessing((224, 224), 0.9, "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     """
 
     img_size: tuple[int, int]
@@ -84,8 +88,8 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -94,17 +98,7 @@ class Preprocessing:
         Raises:
             InputError: a name is missing or unknown, or a value is outside its range.
         """
-        fields = dataclasses.fields(cls)
-        required = {field.name for field in fields if field.default is dataclasses.MISSING}
-        missing = sorted(required - set(values))
-        unknown = sorted(set(values) - {field.name for field in fields})
-        if missing or unknown:
-            raise InputError(
-                f"preprocessing must hold {', '.join(field.name for field in fields)}, "
-                f"got {', '.join(sorted(values)) or 'nothing'} (missing: {', '.join(missing) or 'none'}; "
-                f"unknown: {', '.join(unknown) or 'none'}); save the file again with this version of vbp"
-            )
-        return cls(**values)
+        return from_json(cls, values, "the preprocessing", "save the file again with this version of vbp")
 
     def __str__(self) -> str:
         height, width = self.img_size
@@ -117,7 +111,12 @@ class Preprocessing:
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree.
+
+    Example:
+        >>> vbp.evaluation_transform(preprocessing)(picture).shape
+        torch.Size([3, 32, 32])
+    """
     from timm.data.transforms_factory import create_transform
 
     steps = create_transform(
@@ -150,6 +149,9 @@ def training_transform(
 
     Raises:
         InputError: `scale` or `ratio` is no range, or lies outside what is allowed.
+
+    Example:
+        >>> image = vbp.training_transform(preprocessing, hflip=False)(picture)
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise InputError(f"scale must be two shares with 0 < least <= greatest <= 1, got {scale}")

@@ -11,9 +11,8 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from vbp.deploy.onnx import OnnxClassifier, require_onnx, write_onnx
+from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
 from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
-from vbp.deploy.torch_export import Portable
 from vbp.errors import InputError
 
 
@@ -47,11 +46,11 @@ def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> Non
 
 
 def _check_onnxruntime(settings: LatencySettings, kind: str) -> None:
-    given = [name for name in ("compile", "channels_last") if getattr(settings, name)]
-    if kind != "cpu" or settings.precision != "float32" or given:
+    refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
+    if kind != "cpu" or settings.precision != "float32" or refused:
         raise InputError(
             "onnxruntime is timed on the CPU in float32 and without compile and channels_last, got "
-            f"{', '.join([settings.device, settings.precision, *given])}; use the torch backend for these"
+            f"{', '.join([settings.device, settings.precision, *refused])}; use the torch backend for these"
         )
     require_onnx()
 

@@ -12,6 +12,7 @@ from vbp.deploy.artifact import PrunedArtifact, read_artifact
 from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
 from vbp.deploy.hub import publish
 from vbp.errors import InputError
+from vbp.runtime.tables import markdown_table
 
 CARD = "README.md"
 
@@ -53,6 +54,9 @@ def push_to_hub(
     Raises:
         InputError: The folder is no whole pruned model, or nobody is logged in who may write there.
         OutputError: The hub cannot be reached.
+
+    Example:
+        >>> address = vbp.push_to_hub(saved, "me/tiny")  # vbp.load_pruned("hf://me/tiny") reads it back
     """
     place = Path(folder)
     if not place.is_dir():
@@ -86,6 +90,9 @@ def model_card(
         base_model: Hub id of the dense model.
         license: Such as `apache-2.0`.
         dataset: What the accuracy was measured on.
+
+    Example:
+        >>> text = vbp.model_card(vbp.read_artifact(saved), "me/tiny", license="apache-2.0")
     """
     name = repository.rpartition("/")[2]
     metrics = artifact.metrics or {}
@@ -132,14 +139,14 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     models = {key: numbers for key, numbers in models.items() if numbers}
     tables = []
     if single:
-        tables.append(_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
+        tables.append(markdown_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
     if models:
         columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
         rows = [
             [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
             for key, numbers in models.items()
         ]
-        tables.append(_table(["", *columns], rows))
+        tables.append(markdown_table(["", *columns], rows))
     return "## Measured\n\n" + "\n".join(tables) if tables else ""
 
 
@@ -153,8 +160,8 @@ def _usage(repository: str) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    rows = [[f"`{name}`", " ".join(str(value).replace("|", "\\|").split())] for name, value in settings.items()]
-    return "## How it was made\n\n" + _table(["setting", "value"], rows) if rows else ""
+    rows = [[f"`{name}`", str(value)] for name, value in settings.items()]
+    return "## How it was made\n\n" + markdown_table(["setting", "value"], rows) if rows else ""
 
 
 def _widths(artifact: PrunedArtifact) -> str:
@@ -167,12 +174,7 @@ def _widths(artifact: PrunedArtifact) -> str:
             dense.setdefault(name, total)
             kept[name] = left
     rows = [[f"`{name}`", str(kept[name]), str(total)] for name, total in dense.items()]
-    return "## Channels\n\n" + _table(["site", "kept", "of"], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "## Channels\n\n" + markdown_table(["site", "kept", "of"], rows)
 
 
 def _is_number(value: object) -> bool:

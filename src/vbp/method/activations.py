@@ -1,6 +1,7 @@
-"""Find which function of one value stands between a hidden layer and its consumer, by the values themselves.
+"""Find which activation f stands between a hidden layer and its consumer, by the values themselves.
 
-Libraries write activations as modules, functions and methods. What one does shows in what went in and came out.
+With x before and y after it, f is the first of the known functions with sum (f(x) - y)^2 <= 1e-10 sum y^2. Libraries
+write activations as modules, functions and methods; what one does shows in what went in and came out.
 """
 
 from __future__ import annotations
@@ -13,10 +14,8 @@ from torch import Tensor
 
 Activation = Callable[[Tensor], Tensor]
 
-
 # Share of the square that rounding may make of it: GELU and its tanh form differ by a thousand times more.
 _ROUNDING = 1e-10
-
 
 _KNOWN: tuple[Activation, ...] = (
     F.gelu,

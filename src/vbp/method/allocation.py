@@ -1,4 +1,12 @@
-"""How many channels each site keeps: the total as asked for, floors and rounding respected."""
+"""How many channels each site keeps: the total as asked for, floors and rounding respected.
+
+With n_i the kept channels of site i, among those that its floor and the rounding allow, and N the total asked for:
+
+    minimise  |sum_i n_i - N|,  then  sum_i loss_i(n_i)
+
+where the loss is the sum of the scores that go (`global_counts`), or the squared distance from the site's share of N
+(`per_layer_counts`). Where every count is allowed a sort finds it, otherwise dynamic programming.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +21,7 @@ Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
-class Bounds:
+class AllowedWidths:
     """The channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
 
     counts: tuple[int, ...]
@@ -28,16 +36,16 @@ class Bounds:
         return min(self.counts, key=lambda count: abs(count - quota))
 
     @staticmethod
-    def of(hidden: int, step: int, min_keep_ratio: float) -> Bounds:
+    def of(hidden: int, step: int, min_keep_ratio: float) -> AllowedWidths:
         """Return the counts of a site; one narrower than `step` stays whole."""
         # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and must ask for 7 channels.
         floor = max(1, math.ceil(hidden * min_keep_ratio - 1e-9))
         lowest = math.ceil(floor / step) * step
         multiples = range(hidden // step * step, lowest - 1, -step)
-        return Bounds((hidden, *(count for count in multiples if count != hidden)))
+        return AllowedWidths((hidden, *(count for count in multiples if count != hidden)))
 
 
-def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], target: int) -> list[int]:
+def global_counts(scores: Sequence[Floats], bounds: Sequence[AllowedWidths], target: int) -> list[int]:
     """Remove the channels of lowest score over all sites; of equal ones the first, by site, then by order.
 
     Args:
@@ -64,7 +72,7 @@ def global_counts(scores: Sequence[Floats], bounds: Sequence[Bounds], target: in
     return [bound.counts[0] - int(number) for bound, number in zip(bounds, lost, strict=True)]
 
 
-def per_layer_counts(keep_ratio: float, bounds: Sequence[Bounds], target: int) -> list[int]:
+def per_layer_counts(keep_ratio: float, bounds: Sequence[AllowedWidths], target: int) -> list[int]:
     """Return every site the same share, as nearly as the total allows."""
     quotas = [bound.counts[0] * keep_ratio for bound in bounds]
     if not all(bound.is_gapless for bound in bounds):
@@ -87,7 +95,7 @@ def per_layer_counts(keep_ratio: float, bounds: Sequence[Bounds], target: int) -
     return counts
 
 
-def _allocate(bounds: Sequence[Bounds], losses: Sequence[Sequence[float]], target: int) -> list[int]:
+def _allocate(bounds: Sequence[AllowedWidths], losses: Sequence[Sequence[float]], target: int) -> list[int]:
     """Choose a count for each site: first the total nearest to the target, then the least summed loss.
 
     Dynamic programming over the number of removed channels: exact where widths are no multiples of the step too.

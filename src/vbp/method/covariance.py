@@ -1,4 +1,7 @@
-"""Count, mean and scatter matrix of a site's channels: exact to merge, in any order and grouping."""
+"""Count n, mean m and scatter matrix S of a site's channels: exact to merge, in any order and grouping.
+
+S = sum (x - m)(x - m)',    S_ab = S_a + S_b + n_a n_b / (n_a + n_b) (m_b - m_a)(m_b - m_a)'
+"""
 
 from __future__ import annotations
 
@@ -12,15 +15,12 @@ from torch import Tensor
 from vbp.errors import InputError
 
 # Values handled at a time: bounds the copy that is centred, and the length of a sum in the values' own precision.
-_CPU_CHUNK = 2**22
-
-
-_GPU_CHUNK = 2**25
-
+CPU_CHUNK = 2**22
+GPU_CHUNK = 2**25
 
 # Columns multiplied at a time, of at most so many blocks: a product of a matrix with itself is needed on one side of
 # its diagonal alone. Smaller blocks waste less on the other side; many small ones lose that again.
-_LEAST_BLOCK, _MOST_BLOCKS = 128, 12
+LEAST_BLOCK, MOST_BLOCKS = 128, 12
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class ChannelCovariance:
         return ChannelCovariance(count, mean, m2)
 
 
-class CovarianceSum:
+class RunningCovariance:
     """Running second moments, updated in place and without synchronising with the device.
 
     Each piece of the values is centred and multiplied in its own precision (half precision in float32), and added
@@ -99,11 +99,11 @@ class CovarianceSum:
         values = rows.detach()
         if values.dtype in (torch.float16, torch.bfloat16):
             values = values.float()
-        chunk = max(2, (_CPU_CHUNK if values.device.type == "cpu" else _GPU_CHUNK) // values.shape[1])
+        chunk = max(2, (CPU_CHUNK if values.device.type == "cpu" else GPU_CHUNK) // values.shape[1])
         for start in range(0, len(values), chunk):
             self._add_piece_(values[start : start + chunk])
 
-    def take(self) -> ChannelCovariance | None:
+    def finish(self) -> ChannelCovariance | None:
         """Return the moments so far, None before the first sample, and begin anew."""
         count, mean, m2 = self.count, self.mean, self.m2
         self.count, self.mean, self.m2 = 0, None, None
@@ -128,7 +128,7 @@ class CovarianceSum:
             step = mean - self.mean
         centred[seen] = step * (self.count * seen / (self.count + seen)) ** 0.5
         with torch.autocast(piece.device.type, enabled=False):
-            block = max(_LEAST_BLOCK, -(-len(mean) // _MOST_BLOCKS))
+            block = max(LEAST_BLOCK, -(-len(mean) // MOST_BLOCKS))
             for start in range(0, len(mean), block):
                 stop = start + block
                 self.m2[start:stop, start:] += centred[:, start:stop].T @ centred[:, start:]

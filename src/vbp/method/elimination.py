@@ -1,7 +1,7 @@
-"""In which order the channels of a site go, if the rest is refitted after each: greedy, exact, blocked.
+"""In which order channels are removed if the rest is refitted after each: greedy, exact, blocked.
 
 `cost(S) = tr(W_P (C_PP - C_PS (C_SS + L)^-1 C_SP) W_P')` is the error of the consumer's output after the refit of
-`refit.prediction`, plus the penalty that the refit pays: what the refit minimises, and an upper bound of the error.
+`ridge_coefficients`, plus the penalty that the refit pays: what the refit minimises, and an upper bound of the error.
 With M = C + L it is `tr(W_P (M / M_SS) W_P')`, a Schur complement, less `sum_p L_p |w_p|^2`, which does not depend on
 what else goes. The first part is the least squared error of the refitted weights w~ in the metric M, so the removal
 of one more channel j is the optimal-brain-surgeon step on w~, and raises the cost by exactly
@@ -27,7 +27,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vbp.method.ridge import RIDGE, as_matrix, cholesky, penalty
+from vbp.method.ridge import RIDGE, as_matrix, cholesky, ridge_penalty
 
 # Steps between two updates of the matrices: more cost more in bringing rows up to date, fewer in memory traffic.
 _BLOCK = 64
@@ -53,7 +53,7 @@ class Elimination:
 
     @property
     def scores(self) -> Float[Tensor, "hidden"]:
-        """Return each channel the cost of its step, by channel, so that sorting them gives the order back.
+        """Return the cost of each channel's step, by channel, so that sorting them gives the order back.
 
         The steps are made to rise (the largest so far), each by at least one unit in the last place.
         """
@@ -96,12 +96,12 @@ def eliminate(
         InputError: The covariance is not finite or no covariance, or the ridge is out of range or too small.
     """
     cov = covariance.double()
-    extra = penalty(cov, ridge)
+    extra = ridge_penalty(cov, ridge)
     matrix = as_matrix(weight).to(cov.device)
     norms = extra * matrix.square().sum(0)
     inverse = torch.cholesky_inverse(cholesky(cov + torch.diag(extra), ridge))
     state = _State(inverse, matrix.T @ matrix, norms, torch.arange(len(cov), device=cov.device))
-    rounds = _Rounds(len(cov), heads, cov.device)
+    rounds = _HeadBalance(len(cov), heads, cov.device)
     order, steps = [], []
     while len(state.channels):
         channels, increments = state.remove_block_(min(_BLOCK, len(state.channels)), rounds)
@@ -111,20 +111,20 @@ def eliminate(
     return Elimination(torch.cat(order), cost)
 
 
-class _Rounds:
-    """Lets each head lose one channel before any loses the next; with one head it lets all go."""
+class _HeadBalance:
+    """Lets each head lose one channel before any loses the next; with one head it blocks none."""
 
     def __init__(self, hidden: int, heads: int, device: torch.device) -> None:
         self._head = torch.arange(hidden, device=device) // (hidden // heads)
         self._lost = torch.zeros(heads, dtype=torch.int64, device=device)
 
-    def barred(self, channels: Int[Tensor, "left"]) -> Tensor | None:
-        """Return which channels must wait."""
+    def blocked(self, channels: Int[Tensor, "left"]) -> Tensor | None:
+        """Return which channels must wait; None if none."""
         if len(self._lost) == 1:
             return None
         return (self._lost > self._lost.min())[self._head[channels]]
 
-    def lose_(self, channel: Int[Tensor, "1"]) -> None:
+    def record_(self, channel: Int[Tensor, "1"]) -> None:
         """Count a removal."""
         if len(self._lost) > 1:
             self._lost[self._head[channel]] += 1
@@ -139,8 +139,8 @@ class _State:
     penalties: Float[Tensor, "left"]
     channels: Int[Tensor, "left"]
 
-    def remove_block_(self, steps: int, rounds: _Rounds) -> tuple[Int[Tensor, "steps"], Float[Tensor, "steps"]]:
-        """Take so many steps; give the channels that went and what each cost.
+    def remove_block_(self, steps: int, rounds: _HeadBalance) -> tuple[Int[Tensor, "steps"], Float[Tensor, "steps"]]:
+        """Take some steps; return the channels that went and what each cost.
 
         Nothing in a step waits for the device.
         """
@@ -153,8 +153,8 @@ class _State:
         increments = low.new_empty(steps)
         for step in range(steps):
             cost = gram_diagonal / inverse_diagonal - self.penalties
-            barred = rounds.barred(self.channels)
-            waiting = gone if barred is None else gone | barred
+            blocked = rounds.blocked(self.channels)
+            waiting = gone if blocked is None else gone | blocked
             place = cost.masked_fill_(waiting, torch.inf).argmin().reshape(1)
             places[step : step + 1] = place
             increments[step : step + 1] = cost[place]
@@ -169,7 +169,7 @@ class _State:
             inverse_diagonal -= row.square()
             gram_diagonal -= 2 * row * image
             gone[place] = True
-            rounds.lose_(self.channels[place])
+            rounds.record_(self.channels[place])
         channels = self.channels[places]
         self._update_(low, mix, gone)
         return channels, increments

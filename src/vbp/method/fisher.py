@@ -1,13 +1,13 @@
-"""How much a model's answer depends on each site's consumer: second moments of its weight gradients, sketched.
+"""How much a model's prediction depends on each site's consumer: second moments of its weight gradients, sketched.
 
 Let E be an error of a consumer's weights (bias included). Without labels, and up to second order in E, it moves the
-model's answers by
+model's predictions by
 
     KL(dense || changed) = 1/2 mean_i <E, G_i>^2,        G_i = sum_t g_t [h_t; 1]',
 
 where h_t is what the consumer reads at token or position t of image i, and g_t the gradient of u'z there: z are the
-logits, u a random vector whose covariance is the Fisher information of the answer. The sum over t stands inside the
-square: errors of one image's tokens add up, or cancel. The mean is taken as the product of an input metric
+logits, u a random vector whose covariance is the Fisher information of the prediction. The sum over t stands inside
+the square: errors of one image's tokens add up, or cancel. The mean is taken as the product of an input metric
 M = mean_i G_i' G_i and an output metric D = mean_i G_i G_i' of trace 1:
 
     KL = 1/2 tr(D E M E').
@@ -49,13 +49,13 @@ class SiteSensitivity:
 
     def merge(self, other: SiteSensitivity) -> SiteSensitivity:
         """Return the sums over both sets of images."""
-        moved = other.about(self.pivot)
+        moved = other.recentred(self.pivot)
         return SiteSensitivity(
             self.images + other.images, self.pivot, self.inputs + moved.inputs, self.outputs + moved.outputs
         )
 
-    def about(self, pivot: Float[Tensor, "hidden"]) -> SiteSensitivity:
-        """Count the channels from another pivot; `outputs`, a scale for the outputs, stays that of the old one."""
+    def recentred(self, pivot: Float[Tensor, "hidden"]) -> SiteSensitivity:
+        """Return the sums with the channels counted from another pivot; `outputs` stays that of the old one."""
         shift = torch.eye(len(self.inputs), dtype=self.inputs.dtype, device=self.inputs.device)
         shift[:-1, -1] = self.pivot - pivot
         return SiteSensitivity(self.images, pivot, shift @ self.inputs @ shift.T, self.outputs)
@@ -64,7 +64,7 @@ class SiteSensitivity:
         """Move to another device."""
         return SiteSensitivity(self.images, self.pivot.to(device), self.inputs.to(device), self.outputs.to(device))
 
-    def metric(self, covariance: ChannelCovariance, share: float = SHARE) -> ChannelCovariance:
+    def blended_covariance(self, covariance: ChannelCovariance, share: float = SHARE) -> ChannelCovariance:
         """Return the input metric as a covariance in the place of the plain one, mixed with it.
 
         Both are brought to one trace first. What comes out has the mean and the covariance under which the least
@@ -74,11 +74,11 @@ class SiteSensitivity:
             covariance: Of the same site.
             share: Of the sensitivity, in [0, 1]; 0 gives the covariance itself.
         """
-        here = self.about(covariance.mean)
+        here = self.recentred(covariance.mean)
         plain = covariance.covariance
         trace = here.inputs.diagonal()[:-1].sum()
         if share == 0 or not float(trace) > 0:
-            return covariance  # the answer depends on no channel, or is not asked
+            return covariance  # the prediction depends on no channel, or the share is 0
         scale = plain.trace() / trace
         mixed = share * scale * here.inputs
         mixed[:-1, :-1] += (1 - share) * plain
@@ -88,44 +88,44 @@ class SiteSensitivity:
         centred = (centred + centred.T) / 2
         return ChannelCovariance(covariance.count, covariance.mean + step, centred * (covariance.count - 1))
 
-    def weighed(
+    def scaled_weight(
         self, weight: Float[Tensor, "out hidden *kernel"], covariance: ChannelCovariance
     ) -> Float[Tensor, "out hidden"]:
-        """Return the root of the output metric times a consumer's weight: with it, costs of removals are nats of KL.
+        """Return the root of the output metric times a consumer's weight: with it, removals cost nats of KL.
 
         Args:
             weight: Of the consumer, which reads single positions.
-            covariance: Of the same site, not `metric` of it.
+            covariance: Of the same site, not `blended_covariance` of it.
         """
         values, vectors = torch.linalg.eigh(self.outputs.double())
-        here = self.about(covariance.mean)
+        here = self.recentred(covariance.mean)
         nats = 0.5 * here.inputs.diagonal()[:-1].sum() / self.images
         scale = nats / covariance.covariance.trace().clamp_min(torch.finfo(torch.float64).tiny)
         share = values.clamp_min(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
         root = (vectors * share.sqrt()).T * scale.clamp_min(0).sqrt()
-        weighed: Tensor = root @ weight.detach().double().flatten(1)
-        return weighed
+        scaled: Tensor = root @ weight.detach().double().flatten(1)
+        return scaled
 
 
 def sensitivity_bytes(sizes: Sequence[tuple[int, int]]) -> int:
     """Return the memory that the running sums of sites of these (hidden, out) channels take, on the device, in bytes.
 
-    During the pass what the consumers read and give in a batch is held until its gradients are known.
+    During the pass what the consumers read and return in a batch is held until its gradients are known.
     """
     return sum(8 * ((hidden + 1) ** 2 + hidden + out**2) for hidden, out in sizes)
 
 
-# float16 knows no gradient below 6e-8; a power of two changes no other digit.
-HALF_SCALE = 2.0**12
+# float16 holds no gradient below 6e-8; a power of two changes no other digit.
+FP16_SCALE = 2.0**12
 
 
 def fisher_direction(
     logits: Float[Tensor, "images classes"], noise: Float[Tensor, "images classes"]
 ) -> Float[Tensor, "images classes"]:
-    """Return for each image a random vector whose covariance is the Fisher information of its answer.
+    """Return for each image a random vector whose covariance is the Fisher information of its prediction.
 
-    With p = softmax(z) that is diag p - p p'. A class drawn from p has the same covariance; but where the
-    model is sure of itself it nearly always has a gradient near zero, and once in a while a large one.
+    With p = softmax(z) that is diag p - p p'. The gradient of a class drawn from p has the same covariance, but where
+    the model is confident it is nearly always close to zero and rarely large: more images would be needed.
 
     Args:
         logits: z, of the dense model.

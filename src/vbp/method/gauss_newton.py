@@ -1,15 +1,15 @@
-"""Let the layer before the activation take part in the refit: one Gauss-Newton step on both layers of an MLP.
+"""Refit both layers of an MLP, not its consumer alone: one Gauss-Newton step.
 
-With x what the hidden layer reads, f its activation and y what the consumer should give, at the positions t of a
-sample with weights w,
+With x the input of the hidden layer, f its activation and y the wanted output of the consumer, at the positions t of
+a sample with weights w,
 
     minimise  sum_t w_t |S (y_t - V [f(U [x_t;1]);1])|^2        over U and V, from where they are.
 
 For any U the best V is a ridge regression, so V is left to it and what remains is a function of U alone (variable
-projection). Linearised in U, and held back by a share of what a change of U does to each hidden channel, it is a
-linear least squares problem, solved by a few steps of conjugate gradients, whose matrix is never formed. The last
-images of the sample take no part in it and judge: the step is shortened, and in the end not taken, if the error
-there, computed anew, does not fall.
+projection). Linearised in U, and damped (Levenberg-Marquardt) by a share of what a change of U does to each hidden
+channel, it is a linear least squares problem, solved by a few steps of conjugate gradients, whose matrix is never
+formed. The last images of the sample are held out: the step is shortened, and in the end not taken, if the error on
+them, computed anew, does not fall.
 
 Source: Golub, Pereyra (1973), variable projection; Kaufman (1975), its simpler Jacobian, used here.
 """
@@ -25,19 +25,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vbp.method.activations import Activation, slope
-from vbp.method.ridge import cholesky, penalty
+from vbp.method.ridge import cholesky, ridge_penalty
 
 # Steps of conjugate gradients: on DeiT-tiny the eighth and the sixteenth lower the error by 1 % of what four do.
 _STEPS = 4
 
-
 # Shares of the step that are tried; the last leaves the hidden layer alone.
 _LENGTHS = (1.0, 0.5, 0.25, 0.0)
 
-
-# Share of the sample that judges: its last images.
-_JUDGED = 1 / 8
-
+# Share of the sample that is held out: its last images.
+JUDGED_SHARE = 1 / 8
 
 # The output metric is mixed half and half with the plain one, as in `vbp.method.fisher`.
 _SHARE = 0.5
@@ -45,13 +42,13 @@ _SHARE = 0.5
 
 @dataclass(frozen=True)
 class HiddenSample:
-    """What an MLP reads, and what it should give, at some positions of some images.
+    """The input of an MLP and the output wanted of it, at some positions of some images.
 
     Attributes:
-        inputs: What the hidden layer reads; where that layer is not fitted, what the consumer reads.
-        outputs: What the consumer should give.
+        inputs: Of the hidden layer; where that layer is not fitted, of the consumer.
+        outputs: Wanted of the consumer.
         weights: What each position counts for, not negative.
-        metric: What counts of the outputs, symmetric, its scale of no matter.
+        metric: Of the outputs, symmetric; its scale does not matter.
         images: How many images the positions are of, as many of each, one image after the other.
     """
 
@@ -69,8 +66,8 @@ class HiddenSample:
         return HiddenSample(inputs, outputs, weights, metric, self.images)
 
     def split(self) -> tuple[HiddenSample, HiddenSample]:
-        """Return the images that are fitted to, and those that judge; a single image does both."""
-        judged = max(1, round(_JUDGED * self.images)) if self.images > 1 else 0
+        """Return the images that are fitted to, and the held-out ones; a single image is both."""
+        judged = max(1, round(JUDGED_SHARE * self.images)) if self.images > 1 else 0
         rest = self.images - judged
         place = rest * (len(self.weights) // self.images)
         one, other = (
@@ -89,7 +86,7 @@ class HiddenLayers(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenFit:
-    """The layers that were found, and the error on the images that judge, as a share of the output's variance.
+    """The layers that were found, and the error on held-out images, as a share of the output's variance.
 
     Attributes:
         layers: What was found; what was given if nothing is better.
@@ -108,22 +105,22 @@ def fit_hidden(
     sample: HiddenSample,
     *,
     ridge: float,
-    caution: float,
+    damping: float,
 ) -> HiddenFit:
-    """Bring an MLP nearer to what it should give.
+    """Bring an MLP nearer to the wanted output.
 
     Args:
         layers: Where to begin, of the sample's type and on its device. Without a hidden layer the consumer alone is
             fitted, to a sample of what it reads.
         activation: Between them.
-        sample: What is read and what should be given.
-        ridge: Of the consumer's regression, which holds back its change, times `refit.penalty` at 1.
-        caution: Holds back the change of the hidden layer: times its squared effect, channel by channel.
+        sample: Inputs and wanted outputs.
+        ridge: Of the consumer's regression, which regularises its change: times `ridge_penalty` at 1.
+        damping: Of the change of the hidden layer: times its squared effect, channel by channel.
 
     Raises:
         InputError: Covariances are not finite.
     """
-    problem, judge = (_Problem(activation, part, ridge, caution) for part in sample.split())
+    problem, judge = (_Problem(activation, part, ridge, damping) for part in sample.split())
     start = judge.error(layers)
     if start <= torch.finfo(sample.outputs.dtype).eps:
         return HiddenFit(layers, start, start)  # rounding alone
@@ -141,8 +138,8 @@ def fit_hidden(
 class _Problem:
     """The sample with the roots of its weights; all sums over positions are so weighted means."""
 
-    def __init__(self, activation: Activation, sample: HiddenSample, ridge: float, caution: float) -> None:
-        self._activation, self._ridge, self._caution = activation, ridge, caution
+    def __init__(self, activation: Activation, sample: HiddenSample, ridge: float, damping: float) -> None:
+        self._activation, self._ridge, self._damping = activation, ridge, damping
         self._inputs = F.pad(sample.inputs, (0, 1), value=1.0)
         self._outputs = sample.outputs
         self._root = (sample.weights / sample.weights.sum()).sqrt()[:, None]
@@ -156,7 +153,7 @@ class _Problem:
         return float(self._weighed(lacking).square().sum()) / max(self._energy, torch.finfo(torch.float64).tiny)
 
     def consumer(self, hidden: Tensor | None, consumer: Tensor) -> Float[Tensor, "out hidden_and_one"]:
-        """Return the consumer that is best for this hidden layer, held back from the one that it has."""
+        """Return the best consumer for this hidden layer, regularised towards the present one."""
         read = self._read(hidden)
         lacking = self._lacking(read, consumer)
         regression = _Regression(read, self._root, self._ridge)
@@ -183,18 +180,18 @@ class _Problem:
         size = size.clamp_min(float(size.max()) * 1e-6).clamp_min(torch.finfo(size.dtype).tiny)[:, None]
         gram = (self._root * self._inputs).double()
         gram = gram.T @ gram
-        gram.diagonal().add_(penalty(gram, 1e-3))
+        gram.diagonal().add_(ridge_penalty(gram, 1e-3))
         factor = cholesky(gram, 1e-3)
 
         def held(step: Tensor) -> Tensor:
-            return self._caution * size * (step.double() @ gram).to(step.dtype)
+            return self._damping * size * (step.double() @ gram).to(step.dtype)
 
         def conditioned(slopes: Tensor) -> Tensor:
             solved: Tensor = torch.cholesky_solve(slopes.T.double(), factor)
-            return solved.T.to(slopes.dtype) / ((1 + self._caution) * size)
+            return solved.T.to(slopes.dtype) / ((1 + self._damping) * size)
 
         slopes = backward(regression.rest(self._weighed(self._lacking(read, consumer))))
-        return _conjugate(slopes, lambda step: backward(forward(step)) + held(step), conditioned)
+        return _conjugate_gradient(slopes, lambda step: backward(forward(step)) + held(step), conditioned)
 
     def _read(self, hidden: Tensor | None) -> Float[Tensor, "positions hidden"]:
         return self._inputs[:, :-1] if hidden is None else self._activation(self._inputs @ hidden.T)
@@ -214,7 +211,7 @@ class _Regression:
         self.mean = (root.square() * hidden).sum(0)
         self._centred = root * (hidden - self.mean)
         covariance = (self._centred.T @ self._centred).double()
-        covariance.diagonal().add_(ridge * penalty(covariance, 1.0))
+        covariance.diagonal().add_(ridge * ridge_penalty(covariance, 1.0))
         self._factor = cholesky(covariance, ridge)
 
     def coefficients(self, values: Float[Tensor, "positions out"]) -> Float[Tensor, "hidden out"]:
@@ -228,7 +225,7 @@ class _Regression:
         return values - self._centred @ self.coefficients(values)
 
 
-def _conjugate(slopes: Tensor, matrix: Activation, conditioned: Activation) -> Tensor:
+def _conjugate_gradient(slopes: Tensor, matrix: Activation, conditioned: Activation) -> Tensor:
     """Solve a linear system by some steps of preconditioned conjugate gradients from zero."""
     found = torch.zeros_like(slopes)
     along = step = conditioned(slopes)

@@ -20,15 +20,11 @@ from torch import Tensor, nn
 
 FOLDS = 4
 
-
 # The shift is one in (features + 1) of the coefficients, and better known than the others.
 _SHIFT = 0.01
-
-
 _STEPS = 50
 
-
-# Nats, and length of a step: far below what a thousand images can tell.
+# Nats, and length of a step: far below the accuracy that a thousand images allow.
 _CHANGE = 1e-6
 
 
@@ -49,14 +45,14 @@ class HeadProblem:
         weight = layer.weight.detach().to("cpu", features.dtype)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().to("cpu", weight.dtype)
         mean, scale = features.mean(0), features.std(0, correction=0)
-        # A feature that is the same in all images says nothing, but of rounding.
+        # A feature that is the same in all images differs by rounding alone.
         scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)
         inputs = F.pad((features - mean) / scale, (0, 1), value=1.0)
         return HeadProblem(weight, bias, features, inputs, target, mean, scale)
 
     @property
     def logits(self) -> Float[Tensor, "images classes"]:
-        """Return the answers as they are."""
+        """Return the logits without a change."""
         return self.features @ self.weight.T + self.bias
 
     def divergence(self, change: Tensor | None) -> float:
@@ -105,13 +101,13 @@ class HeadProblem:
         return change.detach()
 
     def _curvature(self) -> float:
-        """Return the mean over features of the KL's second derivative by a feature's shift, at the dense answers."""
+        """Return the mean over features of the KL's second derivative by a feature's shift, at the target."""
         probabilities = self.target.exp()
         centre = probabilities @ self.weight
         whole = self.weight.square().sum(1) @ probabilities.mean(0) - centre.square().sum(1).mean()
         return float(whole) / self.weight.shape[1]
 
-    def folded(self, change: Tensor) -> tuple[Tensor, Tensor]:
+    def fold_into_weight(self, change: Tensor) -> tuple[Tensor, Tensor]:
         """Return the layer's weight and bias with a change folded in."""
         weight, change = self.weight.double(), change.double()
         move = (change[:-1] / self.scale.double()[:, None]).T

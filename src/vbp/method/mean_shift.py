@@ -1,4 +1,7 @@
-"""What the consumer of removed channels gets in their place: pure tensor functions."""
+"""What the consumer of removed channels gets in their place: their mean contribution, added to its bias.
+
+b' = b + sum_{p removed} W[:, p] mu[p]
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,10 @@ def mean_shift(
         removed: Indices of the channels that go.
 
     Source: VBP paper, section 3.3.
+
+    Example:
+        >>> vbp.mean_shift(torch.tensor([[2.0, 3.0]]), torch.tensor([0.5, 1.0]), torch.tensor([1])).item()
+        3.0
     """
     columns = weight.detach()[:, removed].double()
     if columns.ndim > 2:

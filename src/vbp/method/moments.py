@@ -1,4 +1,7 @@
-"""Count, mean and squared deviation of every channel: exact to merge, in any order and grouping."""
+"""Count n, mean m and squared deviation s of every channel: exact to merge, in any order and grouping.
+
+s = sum (x - m)^2,    s_ab = s_a + s_b + n_a n_b / (n_a + n_b) (m_b - m_a)^2
+"""
 
 from __future__ import annotations
 
@@ -11,8 +14,6 @@ from torch import Tensor
 # Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
 _CPU_CHUNK = 2**18
-
-
 _GPU_CHUNK = 2**25
 
 
@@ -61,6 +62,19 @@ class ChannelMoments:
         return ChannelMoments(self.count, self.mean.to(device), self.m2.to(device))
 
 
+class RunningMoments:
+    """Moments of all values seen so far; None before the first."""
+
+    def __init__(self) -> None:
+        self.moments: ChannelMoments | None = None
+
+    def add_(self, values: Float[Tensor, "... hidden"]) -> None:
+        """Take in values, channels last."""
+        seen = self.moments
+        batch = channel_moments(values, None if seen is None else seen.mean)
+        self.moments = batch if seen is None else seen.merge(batch)
+
+
 def channel_moments(
     values: Float[Tensor, "... hidden"], shift: Float[Tensor, "hidden"] | None = None
 ) -> ChannelMoments:
@@ -91,6 +105,6 @@ def channel_moments(
         squares += deviation.square_().sum(0)
     count = rows.shape[0]
     offset = total / count
-    # Rounding can leave a constant channel a hair below zero.
+    # Rounding can leave a constant channel slightly below zero.
     m2 = (squares - offset * total).clamp_min_(0)
     return ChannelMoments(count, near.double() + offset, m2)

@@ -1,7 +1,7 @@
-"""Let the queries that stay make up for query/key channels that go: pure tensor functions, in float64.
+"""Refit the queries that stay so that they compensate removed query/key channels: tensor functions, in float64.
 
 A logit is the sum over channels of q[j] k[j]. What goes of it, q_P . k_P, is replaced by the product of the two
-predictions from what stays in the head (see `vbp.refit`): with A for queries and B for keys,
+predictions from what stays in the head (see `vbp.method.ridge`): with A for queries and B for keys,
 
     (mu_P + A (q_S - mu_S)) . B k_S,  so  q_S becomes  q_S + B' (mu_P + A (q_S - mu_S)).
 
@@ -25,7 +25,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vbp.method.ridge import Reconstruction, prediction, within_groups
+from vbp.method.ridge import Reconstruction, block_diagonal, ridge_coefficients
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,19 @@ def logit_refit(
         keep: Indices of the channels that stay, counted over all heads.
         removed: Indices of the channels that go.
         heads: Number of heads, each with its own channels.
-        ridge: See `vbp.method.ridge.penalty`.
+        ridge: See `vbp.method.ridge.ridge_penalty`.
 
     Raises:
         InputError: A covariance is unfit.
     """
-    q, k = within_groups(query.double(), heads), within_groups(key.double(), heads)
+    q, k = block_diagonal(query.double(), heads), block_diagonal(key.double(), heads)
     mu = mean.to(q)
-    a, b = prediction(q, keep, removed, ridge), prediction(k, keep, removed, ridge)
+    a, b = ridge_coefficients(q, keep, removed, ridge), ridge_coefficients(k, keep, removed, ridge)
     turn = b.T @ a
     # A head's constant meets the keys of that head alone: `b` is zero between heads.
     shift = b.T @ (mu[removed] - a @ mu[keep])
 
-    constant = within_groups(torch.outer(mu, mu), heads)
+    constant = block_diagonal(torch.outer(mu, mu), heads)
     lost = _pairs(q + constant, k, removed)
     crossed = constant[removed][:, removed] + q[removed][:, keep] @ a.T
     square = constant[removed][:, removed] + a @ q[keep][:, keep] @ a.T

@@ -4,7 +4,7 @@ With S the kept and P the removed channels, C their covariance and a diagonal pe
 
     A = C[P,S] (C[S,S] + L[S])^-1        predicts  h_P = mu_P + A (h_S - mu_S)
 
-and whoever reads h takes the prediction in place of what is gone: `W' = W[:,S] + W[:,P] A` and
+and the consumer of h takes the prediction in place of what is gone: `W' = W[:,S] + W[:,P] A` and
 `b' = b + W[:,P] (mu_P - A mu_S)`. With A = 0 this is the mean shift.
 
 It is never worse than the mean shift on the samples of C. The error of the prediction has the covariance
@@ -64,10 +64,11 @@ def check_ridge(ridge: float) -> None:
         raise InputError(f"ridge must be in (0, 1], got {ridge}; {RIDGE} is the default")
 
 
-def penalty(covariance: Float[Tensor, "hidden hidden"], ridge: float) -> Float[Tensor, "hidden"]:
+def ridge_penalty(covariance: Float[Tensor, "hidden hidden"], ridge: float) -> Float[Tensor, "hidden"]:
     """Return the diagonal L that is added to the covariance: a share of each channel's own variance.
 
-    A massive channel so does not hold the others back, as it would if all were penalised by their mean variance.
+    A channel of very large variance so does not regularise the others, as it would if all had the mean variance as
+    their penalty.
     After scaling to unit diagonal, which changes nothing for Cholesky's error, C + L has a condition number of at
     most hidden / ridge + 1, whatever the range of the variances and the rank of C.
 
@@ -80,13 +81,13 @@ def penalty(covariance: Float[Tensor, "hidden hidden"], ridge: float) -> Float[T
     """
     check_ridge(ridge)
     variance = covariance.diagonal().double()
-    # The median of those that vary at all: neither massive nor dead channels move it.
+    # The median of those that vary at all: neither very large nor dead channels move it.
     typical = torch.where(variance > 0, variance, torch.nan).nanmedian()
     # If all channels are dead there is nothing to predict, and any penalty will do.
     return ridge * (variance + _FLOOR * torch.where(typical > 0, typical, torch.ones_like(typical)))
 
 
-def prediction(
+def ridge_coefficients(
     covariance: Float[Tensor, "hidden hidden"],
     keep: Int[Tensor, "kept"],
     removed: Int[Tensor, "removed"],
@@ -96,17 +97,17 @@ def prediction(
 
     Args:
         covariance: Of all channels of the site. A consumer in groups, each of which reads its own channels, takes
-            `within_groups` of it.
+            `block_diagonal` of it.
         keep: Indices of the channels that stay.
         removed: Indices of the channels that go.
-        ridge: See `penalty`.
+        ridge: See `vbp.method.ridge.ridge_penalty`.
 
     Raises:
         InputError: The covariance is not finite or no covariance, or the ridge is too small for its precision.
     """
     cov = covariance.double()
     gram = cov[keep][:, keep]
-    gram.diagonal().add_(penalty(cov, ridge)[keep])
+    gram.diagonal().add_(ridge_penalty(cov, ridge)[keep])
     factor = cholesky(gram, ridge)
     solution: Tensor = torch.cholesky_solve(cov[keep][:, removed], factor)
     return solution.T
@@ -130,7 +131,7 @@ def cholesky(matrix: Float[Tensor, "n n"], ridge: float) -> Float[Tensor, "n n"]
     return factor
 
 
-def within_groups(covariance: Float[Tensor, "hidden hidden"], groups: int) -> Float[Tensor, "hidden hidden"]:
+def block_diagonal(covariance: Float[Tensor, "hidden hidden"], groups: int) -> Float[Tensor, "hidden hidden"]:
     """Forget the covariance between channels of different groups, so that none is predicted from another group.
 
     For a depthwise consumer only the variances are left, nothing is predicted, and the refit is the mean shift:
@@ -140,7 +141,7 @@ def within_groups(covariance: Float[Tensor, "hidden hidden"], groups: int) -> Fl
     return torch.where(group[:, None] == group, covariance, 0)
 
 
-def folded(
+def fold_into_weight(
     weight: Float[Tensor, "out hidden *kernel"],
     coefficients: Float[Tensor, "removed kept"],
     keep: Int[Tensor, "kept"],
@@ -174,7 +175,7 @@ def reconstruction(
         site: Name for the result.
         covariance: Of all channels.
         weight: The consumer's, before anything is removed.
-        coefficients: From `prediction`.
+        coefficients: From `ridge_coefficients`.
         keep: Indices of the channels that stay.
         removed: Indices of the channels that go.
     """
@@ -185,7 +186,7 @@ def reconstruction(
     error[:, keep] = -gone @ coefficients
 
     def variance(rows: Tensor, columns: Tensor) -> float:
-        # Rounding can leave a perfect prediction a hair below zero.
+        # Rounding can leave a perfect prediction slightly below zero.
         return max(0.0, float(((rows @ columns) * rows).sum()))
 
     return Reconstruction(site, variance(gone, cov[removed][:, removed]), variance(error, cov), variance(matrix, cov))

@@ -1,4 +1,8 @@
-"""Which tokens of an image count for the covariance: a fixed random share, the same in every process and site."""
+"""The random numbers of an image: a function of the seed and its number alone, the same in every process and site.
+
+Image i of a process has the number first + step * (i // block) + i % block among all images. From it follow which
+tokens count for the covariance, and the random vectors of the Fisher information and its sketches.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +94,7 @@ class TokenSampler:
         self._drawn: dict[int, Tensor] = {}
 
     def begin(self, images: int) -> None:
-        """Say that a batch of so many images comes."""
+        """Begin a batch of so many images."""
         self._start += self._images
         self._images = images
         self._drawn = {}
@@ -138,25 +142,25 @@ def priority_sample(
     return places, torch.maximum(sizes.gather(1, places), first.values[:, count:])
 
 
-# Columns of the sketches that estimate the input and the output metric.
-_INPUT_COLUMNS, _OUTPUT_COLUMNS = 8, 32
-
-
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of an image: a matter of the seed and its number alone, not of batch size and process.
+    """The random numbers of an image: they depend on the seed and its number, not on batch size or process.
 
     Attributes:
-        seed: Another seed draws other directions of the answers, and other sketches.
+        seed: Another seed draws other directions of the predictions, and other sketches.
         first: Number of the first image that this process reads.
         step: Distance between its images: the number of processes, if they share the images by stride.
         block: As for `image_number`, if whole batches are dealt out; the step is then between these.
+        input_columns: Columns of the sketch that estimates the input metric.
+        output_columns: Columns of the sketch that estimates the output metric.
     """
 
     seed: int = 0
     first: int = 0
     step: int = 1
     block: int = 1
+    input_columns: int = 8
+    output_columns: int = 32
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -173,8 +177,8 @@ class Draws:
             number = self.number(image)
             generator = np.random.default_rng((self.seed, 1, number))
             noise.append(generator.standard_normal(classes, dtype=np.float32))
-            left.append(generator.standard_normal((outputs, _INPUT_COLUMNS), dtype=np.float32))
-            right.append(generator.standard_normal((hidden, _OUTPUT_COLUMNS), dtype=np.float32))
+            left.append(generator.standard_normal((outputs, self.input_columns), dtype=np.float32))
+            right.append(generator.standard_normal((hidden, self.output_columns), dtype=np.float32))
         return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
 
     def number(self, image: int) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError
 from vbp.models.weights import one_line
+from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
 
@@ -29,6 +30,10 @@ class ModelSource:
         name: timm's architecture name without tag, or the class name of the transformers model.
         arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
             the attention implementation included.
+
+    Example:
+        >>> vbp.ModelSource("timm", "test_vit", {"num_classes": 7}).to_dict()["library"]
+        'timm'
     """
 
     library: Library
@@ -37,7 +42,8 @@ class ModelSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
-        return {"library": self.library, "name": self.name, "arguments": dict(self.arguments)}
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
@@ -46,19 +52,7 @@ class ModelSource:
         Raises:
             InputError: a name is missing or unknown, or a value is of the wrong type.
         """
-        if set(values) != {"library", "name", "arguments"}:
-            raise InputError(
-                "a model source must hold library, name and arguments, got "
-                f"{', '.join(sorted(values)) or 'nothing'}; save the file again with this version of vbp"
-            )
-        library, name, arguments = values["library"], values["name"], values["arguments"]
-        if library not in get_args(Library):
-            raise InputError(f"library must be one of {', '.join(get_args(Library))}, got {library!r}")
-        if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            raise InputError(
-                f"a model source must hold a name (text) and arguments (a table), got {name!r} and {arguments!r}"
-            )
-        return cls(library, name, dict(arguments))
+        return from_json(cls, values, "a model source", "save the file again with this version of vbp")
 
 
 @dataclass(frozen=True)
@@ -72,6 +66,10 @@ class Classifier:
         num_classes: the logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
         class_names: of each logit, in its order; None where the weights do not say it.
+
+    Example:
+        >>> vbp.load_classifier("test_vit", allow_random_init=True).num_classes
+        1000
     """
 
     model: nn.Module

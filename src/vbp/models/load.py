@@ -57,6 +57,9 @@ def load_classifier(
 
     Raises:
         InputError: anything given does not exist, does not fit, or cannot be fetched.
+
+    Example:
+        >>> classifier = vbp.load_classifier("test_vit", allow_random_init=True)
     """
     kind = _check_model(model_name, model_type)
     files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
@@ -82,6 +85,9 @@ def build_model(source: ModelSource) -> nn.Module:
 
     Raises:
         InputError: the installed library cannot build it.
+
+    Example:
+        >>> dense = vbp.build_model(vbp.ModelSource("timm", "test_vit", {"num_classes": 7}))
     """
     # Each needs a library that takes seconds to load, timm with torchvision.
     if source.library == "timm":

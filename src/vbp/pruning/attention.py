@@ -1,40 +1,49 @@
-"""Keep an attention module's own record of its head dimension true after pruning."""
+"""Keep an attention module's own record of its heads and their channels true after pruning."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import nn
 
-from vbp.pruning.plan import SitePlan
-
-# Under these names timm and Hugging Face keep the channels of one head, and of all heads.
+# The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
+_HEADS = ("num_heads", "num_attention_heads")
 _PER_HEAD = ("head_dim", "attention_head_size", "head_size", "dim_head")
+_ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
 
 
-_ALL_HEADS = ("attn_dim", "all_head_size", "inner_dim")
+@dataclass(frozen=True)
+class HeadChange:
+    """Heads and channels of each head of one attention, before and after.
+
+    Attributes:
+        layers: Dotted names of the layers that lost channels, such as query, key and value.
+    """
+
+    layers: tuple[str, ...]
+    heads: int
+    head_dim: int
+    heads_left: int
+    head_dim_left: int
 
 
-def update_attributes_(model: nn.Module, entry: SitePlan) -> None:
-    """Set head dimension, their sum over heads and the softmax scale to what is left after a plan.
-
-    `scale` is set only where the fused kernel derives its own from the head dimension, whose weights are rescaled so
-    that the effective scale stays that of the original; elsewhere the module's scale is used and stays.
+def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: bool = False) -> None:
+    """Set the numbers by which the owners of the pruned layers reshape their tensors, where they keep them.
 
     Args:
         model: The model, already cut.
-        entry: The plan of one value or query/key site.
+        change: What was cut.
+        implicit_scale: Set `scale` as well: the fused kernel derives its own from the head dimension, and the weights
+            are rescaled so that the effective scale stays that of the original. Otherwise the module's scale stays.
     """
-    site = entry.site
-    before, after = site.hidden // site.heads, len(entry.keep) // site.heads
-    layers = (*site.producers, site.consumer) if site.consumer else site.producers
-    for name in {layer.rpartition(".")[0] for layer in layers}:
-        module = model.get_submodule(name)
-        for names, old, new in (
-            (_PER_HEAD, before, after),
-            (_ALL_HEADS, site.hidden, len(entry.keep)),
-        ):
-            for attribute in names:
-                if getattr(module, attribute, None) == old:
-                    setattr(module, attribute, new)
-        scale = getattr(module, "scale", None)
-        if site.implicit_scale and isinstance(scale, float) and abs(scale - before**-0.5) < 1e-9:
-            module.scale = after**-0.5
+    before = (change.heads, change.head_dim, change.heads * change.head_dim)
+    after = (change.heads_left, change.head_dim_left, change.heads_left * change.head_dim_left)
+    for path in {name.rpartition(".")[0] for name in change.layers}:
+        owner = model.get_submodule(path)
+        for names, old, new in zip((_HEADS, _PER_HEAD, _ALL_HEADS), before, after, strict=True):
+            for name in names:
+                if getattr(owner, name, None) == old:
+                    setattr(owner, name, new)
+        scale = getattr(owner, "scale", None)
+        if implicit_scale and isinstance(scale, float) and abs(scale - change.head_dim**-0.5) < 1e-9:
+            owner.scale = change.head_dim_left**-0.5

@@ -9,14 +9,15 @@ group, here the sum, which ranks alike).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.method.scores import lamp, magnitude, mean_normalised, snip, taylor
 from vbp.sites.site import Site
-from vbp.sites.weights import weight_slices
+from vbp.sites.weights import WeightSlice, weight_slices
 
 
 def random_scores(sites: Sequence[Site], *, seed: int = 0) -> dict[str, Float[Tensor, "hidden"]]:
@@ -42,8 +43,7 @@ def magnitude_scores(model: nn.Module, sites: Sequence[Site], *, power: int) -> 
 
     Source: Li et al. (2017), for L1; Torch-Pruning's GroupMagnitudeImportance, for groups and the division.
     """
-    sums = _magnitudes(model, sites, power)
-    return {name: values / _one_if_zero(values.mean()) for name, values in sums.items()}
+    return {name: mean_normalised(values) for name, values in _magnitudes(model, sites, power).items()}
 
 
 def lamp_scores(model: nn.Module, sites: Sequence[Site]) -> dict[str, Float[Tensor, "hidden"]]:
@@ -53,14 +53,7 @@ def lamp_scores(model: nn.Module, sites: Sequence[Site]) -> dict[str, Float[Tens
 
     Source: Lee et al. (2021), Layer-Adaptive Magnitude-based Pruning; of groups in the place of single weights.
     """
-    scores = {}
-    for name, values in _magnitudes(model, sites, 2).items():
-        rising, order = values.sort(stable=True)
-        left = rising.flip(0).cumsum(0).flip(0)
-        score = torch.empty_like(values)
-        score[order] = rising / _one_if_zero(left)
-        scores[name] = score
-    return scores
+    return {name: lamp(squares) for name, squares in _magnitudes(model, sites, 2).items()}
 
 
 def taylor_scores(
@@ -77,7 +70,7 @@ def taylor_scores(
 
     Source: Molchanov et al. (2019), Importance Estimation for Neural Network Pruning.
     """
-    return _by_products(model, sites, gradients, lambda products: products.sum(1).abs())
+    return _by_gradients(model, sites, gradients, taylor)
 
 
 def snip_scores(
@@ -94,34 +87,30 @@ def snip_scores(
 
     Source: Lee et al. (2019), SNIP; summed over groups.
     """
-    return _by_products(model, sites, gradients, lambda products: products.abs().sum(1))
+    return _by_gradients(model, sites, gradients, snip)
 
 
 def _magnitudes(model: nn.Module, sites: Sequence[Site], power: int) -> dict[str, Tensor]:
-    return {
-        site.name: _total(
-            part.of(model.get_parameter(part.parameter)).abs().pow(power).sum(1)
-            for part in weight_slices(model, site)
-        )
-        for site in sites
-    }
+    return _summed(model, sites, lambda part, weight: magnitude(part.of(weight), power))
 
 
-def _by_products(
-    model: nn.Module, sites: Sequence[Site], gradients: Mapping[str, Tensor], reduce: Callable[[Tensor], Tensor]
+def _by_gradients(
+    model: nn.Module,
+    sites: Sequence[Site],
+    gradients: Mapping[str, Tensor],
+    score: Callable[[Tensor, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    return {
-        site.name: _total(
-            reduce(part.of(model.get_parameter(part.parameter)).cpu() * part.of(gradients[part.parameter]).cpu())
-            for part in weight_slices(model, site)
-        )
-        for site in sites
-    }
+    return _summed(
+        model, sites, lambda part, weight: score(part.of(weight).cpu(), part.of(gradients[part.parameter]).cpu())
+    )
 
 
-def _total(parts: Iterable[Tensor]) -> Tensor:
-    return torch.stack(list(parts)).sum(0).cpu()
-
-
-def _one_if_zero(values: Tensor) -> Tensor:
-    return torch.where(values > 0, values, torch.ones_like(values))
+def _summed(
+    model: nn.Module, sites: Sequence[Site], score: Callable[[WeightSlice, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """Return the sum of a score over the weights that go with each site's channels, on the CPU."""
+    sums = {}
+    for site in sites:
+        scores = [score(part, model.get_parameter(part.parameter)) for part in weight_slices(model, site)]
+        sums[site.name] = torch.stack(scores).sum(0).cpu()
+    return sums

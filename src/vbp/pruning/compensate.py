@@ -1,4 +1,4 @@
-"""Change layers so that they do without the channels that will go: mean shift, or refit."""
+"""Change layers so that they compensate the channels that will go: mean shift, or refit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.mean_shift import mean_shift
 from vbp.method.query_key import LogitRefit, logit_refit
-from vbp.method.ridge import Reconstruction, folded, prediction, reconstruction
+from vbp.method.ridge import Reconstruction, fold_into_weight, reconstruction, ridge_coefficients
 from vbp.pruning.plan import SitePlan
 from vbp.sites.site import Site
 from vbp.statistics.statistics import KEY, QUERY
@@ -31,9 +31,9 @@ def compensate_(
         model: Has the entries' sites at full width.
         entries: Sites that lose channels.
         means: Site name -> mean of each channel.
-        covariances: Site name -> second moments; None shifts by the means alone, which query/key channels have no
-            part in.
-        ridge: See `vbp.method.ridge.penalty`.
+        covariances: Site name -> second moments; None shifts by the means alone, which leaves
+            query/key channels out.
+        ridge: See `vbp.method.ridge.ridge_penalty`.
 
     Returns:
         The errors before and after the refit, one a site; nothing without covariances.
@@ -80,10 +80,10 @@ def _solve(model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelC
     removed = torch.tensor(entry.removed, device=weight.device)
     try:
         covariance = covariances[name].to(weight.device).covariance
-        coefficients = prediction(covariance, keep, removed, ridge)
+        coefficients = ridge_coefficients(covariance, keep, removed, ridge)
     except InputError as error:
         raise InputError(f"site {name}: {error}") from error
-    columns = folded(weight, coefficients, keep, removed)
+    columns = fold_into_weight(weight, coefficients, keep, removed)
     return _Refit(entry, columns, reconstruction(name, covariance, weight, coefficients, keep, removed))
 
 
@@ -102,7 +102,7 @@ def _apply_(model: nn.Module, refit: _Refit, mean: Tensor) -> None:
 
 
 def refits_logits(site: Site) -> bool:
-    """Return whether queries can make up for channels of this site: nothing may stand between layer and logit."""
+    """Return whether queries can compensate channels of this site: nothing may stand between layer and logit."""
     return site.kind == "query_key" and site.exact and not site.inner and not site.parameters
 
 
@@ -161,6 +161,10 @@ def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:
         layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
         return
     assert isinstance(bias, nn.Parameter)
+    add_in_float64_(bias, shift)
+
+
+def add_in_float64_(values: Tensor, shift: Tensor) -> None:
+    """Add to a parameter or buffer with one rounding to its own precision, not two."""
     with torch.no_grad():
-        # One rounding to the bias's own precision, not two.
-        bias.copy_((bias.double() + shift.to(bias.device)).to(bias.dtype))
+        values.copy_((values.double() + shift.to(values.device)).to(values.dtype))

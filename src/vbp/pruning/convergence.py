@@ -1,4 +1,4 @@
-"""Statistics in stages over more and more images: exact across processes, and how settled the plan is."""
+"""Statistics in stages over more and more images: exact across processes, and whether the plan has converged."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.processes import Processes
+from vbp.runtime.tables import text_table
 from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
-
 
 # The plan has settled when twice the images change at most one channel in a hundred. Measured on DeiT-Tiny (ImageNet,
 # one image a class, 35 % of the channels removed globally; medians of 20 orders): 62 -> 125 -> 250 -> 500 -> 1,000
@@ -22,7 +22,6 @@ _log = logging.getLogger(__name__)
 # at the threshold and matter little: from 124 images on, accuracy right after pruning is 68.6 to 70.9 % (two orders
 # each; 70.3 with all; standard error 1.8), so the limit errs on the side of more images.
 SETTLED_SHARE = 0.01
-
 
 # Stages are halves of all images, halves of these and so on, none smaller than this.
 _SMALLEST_STAGE = 256
@@ -71,8 +70,8 @@ class Convergence:
 
     def table(self) -> str:
         """Return the stages as lines of text, the last of which says whether the plan has settled."""
-        rows = [f"{'images':>10}  channels that changed"]
-        rows += [f"{stage.images:>10,}  {_percent(stage.changed)}" for stage in self.stages]
+        stages = [(f"{stage.images:,}", _percent(stage.changed)) for stage in self.stages]
+        rows = [text_table([("images", "channels that changed"), *stages], "rl", (10,))]
         if len(self.stages) < 2:
             return "\n".join([*rows, f"too few images to say whether the plan has settled; {_enough()}"])
         before, last = self.stages[-2:]
@@ -142,10 +141,10 @@ def calibrate(
     All processes must call this, and all get the same. They meet at the ends of stages alone.
 
     Args:
-        collect: Gives the statistics of this process's share of the images at these places, in an order of which
+        collect: Returns the statistics of this process's share of the images at these places, in an order of which
             every beginning represents the whole; None if its share is empty.
         total: Images in that order.
-        plan_of: Makes the plan whose changes are looked at.
+        plan_of: Makes the plan whose changes are measured.
         processes: Of this job.
         auto: Stop as soon as a doubling changes at most `SETTLED_SHARE` of the channels.
 
@@ -165,7 +164,7 @@ def calibrate(
         new = merge_across(collect(range(start, end)), processes)
         statistics = new if statistics is None else statistics.merge(new)
         before, plan, start = plan, plan_of(statistics), end
-        # One process's word, so that all stop together whatever their last bits are.
+        # The value of the first process, so that all stop together even if their last bits differ.
         changed = processes.gather(None if before is None else changed_share(before, plan))[0]
         stages.append(Stage(statistics.images, changed))
         told = "first plan" if changed is None else f"{_percent(changed)} of the channels changed since half of them"

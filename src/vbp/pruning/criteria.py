@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE, as_matrix
+from vbp.method.scores import mean_normalised
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
 from vbp.sites.site import Site
 from vbp.statistics.evidence import Evidence, Need
@@ -35,6 +36,9 @@ def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> 
         Site name -> score of each channel.
 
     Source: VBP paper, section 3.2.
+
+    Example:
+        >>> scores = vbp.variance_scores(statistics)  # site name -> score of each channel
     """
     moments = statistics.moments
     scores = {}
@@ -45,8 +49,7 @@ def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> 
         elif not name.endswith(KEY):
             scores[name] = found.variance
     if norm_per_layer:
-        # A site whose channels are all constant has mean 0 and keeps its zeros.
-        scores = {name: score / _one_if_zero(score.mean()) for name, score in scores.items()}
+        scores = {name: mean_normalised(score) for name, score in scores.items()}
     return scores
 
 
@@ -62,6 +65,9 @@ def output_variance_scores(
         model: The dense model.
         sites: From `find_sites`.
         statistics: Of this model.
+
+    Example:
+        >>> scores = vbp.output_variance_scores(model, sites, statistics)
     """
     scores = variance_scores(statistics)
     for site in sites:
@@ -147,6 +153,9 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
 
     Raises:
         InputError: The name is unknown or that of no score, or something that it needs is missing.
+
+    Example:
+        >>> scores = vbp.criterion_scores("elimination", model, sites, evidence)
     """
     rule = _rule(criterion)
     if rule.scores is None:
@@ -182,47 +191,15 @@ def _rule(name: str) -> _Rule:
     return _RULES[name]
 
 
-def _variance(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return variance_scores(_statistics(evidence))
-
-
-def _output_variance(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return output_variance_scores(model, sites, _statistics(evidence))
-
-
 def _elimination(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    """Deal the scores of the output's variance out again within each site, in the order of elimination."""
+    """Return the scores of the output's variance, permuted within each site to the order of elimination."""
     statistics = _statistics(evidence)
     scores = output_variance_scores(model, sites, statistics)
     for name, found in eliminations(model, sites, statistics, ridge=evidence.ridge).items():
-        dealt = torch.empty_like(scores[name], dtype=torch.float64)
-        dealt[found.order] = strictly_rising(scores[name].double().sort().values)
-        scores[name] = dealt
+        permuted = torch.empty_like(scores[name], dtype=torch.float64)
+        permuted[found.order] = strictly_rising(scores[name].double().sort().values)
+        scores[name] = permuted
     return scores
-
-
-def _random(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return random_scores(sites, seed=evidence.seed)
-
-
-def _l1(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return magnitude_scores(model, sites, power=1)
-
-
-def _l2(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return magnitude_scores(model, sites, power=2)
-
-
-def _lamp(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return lamp_scores(model, sites)
-
-
-def _taylor(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return taylor_scores(model, sites, _gradients(evidence))
-
-
-def _snip(model: nn.Module, sites: Sequence[Site], evidence: Evidence) -> Scores:
-    return snip_scores(model, sites, _gradients(evidence))
 
 
 def _statistics(evidence: Evidence) -> Statistics:
@@ -237,13 +214,17 @@ def _gradients(evidence: Evidence) -> Mapping[str, Tensor]:
 
 _RULES: Final[Mapping[str, _Rule]] = {
     "auto": _Rule(frozenset({"statistics", "covariance", "sensitivity"}), None),
-    "variance": _Rule(frozenset({"statistics"}), _variance),
-    "output_variance": _Rule(frozenset({"statistics"}), _output_variance),
+    "variance": _Rule(frozenset({"statistics"}), lambda model, sites, seen: variance_scores(_statistics(seen))),
+    "output_variance": _Rule(
+        frozenset({"statistics"}), lambda model, sites, seen: output_variance_scores(model, sites, _statistics(seen))
+    ),
     "elimination": _Rule(frozenset({"statistics", "covariance"}), _elimination),
-    "random": _Rule(frozenset(), _random),
-    "l1": _Rule(frozenset(), _l1),
-    "l2": _Rule(frozenset(), _l2),
-    "lamp": _Rule(frozenset(), _lamp),
-    "taylor": _Rule(frozenset({"gradients"}), _taylor),
-    "snip": _Rule(frozenset({"gradients"}), _snip),
+    "random": _Rule(frozenset(), lambda model, sites, seen: random_scores(sites, seed=seen.seed)),
+    "l1": _Rule(frozenset(), lambda model, sites, seen: magnitude_scores(model, sites, power=1)),
+    "l2": _Rule(frozenset(), lambda model, sites, seen: magnitude_scores(model, sites, power=2)),
+    "lamp": _Rule(frozenset(), lambda model, sites, seen: lamp_scores(model, sites)),
+    "taylor": _Rule(
+        frozenset({"gradients"}), lambda model, sites, seen: taylor_scores(model, sites, _gradients(seen))
+    ),
+    "snip": _Rule(frozenset({"gradients"}), lambda model, sites, seen: snip_scores(model, sites, _gradients(seen))),
 }

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from vbp.errors import InputError
-from vbp.method.allocation import Bounds, global_counts, per_layer_counts
+from vbp.method.allocation import AllowedWidths, global_counts, per_layer_counts
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.choices import Scope
 from vbp.sites.site import Site
@@ -84,6 +85,10 @@ def make_plan(
         InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
 
     Source: VBP paper, section 3.2.
+
+    Example:
+        >>> vbp.make_plan(sites, vbp.variance_scores(statistics), keep_ratio=0.5).kept
+        128
     """
     check_ratios(keep_ratio, min_keep_ratio, round_to, attn_keep_ratio)
     if scope not in get_args(Scope):
@@ -91,7 +96,7 @@ def make_plan(
     mlps = [site for site in sites if site.kind == "mlp"]
     ranked = [_removal_order(site, scores) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
-    bounds = [Bounds.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
+    bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     counts: list[int] = []
     if mlps and scope == "global":
         counts = global_counts([order.scores for order in ranked], bounds, target)
@@ -107,13 +112,49 @@ def make_plan(
     attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
     for site in attention:
         assert attn_ratio is not None
-        entries[site] = _plan_heads(site, scores, attn_ratio, Bounds.of(site.hidden // site.heads, round_to, 0.0))
+        entries[site] = _plan_heads(
+            site, scores, attn_ratio, AllowedWidths.of(site.hidden // site.heads, round_to, 0.0)
+        )
     return PruningPlan(
         tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
     )
 
 
-def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: Bounds) -> SitePlan:
+@dataclass(frozen=True)
+class PlanRules:
+    """What all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
+
+    Attributes:
+        scope: Whether channels of all sites compete.
+        round_to: A site that loses channels keeps a multiple of it.
+        min_keep_ratio: Floor of each site, as a share of its channels.
+        attn_keep_ratio: Share of its channels that every head of an attention keeps.
+    """
+
+    scope: Scope = "global"
+    round_to: int = 1
+    min_keep_ratio: float = 0.02
+    attn_keep_ratio: float | None = None
+
+    def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
+        """Make a plan by these rules."""
+        return make_plan(
+            sites,
+            scores,
+            keep_ratio=keep_ratio,
+            scope=self.scope,
+            round_to=self.round_to,
+            min_keep_ratio=self.min_keep_ratio,
+            attn_keep_ratio=self.attn_keep_ratio,
+        )
+
+    def neutral(self, sites: Sequence[Site], keep_ratio: float) -> PruningPlan:
+        """Make a plan of the right widths before there are scores: the same share in every site."""
+        scores = {site.name: torch.zeros(site.hidden) for site in sites}
+        return replace(self, scope="per_layer").plan(sites, scores, keep_ratio)
+
+
+def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: AllowedWidths) -> SitePlan:
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
     count = bounds.nearest(size * keep_ratio)

@@ -7,14 +7,14 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
-from vbp.pruning.attention import update_attributes_
+from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.pruning.compensate import compensate_, refits_logits
+from vbp.pruning.cutting import keep_channels_, keep_columns_, keep_entries_, keep_rows_
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode
 from vbp.sites.layers import input_channels, output_channels
@@ -38,9 +38,9 @@ def prune_(
         means: Site name -> mean of each channel: what a removed channel contributed on average moves into the
             consumer's bias. Without them nothing is compensated.
         covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
-            refitted so that they also give what the removed ones would have given, and the queries of an attention
+            refitted to predict what the removed ones would have contributed, and the queries of an attention
             that loses query/key channels. They need means, too.
-        ridge: How much the refit is held back, as a share of each kept channel's variance.
+        ridge: How much the refit is regularised, as a share of each kept channel's variance.
 
     Returns:
         With covariances, the error at each site's consumer that mean shift would have left and that the refit leaves,
@@ -51,10 +51,14 @@ def prune_(
             untouched.
 
     Source: VBP paper, sections 3.2 and 3.3; `vbp.refit`.
+
+    Example:
+        >>> errors = vbp.prune_(model, plan, statistics.means, statistics.covariances)
+        >>> model.blocks[0].mlp.fc1.out_features
+        65
     """
     _check_fits(model, plan, means, covariances)
     check_ridge(ridge)
-    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
     errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
     for entry in entries:
@@ -63,10 +67,7 @@ def prune_(
     _cut_(model, entries)
     for entry in entries:
         if entry.site.kind != "mlp":
-            update_attributes_(model, entry)
-    for name in frozen:
-        # Torch-Pruning makes new parameters, which would learn.
-        model.get_parameter(name).requires_grad_(False)
+            update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
     return errors
 
 
@@ -165,55 +166,22 @@ def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
             rows[name].update(first + index for index in entry.removed)
     for name, removed in rows.items():
         layer = model.get_submodule(name)
-        if isinstance(layer, nn.Conv2d):
-            tp.prune_conv_out_channels(layer, sorted(removed))
-        else:
-            tp.prune_linear_out_channels(layer, sorted(removed))
+        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
     for entry in entries:
         for name in entry.site.inner:
-            _cut_inner_(model.get_submodule(name), list(entry.removed))
+            keep_channels_(model.get_submodule(name), entry.keep)
         for name in entry.site.parameters:
-            _cut_parameter_(model, name, entry)
+            owner, _, attribute = name.rpartition(".")
+            dim = model.get_parameter(name).shape.index(entry.site.hidden)
+            keep_entries_(model.get_submodule(owner), attribute, entry.keep, dim)
         if entry.site.consumer:
-            consumer = model.get_submodule(entry.site.consumer)
-            if isinstance(consumer, nn.Conv2d):
-                tp.prune_conv_in_channels(consumer, list(entry.removed))
-            else:
-                tp.prune_linear_in_channels(consumer, list(entry.removed))
+            keep_columns_(model.get_submodule(entry.site.consumer), entry.keep)
 
 
-def _cut_inner_(module: nn.Module, removed: list[int]) -> None:
-    if isinstance(module, nn.Conv2d):
-        tp.prune_depthwise_conv_out_channels(module, removed)
-    elif isinstance(module, nn.LayerNorm):
-        cut_layer_norm_(module, removed)
-    elif isinstance(module, nn.GroupNorm):
-        tp.prune_groupnorm_out_channels(module, removed)
-    else:
-        tp.prune_batchnorm_out_channels(module, removed)
-
-
-def cut_layer_norm_(norm: nn.LayerNorm, removed: Sequence[int]) -> None:
-    """Cut channels out of a norm over the last dimension, in place.
-
-    Torch-Pruning 1.6.1 takes the channels that stay in the order of a Python set: where few are left, it silently
-    permutes weight and bias.
-    """
-    gone = set(removed)
-    kept = [index for index in range(norm.normalized_shape[-1]) if index not in gone]
-    for name in ("weight", "bias"):
-        parameter = getattr(norm, name)
-        if parameter is not None:
-            setattr(norm, name, nn.Parameter(parameter.detach()[..., kept], requires_grad=parameter.requires_grad))
-    norm.normalized_shape = (*norm.normalized_shape[:-1], len(kept))
-
-
-def _cut_parameter_(model: nn.Module, name: str, entry: SitePlan) -> None:
-    parent, _, attribute = name.rpartition(".")
-    parameter = model.get_parameter(name)
-    dim = parameter.shape.index(entry.site.hidden)
-    kept = parameter.detach().index_select(dim, torch.tensor(entry.keep, device=parameter.device))
-    setattr(model.get_submodule(parent), attribute, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+def _head_change(entry: SitePlan) -> HeadChange:
+    site = entry.site
+    layers = (*site.producers, site.consumer) if site.consumer else site.producers
+    return HeadChange(layers, site.heads, site.hidden // site.heads, site.heads, len(entry.keep) // site.heads)
 
 
 def _keep_softmax_scale_(model: nn.Module, entry: SitePlan) -> None:

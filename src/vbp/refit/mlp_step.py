@@ -35,7 +35,7 @@ def step_of(
     sample: HiddenSample,
     *,
     ridge: float,
-    caution: float,
+    damping: float,
 ) -> MLPStep:
     """Find what is to be added to the layers of a site; the work is done where the model is.
 
@@ -45,7 +45,7 @@ def step_of(
         activation: Of a plain hidden layer; None to fit the consumer alone.
         sample: For it.
         ridge: As for `fit_hidden`.
-        caution: As for `fit_hidden`.
+        damping: As for `fit_hidden`.
 
     Raises:
         InputError: What the layers give is not finite.
@@ -56,7 +56,7 @@ def step_of(
     hidden = None if activation is None else _matrix(model.get_submodule(site.producers[0]), dtype)
     layers = HiddenLayers(hidden, _matrix(consumer, dtype))
     try:
-        fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, caution=caution)
+        fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, damping=damping)
     except InputError as error:
         raise InputError(f"site {site.name}: {error}") from error
     found = fit.layers

@@ -3,11 +3,11 @@
 The refit of a site changes the consumer alone: it predicts what is gone from what stays. The producer can do its
 share, for its rows were made for a layer in which all channels took part. Site by site, both layers take one
 Gauss-Newton step towards what the dense MLP gives (`vbp.method.gauss_newton`), at the positions that matter to the
-answer (`vbp.statistics.mlp_samples`): many positions for few numbers, without labels.
+predictions (`vbp.statistics.mlp_samples`): many positions for few numbers, without labels.
 
 An eighth of the images takes no part and judges, site by site, which of two steps is taken, one bold and one
-cautious, or none. The answers do not judge here: statistics and plan have usually seen the images that could, and
-look better on them than anything that has not.
+cautious, or none. Predictions are not compared here: statistics and plan have usually seen the images that
+could, and look better on them than on new ones.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from torch import nn
 from vbp.refit.mlp_step import MLPStep, add_step_, step_of
 from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.mlp_samples import MLPSamples
 
-# Ridge and caution of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
+# Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
 # of the error on other images, the cautious one 0.86; in late ones, where one token matters, only the latter helps.
 _HELD = ((0.01, 0.1), (1.0, 1.0))
 
@@ -35,7 +35,7 @@ class ProducerRefit:
     Attributes:
         images: Images of the samples, of which an eighth judged.
         errors: Site name -> error of its MLP's output on those that judged, before and after, as a share of the
-            output's variance, each position and direction counting for as much as the answer depends on it.
+            output's variance, each position and direction weighted by how much the predictions depend on it.
     """
 
     images: int
@@ -55,7 +55,7 @@ class ProducerRefit:
         )
 
 
-def refit_producers_(pruned: nn.Module, samples: HiddenSamples) -> ProducerRefit:
+def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
     """Bring each pruned MLP nearer to what the dense one gives.
 
     Same result on all processes of the samples, which must all call it; the sites are shared out among them.
@@ -80,9 +80,9 @@ def _width(model: nn.Module, mlp: FoundMLP) -> int:
     return output_channels(model.get_submodule(mlp.site.producers[0]))
 
 
-def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: HiddenSamples) -> list[MLPStep]:
+def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[MLPStep]:
     """Return what is to be added to both layers of each site; each process finds some, all get all."""
-    processes = samples.processes
+    processes = samples.session.processes
     mine = {
         place: _step(pruned, mlp, samples)
         for place, mlp in enumerate(mlps)
@@ -92,9 +92,9 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: HiddenSamples) 
     return [merged[place] for place in range(len(mlps))]
 
 
-def _step(pruned: nn.Module, mlp: FoundMLP, samples: HiddenSamples) -> MLPStep:
+def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> MLPStep:
     sample = samples.samples[mlp.site.name]
     tried = (
-        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, caution=caution) for ridge, caution in _HELD
+        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping) for ridge, damping in _HELD
     )
     return min(tried, key=lambda step: step.after)

@@ -1,4 +1,4 @@
-"""Bring the residual stream of a pruned model back to where the dense model's runs, at a few depths.
+"""Bring the residual stream of a pruned model closer to the dense model's, at a few depths.
 
 A site's own refit makes up for that site's channels, from what the dense model reads there. What it leaves adds up
 along the residual stream, and the layers behind read it. So at a few depths one MLP gets a second task: from what it
@@ -6,11 +6,11 @@ reads in the pruned model, it gives what the stream after it lacks as well,
 
     y = what it gives + (stream of the dense model - stream of the pruned model),
 
-by one step of `vbp.method.gauss_newton` at random positions of all images, strongly held back, without labels and
+by one step of `vbp.method.gauss_newton` at random positions of all images, strongly regularised, without labels and
 without a backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one
 after the other, since each changes what those behind it read.
 
-Few images say little of so many coefficients. So other images have the last word: if the answers there do not come
+Few images say little of so many coefficients. So other images decide: if the predictions on them do not come
 closer to the dense model's, the model stays as it is.
 """
 
@@ -29,26 +29,25 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.divergence import DenseReference
 from vbp.refit.mlp_step import add_step_, step_of
 from vbp.runtime.forward import evaluation_mode
-from vbp.runtime.precision import Precision, in_float32
-from vbp.runtime.processes import Processes
+from vbp.runtime.precision import in_float32
+from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
-from vbp.sites.residual import Join, find_joins
+from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
-from vbp.statistics.mlp_samples import draw, merged
+from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
-_OFF, _ALONE, _FIRST = Precision(), Processes(), Draws()
-
+_FIRST = Draws()
 
 # Where the stream is mended: after these parts of the sites that write into it.
-_DEPTHS = (0.25, 0.5, 0.75)
+DEPTHS = (0.25, 0.5, 0.75)
 
 
-# Ridge and caution, times the number of images: more of them can tell more coefficients.
-_HELD_TIMES_IMAGES = 1_000.0
+# Ridge and damping, times the number of images: more of them can tell more coefficients.
+PENALTY_TIMES_IMAGES = 1_000.0
 
 
 @dataclass(frozen=True)
@@ -56,9 +55,9 @@ class StreamRefit:
     """What bringing the stream back did, on images that it was not fitted to.
 
     Attributes:
-        sites: Whose layers changed; none if the answers did not come closer.
+        sites: Whose layers changed; none if the predictions did not come closer.
         images: Images fitted to, of all processes.
-        judged: Other images, by which the answers were compared.
+        judged: Other images, on which the predictions were compared.
         before: Mean KL(dense || pruned) on these without it, in nats.
         after: The same with it.
     """
@@ -79,43 +78,37 @@ class StreamRefit:
             return f"the residual stream stays as it is: no refit to {self.images} images helped"
         return (
             f"the residual stream is refitted to {self.images} images at {', '.join(self.sites)}: mean KL of the "
-            f"answers from the dense model's {self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
+            f"predictions from the dense model's {self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
         )
 
 
 def refit_stream_(
     pruned: nn.Module,
-    dense: nn.Module,
     sites: Sequence[Site],
     batches: Iterable[Tensor],
-    judge: HeldBack,
+    judge: DenseReference,
     *,
     draws: Draws = _FIRST,
-    precision: Precision = _OFF,
-    processes: Processes = _ALONE,
 ) -> StreamRefit:
-    """Let the pruned model's residual stream run where the dense model's does, as far as other images bear it out.
+    """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
-    Same result on all processes, which must all call it.
+    Same result on all processes of `judge`, which must all call it.
 
     Args:
         pruned: The model, pruned; up to three MLPs change.
-        dense: The dense model, on the same device; left as it was.
         sites: Those that were pruned, from `find_sites` on the dense model.
         batches: Calibration images, without labels, which can be gone through several times; none is allowed where
             another process has some.
-        judge: Other images, and the dense model's answers.
+        judge: Other images, the dense model, which is left as it was, and its predictions.
         draws: The random numbers of the images of this process.
-        precision: Of all forward passes.
-        processes: Whose images count together.
 
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
-    example = judge.example()
+    dense, session, example = judge.model, judge.session, judge.example()
     joins = _at_depths(_found(dense, example, sites))
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, draws, precision, processes)
+    work = _Work(pruned, dense, draws, session)
     before = judge.divergence(pruned)
     layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
     with _restored_unless_kept(pruned, layers) as keep:
@@ -124,10 +117,11 @@ def refit_stream_(
             for join in joins:
                 mlp = plain.get(join.site)
                 sample, images = work.sample(join, mlp, batches)
-                held = _HELD_TIMES_IMAGES / images
+                held = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = processes.gather(step_of(pruned, join.site, activation, sample, ridge=held, caution=held))[0]
+                step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
+                step = session.processes.gather(step)[0]
                 if step.better:
                     add_step_(pruned, join.site, step)
                     changed.append(join.site.name)
@@ -147,8 +141,8 @@ def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> No
     _found(model, example, sites)
 
 
-def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Join, ...]:
-    joins = find_joins(model, example, sites)
+def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
+    joins = find_residual_adds(model, example, sites)
     if not joins:
         raise InputError(
             f"the refit of the residual stream needs an MLP whose output is added to a stream, got "
@@ -157,8 +151,8 @@ def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Jo
     return joins
 
 
-def _at_depths(joins: Sequence[Join]) -> tuple[Join, ...]:
-    places = dict.fromkeys(int(len(joins) * depth) for depth in _DEPTHS)
+def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
+    places = dict.fromkeys(int(len(joins) * depth) for depth in DEPTHS)
     return tuple(joins[place] for place in places)
 
 
@@ -184,10 +178,9 @@ class _Work:
     pruned: nn.Module
     dense: nn.Module
     draws: Draws
-    precision: Precision
-    processes: Processes
+    session: Session
 
-    def sample(self, join: Join, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
+    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
         """Run both models as far as the join on all images; give the sample, and the images of all processes."""
         parts, images = [], 0
         reader = join.site.consumer if mlp is None else join.site.producers[0]
@@ -199,15 +192,15 @@ class _Work:
             _, _, wanted = self._run(self.dense, join, reader, pixels)
             read, given, found = self._run(self.pruned, join, reader, pixels)
             target = given + (wanted - found) / gain.to(given)
-            parts.append(draw(read, target, torch.ones_like(read[..., 0]), self.draws, images))
+            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        total = sum(self.processes.gather(images))
+        total = sum(self.session.processes.gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return merged(join.site.name, parts, metric, self.processes), total
+        return gather_sample(join.site.name, parts, metric, self.session.processes), total
 
     def _run(
-        self, model: nn.Module, join: Join, reader: str, pixels: Tensor
+        self, model: nn.Module, join: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
         """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
         seen: dict[str, Tensor] = {}
@@ -231,7 +224,7 @@ class _Work:
             model.get_submodule(join.module).register_forward_hook(stop),
         ]
         try:
-            with self.precision.autocast():
+            with self.session.precision.autocast():
                 model(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])

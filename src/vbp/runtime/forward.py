@@ -1,9 +1,9 @@
-"""Run a model in evaluation mode or frozen and leave it as it was; what a classifier returns."""
+"""Run a model in evaluation mode, frozen or with hooks, and leave it as it was; what a classifier returns."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from jaxtyping import Float
@@ -29,7 +29,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def frozen(model: nn.Module) -> Iterator[None]:
-    """Let no parameter require a gradient, and give each its own will back afterwards."""
+    """Let no parameter require a gradient, and restore afterwards which ones did."""
     learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in learning:
         parameter.requires_grad_(False)
@@ -38,6 +38,28 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in learning:
             parameter.requires_grad_(True)
+
+
+Hook = Callable[..., Any]
+
+
+@contextmanager
+def hooked(
+    after: Iterable[tuple[nn.Module, Hook]] = (), *, before: Iterable[tuple[nn.Module, Hook]] = ()
+) -> Iterator[None]:
+    """Call hooks around the forward passes of modules while the body runs; none stays behind.
+
+    Args:
+        after: Module and hook, called as `hook(module, args, output)`; what it returns, unless None, replaces the
+            output.
+        before: Module and hook, called as `hook(module, args, kwargs)`.
+    """
+    with ExitStack() as hooks:
+        for module, hook in before:
+            hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        for module, hook in after:
+            hooks.callback(module.register_forward_hook(hook).remove)
+        yield
 
 
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:

@@ -1,4 +1,4 @@
-"""A ledger of channels: which layer each belongs to, which go together, and what was done with them."""
+"""Ids of channels: which layer each belongs to, which go together, and how each is used."""
 
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 Ids = npt.NDArray[np.int64]
-
 
 # `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution on their way;
 # `parameter`: a bare parameter with one element a channel.
@@ -30,7 +29,7 @@ class Owner:
 
 @dataclass
 class Channels:
-    """Gives every channel an id, and keeps what the trace learns of it.
+    """The id of every channel, and what the trace learns of it.
 
     Channels that are combined one to one (a gate with its value, a channel with its norm's weight) become one class.
     """
@@ -43,7 +42,7 @@ class Channels:
     _parent: list[int] = field(default_factory=list)
 
     def add(self, kind: OwnerKind, name: str, channels: int) -> Owner:
-        """Return ids to the channels of something new."""
+        """Assign ids to the channels of a new owner, and return it."""
         owner = Owner(kind, name, len(self._parent), channels)
         self.owners.append(owner)
         self._parent.extend(range(owner.first, owner.first + channels))
@@ -62,7 +61,7 @@ class Channels:
         return identity
 
     def couple(self, left: Tensor, right: Tensor) -> None:
-        """Make each channel on the left one with the channel at the same place on the right."""
+        """Put each channel on the left into one class with the channel at the same place on the right."""
         pairs = torch.stack(torch.broadcast_tensors(distinct(left), distinct(right))).reshape(2, -1)  # type: ignore[no-untyped-call]
         for one, other in torch.unique(pairs, dim=1).T.tolist():
             left_root, right_root = self.root(one), self.root(other)

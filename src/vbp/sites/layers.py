@@ -6,6 +6,8 @@ from typing import Any
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 
 def mixes_channels(module: nn.Module, *, convolutions: bool) -> bool:
@@ -29,34 +31,34 @@ def is_channel_norm(module: nn.Module) -> bool:
     """Return whether a module normalises, with a weight for each channel."""
     if isinstance(module, nn.GroupNorm):
         return module.num_groups == 1
-    return isinstance(module, nn.modules.batchnorm._BatchNorm | nn.LayerNorm)
+    return isinstance(module, _BatchNorm | nn.LayerNorm)
 
 
-def channel_dim(module: nn.Module) -> int:
+def channel_dim(layer: nn.Module) -> int:
     """Return the dimension of a layer's input and output that holds the channels, counted from the end."""
-    return -3 if isinstance(module, nn.Conv2d) else -1
+    return -1 - len(layer.kernel_size) if isinstance(layer, _ConvNd) else -1
 
 
 def output_channels(layer: nn.Module) -> int:
-    """Return the number of output channels of a `Linear` or `Conv2d`."""
+    """Return the number of output channels of a `Linear` or convolution."""
     if isinstance(layer, nn.Linear):
         return layer.out_features
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, _ConvNd):
         return layer.out_channels
-    raise TypeError(f"layer must be Linear or Conv2d, got {type(layer).__name__}")
+    raise TypeError(f"layer must be Linear or a convolution, got {type(layer).__name__}")
 
 
 def input_channels(layer: nn.Module) -> int:
-    """Return the number of input channels of a `Linear` or `Conv2d`."""
+    """Return the number of input channels of a `Linear` or convolution."""
     if isinstance(layer, nn.Linear):
         return layer.in_features
-    if isinstance(layer, nn.Conv2d):
+    if isinstance(layer, _ConvNd):
         return layer.in_channels
-    raise TypeError(f"layer must be Linear or Conv2d, got {type(layer).__name__}")
+    raise TypeError(f"layer must be Linear or a convolution, got {type(layer).__name__}")
 
 
 def first_tensor(output: Any) -> Tensor | None:
-    """Return a module's output, or the first of several: what the others are for, its own library knows."""
+    """Return a module's output, or the first of several; None if that is no tensor."""
     if isinstance(output, tuple | list) and output:
         output = output[0]
     return output if isinstance(output, Tensor) else None

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.activations import Activation, find_activation
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim, mixes_channels, output_channels, rows
 from vbp.sites.site import Site
 
@@ -35,15 +35,14 @@ def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple
     """
     plain = [site for site in sites if _is_plain(model, site)]
     seen: dict[str, list[Tensor]] = {}
-    with ExitStack() as hooks, evaluation_mode(model), torch.no_grad():
-        for name in {layer for site in plain for layer in (site.producers[0], site.consumer)}:
-            layer = model.get_submodule(name)
 
-            def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-                dim = channel_dim(module)
-                seen.setdefault(name, []).extend(rows(one, dim, len(example)).clone() for one in (args[0], output))
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        dim = channel_dim(module)
+        seen.setdefault(name, []).extend(rows(one, dim, len(example)).clone() for one in (args[0], output))
 
-            hooks.callback(layer.register_forward_hook(hook).remove)
+    names = {layer for site in plain for layer in (site.producers[0], site.consumer)}
+    hooks = [(model.get_submodule(name), partial(record, name)) for name in names]
+    with hooked(hooks), evaluation_mode(model), torch.no_grad():
         model(example)
     found = []
     for site in plain:

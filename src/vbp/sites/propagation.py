@@ -21,26 +21,23 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Functions of one value alone that bend.
+# Nonlinear functions of one value.
 ACTIVATIONS = _names(
     "celu elu elu_ erf exp gelu hardsigmoid hardsigmoid_ hardswish hardswish_ hardtanh hardtanh_ leaky_relu "
     "leaky_relu_ logsigmoid mish prelu relu relu_ relu6 selu selu_ sigmoid sigmoid_ silu silu_ softplus softsign "
     "square tanh tanh_ pow pow_ clamp clamp_ __pow__"
 )
 
-
 # Functions that combine values at one place.
 ELEMENTWISE = ACTIVATIONS | _names(
     "add add_ addcmul div div_ mul mul_ multiply neg rsub sub sub_ true_divide __rsub__ sqrt rsqrt abs"
 )
-
 
 # Functions that keep shape and place of every value.
 SAME = _names(
     "alpha_dropout bfloat16 clone contiguous cpu cuda detach double dropout dropout1d dropout2d dropout_ "
     "feature_alpha_dropout float half identity to type_as"
 )
-
 
 # Functions that move values without touching them; they move ids in the same way.
 VIEWS = _names(
@@ -49,10 +46,8 @@ VIEWS = _names(
     "unsafe_chunk unsafe_split"
 )
 
-
 # Functions that only rename the places of values.
 RESHAPES = _names("flatten reshape reshape_as squeeze unflatten unsqueeze view view_as")
-
 
 # Functions that work on each channel's positions.
 POSITIONAL = _names(
@@ -60,14 +55,10 @@ POSITIONAL = _names(
     "max_pool2d pad upsample"
 )
 
-
 REDUCTIONS = _names("amax amin linalg_vector_norm max mean norm std sum var vector_norm")
-
-
 PRODUCTS = _names("__matmul__ bmm matmul scaled_dot_product_attention")
 
-
-# Questions about a tensor: they read no values.
+# Properties of a tensor: reading them reads no values.
 QUERIES = _names(
     "__len__ dim size stride numel nelement is_contiguous is_floating_point is_complex element_size type get_device "
     "data_ptr ndimension requires_grad_ __hash__ __repr__ __bool__ is_same_size"
@@ -127,7 +118,7 @@ class ChannelFlow:
     def follow(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
     ) -> None:
-        """Return the output of a function its ids, or note that the function uses channels in an unknown way."""
+        """Assign ids to the output of a function, or note that the function uses channels in an unknown way."""
         if any(operand in self.ids for operand in operands):
             if not self._follow(func, name, args, kwargs, operands, output):
                 self.leak(operands, name or "an unnamed operation")
@@ -137,7 +128,7 @@ class ChannelFlow:
     def _follow(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
     ) -> bool:
-        """Return the output its ids; False if the operation is none that keeps channels apart."""
+        """Assign ids to the output; return False if the operation does not keep channels apart."""
         if name in PRODUCTS:
             return self._follow_product(name, args, kwargs, output)
         if name in VIEWS or name == "__get__":
@@ -259,7 +250,7 @@ class ChannelFlow:
         return False
 
     def _mix_positions(self, value: Tensor, output: Tensor) -> bool:
-        """The weights of attention mix positions; the channels of the values stay apart."""
+        """Assign the ids of the values to the output: the weights of attention mix positions, not channels."""
         after = respread(value, tuple(output.shape))
         if after is None or value.ndim - 2 in varying_dims(value):
             return False

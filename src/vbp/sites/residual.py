@@ -2,21 +2,22 @@
 
 Libraries nest and name their blocks differently, so the place is found by what happens: a known disturbance of the
 consumer's output must arrive in the output of a module around it, unchanged but for one factor a channel
-(LayerScale), beside something else that the consumer did not give.
+(LayerScale), beside something that does not come from the consumer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.site import Site
 
@@ -25,14 +26,14 @@ _ROUNDING = 1e-4
 
 
 @dataclass(frozen=True)
-class Join:
+class ResidualAdd:
     """The end of a residual branch.
 
     Attributes:
         site: Whose consumer ends the branch.
         module: Name of the module whose output is the stream after the branch was added.
         dim: Of its channels, -1 or -3.
-        gain: What the stream gains when the consumer gives one more; per channel, float64, on the CPU.
+        gain: Change of the stream by a unit change of the consumer's output; per channel, float64, on the CPU.
     """
 
     site: Site
@@ -41,8 +42,8 @@ class Join:
     gain: Float[Tensor, "out"]
 
 
-def find_joins(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Join, ...]:
-    """Return the joins of the MLP sites that have one, in the order in which they run.
+def find_residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
+    """Return where the MLP sites add to the residual stream, in the order in which they run.
 
     Args:
         model: Takes `example`; left as it was.
@@ -60,36 +61,31 @@ def find_joins(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tupl
 
 
 class _Outputs:
-    """What modules give in one forward pass; the names in the order in which they began to give."""
+    """Outputs of modules in one forward pass, and the names in the order in which they ran."""
 
     def __init__(self, model: nn.Module, names: set[str]) -> None:
         self._model, self._names = model, names
         self.of: dict[str, Tensor] = {}
         self.order: list[str] = []
 
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        with ExitStack() as hooks:
-            for name in self._names:
-                hooks.callback(self._model.get_submodule(name).register_forward_hook(self._hook_of(name)).remove)
-            yield
+    def watched(self) -> AbstractContextManager[None]:
+        return hooked([(self._model.get_submodule(name), partial(self._record, name)) for name in self._names])
 
-    def _hook_of(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            self.order.append(name)
-            if (values := first_tensor(output)) is not None:
-                self.of[name] = values.clone()  # some models add to it in place
-
-        return hook
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self.order.append(name)
+        if (values := first_tensor(output)) is not None:
+            self.of[name] = values.clone()  # some models add to it in place
 
 
 def _ancestors(name: str) -> list[str]:
-    """Return the modules around one, the nearest first; not the model itself, whose output is the answer."""
+    """Return the modules around one, the nearest first; not the model itself, whose output is the prediction."""
     parts = name.split(".")
     return [".".join(parts[:count]) for count in range(len(parts) - 1, 0, -1)]
 
 
-def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], clean: _Outputs) -> Join | None:
+def _find(
+    model: nn.Module, example: Tensor, site: Site, around: Sequence[str], clean: _Outputs
+) -> ResidualAdd | None:
     # A module that is only a container, or gives no tensor, has no output of its own.
     around = [name for name in around if clean.order.count(name) == 1 and name in clean.of]
     if clean.order.count(site.consumer) != 1 or not around:
@@ -101,17 +97,13 @@ def _find(model: nn.Module, example: Tensor, site: Site, around: Sequence[str], 
     generator = torch.Generator().manual_seed(0)
     disturbance = (size * torch.randn(given.shape, generator=generator)).to(given)
     disturbed = _Outputs(model, set(around))
-    handle = consumer.register_forward_hook(lambda module, args, output: output + disturbance)
-    try:
-        with disturbed.watched():
-            model(example)
-    finally:
-        handle.remove()
+    with hooked([(consumer, lambda module, args, output: output + disturbance)]), disturbed.watched():
+        model(example)
     for name in around:
         for place in (-1, -3):
             gain = _gain(clean.of[name], disturbed.of[name], rows(disturbance, dim, images), place)
             if gain is not None and _is_more(clean.of[name], rows(given, dim, images), gain, place):
-                return Join(site, name, place, gain.cpu())
+                return ResidualAdd(site, name, place, gain.cpu())
     return None
 
 
@@ -129,7 +121,7 @@ def _gain(before: Tensor, after: Tensor, disturbance: Tensor, dim: int) -> Float
 
 
 def _is_more(stream: Tensor, given: Tensor, gain: Tensor, dim: int) -> bool:
-    """Return whether a stream holds anything beside what the consumer gives."""
+    """Return whether a stream holds anything beside the consumer's output."""
     values = rows(stream, dim, len(stream)).double()
     rest = values - gain * given.double()
     return bool((rest - rest.mean((0, 1))).square().sum() > _ROUNDING * values.square().sum())

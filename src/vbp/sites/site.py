@@ -17,8 +17,6 @@ from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.tracer import trace_model
 
 _log = logging.getLogger(__name__)
-
-
 SiteKind = Literal["mlp", "value", "query_key"]
 
 
@@ -43,6 +41,10 @@ class Site:
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
 
     Source: VBP paper (arXiv 2507.12988), section 3.
+
+    Example:
+        >>> sites[0].producers, sites[0].consumer, sites[0].hidden
+        (('blocks.0.mlp.fc1',), 'blocks.0.mlp.fc2', 128)
     """
 
     producers: tuple[str, ...]
@@ -93,6 +95,10 @@ def find_sites(
 
     Raises:
         InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
+
+    Example:
+        >>> [site.name for site in vbp.find_sites(model, example)]
+        ['blocks.0.mlp.fc1', 'blocks.1.mlp.fc1']
     """
     finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
     sites = list(finder.mlps())
@@ -132,6 +138,13 @@ def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
         sites = [site for site in sites if not partial & set(site.producers)]
 
 
+@dataclass(frozen=True)
+class Rejected:
+    """Channels that are no site, and why."""
+
+    reason: str
+
+
 class _Finder:
     """Reads sites off a trace."""
 
@@ -155,7 +168,7 @@ class _Finder:
             if isinstance(site, Site):
                 yield site
             else:
-                _log.info("the input of %s is no site: %s", read.layer, site)
+                _log.info("the input of %s is no site: %s", read.layer, site.reason)
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
@@ -168,11 +181,13 @@ class _Finder:
         value = self._site(call.value.flatten().tolist(), reads[0], "value", heads)
         pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
-            pair = "queries and values have different numbers of channels"
-        reasons = [reason for reason in (value, pair) if isinstance(reason, str)]
-        for reason in reasons:
-            _log.info("the attention behind %s is no site: %s", label, reason)
-        return [] if reasons else [site for site in (value, pair) if isinstance(site, Site)]
+            pair = Rejected("queries and values have different numbers of channels")
+        if isinstance(value, Site) and isinstance(pair, Site):
+            return [value, pair]
+        for one in (value, pair):
+            if isinstance(one, Rejected):
+                _log.info("the attention behind %s is no site: %s", label, one.reason)
+        return []
 
     def log_unfollowed_attention(self) -> None:
         """Name the layers whose channels meet others of unknown origin in an attention."""
@@ -193,18 +208,18 @@ class _Finder:
 
     def _site(
         self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
-    ) -> Site | str:
-        """Return the site of these channels, or the reason why they are none."""
+    ) -> Site | Rejected:
+        """Return the site of these channels, or why they are none."""
         channels = self.trace.channels
         groups = [self._classes[channels.root(identity)] for identity in ids]
         if reason := self._why_unfit(groups, consumer):
-            return reason
+            return Rejected(reason)
         owners: list[tuple[Owner, int]] = []
         for place, first in enumerate(sorted(groups[0])):
             owner = channels.owner_of(first)
             rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
             if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
-                return f"its channels are scattered over the rows of {owner.name}"
+                return Rejected(f"its channels are scattered over the rows of {owner.name}")
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)

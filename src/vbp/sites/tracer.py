@@ -10,15 +10,15 @@ that combine channels one to one couple them; all else is noted as a leak, and l
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.hooks import RemovableHandle
 
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
 from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels
 from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace
@@ -39,12 +39,9 @@ class _Tracer(TorchFunctionMode):
 
     # Modules
 
-    def attach(self) -> list[RemovableHandle]:
-        handles: list[RemovableHandle] = []
-        for module in (*self._linear, *self._inner):
-            handles.append(module.register_forward_pre_hook(self._enter))
-            handles.append(module.register_forward_hook(self._leave))
-        return handles
+    def attached(self) -> AbstractContextManager[None]:
+        modules = (*self._linear, *self._inner)
+        return hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
 
     def mark_input(self, inputs: Iterable[Any]) -> None:
         for leaf in tree_leaves(list(inputs)):
@@ -57,7 +54,7 @@ class _Tracer(TorchFunctionMode):
             if isinstance(leaf, Tensor):
                 self.flow.leak([leaf], "the model's output")
 
-    def _enter(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
         name = self._linear.get(module) or self._inner.get(module, "")
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
@@ -157,13 +154,8 @@ def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, c
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = _Tracer(model, convolutions=convolutions)
-    handles = tracer.attach()
-    try:
-        with evaluation_mode(model), torch.no_grad(), tracer:
-            tracer.mark_input(inputs)
-            output = model(*inputs)
-        tracer.close(output)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with tracer.attached(), evaluation_mode(model), torch.no_grad(), tracer:
+        tracer.mark_input(inputs)
+        output = model(*inputs)
+    tracer.close(output)
     return tracer.trace

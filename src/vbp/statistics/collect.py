@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
-from vbp.method.covariance import ChannelCovariance, CovarianceSum
-from vbp.method.moments import ChannelMoments, channel_moments
+from vbp.method.covariance import ChannelCovariance, RunningCovariance
+from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
-from vbp.runtime.forward import evaluation_mode, frozen, logits_of
+from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
-from vbp.statistics.fisher import SensitivitySums
+from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import Statistics, observed_names
 
 
-class Observer:
+class Observer(RunningMoments):
     """Moments of all values that it is shown, and the covariance of a sample of them if it is given a sampler."""
 
     def __init__(self, sampler: TokenSampler | None = None) -> None:
-        self.moments: ChannelMoments | None = None
-        self.covariance = None if sampler is None else CovarianceSum()
+        super().__init__()
+        self.covariance = None if sampler is None else RunningCovariance()
         self._sampler = sampler
         self.paused = False
 
@@ -36,53 +35,49 @@ class Observer:
         if self.paused:
             return
         rows = values.detach().reshape(-1, values.shape[-1])
-        seen = self.moments
-        batch = channel_moments(rows, None if seen is None else seen.mean)
-        self.moments = batch if seen is None else seen.merge(batch)
+        self.add_(rows)
         if self._sampler is not None and self.covariance is not None:
             self.covariance.add_(self._sampler.draw(rows))
 
-    def watch_input(self, layer: nn.Module) -> RemovableHandle:
-        """See what a layer reads from now on."""
+    def of_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take in what a layer reads: a hook before the layer."""
+        self.see((args[0] if args else next(iter(kwargs.values()))).movedim(channel_dim(layer), -1))
 
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.see(args[0].movedim(channel_dim(module), -1))
+    def of_output(self, part: Callable[[Tensor], Tensor]) -> Hook:
+        """Return a hook after a layer that takes in a part, or another function, of what the layer returns."""
+        return lambda layer, args, output: self.see(part(output).movedim(channel_dim(layer), -1))
 
-        return layer.register_forward_pre_hook(hook)
 
-    def watch_output(self, layer: nn.Module, first: int, channels: int) -> RemovableHandle:
-        """See some of the channels that a layer makes from now on."""
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self.see(output.movedim(channel_dim(module), -1)[..., first : first + channels])
-
-        return layer.register_forward_hook(hook)
+def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], Tensor]:
+    """Return the function that takes some of a layer's channels out of what the layer returns."""
+    return lambda output: output.narrow(channel_dim(layer), first, channels)
 
 
 @contextmanager
 def _observing(
-    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: SensitivitySums | None
+    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: FisherCollector | None
 ) -> Iterator[dict[str, Observer]]:
     observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
-    handles = []
+    read, made = [], []
     for site in sites:
         if site.kind == "query_key":
             for name, (layer, first) in zip(observed_names(site), site.rows, strict=True):
-                handles.append(observers[name].watch_output(model.get_submodule(layer), first, site.hidden))
+                module = model.get_submodule(layer)
+                made.append((module, observers[name].of_output(rows_of(module, first, site.hidden))))
         else:
-            handles.append(observers[site.name].watch_input(model.get_submodule(site.consumer)))
-    try:
-        if sums is not None:
-            handles += sums.watch(model)
-        # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
-        with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
-            yield observers
-    finally:
-        for handle in handles:
-            handle.remove()
+            read.append((model.get_submodule(site.consumer), observers[site.name].of_input))
+    # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
+    with (
+        nullcontext() if sums is None else sums.watching(model),
+        hooked(made, before=read),
+        evaluation_mode(model),
+        frozen(model),
+        torch.set_grad_enabled(sums is not None),
+    ):
+        yield observers
 
 
-def _show(model: nn.Module, pixels: Tensor, sums: SensitivitySums | None, observers: Collection[Observer]) -> None:
+def _show(model: nn.Module, pixels: Tensor, sums: FisherCollector | None, observers: Collection[Observer]) -> None:
     if sums is None:
         model(pixels)
         return
@@ -125,11 +120,14 @@ def collect_statistics(
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
+
+    Example:
+        >>> statistics = vbp.collect_statistics(model, sites, [images])
     """
     target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
-    sums = None if sensitivity is None else SensitivitySums(sites, sensitivity, pivots)
+    sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
     images = 0
     with _observing(model, sites, sampler, sums) as observers:
         for batch in batches:
@@ -146,7 +144,7 @@ def collect_statistics(
         if observer.covariance is not None:
             covariances[name] = _finite_covariance(name, observer.covariance)
     fraction = sample.fraction if covariance else 1.0
-    found = {} if sums is None else sums.take()
+    found = {} if sums is None else sums.finish()
     return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, found)
 
 
@@ -158,8 +156,8 @@ def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:
     return found
 
 
-def _finite_covariance(name: str, running: CovarianceSum) -> ChannelCovariance:
-    taken = running.take()
+def _finite_covariance(name: str, running: RunningCovariance) -> ChannelCovariance:
+    taken = running.finish()
     assert taken is not None
     found = taken.to("cpu")
     # Products of large values overflow before the values themselves do.

@@ -1,4 +1,4 @@
-"""Collect sensitivities: one backward pass a batch, from the model's own answers; weight gradients are sketched.
+"""Collect sensitivities: one backward pass a batch, from the model's own predictions; weight gradients are sketched.
 
 Neither the G_i of `vbp.method.fisher` nor their products are ever formed. For a matrix R of k columns of independent
 standard normal numbers, G_i' R R' G_i / k has the mean G_i' G_i. R' G_i costs k (out + hidden) multiply-adds a token,
@@ -8,22 +8,25 @@ its product with itself k hidden^2 an image: next to nothing beside the backward
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from vbp.errors import InputError
-from vbp.method.fisher import HALF_SCALE, SiteSensitivity, fisher_direction
-from vbp.method.sampling import _INPUT_COLUMNS, _OUTPUT_COLUMNS, Draws
-from vbp.sites.layers import channel_dim
+from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
+from vbp.method.sampling import Draws
+from vbp.runtime.forward import hooked
+from vbp.runtime.precision import in_float32
+from vbp.sites.layers import channel_dim, rows
 from vbp.sites.site import Site
 
 
-class SensitivitySums:
+class FisherCollector:
     """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
     def __init__(self, sites: Sequence[Site], draws: Draws, pivots: Mapping[str, Tensor] | None = None) -> None:
@@ -34,31 +37,27 @@ class SensitivitySums:
         self._sums: dict[str, SiteSensitivity] = {}
         self._open = False
 
-    def watch(self, model: nn.Module) -> list[RemovableHandle]:
-        """Hold on to what each consumer reads and gives from now on, until `see`.
+    def watching(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Hold on to what each consumer reads and returns while the body runs, from each forward pass until `see`.
 
         Raises:
             InputError: A consumer reads more than single positions; nothing is hooked then.
         """
-        for site in self._sites:
-            check_single_positions(site, model.get_submodule(site.consumer))
+        consumers = [(site, model.get_submodule(site.consumer)) for site in self._sites]
+        for site, consumer in consumers:
+            check_single_positions(site, consumer)
         self._open = True
-        return [self._watch(site, model.get_submodule(site.consumer)) for site in self._sites]
+        return hooked([(consumer, partial(self._record, site.name)) for site, consumer in consumers])
 
-    def _watch(self, site: Site, consumer: nn.Module) -> RemovableHandle:
-        dim = channel_dim(consumer)
-
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            if self._open:  # gradient checkpointing runs layers again during the backward pass
-                self._seen[site.name] = args[0].detach(), output, dim
-
-        return consumer.register_forward_hook(hook)
+    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        if self._open:  # gradient checkpointing runs layers again during the backward pass
+            self._seen[name] = args[0].detach(), output, channel_dim(module)
 
     def see(self, logits: Float[Tensor, "images classes"]) -> None:
         """Take in the batch whose logits these are; nothing waits for the device.
 
         Raises:
-            InputError: A consumer did not run, or what it gave cannot be told apart by image.
+            InputError: A consumer did not run, or its output cannot be divided by image.
         """
         if missing := [site.name for site in self._sites if site.name not in self._seen]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
@@ -69,7 +68,7 @@ class SensitivitySums:
             draw.to(logits.device, non_blocking=True)
             for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
         )
-        scale = HALF_SCALE if logits.dtype == torch.float16 else 1.0
+        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
         self._open = False
         try:
@@ -79,17 +78,17 @@ class SensitivitySums:
         finally:
             self._open = True
         for (name, (h, _, dim)), gradient in zip(self._seen.items(), gradients, strict=True):
-            rows = _by_image(name, h.movedim(dim, -1), images)
-            slopes = _by_image(name, gradient.movedim(dim, -1), images) / scale
-            self._add_(name, rows, slopes, left, right)
+            _check_positions(name, h, dim, images)
+            read, slopes = (in_float32(rows(values, dim, images)) for values in (h, gradient))
+            self._add_(name, read, slopes / scale, left, right)
         self._images += images
         self._seen.clear()
 
-    def _add_(self, name: str, rows: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
-        out, hidden = slopes.shape[-1], rows.shape[-1]
+    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
+        out, hidden = slopes.shape[-1], read.shape[-1]
         if name not in self._sums:
-            zero = rows.new_zeros((), dtype=torch.float64)
-            pivot = self._pivots[name].to(rows.device) if name in self._pivots else rows.mean((0, 1))
+            zero = read.new_zeros((), dtype=torch.float64)
+            pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
             self._sums[name] = SiteSensitivity(
                 0,
                 pivot.double(),
@@ -97,15 +96,15 @@ class SensitivitySums:
                 zero.expand(out, out).clone(),
             )
         sums = self._sums[name]
-        with torch.autocast(rows.device.type, enabled=False):
-            centred = F.pad(rows - sums.pivot.to(rows.dtype), (0, 1), value=1.0)
-            sketch = (slopes @ left[:, :out].to(rows.dtype)).transpose(1, 2) @ centred
-            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / _INPUT_COLUMNS)
-            sketch = (centred[..., :-1] @ right[:, :hidden].to(rows.dtype)).transpose(1, 2) @ slopes
-            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / _OUTPUT_COLUMNS)
-        self._sums[name] = SiteSensitivity(sums.images + len(rows), sums.pivot, sums.inputs, sums.outputs)
+        with torch.autocast(read.device.type, enabled=False):
+            centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
+            sketch = (slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred
+            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / left.shape[-1])
+            sketch = (centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes
+            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
+        self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
-    def take(self) -> dict[str, SiteSensitivity]:
+    def finish(self) -> dict[str, SiteSensitivity]:
         """Return the sums by site name, on the CPU, symmetric to the last bit.
 
         Raises:
@@ -141,15 +140,12 @@ def check_single_positions(site: Site, consumer: nn.Module) -> None:
         )
 
 
-def _by_image(name: str, values: Float[Tensor, "..."], images: int) -> Float[Tensor, "images positions channels"]:
-    """Return values, channels last, image by image, in float32 or better."""
-    values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-    if (values.numel() // values.shape[-1]) % images:
+def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:
+    if values.numel() // values.shape[dim] % images:
         raise InputError(
             f"what reaches site {name} must hold as many positions for each image, got shape {tuple(values.shape)} "
             f"for {images} images; rank these channels by variance instead"
         )
-    return values.reshape(images, -1, values.shape[-1])
 
 
 def _gram(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns columns"]:

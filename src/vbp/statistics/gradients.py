@@ -17,7 +17,6 @@ from vbp.sites.weights import weight_slices
 
 _ALONE = Processes()
 
-
 # Images that go forward and backward at a time: the sum does not depend on it, the memory does.
 _IMAGES = 32
 
@@ -54,8 +53,8 @@ class GradientSum:
                     running += gradient
         self._images += labels.shape[0]
 
-    def seen_on_the_way(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Hand batches on, and take in each: one reading of the images serves statistics and gradients."""
+    def tee(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pass batches on, and take in each: one reading of the images serves statistics and gradients."""
         for pixels, labels in batches:
             self.add_(pixels, labels)
             yield pixels, labels

@@ -20,15 +20,11 @@ from vbp.sites.site import Site
 
 _FORMAT = "vbp-statistics/2"
 
-
 # Files of version 1 hold no covariances and are otherwise the same.
 _READABLE = ("vbp-statistics/1", _FORMAT)
 
-
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
-
-
 _SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
 
 
@@ -45,7 +41,11 @@ class Statistics:
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
             the tokens; empty if they were not collected.
         token_fraction: That share.
-        sensitivities: Name of an MLP site -> how much the answers depend on its consumer; empty if not collected.
+        sensitivities: Name of an MLP site -> how much the predictions depend on its consumer; empty if not collected.
+
+    Example:
+        >>> statistics.means["blocks.0.mlp.fc1"].shape
+        torch.Size([128])
     """
 
     moments: Mapping[str, ChannelMoments]

@@ -8,13 +8,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
 from vbp.method.mean_shift import grouped_mean_shift
-from vbp.runtime.forward import evaluation_mode
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.torch_pruning.graph import Coupling
 from vbp.torch_pruning.means import ChannelMeans
 
@@ -100,25 +100,9 @@ def compensate_(
         norm = following.get(layer)
         if layer.bias is None and norm is not None:
             if norm.running_mean is not None:
-                _subtract_(norm.running_mean, shift)
+                add_in_float64_(norm.running_mean, -shift)
         else:
-            _add_to_bias_(layer, shift)
-
-
-def _add_to_bias_(layer: nn.Module, shift: Float[Tensor, "out"]) -> None:
-    weight, bias = layer.weight, layer.bias
-    assert isinstance(weight, Tensor)
-    if bias is None:
-        layer.bias = nn.Parameter(shift.to(weight), requires_grad=weight.requires_grad)
-        return
-    assert isinstance(bias, Tensor)
-    _subtract_(bias, -shift)
-
-
-def _subtract_(values: Tensor, shift: Float[Tensor, "out"]) -> None:
-    with torch.no_grad():
-        # One rounding to the tensor's own precision, not two.
-        values.copy_(values.double() - shift.to(values.device))
+            add_to_bias_(layer, shift)
 
 
 @contextmanager
@@ -137,23 +121,17 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
         calls[module] = calls.get(module, 0) + 1
         written[id(output)] = (module, output)  # the tensor is kept alive, so that its id is its own
 
-    def reads(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+    def reads(module: nn.Module, args: tuple[Tensor, ...], kwargs: object) -> None:
         calls[module] = calls.get(module, 0) + 1
         if args and id(args[0]) in written and isinstance(module, _BatchNorm):
             readers[written[id(args[0])][0]] = module
 
-    handles = []
-    for module in model.modules():
-        if isinstance(module, nn.Linear | nn.modules.conv._ConvNd):
-            handles.append(module.register_forward_hook(wrote))
-        elif isinstance(module, _BatchNorm):
-            handles.append(module.register_forward_pre_hook(reads))
-    try:
+    layers = [
+        (module, wrote) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
+    ]
+    norms = [(module, reads) for module in model.modules() if isinstance(module, _BatchNorm)]
+    with hooked(layers, before=norms):
         yield following
-    finally:
-        for handle in handles:
-            handle.remove()
-        written.clear()
     following.update({layer: norm for layer, norm in readers.items() if calls[layer] == calls[norm] == 1})
 
 

@@ -18,7 +18,7 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.pruner import function
 
 from vbp.errors import InputError
-from vbp.pruning.surgery import cut_layer_norm_
+from vbp.pruning.cutting import keep_channels_
 
 _log = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ def logged_warnings(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[None]:
-    """Prepare a model for Torch-Pruning's tracer, and give it back unchanged.
+    """Prepare a model for Torch-Pruning's tracer, and leave it unchanged.
 
     The tracer follows autograd, so gradients are on and frozen parameters count for its time; the training flags,
     which it would leave at evaluation, come back. Its warnings go to the log.
@@ -120,10 +120,14 @@ def correct_graph_(graph: Any) -> None:
 
 
 class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
-    """Keeps the order of the channels that stay; see `cut_layer_norm_`."""
+    """Keeps the order of the channels that stay.
+
+    Torch-Pruning 1.6.1 takes them in the order of a Python set: where few are left, it permutes weight and bias.
+    """
 
     def prune_out_channels(self, layer: nn.LayerNorm, idxs: Sequence[int]) -> nn.LayerNorm:
-        cut_layer_norm_(layer, idxs)
+        removed = set(idxs)
+        keep_channels_(layer, [index for index in range(layer.normalized_shape[-1]) if index not in removed])
         return layer
 
     prune_in_channels = prune_out_channels
@@ -245,16 +249,6 @@ class Coupling:
     consumers: tuple[Edge, ...]
     norms: tuple[str, ...]
     opaque: tuple[str, ...]
-
-
-def input_width(layer: nn.Module) -> int:
-    """Return the number of input channels of a `Linear` or a convolution."""
-    return int(layer.in_features if isinstance(layer, nn.Linear) else layer.in_channels)  # type: ignore[arg-type]
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Return the dimension of the channels in the input and output of a `Linear` or a convolution, from the end."""
-    return -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)  # type: ignore[arg-type]
 
 
 def read_group(group: Any) -> Coupling:

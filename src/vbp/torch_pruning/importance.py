@@ -13,38 +13,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.moments import ChannelMoments, channel_moments
-from vbp.runtime.forward import evaluation_mode
+from vbp.method.moments import ChannelMoments
+from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.sites.layers import input_channels, output_channels
+from vbp.statistics.collect import Observer
 from vbp.torch_pruning.graph import (
     Coupling,
     Edge,
     build_graph,
     canonical_roots,
-    channel_axis,
-    input_width,
     logged_warnings,
     read_group,
 )
 from vbp.torch_pruning.means import ChannelMeans, without
-
-
-class _Moments:
-    """Running moments of one layer's values."""
-
-    def __init__(self, layer: nn.Module, function: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.axis = channel_axis(layer)
-        self.function = function
-        self.seen: ChannelMoments | None = None
-
-    def before(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.add(args[0] if args else next(iter(kwargs.values())))
-
-    def after(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self.add(output if self.function is None else self.function(output))
-
-    def add(self, values: Tensor) -> None:
-        batch = channel_moments(values.movedim(self.axis, -1), None if self.seen is None else self.seen.mean)
-        self.seen = batch if self.seen is None else self.seen.merge(batch)
 
 
 def observe(
@@ -66,30 +47,25 @@ def observe(
     Raises:
         InputError: A layer never ran, or a value is not finite.
     """
-    inputs = {layer: _Moments(layer) for layer in consumers}
-    targets = {layer: _Moments(layer, function) for layer, function in outputs.items()}
-    handles = [layer.register_forward_pre_hook(seen.before, with_kwargs=True) for layer, seen in inputs.items()]
-    handles += [layer.register_forward_hook(seen.after) for layer, seen in targets.items()]
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for batch in images:
-                model(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    inputs, targets = {layer: Observer() for layer in consumers}, {layer: Observer() for layer in outputs}
+    read = [(layer, seen.of_input) for layer, seen in inputs.items()]
+    made = [(layer, seen.of_output(outputs[layer])) for layer, seen in targets.items()]
+    with hooked(made, before=read), evaluation_mode(model), torch.no_grad():
+        for batch in images:
+            model(batch)
     return _finished(inputs, names), _finished(targets, names)
 
 
 def _finished(
-    observed: Mapping[nn.Module, _Moments], names: Mapping[nn.Module, str]
+    observed: Mapping[nn.Module, Observer], names: Mapping[nn.Module, str]
 ) -> dict[nn.Module, ChannelMoments]:
     found = {}
     for layer, running in observed.items():
-        if running.seen is None:
+        if running.moments is None:
             raise InputError(
                 f"{names[layer]} was traced but never ran during calibration; the statistics of its input are missing"
             )
-        moments = running.seen.to("cpu")
+        moments = running.moments.to("cpu")
         bad = int((~(moments.mean.isfinite() & moments.m2.isfinite())).sum())
         if bad or moments.count < 2:
             raise InputError(
@@ -238,7 +214,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 self._inputs[edge.layer] = ChannelMoments(seen.count, mean, m2)
 
     def _check(self, edge: Edge, graph: Any) -> None:
-        seen, width = self._inputs.get(edge.layer), input_width(edge.layer)
+        seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)
         if seen is None or len(seen.mean) != width:
             raise InputError(
                 f"statistics at the input of {graph._module2name[edge.layer]} must cover {width} channels, got "
@@ -269,7 +245,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
             mean, _ = self._by_root(coupling, lambda moments: moments.mean)
             for edge in coupling.producers:
                 for entries, by_root in ((self.variance, variance[roots]), (self.means, mean[roots])):
-                    entries.setdefault(edge.layer, torch.zeros(_output_width(edge.layer), dtype=torch.float64))
+                    entries.setdefault(edge.layer, torch.zeros(output_channels(edge.layer), dtype=torch.float64))
                     entries[edge.layer][edge.channels] = by_root[edge.roots]
 
     def _override(
@@ -285,10 +261,10 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 moments = left.pop(producer.layer, None) if coupling.consumers else None
                 if moments is None:
                     continue
-                if len(moments.mean) != _output_width(producer.layer):
+                if len(moments.mean) != output_channels(producer.layer):
                     raise InputError(
                         f"target_layers: the function for {names[producer.layer]} must keep its "
-                        f"{_output_width(producer.layer)} channels, got {len(moments.mean)}"
+                        f"{output_channels(producer.layer)} channels, got {len(moments.mean)}"
                     )
                 for edge in coupling.consumers:
                     self._inputs[edge.layer] = _overwritten(self._inputs[edge.layer], moments, producer, edge)
@@ -307,10 +283,6 @@ def _overwritten(seen: ChannelMoments, moments: ChannelMoments, producer: Edge, 
     mean[list(places)] = moments.mean[list(sources)]
     m2[list(places)] = moments.variance[list(sources)] * (seen.count - 1)
     return replace(seen, mean=mean, m2=m2)
-
-
-def _output_width(layer: nn.Module) -> int:
-    return int(layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels)  # type: ignore[arg-type]
 
 
 def _images(batch: Any) -> Tensor:

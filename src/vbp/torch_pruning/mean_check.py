@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
-from vbp.method.moments import ChannelMoments, channel_moments
-from vbp.runtime.forward import evaluation_mode
-from vbp.torch_pruning.graph import Coupling, channel_axis
+from vbp.method.moments import ChannelMoments, RunningMoments
+from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.sites.layers import channel_dim
+from vbp.torch_pruning.graph import Coupling
 from vbp.torch_pruning.means import without
 
 _log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class MeanCheck:
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
         self._before: dict[nn.Module, ChannelMoments] = {}
         self._readers: set[nn.Module] = set()
+        # A handle, not `hooked`: it outlives this call, and is copied with the model.
         self._handle = model.register_forward_pre_hook(self._reference, with_kwargs=True)
 
     def ensure_reference(self) -> None:
@@ -103,24 +105,19 @@ class MeanCheck:
         args, kwargs = self._call
         with evaluation_mode(self._model), torch.no_grad(), self._observing() as seen:
             self._model(*args, **kwargs)
-        return {layer: moments.to("cpu") for layer, moments in seen.items()}
+        return {layer: one.moments.to("cpu") for layer, one in seen.items() if one.moments is not None}
 
     @contextmanager
-    def _observing(self) -> Iterator[dict[nn.Module, ChannelMoments]]:
-        seen: dict[nn.Module, ChannelMoments] = {}
+    def _observing(self) -> Iterator[dict[nn.Module, RunningMoments]]:
+        seen: dict[nn.Module, RunningMoments] = {}
 
         def record(layer: nn.Module, args: object, output: Tensor) -> None:
             norm = self._following.get(layer)
             if layer.bias is None and norm is not None and norm.running_mean is not None:
                 centre = norm.running_mean
-                output = (output.movedim(channel_axis(layer), -1) - centre).movedim(-1, channel_axis(layer))
-            moments = channel_moments(output.movedim(channel_axis(layer), -1))
-            seen[layer] = seen[layer].merge(moments) if layer in seen else moments
+                output = (output.movedim(channel_dim(layer), -1) - centre).movedim(-1, channel_dim(layer))
+            seen.setdefault(layer, RunningMoments()).add_(output.movedim(channel_dim(layer), -1))
 
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        handles = [layer.register_forward_hook(record) for layer in layers]
-        try:
+        with hooked((layer, record) for layer in layers):
             yield seen
-        finally:
-            for handle in handles:
-                handle.remove()

@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.torch_pruning.graph import Coupling, Edge, input_width
+from vbp.sites.layers import input_channels
+from vbp.torch_pruning.graph import Coupling, Edge
 
 
 class ChannelMeans(dict[nn.Module, Tensor]):
@@ -44,7 +45,7 @@ class ChannelMeans(dict[nn.Module, Tensor]):
         Raises:
             InputError: There is no mean, or it has another width.
         """
-        found = torch.zeros(input_width(edge.layer), dtype=torch.float64)
+        found = torch.zeros(input_channels(edge.layer), dtype=torch.float64)
         values = self.inputs.get(edge.layer)
         if values is None:
             values = self._from_producers(edge, coupling)

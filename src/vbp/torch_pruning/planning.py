@@ -13,8 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.allocation import Bounds, global_counts
-from vbp.torch_pruning.attention import HeadChange
+from vbp.method.allocation import AllowedWidths, global_counts
+from vbp.pruning.attention import HeadChange
 from vbp.torch_pruning.graph import Coupling, canonical_roots, check_indices, pair_gates_, read_group
 from vbp.torch_pruning.trial import Removal
 
@@ -37,12 +37,12 @@ class Stack:
     removable: int = 0
     step: int = 1
 
-    def bounds(self) -> Bounds:
+    def bounds(self) -> AllowedWidths:
         """Return the channel counts that the layer may have: all, then multiples of the step down to its floor."""
         units = len(self.scores)
         least = max(units - self.removable, self.step)
         multiples = range(units // self.step * self.step, least - 1, -self.step)
-        return Bounds(tuple(count * self.width for count in (units, *(m for m in multiples if m != units))))
+        return AllowedWidths(tuple(count * self.width for count in (units, *(m for m in multiples if m != units))))
 
 
 def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "gone"]], int]:

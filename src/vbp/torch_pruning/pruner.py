@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.torch_pruning.attention import HeadChange, refresh_attention_
+from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.torch_pruning.compensate import compensate_, only_read_by_norm, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
@@ -32,7 +32,6 @@ from vbp.torch_pruning.planning import plan_step
 from vbp.torch_pruning.trial import Removal, check_removals
 
 _log = logging.getLogger(__name__)
-
 
 # The base class has one dict for all pruners as the default of each of these, and writes into it.
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -144,7 +143,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
 
     @DG.setter
     def DG(self, graph: Any) -> None:  # noqa: N802
-        """Take the graph that the base class traced, before it is used."""
+        """Correct the graph that the base class traced, before it is used."""
         correct_graph_(graph)
         self._graph = graph
 
@@ -152,7 +151,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         """Prune up to the ratio of the next iterative step.
 
         Args:
-            interactive: Give the groups instead of pruning them; each is compensated when its `prune()` is called.
+            interactive: Return the groups instead of pruning them; each is compensated when its `prune()` is called.
             enable_compensation: Add the mean shift to the consumers; needs `mean_dict`.
 
         Raises:
@@ -168,7 +167,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             raise InputError("compensation needs mean_dict, got none; give imp.means, or enable_compensation=False")
         self.current_step += 1
         try:
-            removals = self._plan(enable_compensation)
+            removals = self.plan_removals(enable_compensation)
         except BaseException:
             self.current_step -= 1
             raise
@@ -199,7 +198,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._mean_check = MeanCheck(model, self._following, self.example_inputs, self.forward_fn)
 
     def disable_meancheck(self) -> dict[str, MeanMovement]:
-        """Run the reference images through the model as it is now, log and give how far each output mean moved.
+        """Run the reference images through the model as it is now, log and return how far each output mean moved.
 
         Returns:
             Consumer name -> movement, for the layers that lost input channels.
@@ -212,7 +211,15 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check, self._mean_check = self._mean_check, None
         return check.finish(self._names)
 
-    def _plan(self, compensated: bool) -> list[Removal]:
+    def plan_removals(self, compensated: bool) -> list[Removal]:
+        """Return what the current step removes, checked.
+
+        Args:
+            compensated: Whether the means will be needed.
+
+        Raises:
+            InputError: The step would remove nothing, lacks means, or would break the model.
+        """
         with torch.no_grad(), logged_warnings(self.model):
             removals = plan_step(self)
         if not removals:
@@ -222,7 +229,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 "lower round_to or iterative_steps, or ignore fewer layers"
             )
         for removal in removals:
-            group = self._group_of(removal)
+            group = self.group_of(removal)
             coupling = read_group(group)
             if len(group[0].idxs) != len(removal.channels):
                 raise InputError(
@@ -253,7 +260,8 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     stacklevel=4,
                 )
 
-    def _group_of(self, removal: Removal) -> Any:
+    def group_of(self, removal: Removal) -> Any:
+        """Return the `tp.dependency.Group` of a removal in the graph as it is now."""
         pair_gates_(self.DG)
         with logged_warnings(self.model):
             return self.DG.get_pruning_group(removal.root, removal.handler, removal.channels)
@@ -261,7 +269,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def _groups(self, removals: list[Removal], compensated: bool) -> Iterator[Any]:
         for removal in removals:
             # Made when its turn comes: groups before it may have shifted the indices behind a concatenation.
-            group = self._group_of(removal)
+            group = self.group_of(removal)
             group.prune = functools.partial(self._prune_group, group, compensated, removal.attention)
             yield group
 
@@ -298,7 +306,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         if self._mean_check is not None:
             self._mean_check.cut_(coupling)
         if attention is not None:
-            refresh_attention_(self.model, attention)
+            update_attributes_(self.model, attention)
             for name in attention.layers:
                 layer = self.model.get_submodule(name)
                 self.num_heads[layer] = self.out_channel_groups[layer] = attention.heads_left

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vbp.errors import InputError
-from vbp.torch_pruning.attention import HeadChange, refresh_attention_
+from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.torch_pruning.graph import logged_warnings
 
 
@@ -102,4 +102,4 @@ def prune_copy_(trial: nn.Module, graph: Any, removals: Sequence[Removal]) -> No
             dependency.handler(trial.get_submodule(name), sorted(indices))
     for removal in removals:
         if removal.attention is not None:
-            refresh_attention_(trial, removal.attention)
+            update_attributes_(trial, removal.attention)

@@ -18,7 +18,12 @@ _OFF, _ALONE = Precision(), Processes()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `images` had the right class first, and among the first five."""
+    """How many of `images` had the right class first, and among the first five.
+
+    Example:
+        >>> vbp.Accuracy(correct1=6, correct5=8, images=8).top1
+        75.0
+    """
 
     correct1: int
     correct5: int
@@ -54,6 +59,10 @@ def evaluate(
 
     Raises:
         InputError: No image came, to any process.
+
+    Example:
+        >>> vbp.evaluate(model, [(images, labels)], "cpu").images
+        8
     """
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     images = 0

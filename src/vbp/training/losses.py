@@ -23,6 +23,9 @@ class DistillationLoss:
         label_smoothing: Share of each label that is spread over all classes.
 
     Source: VBP paper, section 4.1; Hinton, Vinyals, Dean (2015).
+
+    Example:
+        >>> loss = vbp.DistillationLoss(temperature=4.0)(pruned(images), model(images), labels)
     """
 
     alpha: float = 0.7

@@ -57,6 +57,9 @@ class Trainer:
         epoch: Number of the epoch that was begun last; 0 before the first.
         batches_done: Of that epoch, on this process.
         steps_done: Of the optimizer, in all.
+
+    Example:
+        >>> trainer = vbp.Trainer.of(pruned, steps=8, learning_rate=1e-4, device=images.device, teacher=model)
     """
 
     student: nn.Module

@@ -53,9 +53,8 @@ def main(options: Options) -> None:
     # Mirrored digits are other characters; leave hflip out for photographs.
     transform = vbp.training_transform(classifier.preprocessing, hflip=False, scale=(0.7, 1.0))
     train = vbp.make_loader(calibration.images, transform, batch_size=64, num_workers=0, shuffle=True)
-    trainer = vbp.Trainer.of(
-        model, steps=options.epochs * len(train), learning_rate=options.lr, device=device, teacher=teacher
-    )
+    settings = vbp.TrainerSettings(steps=options.epochs * len(train), learning_rate=options.lr)
+    trainer = vbp.Trainer(model, settings, device=device, teacher=teacher)
     for epoch in range(1, options.epochs + 1):
         result = trainer.train_epoch(train, epoch)
         accuracy = vbp.evaluate(trainer.evaluated, val, device)

@@ -71,6 +71,7 @@ if TYPE_CHECKING:
     from vbp.training.evaluate import evaluate as evaluate
     from vbp.training.losses import DistillationLoss as DistillationLoss
     from vbp.training.trainer import Trainer as Trainer
+    from vbp.training.trainer import TrainerSettings as TrainerSettings
 
 __version__ = "0.1.0"
 

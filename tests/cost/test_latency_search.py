@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -128,14 +127,6 @@ def test_a_latency_that_the_dense_model_has_is_refused() -> None:
         InputError, match=r"below the 100.00 ms that the dense model takes for a batch of 8, got 100.0"
     ):
         meet_latency(Budget("latency_ms", 100.0), plan_for, TIMES, Machine())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -21,7 +21,6 @@ import vbp
 from vbp.cli.main import parse
 from vbp.deploy.settings import LatencySettings
 from vbp.method.sampling import Draws
-from vbp.pruning.divergence import HeldBack
 from vbp.recipes.checks import check_config
 from vbp.statistics.evidence import Evidence
 
@@ -109,7 +108,7 @@ SHARED: dict[str, Callable[[Path], Any]] = {
     "sites": lambda _: sites(),
     "statistics": lambda _: statistics(),
     "evidence": lambda _: Evidence(statistics()),
-    "reference": lambda _: HeldBack(dense(), [images()]),
+    "reference": lambda _: vbp.DenseReference(dense(), [images()]),
     "plan": lambda _: plan(),
     "pruned": lambda _: pruned(),
     "equal_plan": lambda _: plan("equal"),

@@ -43,8 +43,6 @@ KNOWN = {
     ("runtime/forward.py", "its own will back"),
     ("runtime/processes.py", "leaves word"),
     ("runtime/processes.py", "leave word"),
-    ("refit/stream.py", "have the last word"),
-    ("refit/head.py", "has the last word"),
 }
 
 

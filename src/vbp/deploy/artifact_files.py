@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vbp.errors import InputError, OutputError
-from vbp.models.weights import PREFIXES, one_line
+from vbp.errors import InputError, OutputError, one_line
+from vbp.models.weights import PREFIXES
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"

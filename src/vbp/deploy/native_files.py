@@ -16,10 +16,9 @@ from torch import nn
 
 from vbp.data.preprocessing import Preprocessing
 from vbp.deploy.artifact_files import State, shared_names
-from vbp.errors import InputError, OutputError
+from vbp.errors import InputError, OutputError, one_line
 from vbp.models.classifier import ModelSource
 from vbp.models.huggingface_processor import processor_config
-from vbp.models.weights import one_line
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

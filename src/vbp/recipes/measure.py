@@ -21,8 +21,8 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
             model, session.progress(job.val, label), session.device,
             precision=session.precision, processes=processes,
         )  # fmt: skip
-    unreadable = processes.gather(dict(job.val.unreadable))
-    if processes.main:  # whose log is kept
+    unreadable = processes.all_gather(dict(job.val.unreadable))
+    if processes.is_main:  # whose log is kept
         for found in unreadable:
             job.val.take_over(found)
     return Measured(
@@ -45,8 +45,8 @@ def describe(model: Measured) -> str:
 def latencies(job: Job, dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
     """Return the milliseconds of a batch of each model; both take turns on the main process."""
     timed, processes = None, job.session.processes
-    if processes.main:
+    if processes.is_main:
         timed = compare_models(dense, pruned, job.latency_images, precision=job.session.precision)
-    timed = processes.gather(timed)[0]
+    timed = processes.all_gather(timed)[0]
     assert timed is not None
     return timed.dense_ms.median, timed.pruned_ms.median

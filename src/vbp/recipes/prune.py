@@ -55,7 +55,7 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
-    if session.processes.main:
+    if session.processes.is_main:
         statistics.save(config.save_dir / STATISTICS)
     return Evidence(statistics, gradients, config.seed, config.ridge), convergence
 
@@ -82,7 +82,7 @@ def keep_plan(job: Job, plan: PruningPlan) -> None:
         InputError: It is not.
     """
     job.session.processes.check_same("plan", json_fingerprint(plan.to_dict()))
-    if job.session.processes.main:
+    if job.session.processes.is_main:
         plan.save(job.config.save_dir / PLAN)
 
 
@@ -124,9 +124,9 @@ def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
     def compare(plan: PruningPlan) -> LatencyComparison:
         """Time on the main process, for all."""
         found = None
-        if processes.main:
+        if processes.is_main:
             found = compare_in_turns(job.dense, plan, job.latency_images, precision=job.session.precision)
-        measured = processes.gather(found)[0]
+        measured = processes.all_gather(found)[0]
         assert measured is not None
         return measured
 

@@ -57,7 +57,7 @@ def run(config: RunConfig) -> RunReport:
     """
     check_config(config)
     with run_log() as log, open_session(config) as session:
-        if session.processes.main:
+        if session.processes.is_main:
             check_shipping(config)
         job = prepare(config, session)  # model, sites, images, budget: all checked, nothing written
         check_given(job, config.needs)
@@ -71,11 +71,11 @@ def run(config: RunConfig) -> RunReport:
             pruned, plan, report = _restore(job, job.resumed.state)
         report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
         report = replace(report, **_circumstances(job))
-        if session.processes.main:
+        if session.processes.is_main:
             _write_results(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if session.processes.main and config.push_to_hub is not None:
+        if session.processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
     return report
 
@@ -153,7 +153,7 @@ def _circumstances(job: Job) -> dict[str, Any]:
 
 def _open_folder(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
-    if not job.session.processes.main:
+    if not job.session.processes.is_main:
         return
     folder = job.config.save_dir
     if job.resumed is None:

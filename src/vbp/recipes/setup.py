@@ -83,8 +83,8 @@ def find_target(
     budget, times, processes = config.budget, None, session.processes
     if budget.timed and not planned:
         images = example.repeat(batch, 1, 1, 1)
-        times = processes.gather(
-            _layer_times(session, model, sites, images, rules.round_to) if processes.main else None
+        times = processes.all_gather(
+            _layer_times(session, model, sites, images, rules.round_to) if processes.is_main else None
         )[0]
     target = BudgetTarget.of(budget, model, sites, example, rules, times)
     _check_removes(config, sites, target, rules)
@@ -178,7 +178,7 @@ def prepare(config: RunConfig, session: Session) -> Job:
     check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     resumed = _resumed(config, processes)
-    with processes.one_per_node_first():
+    with processes.local_main_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
         classifier = _named(classifier, config.data_path)
@@ -271,11 +271,11 @@ def loader_options(config: RunConfig) -> dict[str, Any]:
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
     path = None
-    if processes.main:
+    if processes.is_main:
         path = find_checkpoint(
             config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
         )
-    path = processes.gather(path)[0]
+    path = processes.all_gather(path)[0]
     if path is None:
         return None
     _log.info("going on from %s", path)
@@ -284,7 +284,7 @@ def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
     """See that the disk holds what a run writes at most."""
-    if not processes.main:
+    if not processes.is_main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the

@@ -101,7 +101,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
-    weight, bias = session.processes.gather(problem.fold_into_weight(problem.fit(strength)))[0]
+    weight, bias = session.processes.all_gather(problem.fold_into_weight(problem.fit(strength)))[0]
     with torch.no_grad():
         layer.weight.copy_(weight)
         if layer.bias is None:
@@ -163,13 +163,13 @@ def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tupl
 
 def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "images width"]:
     """Return the rows of all processes, on the CPU, in the order in which one process would have them."""
-    shares = processes.gather([one.cpu() for one in rows])
+    shares = processes.all_gather([one.cpu() for one in rows])
     return torch.cat([one for batches in zip_longest(*shares) for one in batches if one is not None])
 
 
 def _agreed(names: Sequence[str], processes: Processes) -> str:
     """Return the one name that all batches of all processes found; a process without images has none."""
-    found = {name for one in processes.gather(sorted(set(names))) for name in one}
+    found = {name for one in processes.all_gather(sorted(set(names))) for name in one}
     if len(found) != 1:
         raise InputError(f"all images must end in one layer, got {', '.join(sorted(found)) or 'none'}")
     return found.pop()

@@ -88,7 +88,7 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> 
         for place, mlp in enumerate(mlps)
         if place % processes.world == processes.rank
     }
-    merged = {place: step for part in processes.gather(mine) for place, step in part.items()}
+    merged = {place: step for part in processes.all_gather(mine) for place, step in part.items()}
     return [merged[place] for place in range(len(mlps))]
 
 

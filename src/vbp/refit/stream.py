@@ -121,7 +121,7 @@ def refit_stream_(
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
                 step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
-                step = session.processes.gather(step)[0]
+                step = session.processes.all_gather(step)[0]
                 if step.better:
                     add_step_(pruned, join.site, step)
                     changed.append(join.site.name)
@@ -194,7 +194,7 @@ class _Work:
             target = given + (wanted - found) / gain.to(given)
             parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        total = sum(self.session.processes.gather(images))
+        total = sum(self.session.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
         return gather_sample(join.site.name, parts, metric, self.session.processes), total

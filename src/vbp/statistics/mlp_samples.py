@@ -92,7 +92,7 @@ class MLPSamples:
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
                     parts[name].append(sample_positions(read, given, _sizes(slopes), draws, images))
                 images += len(batch)
-        self.images = sum(processes.gather(images))
+        self.images = sum(processes.all_gather(images))
         if not self.images:
             raise InputError("the refit of the producers needs at least one image, got none on any process")
         self.samples = {name: gather_sample(name, part, metrics.get(name), processes) for name, part in parts.items()}
@@ -206,13 +206,13 @@ def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, 
     Raises:
         InputError: A value is not finite.
     """
-    batches = [part for mine in processes.gather(list(parts)) for part in mine]
+    batches = [part for mine in processes.all_gather(list(parts)) for part in mine]
     order = torch.tensor([number for part in batches for number in part.numbers]).argsort(stable=True)
     inputs, outputs, weights = (
         torch.cat([getattr(part, what) for part in batches])[order].flatten(0, 1)
         for what in ("inputs", "outputs", "weights")
     )
-    total = torch.stack([one.cpu() for one in processes.gather(metric) if one is not None]).sum(0)
+    total = torch.stack([one.cpu() for one in processes.all_gather(metric) if one is not None]).sum(0)
     if not all(bool(one.isfinite().all()) for one in (inputs, outputs, weights, total)):
         raise InputError(
             f"what site {name} reads and gives, and the slopes there, must be finite, got NaN or infinity; check the "

@@ -75,7 +75,7 @@ def evaluate(
             hits += torch.stack((right[:, 0].sum(), right.sum()))
             images += labels.shape[0]
     counts = torch.cat((hits, hits.new_tensor([images])))
-    first, among_five, total = processes.sum_(counts).tolist()
+    first, among_five, total = processes.all_reduce_sum_(counts).tolist()
     if total == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
     return Accuracy(first, among_five, total)

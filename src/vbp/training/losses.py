@@ -62,9 +62,7 @@ class DistillationLoss:
         return self.alpha * self.cross_entropy(student, labels) + self.beta * self.temperature**2 * divergence
 
     def cross_entropy(
-        self,
-        student: Float[Tensor, "batch classes"],
-        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+        self, student: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"]
     ) -> Float[Tensor, ""]:
         """Return the cross-entropy alone, averaged over the batch.
 

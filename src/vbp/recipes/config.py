@@ -25,6 +25,7 @@ from vbp.recipes.options import (
     WidthOptions,
 )
 from vbp.runtime.choices import Compensation, Criterion
+from vbp.runtime.decode import from_json, to_json
 
 if TYPE_CHECKING:
     from vbp.cost.budget import Budget
@@ -163,36 +164,23 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data from which the run can be repeated."""
-        return {name: _plain(value) for name, value in dataclasses.asdict(self).items()}
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> RunConfig:
         """Read what `to_dict` gave.
 
         Raises:
-            InputError: A name is unknown or the data path is missing.
+            InputError: A name is unknown, the data path is missing, or a value is of another type.
         """
-        fields = {field.name: field for field in dataclasses.fields(RunConfig)}
-        unknown = sorted(set(value) - set(fields))
+        remedy = "use the config.json of a run of this version"
+        unknown = sorted(set(value) - {field.name for field in dataclasses.fields(RunConfig)})
         if unknown or "data_path" not in value:
             raise InputError(
-                f"a run's configuration must hold data_path and known names, got unknown {unknown}; "
-                "use the config.json of a run of this version"
+                f"a run's configuration must hold data_path and known names, got unknown {unknown}; {remedy}"
             )
-        paths = {"checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir"}
-        read: dict[str, Any] = {
-            name: Path(item)
-            if name in paths and item is not None
-            else (tuple(item) if isinstance(item, list) else item)
-            for name, item in value.items()
-        }
-        return RunConfig(**read)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Path):
-        return str(value)
-    return list(value) if isinstance(value, tuple) else value
+        return from_json(RunConfig, value, "a run's configuration", remedy, use_defaults=True)
 
 
 def default_of(name: str) -> Any:

@@ -7,11 +7,12 @@ import logging
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vbp.errors import InputError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
+from vbp.report.run_report import SUMMARY
 from vbp.runtime.files import check_folder
 from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
 
@@ -21,8 +22,8 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"
 
 
-# Begun and ended: the first file that a run writes, and the last.
-CONFIG, SUMMARY = "config.json", "summary.json"
+# The first file that a run writes; the last is its summary.
+CONFIG: Final = "config.json"
 
 
 # Settings that only name something, and the facts that decide in their place if both sides hold them.

@@ -36,7 +36,7 @@ from vbp.method.sampling import Draws, TokenSample, TokenSampler
 from vbp.pruning.auto import sensitivity_eliminations
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
 from vbp.runtime.forward import hooked
 from vbp.statistics.collect import Observer, rows_of

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from vbp import Site, collect_statistics, find_sites
 from vbp.method.sampling import Draws, TokenSample
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 
 _FORWARD = "forward"
 

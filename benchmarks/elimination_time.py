@@ -24,6 +24,7 @@ from torch import Tensor
 import vbp
 from vbp.method.covariance import ChannelCovariance, covariance_bytes
 from vbp.method.moments import ChannelMoments
+from vbp.pruning.criteria import eliminations
 from vbp.statistics.statistics import Statistics
 
 
@@ -83,7 +84,7 @@ def main(options: Options) -> None:
     sites = vbp.find_sites(model, torch.randn(1, *size, device=device))
     statistics = random_statistics(sites, options.samples)
     clock = Clock(device)
-    orders = vbp.eliminations(model, sites, statistics)
+    orders = eliminations(model, sites, statistics)
     elimination = clock.read()
     scores: Mapping[str, Tensor] = {name: order.scores for name, order in orders.items()}
     plan = vbp.make_plan(sites, scores, keep_ratio=options.keep_ratio)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.deploy.latency import LatencyRow, compare_latency
-from vbp.deploy.latency_backends import Backend, LatencyPrecision, LatencySettings
+from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from vbp.method.sampling import Draws, TokenSample
 from vbp.pruning.auto import sensitivity_eliminations
 from vbp.pruning.criteria import eliminations
 from vbp.pruning.divergence import HELD_OUT_IMAGES
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refits
 from vbp.statistics.images import GivenImages
 

@@ -33,7 +33,7 @@ from vbp.method.sampling import Draws, TokenSample
 from vbp.pruning.auto import auto_plan, sensitivity_eliminations
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import eliminations
-from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
 from vbp.statistics.images import GivenImages
 

@@ -15,7 +15,8 @@ from torch import nn
 
 from vbp import RunConfig
 from vbp.data.digits import write_digits
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 
 
 @pytest.fixture(params=list(FAMILIES))

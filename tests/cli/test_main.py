@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from vbp import InputError, OutputError, RunConfig
-from vbp.cli.main import main, parse_config, run_benchmark
+from vbp.cli.main import main, parse, run_benchmark
 from vbp.errors import Interrupted, PeerError
 from vbp.recipes.config import PAPER
 
@@ -111,7 +111,7 @@ def plain_launch(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def ran(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     """Return the configurations that would have been run."""
     configs: list[RunConfig] = []
-    monkeypatch.setattr("vbp.cli.main.run", configs.append)
+    monkeypatch.setattr("vbp.recipes.run.run", configs.append)
     return configs
 
 
@@ -126,13 +126,13 @@ def type_(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return run
 
 
-def parse(*words: str) -> RunConfig:
+def parsed(*words: str) -> RunConfig:
     """Read a benchmark's command line."""
-    return parse_config([*DATA, *words], prog=SCRIPT, defaults=PAPER)
+    return parse(RunConfig, [*DATA, *words], SCRIPT, PAPER)
 
 
 def test_without_flags_the_defaults_are_the_published_ones() -> None:
-    config = parse()
+    config = parsed()
     assert config == RunConfig("data", **PAPER)
     assert {name: getattr(config, name) for name in FLAGS} == {
         name: default for name, (default, _, _) in FLAGS.items()
@@ -144,14 +144,14 @@ def test_a_flag_is_read_with_underscores_and_with_hyphens(name: str) -> None:
     default, words, value = FLAGS[name]
     expected = RunConfig("data", **{**PAPER, name: value})
     assert value != default
-    assert parse(f"--{name}", *words) == expected
-    assert parse(f"--{name.replace('_', '-')}", *words) == expected
+    assert parsed(f"--{name}", *words) == expected
+    assert parsed(f"--{name.replace('_', '-')}", *words) == expected
     if len(words) == 1:
-        assert parse(f"--{name}={words[0]}") == expected
+        assert parsed(f"--{name}={words[0]}") == expected
 
 
 def test_the_local_rank_of_older_launchers_changes_nothing_else() -> None:
-    first = parse_config(["--local-rank=0", *DATA], prog=SCRIPT)
+    first = parse(RunConfig, ["--local-rank=0", *DATA], SCRIPT)
     assert first == RunConfig("data", local_rank=0)
 
 
@@ -167,7 +167,7 @@ def test_the_help_shows_every_flag_with_underscores_and_its_default(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    text = help_text(lambda: parse_config(["--help"], prog=SCRIPT, defaults=PAPER), capsys)
+    text = help_text(lambda: parse(RunConfig, ["--help"], SCRIPT, PAPER), capsys)
     assert SCRIPT in text
     assert set(re.findall(r"--([a-z][\w-]*)", text)) == {"help", "data_path", *FLAGS}
     # Flags stand in the third column, after the frame that a terminal gets.
@@ -339,7 +339,7 @@ def test_an_error_that_a_user_can_mend_has_no_traceback(
     def fail(config: RunConfig) -> None:
         raise error
 
-    monkeypatch.setattr("vbp.cli.main.run", fail)
+    monkeypatch.setattr("vbp.recipes.run.run", fail)
     assert type_(*DATA, "--disable_ddp") == code
     assert capsys.readouterr().err == message
 
@@ -348,7 +348,7 @@ def test_a_fault_of_the_program_is_not_hidden(type_: Callable[..., int], monkeyp
     def fail(config: RunConfig) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("vbp.cli.main.run", fail)
+    monkeypatch.setattr("vbp.recipes.run.run", fail)
     handlers = list(logging.getLogger("vbp").handlers)
     with pytest.raises(ZeroDivisionError):
         type_(*DATA, "--disable_ddp")
@@ -359,7 +359,7 @@ def test_the_log_is_on_the_terminal_during_a_command_and_not_after(
     type_: Callable[..., int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     logger = logging.getLogger("vbp.somewhere")
-    monkeypatch.setattr("vbp.cli.main.run", lambda config: logger.warning("top-1 %.1f", 80.0))
+    monkeypatch.setattr("vbp.recipes.run.run", lambda config: logger.warning("top-1 %.1f", 80.0))
     handlers = list(logging.getLogger("vbp").handlers)
     assert type_(*DATA, "--disable_ddp") == 0
     assert capsys.readouterr().err == "top-1 80.0\n"
@@ -413,6 +413,13 @@ def test_a_comparison_of_less_than_two_runs_is_a_usage_error(
     assert capsys.readouterr().err.startswith(f"vbp compare: needs at least two runs, got {len(runs)}")
 
 
+class Report:
+    """What a command shows."""
+
+    def table(self) -> str:
+        return ""
+
+
 def test_every_command_of_the_usage_text_parses(
     ran: list[RunConfig],
     type_: Callable[..., int],
@@ -422,8 +429,9 @@ def test_every_command_of_the_usage_text_parses(
     demos: list[Any] = []
     monkeypatch.setattr("vbp.recipes.demo.run_demo", demos.append)
     shown: list[Any] = []
-    monkeypatch.setattr("vbp.cli.main._shown", lambda job, config: shown.append(config))
-    monkeypatch.setattr("vbp.recipes.sweep.run_sweep", lambda config, references: shown.append(config))
+    monkeypatch.setattr("vbp.recipes.sweep.run_sweep", shown.append)
+    for command in ("inspect", "latency", "export", "compare"):
+        monkeypatch.setattr(f"vbp.cli.{command}.run_{command}", lambda config: shown.append(config) or Report())
     assert type_(entry=main) == 0
     lines = re.findall(r"^  vbp \w+ .*  vbp (.+)$", capsys.readouterr().out, re.MULTILINE)
     assert [type_(*line.split(), entry=main) for line in lines] == [0] * 7
@@ -451,15 +459,16 @@ def test_the_script_shows_its_help_from_any_folder(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interruption_while_the_libraries_load_is_one_line(tmp_path: Path) -> None:
-    # Loading a module of this name is the first thing that `vbp` does beyond Python's own.
-    (tmp_path / "jaxtyping.py").write_text(
+@pytest.mark.parametrize(("module", "words"), [("tyro", ["--help"]), ("torch", ["--data_path", "data"])])
+def test_an_interruption_while_the_libraries_load_is_one_line(module: str, words: list[str], tmp_path: Path) -> None:
+    # What reads the flags, and what the job loads first.
+    (tmp_path / f"{module}.py").write_text(
         "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(60)\n"
     )
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    places = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     result = subprocess.run(
-        [sys.executable, "-m", "vbp_command", "--help"], env=environment, capture_output=True, text=True, timeout=120,
-        preexec_fn=_hears_interrupts,
+        [sys.executable, "-m", "vbp.cli.main", "run", *words], capture_output=True, text=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(places)}, preexec_fn=_hears_interrupts,
     )  # fmt: skip
     assert (result.returncode, result.stderr, result.stdout) == (130, "interrupted before anything began\n", "")
 

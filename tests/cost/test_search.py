@@ -14,7 +14,7 @@ from vbp import InputError, PlanCost, PruningPlan, Site, find_sites, make_plan, 
 from vbp.cost.budget import Budget
 from vbp.cost.search import PlanSearch, check_reachable, meet_count
 from vbp.cost.widths import WidthCosts
-from vbp.pruning.plan import Scope
+from vbp.runtime.choices import Scope
 
 
 def swin(attention: bool = False) -> tuple[nn.Module, tuple[Site, ...], Tensor]:

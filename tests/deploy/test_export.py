@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import vbp
 from vbp import InputError
-from vbp.cli.export import ExportConfig, run_export
+from vbp.cli.export import run_export
+from vbp.cli.options import ExportConfig
 from vbp.deploy.export import TOLERANCES, ExportReport, compare_logits, export_model, open_exported
 
 

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 
 import vbp
 from vbp import InputError
-from vbp.cli.latency import LatencyConfig, run_latency
+from vbp.cli.latency import run_latency
+from vbp.cli.options import LatencyConfig
 from vbp.cost.timing import Spread
 from vbp.deploy.latency import compare_latency
-from vbp.deploy.latency_backends import LatencySettings
+from vbp.deploy.settings import LatencySettings
 
 QUICK = {"rounds": 3, "warmup": 1, "budget_s": 0.0}
 

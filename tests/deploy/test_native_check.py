@@ -11,7 +11,8 @@ from families import FAMILIES, randomise_
 from pruned_models import logits, pruned_in_place
 
 from vbp import InputError, ModelSource, Preprocessing, load_pruned, save_pruned
-from vbp.cli.export import ExportConfig, run_export
+from vbp.cli.export import run_export
+from vbp.cli.options import ExportConfig
 from vbp.deploy.export import Parity
 from vbp.deploy.native import NativeReport
 from vbp.recipes.demo import load_demo

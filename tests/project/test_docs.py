@@ -16,14 +16,11 @@ import pytest
 import torch
 
 from vbp import RunConfig
-from vbp.cli.compare import CompareConfig
-from vbp.cli.export import ExportConfig
-from vbp.cli.inspect import InspectConfig
-from vbp.cli.latency import LatencyConfig
-from vbp.cli.main import _parsed, parse_config
-from vbp.recipes.config import PAPER, check_config
-from vbp.recipes.demo import DemoConfig
-from vbp.recipes.sweep_config import SweepConfig, check_sweep
+from vbp.cli.main import parse
+from vbp.cli.options import CompareConfig, ExportConfig, InspectConfig, LatencyConfig
+from vbp.recipes.checks import check_config, check_sweep
+from vbp.recipes.config import PAPER, DemoConfig
+from vbp.recipes.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = tuple(
@@ -77,7 +74,7 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
     elif words[0] == "python":
         del words[:1]
     elif words[0] == "vbp":
-        config = _parsed(KINDS[words[1]], words[2:], "vbp")
+        config = parse(KINDS[words[1]], words[2:], "vbp")
         if isinstance(config, SweepConfig):
             check_sweep(config)
         elif isinstance(config, RunConfig):
@@ -86,7 +83,7 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
     script, *arguments = words
     assert (ROOT / script).is_file()
     if script == "benchmarks/vbp/vbp_imagenet.py":
-        check_config(parse_config(arguments, prog=script, defaults=PAPER))
+        check_config(parse(RunConfig, arguments, script, PAPER))
         return
     source = (ROOT / script).read_text()
     if "from training_free import" in source:  # which has the flags that both scripts share
@@ -112,7 +109,7 @@ def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
     (line,) = [line for line in text.splitlines() if "vbp_imagenet.py" in line]
     words = shlex.split(line)
     place = words.index("benchmarks/vbp/vbp_imagenet.py")
-    parse_config(words[place + 1 :], prog="vbp_imagenet.py")
+    parse(RunConfig, words[place + 1 :], "vbp_imagenet.py")
     from torch.distributed.run import get_args_parser
 
     torchrun = [word.replace("$SLURM_JOB_NUM_NODES", "2").replace("${SLURM_GPUS_PER_NODE:-4}", "4") for word in words]

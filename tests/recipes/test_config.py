@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import json
 import math
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vbp import InputError, RunConfig, run
-from vbp.recipes.config import _TUNING, check_config
+from vbp.recipes.checks import check_config
+from vbp.recipes.options import Role, fields_with, roles_of
+from vbp.recipes.sweep_config import SweepConfig
 
 PUBLISHED: dict[str, Any] = {
     "model_type": "vit",
@@ -280,12 +280,50 @@ def test_flags_that_work_together_pass(changed: dict[str, Any]) -> None:
     check_config(RunConfig(DATA, **changed))
 
 
-def test_what_the_configuration_calls_fine_tuning_is_what_pruning_does_not_read() -> None:
-    """A new field belongs to one or the other."""
-    section = inspect.getsource(RunConfig).split("# Fine-tuning")[1].split("# Speed and memory")[0]
-    tuning = set(re.findall(r"^    (\w+):", section, re.MULTILINE)) - {"epochs_ft"}
-    elsewhere = {"train_batch_size", "compile", "grad_checkpointing", "checkpoint_minutes", "log_dir"}
-    assert set(_TUNING) == tuning | elsewhere
+# The lists of names that the roles stand in place of.
+TUNING = (
+    "train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay warmup_epochs clip_grad "
+    "label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing checkpoint_minutes log_dir"
+)
+FREE = (
+    "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "
+    "log_dir push_to_hub stats_path"
+)
+PRIVATE = (
+    "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
+    "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
+    "img_size crop_pct interpolation mean std"
+)
+INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub"
+DECIDING_A_SWEEP = (
+    "round_to min_keep_ratio bottleneck seed limit_val val_batch_size matmul_precision latency covariance_tokens "
+    "ridge refit_producers refit_stream refit_head refit_views"
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "names"),
+    [
+        (RunConfig, [Role.TUNING], TUNING),
+        (RunConfig, [Role.SPEED, Role.LAUNCH], FREE),
+        (RunConfig, [Role.LOCAL, Role.SPEED, Role.LAUNCH], PRIVATE),
+        (RunConfig, [Role.LAUNCH], INCIDENTAL),
+        (SweepConfig, [Role.RESULT], DECIDING_A_SWEEP),
+    ],
+)
+def test_a_role_names_its_settings(kind: type, roles: list[Role], names: str) -> None:
+    assert sorted(fields_with(kind, *roles)) == sorted(names.split())
+
+
+@pytest.mark.parametrize("kind", [RunConfig, SweepConfig])
+def test_every_setting_has_a_role(kind: type) -> None:
+    """A new one does not go unnoticed where a run goes on, is compared or published."""
+    assert [name for name, roles in roles_of(kind).items() if len(roles - {Role.TUNING}) != 1] == []
+
+
+def test_a_flag_that_run_and_sweep_share_has_the_same_role_in_both() -> None:
+    of_runs = roles_of(RunConfig)
+    assert [name for name, roles in roles_of(SweepConfig).items() if of_runs.get(name, roles) != roles] == []
 
 
 MORE_REFUSED: list[tuple[dict[str, Any], str]] = [

@@ -17,7 +17,8 @@ import torch
 from launching import DRIVE, environment, summary, wait_for, weights, written
 
 from vbp import InputError, RunConfig, run
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 
 
 @pytest.fixture(scope="module")

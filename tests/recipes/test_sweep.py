@@ -14,10 +14,10 @@ from torch import nn
 
 from vbp import InputError, RunConfig, Statistics
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
-from vbp.recipes.config import check_config
+from vbp.recipes.checks import check_config, check_sweep
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
 from vbp.recipes.sweep import run_sweep
-from vbp.recipes.sweep_config import SweepConfig, check_sweep
+from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import Measured
 
 FILES = {"sweep.csv", "sweep.json", "sweep.svg", "sweep.png", "statistics.safetensors", "vbp_sweep.log"}
@@ -231,14 +231,14 @@ def test_fields_that_a_run_has_too_are_the_same_there() -> None:
 _DRIVE = """
 import json, sys
 from pathlib import Path
-from vbp.cli.main import _guarded
+from vbp.cli.main import guarded
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.recipes.sweep import run_sweep
 
 given = json.loads(Path(sys.argv[1]).read_text())
 for name in ("checkpoint", "save_dir"):
     given[name] = Path(given[name])
-sys.exit(_guarded(lambda: [run_sweep(SweepConfig(**given))].clear()))
+sys.exit(guarded(lambda: [run_sweep(SweepConfig(**given))].clear()))
 """
 
 

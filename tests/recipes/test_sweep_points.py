@@ -28,8 +28,8 @@ from vbp import (
 from vbp.pruning.baselines import random_scores
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.make_plan import PlanRules
+from vbp.recipes.checks import settings_of, sweep_needs
 from vbp.recipes.sweep import sweep
-from vbp.recipes.sweep_config import settings_of, sweep_needs
 from vbp.report.run_report import Measured
 from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow

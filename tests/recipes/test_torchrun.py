@@ -18,7 +18,8 @@ from launching import DRIVE, environment, finish, summary, torchrun, wait_for, w
 from threads import single_thread
 
 from vbp import PruningPlan, RunConfig, RunReport, Statistics, load_pruned, run
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 
 BATCH = 32
 PRUNE_ONLY = {

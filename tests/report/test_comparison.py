@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 from runs import write_run
 
 from vbp import InputError
-from vbp.report.comparison import compare
+from vbp.report import comparison
+
+compare = partial(comparison.compare, incidental={"save_dir"})
 
 CONFIG = {"model_name": "m", "compensation": "mean", "keep_ratio": 0.5, "mean": [0.5, 0.5], "save_dir": "a"}
 

@@ -11,7 +11,8 @@ from families import FAMILIES
 from torch import Tensor, nn
 
 from vbp import InputError
-from vbp.runtime.precision import Amp, Precision, in_float32, memory_format_for, move_, set_matmul_precision
+from vbp.runtime.choices import Amp
+from vbp.runtime.precision import Precision, in_float32, memory_format_for, move_, set_matmul_precision
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 

@@ -19,7 +19,7 @@ from typing import Any
 import vbp.recipes.measure
 import vbp.statistics.evidence
 from vbp import RunConfig, Trainer
-from vbp.cli.main import _guarded
+from vbp.cli.main import guarded
 from vbp.recipes.run import run
 
 
@@ -71,4 +71,4 @@ if __name__ == "__main__":
     config = RunConfig.from_dict(json.loads(Path(sys.argv[1]).read_text()))
     if len(sys.argv) > 2:
         install(*sys.argv[2:])
-    sys.exit(_guarded(lambda: [run(config)].clear()))
+    sys.exit(guarded(lambda: [run(config)].clear()))

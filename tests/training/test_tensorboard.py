@@ -10,7 +10,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vbp import InputError, RunConfig, run
-from vbp.recipes.demo import DemoConfig, demo_run_config
+from vbp.recipes.config import DemoConfig
+from vbp.recipes.demo import demo_run_config
 from vbp.training.tensorboard import Tracker, check_tracking
 
 

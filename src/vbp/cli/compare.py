@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
+import sys
+from typing import TYPE_CHECKING
 
-import tyro
+from vbp.cli.options import CompareConfig
+from vbp.recipes.config import RunConfig
+from vbp.recipes.options import Role, fields_with
 
-from vbp.report.comparison import Comparison, compare
-
-
-@dataclass(frozen=True)
-class CompareConfig:
-    """Show runs side by side: what differs in their settings, and what came of it.
-
-    Example: vbp compare output/keep_65 output/keep_50
-    """
-
-    runs: tyro.conf.Positional[tuple[Path, ...]]
-    """Folders of two or more runs, or of the pruned models in them."""
-    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
+if TYPE_CHECKING:
+    from vbp.report.comparison import Comparison
 
 
 def run_compare(config: CompareConfig) -> Comparison:
-    """Do what the configuration says.
+    """Do what the configuration says; fewer than two runs are a usage error, exit code 2.
 
     Raises:
-        InputError: There are fewer than two runs, or a folder holds none.
+        InputError: A folder holds no run.
     """
-    return compare(config.runs)
+    if len(config.runs) < 2:
+        sys.stderr.write(f"vbp compare: needs at least two runs, got {len(config.runs)}; vbp compare RUN RUN ...\n")
+        raise SystemExit(2)
+    # It needs torch, a usage error does not.
+    from vbp.report.comparison import compare
+
+    return compare(config.runs, incidental=fields_with(RunConfig, Role.LAUNCH))

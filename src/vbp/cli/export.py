@@ -4,69 +4,25 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
 
 import torch
-import tyro
 from PIL import Image
 from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
+from vbp.cli.options import ExportConfig
 from vbp.data.data_path import list_images
 from vbp.data.images import Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact
-from vbp.deploy.export import ExportPrecision, ExportReport, export_model
+from vbp.deploy.export import ExportReport, export_model
 from vbp.deploy.native import NativeReport, export_native
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
 
 _log = logging.getLogger(__name__)
-
-
-Target = Literal["onnx", "pt2", "native"]
-
-
-@dataclass(frozen=True)
-class ExportConfig:
-    """Export a pruned model to what runs without vbp, and prove it on real images.
-
-    Example: vbp export output/vbp/artifact --to onnx --output model.onnx --data_path /data/imagenet
-    """
-
-    artifact: tyro.conf.Positional[str]
-    """A pruned model that vbp saved."""
-    output: Path
-    """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
-    to: Target = "onnx"
-    """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
-    its configuration can say the widths."""
-    dtype: ExportPrecision = "float32"
-    """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
-    data_path: Path | None = None
-    """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
-    accuracy is measured. Without it two sample photographs prove it; int8 needs it."""
-    images: int = 32
-    """Validation images on which the file must give the model's logits, at least 2."""
-    calib_samples: int = 128
-    """With --dtype int8: training images that set the ranges, chosen class-balanced by the seed."""
-    limit_val: int = 1000
-    """In reduced precision: validation images for the accuracy, chosen class-balanced by the seed; 0 takes all."""
-    batch_size: int = 32
-    """Images in a calibration or evaluation batch."""
-    num_workers: int = 4
-    """Processes that read images; 0 reads in the main process."""
-    tolerance: float | None = None
-    """Greatest difference of two logits, as a share of the largest logit; 1e-4 for float32, 0.01 for float16, 0.1 for
-    bfloat16 and 0.25 for int8 unless given."""
-    overwrite: bool = False
-    """Replace an earlier file of that name."""
-    seed: int = 0
-    """Seed of the subsets."""
-    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 
 def run_export(config: ExportConfig) -> ExportReport | NativeReport:

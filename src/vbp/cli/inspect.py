@@ -2,36 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
+from vbp.cli.options import InspectConfig
 from vbp.cost.inspection import Inspection, inspect_model
 from vbp.deploy.artifact import load_pruned, read_artifact
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.deploy.hub import is_reference
 from vbp.errors import InputError
 from vbp.models.load import load_classifier
-
-
-@dataclass(frozen=True)
-class InspectConfig:
-    """List the sites of a model with their shapes, MACs and parameters; nothing is pruned.
-
-    Example: vbp inspect deit_tiny_patch16_224 --attention
-    """
-
-    model: tyro.conf.Positional[str]
-    """A pruned model that vbp saved, a folder with a Hugging Face model, a hub id, or a timm name (built of random
-    weights: nothing is downloaded)."""
-    attention: bool = False
-    """Also the channels inside attention."""
-    convolutions: bool = False
-    """Also channels between larger convolutions, as in a ResNet."""
-    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 
 def run_inspect(config: InspectConfig) -> Inspection:

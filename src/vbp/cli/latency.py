@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated
 
 import torch
-import tyro
 
+from vbp.cli.options import LatencyConfig
 from vbp.deploy.artifact import load_pruned, read_artifact
 from vbp.deploy.latency import LatencyReport, compare_latency
-from vbp.deploy.latency_backends import Backend, LatencyPrecision, LatencySettings
+from vbp.deploy.settings import LatencySettings
 from vbp.errors import InputError
 from vbp.models.load import build_model
 from vbp.runtime.files import write_json
-
-
-@dataclass(frozen=True)
-class LatencyConfig:
-    """Time a pruned model against its dense one, in turns, beside what its MACs promise.
-
-    Example: vbp latency output/vbp/artifact --batch_sizes 1 32 --threads 1
-    """
-
-    artifact: tyro.conf.Positional[str]
-    """A pruned model that vbp saved; the dense one is built of random weights, which take as long."""
-    batch_sizes: tuple[int, ...] = (1, 32)
-    """Images in a batch."""
-    backend: Backend = "torch"
-    """torch, or onnxruntime on the CPU (both models are exported first)."""
-    device: str = "auto"
-    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
-    threads: int | None = None
-    """Threads on the CPU; unless given, as many as PyTorch takes."""
-    precision: LatencyPrecision = "float32"
-    """bfloat16 and float16 convert the weights, amp_bfloat16 and amp_float16 run under autocast."""
-    compile: bool = False
-    """Run both through torch.compile."""
-    channels_last: bool = False
-    """Keep images and convolutions in channels-last layout."""
-    rounds: int = 21
-    """Timed turns of each model."""
-    warmup: int = 3
-    """Passes of each model before them."""
-    budget_s: float = 60
-    """Seconds for a batch size after which no further round begins; three are timed in any case."""
-    output: Path | None = None
-    """JSON file for the figures."""
-    json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 
 def run_latency(config: LatencyConfig) -> LatencyReport:

@@ -6,18 +6,14 @@ import contextlib
 import json
 import logging
 import os
+import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol, TypeVar
-
-import tyro
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
 from vbp.errors import InputError, Interrupted, OutputError, PeerError
-from vbp.recipes.config import PAPER, RunConfig
-from vbp.recipes.run import run
-from vbp.runtime.processes import check_launch, launched
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -32,21 +28,33 @@ _USAGE = """usage: vbp COMMAND [flags]
 `vbp COMMAND --help` lists the flags and shows an example."""
 
 
+# Command -> the class of its flags, and its job. One whose flags have `json` returns what is shown on the standard
+# output: a table for people, JSON for programs.
+_COMMANDS = {
+    "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run"),
+    "sweep": ("vbp.recipes.sweep_config:SweepConfig", "vbp.recipes.sweep:run_sweep"),
+    "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
+    "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
+    "export": ("vbp.cli.options:ExportConfig", "vbp.cli.export:run_export"),
+    "compare": ("vbp.cli.options:CompareConfig", "vbp.cli.compare:run_compare"),
+    "demo": ("vbp.recipes.config:DemoConfig", "vbp.recipes.demo:run_demo"),
+}
+
+
 _T = TypeVar("_T")
 
 
-def parse_config(arguments: Sequence[str], *, prog: str, defaults: Mapping[str, Any] | None = None) -> RunConfig:
-    """Read a run's configuration from command-line arguments; usage errors exit with code 2.
+def parse(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> _T:
+    """Read a configuration from command-line arguments; usage errors exit with code 2.
 
     Args:
+        kind: The class of the configuration.
         arguments: What was typed after the program's name.
         prog: That name.
-        defaults: What holds where nothing is typed, if not the defaults of `RunConfig`.
+        defaults: What holds where nothing is typed, if not the defaults of a `RunConfig`.
     """
-    return _parsed(RunConfig, arguments, prog, defaults)
+    import tyro
 
-
-def _parsed(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> _T:
     # What has no default stays required.
     given: Any = {} if defaults is None else {"default": kind(**{"data_path": tyro.MISSING, **defaults})}
     config: _T = tyro.cli(
@@ -55,124 +63,58 @@ def _parsed(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mappi
     return config
 
 
-def run_benchmark(script: str) -> int:
-    """Run the ImageNet benchmark as its script is called, and give the exit code."""
-
-    def job() -> None:
-        config = parse_config(sys.argv[1:], prog=script, defaults=PAPER)
-        check_launch(script, disable_ddp=config.disable_ddp)
-        _run(config)
-
-    return _guarded(job)
-
-
 def main() -> int:
-    """Run the `vbp` command and give its exit code: 0, 1 for failure, 2 for usage."""
+    """Run the `vbp` command and return its exit code: 0, 1 for failure, 2 for usage."""
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
-        return _guarded(lambda: _say(_USAGE))
-    jobs: dict[str, Callable[[], None]] = {
-        "run": lambda: _run(parse_config(arguments, prog="vbp run")),
-        "sweep": lambda: _sweep(arguments),
-        "inspect": lambda: _inspect(arguments),
-        "latency": lambda: _latency(arguments),
-        "export": lambda: _export(arguments),
-        "compare": lambda: _compare(arguments),
-        "demo": lambda: _demo(arguments),
-    }
-    if command not in jobs:
+        return guarded(lambda: _say(_USAGE))
+    if command not in _COMMANDS:
         sys.stderr.write(f"vbp: unknown command {command!r}\n{_USAGE}\n")
         return 2
-    return _guarded(jobs[command])
+    return guarded(lambda: _do(command, arguments))
 
 
-def _run(config: RunConfig) -> None:
-    run(config)
-
-
-# Each command imports its own job: what draws and what exports takes seconds to load.
-
-
-def _sweep(arguments: Sequence[str]) -> None:
-    from vbp.recipes.sweep import run_sweep
-    from vbp.recipes.sweep_config import SweepConfig
-    from vbp.report.published import SOURCE, points_of
-    from vbp.report.sweep_figure import ReferencePoint
-
-    config = _parsed(SweepConfig, arguments, "vbp sweep")
-    published = [
-        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
-        for point in points_of(config.model_name)
-        if point.pruned is not None
-    ]
-    run_sweep(config, published)
-
-
-def _inspect(arguments: Sequence[str]) -> None:
-    from vbp.cli.inspect import InspectConfig, run_inspect
-
-    _shown(run_inspect, _parsed(InspectConfig, arguments, "vbp inspect"))
-
-
-def _latency(arguments: Sequence[str]) -> None:
-    from vbp.cli.latency import LatencyConfig, run_latency
-
-    _shown(run_latency, _parsed(LatencyConfig, arguments, "vbp latency"))
-
-
-def _export(arguments: Sequence[str]) -> None:
-    from vbp.cli.export import ExportConfig, run_export
-
-    _shown(run_export, _parsed(ExportConfig, arguments, "vbp export"))
-
-
-def _compare(arguments: Sequence[str]) -> None:
-    from vbp.cli.compare import CompareConfig, run_compare
-
-    config = _parsed(CompareConfig, arguments, "vbp compare")
-    if len(config.runs) < 2:
-        sys.stderr.write(f"vbp compare: needs at least two runs, got {len(config.runs)}; vbp compare RUN RUN ...\n")
-        raise SystemExit(2)
-    _shown(run_compare, config)
-
-
-def _demo(arguments: Sequence[str]) -> None:
-    from vbp.recipes.demo import DemoConfig, run_demo
-
-    config = _parsed(DemoConfig, arguments, "vbp demo")
-    world = launched().world
-    if world > 1:
-        raise InputError(
-            f"the demo is one process, got torchrun with {world}; start vbp demo without it, or vbp run under it"
-        )
-    run_demo(config)
-
-
-class _Config(Protocol):
-    @property
-    def json(self) -> bool: ...
-
-
-class _Report(Protocol):
-    def table(self) -> str: ...
-
-    def to_dict(self) -> dict[str, Any]: ...
-
-
-_C = TypeVar("_C", bound=_Config)
-
-
-def _shown(job: Callable[[_C], _Report], config: _C) -> None:
-    """Do a job whose result is for the standard output: a table for people, JSON for programs."""
+def _do(command: str, arguments: Sequence[str]) -> None:
+    """Read the flags of a command, then import its job: it loads torch, which help and a wrong flag do not need."""
+    flags, job_name = _COMMANDS[command]
+    with _loading():
+        config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command}")
+        job = pkgutil.resolve_name(job_name)
     report = job(config)
-    _say(json.dumps(report.to_dict(), indent=2) if config.json else report.table())
+    if hasattr(config, "json"):
+        _say(json.dumps(report.to_dict(), indent=2) if config.json else report.table())
+
+
+def run_benchmark(script: str) -> int:
+    """Run the ImageNet benchmark as its script is called, and return the exit code."""
+
+    def job() -> None:
+        with _loading():
+            from vbp.recipes.config import PAPER, RunConfig
+
+            config = parse(RunConfig, sys.argv[1:], script, PAPER)
+            from vbp.recipes.run import run
+            from vbp.runtime.processes import check_launch
+        check_launch(script, disable_ddp=config.disable_ddp)
+        run(config)
+
+    return guarded(job)
+
+
+@contextlib.contextmanager
+def _loading() -> Iterator[None]:
+    """Say, when interrupted while flags are read and libraries load, that nothing has begun."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted(signal.SIGINT, "interrupted before anything began") from None
 
 
 def _say(text: str) -> None:
     sys.stdout.write(text + "\n")
 
 
-def _guarded(job: Callable[[], None]) -> int:
+def guarded(job: Callable[[], None]) -> int:
     """Show the program's log on the terminal, and what a user can mend as one line without traceback."""
     place = _place()
     handler = logging.StreamHandler(sys.stderr)
@@ -243,3 +185,7 @@ def _place() -> str:
 
 def _among_others() -> bool:
     return os.environ.get("WORLD_SIZE", "1") not in ("", "1")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

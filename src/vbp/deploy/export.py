@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -28,17 +28,12 @@ from vbp.deploy.file_formats import (
     write_onnx,
     write_program,
 )
+from vbp.deploy.settings import ExportFormat, ExportPrecision
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
 from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
-
-
-ExportFormat = Literal["onnx", "pt2"]
-
-
-ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
 # Greatest difference of two logits, as a share of the model's greatest logit.

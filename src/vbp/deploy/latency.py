@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
 from vbp.cost.timing import Spread, compare_passes, hardware, system_load
-from vbp.deploy.latency_backends import LatencySettings, batch_for, check_settings, cpu_threads, runner_of
+from vbp.deploy.latency_backends import batch_for, check_settings, cpu_threads, runner_of
+from vbp.deploy.settings import LatencySettings
 from vbp.runtime.tables import format_count, text_table
 
 

@@ -5,47 +5,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
+from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 from vbp.errors import InputError
-
-Backend = Literal["torch", "onnxruntime"]
-
-
-LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
-
-
-@dataclass(frozen=True)
-class LatencySettings:
-    """How the models are run; the defaults are plain PyTorch on the CPU.
-
-    Attributes:
-        backend: `torch`, or `onnxruntime` on the CPU.
-        device: cpu, cuda or cuda:N.
-        threads: Threads on the CPU; None leaves them as they are.
-        precision: `bfloat16` and `float16` convert the weights, `amp_*` run under autocast.
-        compile: Run through torch.compile.
-        channels_last: Keep images and convolutions in the layout that GPUs like.
-        rounds: Timed turns of each model.
-        warmup: Passes of each model before them.
-        budget_s: Seconds for a batch size after which no further round begins; three are timed in any case.
-    """
-
-    backend: Backend = "torch"
-    device: str = "cpu"
-    threads: int | None = None
-    precision: LatencyPrecision = "float32"
-    compile: bool = False
-    channels_last: bool = False
-    rounds: int = 21
-    warmup: int = 3
-    budget_s: float = 60
 
 
 def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> None:

@@ -6,8 +6,6 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
-
 from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
 
 ClassNames = tuple[str, ...]
@@ -28,6 +26,8 @@ def timm_class_names(cfg: Mapping[str, Any], num_classes: int) -> ClassNames | N
         described = cfg.get("label_descriptions") or {}
         ordered = [labels[key] for key in sorted(labels, key=int)] if isinstance(labels, Mapping) else list(labels)
         return tuple(str(described.get(name, name)) for name in ordered) if len(ordered) == num_classes else None
+    from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset  # timm takes seconds to import
+
     subset = infer_imagenet_subset({"num_classes": num_classes})
     if subset is None or cfg.get("num_classes") != num_classes:
         return None
@@ -51,5 +51,7 @@ def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames 
         num_classes: Outputs of the head.
     """
     if num_classes == IMAGENET_CLASSES and folders and set(folders) <= imagenet_labels().keys():
+        from timm.data.imagenet_info import ImageNetInfo
+
         return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
     return tuple(folders) if len(folders) == num_classes else None

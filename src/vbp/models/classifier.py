@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
+from vbp.runtime.choices import ModelType
 from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]
-ModelType = Literal["vit", "convnext", "swin", "auto"]
 
 HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 

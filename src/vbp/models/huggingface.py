@@ -13,9 +13,10 @@ from torch import nn
 
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
+from vbp.models.classifier import Classifier, Family, ModelSource, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
 from vbp.models.weights import describe_mismatch
+from vbp.runtime.choices import ModelType
 
 _log = logging.getLogger(__name__)
 

@@ -15,8 +15,9 @@ from typing import Any, get_args
 from torch import nn
 
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, Library, ModelSource, ModelType, check_takes_images, hub_repository
+from vbp.models.classifier import Classifier, Library, ModelSource, check_takes_images, hub_repository
 from vbp.models.weights import WeightFile, check_weight_file
+from vbp.runtime.choices import ModelType
 
 
 def load_classifier(

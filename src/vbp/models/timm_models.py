@@ -24,10 +24,11 @@ from torch import nn
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import timm_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
+from vbp.models.classifier import Classifier, Family, ModelSource, check_family
 from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
 from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
+from vbp.runtime.choices import ModelType
 
 _log = logging.getLogger(__name__)
 

@@ -27,8 +27,9 @@ from vbp.pruning.choice import Candidate, PlanChoice
 from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
-from vbp.pruning.plan import PruningPlan, Scope
+from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
+from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource

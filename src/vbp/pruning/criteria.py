@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import torch
 from jaxtyping import Float
@@ -115,9 +115,9 @@ def _weight(model: nn.Module, site: Site) -> Tensor:
     return weight
 
 
-Criterion = Literal[
-    "auto", "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
-]  # fmt: skip
+def _one_if_zero(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    return torch.where(value > 0, value, torch.ones_like(value))
+
 
 Scores = dict[str, Float[Tensor, "hidden"]]
 

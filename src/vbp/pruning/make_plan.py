@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vbp.errors import InputError
 from vbp.method.allocation import AllowedWidths, global_counts, per_layer_counts
-from vbp.pruning.plan import PruningPlan, Scope, SitePlan
+from vbp.pruning.plan import PruningPlan, SitePlan
+from vbp.runtime.choices import Scope
 from vbp.sites.site import Site
 
 

@@ -6,20 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from vbp.errors import InputError
+from vbp.runtime.choices import Scope
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import write_json
 from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/1"
-
-
-Scope = Literal["global", "per_layer", "equal"]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, get_args
 
@@ -12,12 +11,13 @@ from vbp.data.digits import CROP_SCALE, HFLIP, MODEL_KWARGS, MODEL_NAME, PREPROC
 from vbp.data.images import Split
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import evaluation_transform
+from vbp.errors import InputError
 from vbp.models.classifier import Classifier
 from vbp.models.load import load_classifier
-from vbp.pruning.criteria import Criterion
-from vbp.recipes.config import Compensation, RunConfig
+from vbp.recipes.config import DemoConfig, RunConfig
 from vbp.recipes.run import run
 from vbp.report.run_report import RunReport
+from vbp.runtime.processes import launched
 
 PREPROCESSING_OVERRIDES: Final[Mapping[str, Any]] = {
     "crop_pct": PREPROCESSING.crop_pct,
@@ -29,26 +29,6 @@ PREPROCESSING_OVERRIDES: Final[Mapping[str, Any]] = {
 
 # The published rate suits 10 epochs of ImageNet, 200,000 steps; here there are 75.
 _TUNING: Final[Mapping[str, Any]] = {"lr_ft": 5e-4, "use_kd": True}
-
-
-@dataclass(frozen=True)
-class DemoConfig:
-    """Prune a small ViT on scikit-learn's handwritten digits: no download, no GPU, about a minute."""
-
-    folder: Path = Path("./output/demo")
-    """Digits go to data/ in it, results to run/, where those of an earlier demo are replaced."""
-    keep_ratio: float = 0.5
-    """Share of the hidden MLP channels to keep, in (0, 1]."""
-    criterion: Criterion = "variance"
-    """Which channels go: variance (the paper), auto, ...; as for vbp run."""
-    compensation: Compensation = "mean"
-    """What stands in for removed channels: their mean in the next bias (mean, the paper), refit or none."""
-    epochs_ft: int = 5
-    """Epochs of fine-tuning; 0 only prunes."""
-    seed: int = 0
-    """Seed of order and augmentation."""
-    device: str = "cpu"
-    """auto, cpu, cuda or cuda:N; the model is too small to gain from a GPU."""
 
 
 def demo_run_config(demo: DemoConfig) -> RunConfig:
@@ -96,6 +76,15 @@ def load_demo(folder: Path | str) -> tuple[Classifier, ImageLoader, ImageLoader]
 
 
 def run_demo(demo: DemoConfig) -> RunReport:
-    """Write the digits as an ImageFolder and run the recipe on them."""
+    """Write the digits as an ImageFolder and run the recipe on them.
+
+    Raises:
+        InputError: There are several processes.
+    """
+    world = launched().world
+    if world > 1:
+        raise InputError(
+            f"the demo is one process, got torchrun with {world}; start vbp demo without it, or vbp run under it"
+        )
     write_digits(demo.folder / "data")
     return run(demo_run_config(demo))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -16,18 +14,10 @@ from vbp.deploy.model_card import push_to_hub
 from vbp.errors import InputError, OutputError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import BEST
+from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import RunReport
 
 ARTIFACT: Final = "artifact"
-
-
-# Where things lie, and how one machine worked through the job: nobody else's business, and no part of the result.
-# The preprocessing has a place of its own.
-_PRIVATE: Final = frozenset({
-    "data_path", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir", "num_workers", "prefetch",
-    "resume", "overwrite", "disable_ddp", "local_rank", "device", "checkpoint_minutes", "timeout_minutes",
-    "push_to_hub", "compare_uncompensated", "model_kwargs", "img_size", "crop_pct", "interpolation", "mean", "std",
-})  # fmt: skip
 
 
 _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
@@ -68,7 +58,7 @@ def publish_artifact(config: RunConfig) -> str:
     """Upload the folder of a run that has ended, and give the address.
 
     Raises:
-        OutputError: It could not be uploaded; the text has a command that tries again.
+        OutputError: It could not be uploaded; the text says how to try again.
     """
     folder, repository = config.save_dir / ARTIFACT, config.push_to_hub
     assert repository is not None
@@ -76,12 +66,9 @@ def publish_artifact(config: RunConfig) -> str:
     try:
         return push_to_hub(folder, repository, base_model=base_model)
     except (InputError, OutputError) as error:
-        words = [json.dumps(word, ensure_ascii=False) for word in (str(folder), repository)]
-        base = "" if base_model is None else f", base_model={json.dumps(base_model, ensure_ascii=False)}"
-        command = f"python -c {shlex.quote(f'import vbp; print(vbp.push_to_hub({words[0]}, {words[1]}{base}))')}"
         raise OutputError(
             f"the run has ended and all its results are in {config.save_dir}, but the upload failed: {error}. "
-            f"To upload them later: {command}"
+            f"To upload them later: vbp.push_to_hub({str(folder)!r}, {repository!r}, base_model={base_model!r})"
         ) from error
 
 
@@ -100,11 +87,12 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     # What was asked for in the place of a ratio is there instead.
     other = any(value is not None for name, value in config.items() if name.startswith("target_"))
+    private = fields_with(RunConfig, Role.LOCAL, Role.SPEED, Role.LAUNCH)
     usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}
     return {
         name: value
         for name, value in config.items()
-        if name not in _PRIVATE
+        if name not in private
         and (name in _ALWAYS or value != (list(d) if isinstance(d := usual[name], tuple) else d))
         and not (name == "model_name" and Path(value).exists())
         and not (name == "keep_ratio" and other)

@@ -7,9 +7,12 @@ import logging
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from vbp.errors import InputError
+from vbp.recipes.config import RunConfig
+from vbp.recipes.options import Role, fields_with
+from vbp.report.run_report import SUMMARY
 from vbp.runtime.files import check_folder
 from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
 
@@ -19,27 +22,9 @@ _log = logging.getLogger(__name__)
 AUTO = "auto"
 
 
-# Begun and ended: the first file that a run writes, and the last.
-CONFIG, SUMMARY = "config.json", "summary.json"
+# The first file that a run writes; the last is its summary.
+CONFIG: Final = "config.json"
 
-
-# Settings that may differ between a run and its continuation, each for a reason.
-_FREE = frozenset({
-    # Who reads ahead, and how far: order and augmentation are drawn from seed, epoch and sample, not by a worker.
-    "num_workers", "prefetch",
-    # How this attempt is started, not what it computes; the number of processes is compared as a fact of its own.
-    "resume", "overwrite", "disable_ddp", "local_rank",
-    # When to write, and how long to wait: training passes through the same states.
-    "checkpoint_minutes", "timeout_minutes",
-    # Where results go: a run folder may be moved.
-    "save_dir", "log_dir", "push_to_hub",
-    # Read once for the plan, before the first checkpoint; plan and pruned weights are in it.
-    "stats_path",
-})  # fmt: skip
-
-
-# Not free, though one might think so: val_batch_size, amp, compile and grad_checkpointing change sums in their last
-# bits; compare_uncompensated was measured, or not, before the first checkpoint, and would be a flag without effect.
 
 # Settings that only name something, and the facts that decide in their place if both sides hold them.
 _DECIDED_BY = {"data_path": ("train", "val"), "checkpoint": ("model",), "convnext_checkpoint": ("model",)}
@@ -105,7 +90,9 @@ def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: 
     """
     # As JSON has it: a tuple and a list are the same setting.
     before, after = (json.loads(json.dumps(dict(side))) for side in (saved, now))
-    free = _FREE | {name for name, facts in _DECIDED_BY.items() if {*facts} <= before.keys() & after.keys()}
+    free = {*fields_with(RunConfig, Role.SPEED, Role.LAUNCH)} | {
+        name for name, facts in _DECIDED_BY.items() if {*facts} <= before.keys() & after.keys()
+    }
     names = [name for name in dict.fromkeys((*before, *after)) if name not in free]
     different = [name for name in names if name not in before or name not in after or before[name] != after[name]]
     if different:

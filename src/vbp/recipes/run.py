@@ -15,7 +15,8 @@ from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.recipes.config import RunConfig, check_config
+from vbp.recipes.checks import check_config
+from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import BEST, FINAL, check_memory, finetune
 from vbp.recipes.measure import describe, latencies, measure
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan

@@ -25,11 +25,11 @@ from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
 from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
-from vbp.pruning.plan import Scope
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import RunConfig
 from vbp.recipes.resume import check_same_settings, find_checkpoint
 from vbp.refit.refits import Refits
+from vbp.runtime.choices import Scope
 from vbp.runtime.files import check_folder
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.precision import Precision, move_, set_matmul_precision

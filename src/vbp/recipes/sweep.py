@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Final
 
-from torch import Tensor, nn
+from torch import nn
 
 from vbp.deploy.artifact import installed_versions
 from vbp.pruning.auto import AutoSearch
@@ -18,11 +18,20 @@ from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.surgery import prune_
+from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
 from vbp.recipes.setup import Job, check_given, make_refits, open_session, prepare
-from vbp.recipes.sweep_config import SweepConfig, check_sweep, sweep_needs
-from vbp.recipes.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
+from vbp.recipes.sweep_config import SweepConfig
+from vbp.recipes.sweep_state import (
+    JSON,
+    SweepProgress,
+    check_may_go_on,
+    deciding_settings,
+    read_progress,
+    write_state,
+)
 from vbp.refit.refits import Refits
+from vbp.report.published import SOURCE, points_of
 from vbp.report.run_report import Measured
 from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
@@ -92,11 +101,12 @@ def sweep(
         return SweepReport(dense, tuple(rows[setting] for setting in asked if setting in rows), about or {})
 
     missing = [setting for setting in settings if setting not in rows]
-    planner = _Planner(model, sites, evidence, rules, planners or {})
+    by_scores = _planner(model, sites, evidence, rules)
     for number, setting in enumerate(missing):
         if on_row is not None and number == 0:
             on_row(report())
-        choice = planner.plan(setting).compensated_by(setting.compensation)
+        planned = (planners or {}).get(setting.criterion, by_scores)(setting)
+        choice = planned.compensated_by(setting.compensation)
         plan, pruned = choice.plan, copy.deepcopy(model)
         prune_(pruned, plan, choice.means, choice.covariances, ridge=evidence.ridge)
         if after_refit is not None and setting.compensation == "refit":
@@ -114,32 +124,20 @@ def sweep(
     return report()
 
 
-class _Planner:
-    """Makes the plans; the scores of a criterion once."""
+def _planner(
+    model: nn.Module, sites: Sequence[Site], evidence: Evidence, rules: PlanRules
+) -> Callable[[Setting], PlanChoice]:
+    """Return what makes plans from scores, which are computed once for a criterion."""
+    scores = functools.cache(lambda criterion: criterion_scores(criterion, model, sites, evidence))
+    statistics = evidence.statistics
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        evidence: Evidence,
-        rules: PlanRules,
-        planners: Mapping[str, Callable[[Setting], PlanChoice]],
-    ) -> None:
-        self._model, self._sites, self._evidence, self._planners = model, sites, evidence, planners
-        self._rules = rules
-        self._scores: dict[str, dict[str, Tensor]] = {}
-
-    def plan(self, setting: Setting) -> PlanChoice:
-        criterion, statistics = setting.criterion, self._evidence.statistics
-        if criterion in self._planners:
-            return self._planners[criterion](setting)
-        if criterion not in self._scores:
-            self._scores[criterion] = criterion_scores(criterion, self._model, self._sites, self._evidence)
-        rules = replace(self._rules, scope=setting.scope)
-        plan = rules.plan(self._sites, self._scores[criterion], setting.keep_ratio)
+    def plan(setting: Setting) -> PlanChoice:
+        made = replace(rules, scope=setting.scope).plan(sites, scores(setting.criterion), setting.keep_ratio)
         if statistics is None:
-            return PlanChoice(plan, None, None)
-        return PlanChoice(plan, statistics.means, statistics.covariances)
+            return PlanChoice(made, None, None)
+        return PlanChoice(made, statistics.means, statistics.covariances)
+
+    return plan
 
 
 LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
@@ -148,7 +146,7 @@ LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
 STATISTICS: Final = "statistics.safetensors"
 
 
-def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) -> SweepReport:
+def run_sweep(config: SweepConfig) -> SweepReport:
     """Prune a model in many ways, and leave table, figure, statistics and log in `config.save_dir`.
 
     A sweep that was stopped goes on where it was, and one that is asked for more measures only that. Under torchrun
@@ -156,7 +154,6 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
 
     Args:
         config: What to do.
-        references: Published points of this model, for the figure.
 
     Raises:
         InputError: Something in the configuration or behind its paths is wrong, or `save_dir` holds something else.
@@ -166,24 +163,24 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
     check_sweep(config)
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
-        begun = processes.all_gather(read_begun(config) if processes.is_main else None)[0]
+        progress = processes.all_gather(read_progress(config) if processes.is_main else None)[0]
         job = prepare(config.run_config(), session)
         settings = deciding_settings(config, job)
-        check_may_go_on(begun, settings, config.save_dir)
+        check_may_go_on(progress, settings, config.save_dir)
         check_given(job, sweep_needs(config.settings))
         refits = make_refits(job)
-        _open(config, job, log, settings, fresh=begun is None)
-        report = _sweep(config, job, refits, begun, settings)
+        _open(config, job, log, settings, fresh=progress is None)
+        report = _sweep(config, job, refits, progress, settings)
         if processes.is_main:
-            _write(config.save_dir, report, settings, references)
+            _write(config, report, settings)
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
 
 
 def _sweep(
-    config: SweepConfig, job: Job, refits: Refits | None, begun: Begun | None, settings: Mapping[str, Any]
+    config: SweepConfig, job: Job, refits: Refits | None, progress: SweepProgress | None, settings: Mapping[str, Any]
 ) -> SweepReport:
-    known = () if begun is None else begun.rows
+    known = () if progress is None else progress.rows
     done = {row.setting for row in known}
     missing = [setting for setting in config.settings if setting not in done]
     if known:
@@ -205,7 +202,7 @@ def _sweep(
         lambda model: measure(job, model),
         latency=timed if config.latency else None,
         rules=job.plan_rules,
-        dense=None if begun is None else begun.dense,
+        dense=None if progress is None else progress.dense,
         known=known,
         planners=_planners(job, evidence),
         after_refit=None if refits is None else refits.refit_,
@@ -286,11 +283,15 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     log.open(folder / LOG, append=not fresh)
 
 
-def _write(
-    folder: Path, report: SweepReport, settings: Mapping[str, Any], references: Sequence[ReferencePoint]
-) -> None:
+def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]) -> None:
+    folder = config.save_dir
     write_state(folder, settings, report.to_dict())
     write_bytes(folder / CSV, report.csv().encode())
-    svg, png = render_sweep(draw_sweep(report, references))
+    published = [
+        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
+        for point in points_of(config.model_name)
+        if point.pruned is not None
+    ]
+    svg, png = render_sweep(draw_sweep(report, published))
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.errors import InputError
+from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import Measured
@@ -23,15 +24,8 @@ JSON: Final = "sweep.json"
 _FORMAT: Final = "vbp-sweep/1"
 
 
-# What decides about a row besides its own setting; model and images are compared by their contents.
-_DECIDING: Final = (
-    "round_to", "min_keep_ratio", "bottleneck", "seed", "limit_val", "val_batch_size", "matmul_precision", "latency",
-    "covariance_tokens", "ridge", "refit_producers", "refit_stream", "refit_head", "refit_views",
-)  # fmt: skip
-
-
 @dataclass(frozen=True)
-class Begun:
+class SweepProgress:
     """What an earlier attempt left: its settings, and what it measured."""
 
     settings: Mapping[str, Any]
@@ -51,7 +45,8 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
         "amp": session.precision.name,
         "processes": session.processes.world,
     }
-    return facts | {name: getattr(config, name) for name in _DECIDING}
+    # Model and images are compared by their contents.
+    return facts | {name: getattr(config, name) for name in fields_with(SweepConfig, Role.RESULT)}
 
 
 def _identity(statistics: Statistics) -> list[Any]:
@@ -60,7 +55,7 @@ def _identity(statistics: Statistics) -> list[Any]:
     return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
 
 
-def read_begun(config: SweepConfig) -> Begun | None:
+def read_progress(config: SweepConfig) -> SweepProgress | None:
     """Read what is in the folder: nothing, or an earlier attempt; on the main process.
 
     Raises:
@@ -75,7 +70,7 @@ def read_begun(config: SweepConfig) -> Begun | None:
         if found["format"] != _FORMAT:
             raise ValueError(f"format {found['format']!r} where {_FORMAT} belongs")
         dense = None if found["dense"] is None else Measured(**found["dense"])
-        return Begun(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
+        return SweepProgress(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
@@ -83,19 +78,19 @@ def read_begun(config: SweepConfig) -> Begun | None:
         ) from error
 
 
-def check_may_go_on(begun: Begun | None, settings: Mapping[str, Any], folder: Path) -> None:
+def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
     """Refuse rows of two kinds in one table.
 
     Raises:
         InputError: A setting differs; all that do are listed.
     """
-    if begun is None:
+    if progress is None:
         return
-    names = sorted({*begun.settings, *settings})
+    names = sorted({*progress.settings, *settings})
     different = [
-        f"{name} {_short(begun.settings.get(name))} there, {_short(settings.get(name))} here"
+        f"{name} {_short(progress.settings.get(name))} there, {_short(settings.get(name))} here"
         for name in names
-        if begun.settings.get(name) != settings.get(name)
+        if progress.settings.get(name) != settings.get(name)
     ]
     if different:
         raise InputError(

@@ -15,6 +15,7 @@ from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, check_stream, refit_stream_
+from vbp.runtime.choices import Toggle
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
@@ -23,7 +24,6 @@ from vbp.statistics.mlp_samples import MLPSamples
 
 _log = logging.getLogger(__name__)
 
-Toggle = Literal["auto", "on", "off"]
 Refit = Literal["producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.

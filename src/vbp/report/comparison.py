@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,10 +12,6 @@ from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
 from vbp.report.run_report import SUMMARY, RunReport
 from vbp.runtime.tables import format_count, text_table
-
-# These name a run, or are about how it was started: they differ without being a reason for other results.
-_INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
-
 
 _MODELS: Final = {
     "base": "top-1 dense",
@@ -37,16 +33,18 @@ class Comparison:
         names: A short name for each run, no two alike.
         folders: Of the runs, in the order in which they were given.
         runs: In the same order.
+        incidental: Settings about how a run was started: they differ without being a reason for other results.
     """
 
     names: tuple[str, ...]
     folders: tuple[Path, ...]
     runs: tuple[RunReport, ...]
+    incidental: frozenset[str]
 
     @property
     def settings(self) -> dict[str, tuple[Any, ...]]:
         """Return the settings that differ: name -> the value of each run, None where a run has no such setting."""
-        names = dict.fromkeys(name for run in self.runs for name in run.config if name not in _INCIDENTAL)
+        names = dict.fromkeys(name for run in self.runs for name in run.config if name not in self.incidental)
         values = {name: tuple(run.config.get(name) for run in self.runs) for name in names}
         return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
 
@@ -102,11 +100,12 @@ class Comparison:
         return tuple(dict.fromkeys(stage for run in self.runs for stage in run.seconds))
 
 
-def compare(folders: Sequence[Path]) -> Comparison:
+def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> Comparison:
     """Read runs to compare them.
 
     Args:
         folders: The `save_dir` of each, or the folder of the pruned model in it.
+        incidental: Settings that are not shown, for they say how a run was started.
 
     Raises:
         InputError: There are fewer than two, one is given twice, or one is no finished run.
@@ -118,7 +117,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     for place, folder in zip(places, folders, strict=True):
         if places.count(place) > 1:
             raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
-    return Comparison(_short(places), tuple(folders), tuple(RunReport.read(folder) for folder in folders))
+    runs = tuple(RunReport.read(folder) for folder in folders)
+    return Comparison(_short(places), tuple(folders), runs, frozenset(incidental))
 
 
 def _run_of(folder: Path) -> Path:

@@ -6,14 +6,12 @@ import csv
 import io
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
-from vbp.pruning.plan import Scope
 from vbp.report.run_report import Measured
+from vbp.runtime.choices import Compensation, Scope
 from vbp.runtime.decode import from_json
 from vbp.runtime.tables import format_count, text_table
-
-Compensation = Literal["none", "mean", "refit"]
 
 
 @dataclass(frozen=True)

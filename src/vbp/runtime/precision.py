@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 
 from vbp.errors import InputError
+from vbp.runtime.choices import Amp, MatmulPrecision
 
-Amp = Literal["auto", "off", "bf16", "fp16"]
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -80,7 +79,7 @@ def in_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in _DTYPES.values() else logits
 
 
-def set_matmul_precision(precision: Literal["highest", "high"]) -> None:
+def set_matmul_precision(precision: MatmulPrecision) -> None:
     """Choose how this process multiplies float32 matrices and convolves: `high` uses TF32 where there is any.
 
     Left alone, PyTorch convolves in TF32 and multiplies matrices without it.

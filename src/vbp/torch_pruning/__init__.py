@@ -4,11 +4,20 @@ Source: Berisha, Mehnert, Condurache, "Variance-Based Pruning for Accelerating a
 ICCV 2025, arXiv 2507.12988.
 """
 
-from vbp.torch_pruning.compensate import reestimate_batchnorm_
-from vbp.torch_pruning.importance import VarianceImportance
-from vbp.torch_pruning.install import install
-from vbp.torch_pruning.mean_check import MeanMovement
-from vbp.torch_pruning.means import ChannelMeans
-from vbp.torch_pruning.pruner import VBPPruner
+from __future__ import annotations
 
-__all__ = ["ChannelMeans", "MeanMovement", "VBPPruner", "VarianceImportance", "install", "reestimate_batchnorm_"]
+from typing import TYPE_CHECKING
+
+from vbp.runtime.lazy import lazy_names
+
+# The public names: one more is one more line here. `import vbp` imports this package, and is to import no library.
+if TYPE_CHECKING:
+    from vbp.torch_pruning.compensate import reestimate_batchnorm_ as reestimate_batchnorm_
+    from vbp.torch_pruning.hook import install as install
+    from vbp.torch_pruning.importance import VarianceImportance as VarianceImportance
+    from vbp.torch_pruning.mean_check import MeanMovement as MeanMovement
+    from vbp.torch_pruning.means import ChannelMeans as ChannelMeans
+    from vbp.torch_pruning.pruner import VBPPruner as VBPPruner
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(__name__, __file__)

@@ -65,6 +65,9 @@ class TrainerSettings:
     Raises:
         InputError: A value is out of range.
 
+    Example:
+        >>> settings = vbp.TrainerSettings(steps=1000, learning_rate=1.5e-5, accumulate=2)
+
     Source: VBP paper, section 4.1.
     """
 

@@ -1,0 +1,103 @@
+"""Flags of the small commands; nothing here needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from vbp.deploy.settings import ExportPrecision, LatencySettings
+
+ExportTarget = Literal["onnx", "pt2", "native"]
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """List the sites of a model with their shapes, MACs and parameters; nothing is pruned.
+
+    Example: vbp inspect deit_tiny_patch16_224 --attention
+    """
+
+    model: tyro.conf.Positional[str]
+    """A pruned model that vbp saved, a folder with a Hugging Face model, a hub id, or a timm name (built of random
+    weights: nothing is downloaded)."""
+    attention: bool = False
+    """Also the channels inside attention."""
+    convolutions: bool = False
+    """Also channels between larger convolutions, as in a ResNet."""
+    json: bool = False
+    """Print JSON in the place of a table."""
+
+
+@dataclass(frozen=True)
+class LatencyConfig(LatencySettings):
+    """Time a pruned model against its dense one, in turns, beside what its MACs promise.
+
+    Example: vbp latency output/vbp/artifact --batch_sizes 1 32 --threads 1
+    """
+
+    artifact: tyro.conf.Positional[str]
+    """A pruned model that vbp saved; the dense one is built of random weights, which take as long."""
+    batch_sizes: tuple[int, ...] = (1, 32)
+    """Images in a batch."""
+    device: str = field(default="auto", kw_only=True)
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
+    output: Path | None = None
+    """JSON file for the figures."""
+    json: bool = False
+    """Print JSON in the place of a table."""
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Export a pruned model to what runs without vbp, and prove it on real images.
+
+    Example: vbp export output/vbp/artifact --to onnx --output model.onnx --data_path /data/imagenet
+    """
+
+    artifact: tyro.conf.Positional[str]
+    """A pruned model that vbp saved."""
+    output: Path
+    """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
+    to: ExportTarget = "onnx"
+    """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
+    its configuration can say the widths."""
+    dtype: ExportPrecision = "float32"
+    """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
+    data_path: Path | None = None
+    """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
+    accuracy is measured. Without it two sample photographs prove it; int8 needs it."""
+    images: int = 32
+    """Validation images on which the file must give the model's logits, at least 2."""
+    calib_samples: int = 128
+    """With --dtype int8: training images that set the ranges, chosen class-balanced by the seed."""
+    limit_val: int = 1000
+    """In reduced precision: validation images for the accuracy, chosen class-balanced by the seed; 0 takes all."""
+    batch_size: int = 32
+    """Images in a calibration or evaluation batch."""
+    num_workers: int = 4
+    """Processes that read images; 0 reads in the main process."""
+    tolerance: float | None = None
+    """Greatest difference of two logits, as a share of the largest logit; 1e-4 for float32, 0.01 for float16, 0.1 for
+    bfloat16 and 0.25 for int8 unless given."""
+    overwrite: bool = False
+    """Replace an earlier file of that name."""
+    seed: int = 0
+    """Seed of the subsets."""
+    json: bool = False
+    """Print JSON in the place of a table."""
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Show runs side by side: what differs in their settings, and what came of it.
+
+    Example: vbp compare output/keep_65 output/keep_50
+    """
+
+    runs: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of two or more runs, or of the pruned models in them."""
+    json: bool = False
+    """Print JSON in the place of a table."""

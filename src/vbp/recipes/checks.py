@@ -1,0 +1,243 @@
+"""What is wrong with a configuration and can be said before any work, without reading a file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import get_args
+
+from vbp.deploy.hub import check_repository
+from vbp.errors import InputError
+from vbp.method.ridge import check_ridge
+from vbp.method.sampling import TokenSample
+from vbp.pruning.criteria import needs_of
+from vbp.pruning.make_plan import check_ratios
+from vbp.recipes.config import RunConfig, default_of
+from vbp.recipes.options import REFITS, Role, fields_with
+from vbp.recipes.sweep_config import SweepConfig
+from vbp.report.sweep_report import Setting
+from vbp.runtime.choices import Compensation, Scope
+from vbp.statistics.evidence import Need
+
+
+def check_config(config: RunConfig) -> None:
+    """Check the values that need no file, before any work.
+
+    Raises:
+        InputError: A value is out of range, or flags contradict each other.
+    """
+    _check_ranges(config)
+    _check_effect(config)
+    if config.push_to_hub is not None:
+        check_repository(config.push_to_hub)
+    if config.convnext_checkpoint is not None and config.checkpoint is not None:
+        raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
+
+
+def _check_ranges(config: RunConfig) -> None:
+    _ = config.budget
+    TokenSample(config.covariance_tokens)
+    check_ridge(config.ridge)
+    if config.refit_views != "auto" and config.refit_views < 1:
+        raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
+    if config.latency_batch is not None and config.latency_batch < 1:
+        raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
+    for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
+        if getattr(config, name) < 1:
+            raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
+    counts = ("num_workers", "limit_val", "epochs_ft", "seed", "weight_decay", "warmup_epochs", "mixup", "cutmix")
+    for name in (*counts, "checkpoint_minutes", *(("calib_samples",) if config.calib_samples != "auto" else ())):
+        if not 0 <= getattr(config, name) < math.inf:
+            raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
+    if not 0 < config.lr_ft < 1:
+        raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
+    for name, usual_share in (("label_smoothing", 0.1), ("ema_decay", 0.9998)):
+        if not 0 <= getattr(config, name) < 1:
+            raise InputError(f"{name} must be in [0, 1), got {getattr(config, name)}; {usual_share} is usual")
+    for name in ("clip_grad", "timeout_minutes"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise InputError(f"{name} must be above 0, got {value}; leave it out for the default")
+    if 0 < config.epochs_ft <= config.warmup_epochs:
+        raise InputError(
+            f"warmup_epochs must be below epochs_ft, got {config.warmup_epochs} and {config.epochs_ft}; warm up for "
+            "fewer epochs"
+        )
+
+
+def _check_effect(config: RunConfig) -> None:
+    """Refuse flags that would change nothing: whoever gives them expects something else."""
+    _check_criterion(config)
+    if config.equal_widths and config.global_pruning:
+        raise InputError(
+            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
+            "both; leave one of them out"
+        )
+    if config.norm_per_layer and not config.global_pruning:
+        raise InputError(
+            "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
+            "add --global_pruning or leave --norm_per_layer out"
+        )
+    if config.resume is not None and config.overwrite:
+        raise InputError(
+            "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
+        )
+    if config.prefetch != 2 and config.num_workers == 0:
+        raise InputError(
+            f"prefetch changes nothing without num_workers, got {config.prefetch} with num_workers 0; leave "
+            "--prefetch out or give --num_workers"
+        )
+    if config.attn_keep_ratio is not None and not config.bottleneck:
+        raise InputError(
+            "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
+            "or leave --attn_keep_ratio out"
+        )
+    idle = _changed(config, fields_with(RunConfig, Role.TUNING))
+    if config.epochs_ft == 0 and idle:
+        raise InputError(
+            f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
+            "give more --epochs_ft"
+        )
+    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
+    _check_idle(config, ("ema_decay",), "ema", "a moving average")
+
+
+def _check_criterion(config: RunConfig) -> None:
+    if config.criterion == "auto" and config.compensation != "refit":
+        raise InputError(
+            f"the criterion auto chooses for the refit, got compensation {config.compensation}; leave --compensation "
+            "out or choose another criterion"
+        )
+    if config.criterion == "auto" and config.global_pruning:
+        raise InputError(
+            "the criterion auto decides itself how many channels each layer keeps, got global_pruning; leave "
+            "--global_pruning out or choose another criterion"
+        )
+    if config.norm_per_layer and config.criterion != "variance":
+        raise InputError(
+            f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
+            "--norm_per_layer out"
+        )
+    for name in (*REFITS, "refit_views"):
+        if config.compensation != "refit" and (wish := getattr(config, name)) != "auto":
+            raise InputError(
+                f"{name} changes nothing without the refit, got {wish} with compensation {config.compensation}; "
+                f"leave --{name} out, or choose the compensation refit"
+            )
+    if config.refit_views != "auto" and all(getattr(config, name) == "off" for name in REFITS):
+        raise InputError(
+            f"refit_views changes nothing where nothing is refitted after surgery, got {config.refit_views} with "
+            f"{', '.join(REFITS)} off; leave --refit_views out"
+        )
+    if "covariance" not in config.needs:
+        for name in ("covariance_tokens", "ridge"):
+            if getattr(config, name) != default_of(name):
+                raise InputError(
+                    f"{name} changes nothing without covariances, got {getattr(config, name)}; choose the "
+                    f"compensation refit or leave --{name} out"
+                )
+
+
+def _changed(config: RunConfig, names: tuple[str, ...]) -> list[str]:
+    return [name for name in names if getattr(config, name) != default_of(name)]
+
+
+def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
+    idle = _changed(config, names)
+    if idle and not getattr(config, switch):
+        raise InputError(
+            f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "
+            "them out"
+        )
+
+
+def settings_of(
+    criteria: Sequence[str],
+    compensations: Sequence[str],
+    keep_ratios: Sequence[float],
+    scopes: Sequence[str] = ("global",),
+) -> tuple[Setting, ...]:
+    """Return every combination once, ratios innermost.
+
+    Args:
+        criteria: Names; `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`.
+        compensations: For the criteria that name none, but `auto`.
+        keep_ratios: Shares of the channels to keep.
+        scopes: Of `global`, `per_layer` and `equal`. `auto` finds the widths of the layers itself: it is there once,
+            as global, whatever the scopes.
+
+    Raises:
+        InputError: A value is unknown, out of range, without effect, or nothing is asked for.
+    """
+    for name, values in (("criteria", criteria), ("keep_ratios", keep_ratios), ("scopes", scopes)):
+        if not values:
+            raise InputError(f"{name} must hold at least one value, got none")
+    for ratio in keep_ratios:
+        check_ratios(ratio, 0.0, 1)
+    _check_known("scope", scopes, get_args(Scope))
+    methods: list[tuple[str, str, Sequence[str]]] = []
+    for entry in criteria:
+        criterion, slash, own = entry.partition("/")
+        needs_of([criterion])
+        if criterion == "auto":
+            if slash and own != "refit":
+                raise InputError(
+                    f"criterion auto goes with compensation refit alone, got {entry}; write auto, or choose another "
+                    "criterion"
+                )
+            methods.append((criterion, "refit", ("global",)))
+            continue
+        if not slash and not compensations:
+            raise InputError(f"compensations must hold at least one value for criterion {criterion}, got none")
+        methods += [(criterion, choice, scopes) for choice in ([own] if slash else compensations)]
+    _check_known("compensation", [choice for _, choice, _ in methods], get_args(Compensation))
+    return tuple(
+        dict.fromkeys(
+            Setting(criterion, compensation, scope, ratio)  # type: ignore[arg-type]
+            for criterion, compensation, allowed in methods
+            for scope in allowed
+            for ratio in keep_ratios
+        )
+    )
+
+
+def _check_known(what: str, values: Sequence[str], allowed: Sequence[str]) -> None:
+    for value in values:
+        if value not in allowed:
+            raise InputError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")
+
+
+def sweep_needs(settings: Collection[Setting]) -> frozenset[Need]:
+    """Return what must be collected from calibration images for some settings."""
+    compensations = {setting.compensation for setting in settings}
+    needs = set(needs_of(setting.criterion for setting in settings))
+    if compensations & {"mean", "refit"}:
+        needs.add("statistics")
+    if "refit" in compensations:
+        needs.add("covariance")
+    return frozenset(needs)
+
+
+def check_sweep(config: SweepConfig) -> None:
+    """Check the values that need no file, before any work.
+
+    Raises:
+        InputError: A value is out of range, or flags contradict each other.
+    """
+    needs = sweep_needs(config.settings)
+    for ratio in config.keep_ratios:
+        check_ratios(ratio, config.min_keep_ratio, 1 if config.round_to == "auto" else config.round_to)
+    check_config(config.run_config())
+    for name in ("covariance_tokens", "ridge"):
+        value = getattr(config, name)
+        if value != default_of(name) and "covariance" not in needs:
+            raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
+    for name in (*REFITS, "refit_views"):
+        wish = getattr(config, name)
+        if wish != "auto" and not any(setting.compensation == "refit" for setting in config.settings):
+            raise InputError(f"{name} changes nothing without the refit, got {wish}; leave --{name} out")
+    if config.stats_path is not None and not needs & {"statistics", "covariance"}:
+        raise InputError(
+            f"stats_path changes nothing, for nothing that was asked for reads statistics, got {config.stats_path}; "
+            "leave --stats_path out"
+        )

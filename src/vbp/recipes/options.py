@@ -1,0 +1,177 @@
+"""Flags that several commands have in common, in groups, and the role of each setting; nothing here needs torch.
+
+A configuration inherits its groups. Its fields, and the flags in its help, stand in the order of its bases from the
+last to the first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal, TypeVar
+
+import tyro
+
+from vbp.method.defaults import RIDGE
+from vbp.runtime.choices import Amp, MatmulPrecision, ModelType, Toggle
+
+T = TypeVar("T")
+
+
+class Role(enum.Enum):
+    """What a setting is for. Each field has one of the first five, and those of fine-tuning TUNING besides."""
+
+    RESULT = enum.auto()
+    """Decides the result by its value. The batch size of evaluation, compilation and checkpointing of activations
+    are among them, for they change sums in their last bits."""
+    SOURCE = enum.auto()
+    """Decides it through something that is compared by itself: weights, images, precision, rows of a table."""
+    LOCAL = enum.auto()
+    """Likewise, or says nothing about the pruned model, and is not published with it: a path of this machine, or what
+    has a place of its own there, as the preprocessing."""
+    SPEED = enum.auto()
+    """Changes only when and how fast things are done. Order and augmentation are drawn from seed, epoch and sample,
+    not by a worker; statistics from a file are read before the first checkpoint, which holds plan and weights."""
+    LAUNCH = enum.auto()
+    """How this attempt is started, and where its results go: a run folder may be moved."""
+    TUNING = enum.auto()
+    """Read by fine-tuning alone."""
+
+
+Result = Annotated[T, Role.RESULT]
+Source = Annotated[T, Role.SOURCE]
+Local = Annotated[T, Role.LOCAL]
+Speed = Annotated[T, Role.SPEED]
+Launch = Annotated[T, Role.LAUNCH]
+Tuning = Annotated[T, Role.RESULT, Role.TUNING]
+
+
+def roles_of(kind: type) -> dict[str, frozenset[Role]]:
+    """Return the roles of each field of a configuration, in the order of the fields."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    return {
+        field.name: frozenset(
+            mark for mark in getattr(hints[field.name], "__metadata__", ()) if isinstance(mark, Role)
+        )
+        for field in dataclasses.fields(kind)
+    }
+
+
+def fields_with(kind: type, *roles: Role) -> tuple[str, ...]:
+    """Return the names of the fields that have one of these roles, in their order."""
+    return tuple(name for name, marks in roles_of(kind).items() if marks & {*roles})
+
+
+# Flags of what is refitted after surgery, in the order in which it is.
+REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
+
+
+# With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
+# (benchmarks/results).
+COVARIANCE_TOKENS: Final = 0.2
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """Which model, and on what data."""
+
+    data_path: Local[str]
+    """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+    model_type: Source[ModelType] = "vit"
+    """Family that the model must belong to (vit includes DeiT); auto checks nothing."""
+    model_name: Source[str] = "google/vit-base-patch16-224"
+    """A folder with a Hugging Face model, a hub id (with /), or a timm name."""
+    checkpoint: Local[Path | None] = None
+    """Weights for a timm model (.safetensors, .pth, .pt) in the place of a download."""
+    convnext_checkpoint: Local[Path | None] = None
+    """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
+    allow_random_init: Source[bool] = False
+    """Allow weights that no file provides to stay at random."""
+    img_size: Local[int | None] = None
+    """Override the model's preprocessing: height and width of the input, in pixels."""
+    crop_pct: Local[float | None] = None
+    """Override the model's preprocessing: share of the resized image that the centre crop keeps."""
+    interpolation: Local[str | None] = None
+    """Override the model's preprocessing: bicubic, bilinear or nearest."""
+    mean: Local[tuple[float, ...] | None] = None
+    """Override the model's preprocessing: mean of each colour, for pixels in 0..1."""
+    std: Local[tuple[float, ...] | None] = None
+    """Override the model's preprocessing: standard deviation of each colour, for pixels in 0..1."""
+    # For programs alone: the command lines do not show it.
+    model_kwargs: Local[Annotated[dict[str, Any], tyro.conf.Suppress]] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How images are read."""
+
+    val_batch_size: Result[int] = 128
+    """Images in a calibration or evaluation batch of one process."""
+    num_workers: Speed[int] = 4
+    """Processes that read images, for each process of the job; 0 reads in the process itself."""
+    prefetch: Speed[int] = 2
+    """Batches that each of them reads ahead."""
+    calib_samples: Source[int | Literal["auto"]] = 0
+    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
+    has settled."""
+    limit_val: Result[int] = 0
+    """Validation images, chosen class-balanced by the seed; 0 takes all."""
+
+
+@dataclass(frozen=True)
+class RefitOptions:
+    """What stands in for removed channels beyond the mean shift."""
+
+    covariance_tokens: Result[float] = COVARIANCE_TOKENS
+    """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
+    ridge: Result[float] = RIDGE
+    """How much the refit is held back, as a share of each kept channel's variance."""
+    refit_producers: Result[Toggle] = "auto"
+    """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
+    there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
+    refit_stream: Result[Toggle] = "auto"
+    """With refit: also bring the residual stream back to the dense model's, by a fit at three depths, where
+    there is one (auto), always (on) or never (off)."""
+    refit_head: Result[Toggle] = "auto"
+    """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
+    (auto), always (on) or never (off)."""
+    refit_views: Result[int | Literal["auto"]] = "auto"
+    """With refit: how many views of each image the refits after surgery read, one in so many as for evaluation, the
+    others random crops; auto is 4 on a GPU and 1 on a CPU."""
+
+
+@dataclass(frozen=True)
+class WidthOptions:
+    """Which widths are allowed, and where."""
+
+    round_to: Result[int | Literal["auto"]] = 1
+    """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
+    min_keep_ratio: Result[float] = 0.02
+    """Floor: no layer keeps a smaller share than this."""
+    bottleneck: Result[bool] = False
+    """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
+    stats_path: Speed[Path | None] = None
+    """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
+
+
+@dataclass(frozen=True)
+class ProcessOptions:
+    """How the processes compute, and where they write."""
+
+    amp: Source[Amp] = "auto"
+    """Autocast of statistics, evaluation and fine-tuning: bf16, fp16, off, or auto (bf16 where the GPU has it)."""
+    matmul_precision: Result[MatmulPrecision] = "high"
+    """Float32 products on a GPU: high uses TF32, highest does not."""
+    timeout_minutes: Speed[float] = 30.0
+    """Longest wait of one process for another before the job ends with an error."""
+    save_dir: Launch[Path] = Path("./output/vbp")
+    """Where log, checkpoints and report go: ./output/vbp unless told otherwise."""
+    overwrite: Launch[bool] = False
+    """Replace the results of another run in save_dir."""
+    seed: Result[int] = 0
+    """Seed of subsets, order and augmentation."""
+    device: Local[str] = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N; under torchrun a GPU for each process."""

@@ -1,0 +1,22 @@
+"""What users may choose, as literal types: flags, library and checks share them. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+ModelType = Literal["vit", "convnext", "swin", "auto"]
+
+Criterion = Literal[
+    "auto", "variance", "output_variance", "elimination", "random", "l1", "l2", "lamp", "taylor", "snip"
+]  # fmt: skip
+
+Scope = Literal["global", "per_layer", "equal"]
+
+Compensation = Literal["none", "mean", "refit"]
+
+# Whether something is done: where it is possible, always (an error where it is not), or never.
+Toggle = Literal["auto", "on", "off"]
+
+Amp = Literal["auto", "off", "bf16", "fp16"]
+
+MatmulPrecision = Literal["highest", "high"]

@@ -77,7 +77,7 @@ class Bench:
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
-            tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed), sensitivity=vbp.Draws(seed),
+            tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=vbp.Draws(seed=seed),
         )  # fmt: skip
         self.held_back = vbp.HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
         self.judge = Judge(model, bordered(val), shift=_SHIFT)

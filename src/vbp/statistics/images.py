@@ -26,7 +26,7 @@ def draws_of(job: Job, share: ImageLoader | None) -> Draws:
     """Return the random numbers of the images of this process's share: as if one process read them all."""
     size, rank, world = 1 if share is None else share.batch_size, job.processes.rank, job.processes.world
     # Batch b is that of process b mod world.
-    return Draws(job.config.seed, first=rank * size, step=world * size, block=size)
+    return Draws(seed=job.config.seed, first=rank * size, step=world * size, block=size)
 
 
 def views_of(job: Job) -> int:

@@ -25,7 +25,7 @@ from vbp.torch_pruning.graph import (
     logged_warnings,
     read_group,
 )
-from vbp.torch_pruning.means import ChannelMeans, without
+from vbp.torch_pruning.means import ChannelMeans, moments_without, without
 
 
 def observe(
@@ -209,9 +209,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 self.variance[edge.layer] = without(self.variance[edge.layer], edge.channels)
         for edge in coupling.consumers:
             if edge.layer in self._inputs:
-                seen = self._inputs[edge.layer]
-                mean, m2 = without(seen.mean, edge.channels), without(seen.m2, edge.channels)
-                self._inputs[edge.layer] = ChannelMoments(seen.count, mean, m2)
+                self._inputs[edge.layer] = moments_without(self._inputs[edge.layer], edge.channels)
 
     def _check(self, edge: Edge, graph: Any) -> None:
         seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)

@@ -17,7 +17,7 @@ from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim
 from vbp.torch_pruning.graph import Coupling
-from vbp.torch_pruning.means import without
+from vbp.torch_pruning.means import moments_without
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ class MeanCheck:
         self._readers.update(edge.layer for edge in coupling.consumers)
         for edge in coupling.producers:
             if edge.layer in self._before:
-                seen = self._before[edge.layer]
-                mean, m2 = without(seen.mean, edge.channels), without(seen.m2, edge.channels)
-                self._before[edge.layer] = ChannelMoments(seen.count, mean, m2)
+                self._before[edge.layer] = moments_without(self._before[edge.layer], edge.channels)
 
     def finish(self, names: Mapping[nn.Module, str]) -> dict[str, MeanMovement]:
         """Run the reference again, and report the layers that lost input channels."""

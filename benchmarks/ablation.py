@@ -33,15 +33,16 @@ from vbp.data.images import balanced_order
 from vbp.method.elimination import Elimination, strictly_rising
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import Draws, TokenSample, TokenSampler
-from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
-from vbp.pruning.criteria import criterion_scores
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.auto import sensitivity_eliminations
+from vbp.pruning.choice import PlanChoice
+from vbp.pruning.criteria import criterion_scores, eliminations
 from vbp.recipes.config import COVARIANCE_TOKENS
-from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.refit.refits import Refit, Refits
 from vbp.runtime.forward import hooked
 from vbp.statistics.collect import Observer, rows_of
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
+from vbp.statistics.images import GivenImages
 from vbp.statistics.statistics import Statistics
 
 Scores = dict[str, Tensor]
@@ -167,9 +168,9 @@ class Ablation:
             cache(self._orders),
             cache(self._auto_orders),
         )
-        self.auto_plans, self.held_back, self.answers, self.samples = (
-            cache(self._auto_plan), cache(self._held_back), cache(self._answers), cache(self._samples),
-        )  # fmt: skip
+        self.auto_choices, self.reference = cache(self._auto_choice), cache(self._reference)
+        model, sites, pixels = self.dense.model, self.dense.sites, self.seen.pixels
+        self.refits = Refits(model, sites, pixels[:1], GivenImages(pixels.split(options.batch_size)))
 
     def rows(self) -> list[Row]:
         """Return all rows of the groups asked for."""
@@ -210,10 +211,10 @@ class Ablation:
             yield Row("criterion", name, name, self._by(name))
         yield Row("criterion", "auto", "auto", self._auto("all"))
         with_ = self._auto_with
-        yield Row("criterion", "auto, last layer", "auto, last layer", with_(head=True))
-        yield Row("criterion", "auto, producers", "auto, producers", with_(producers=True))
-        yield Row("criterion", "auto, producers, stream", "auto, two", with_(producers=True, stream=True))
-        yield Row("criterion", "auto, all three", "auto, three", with_(producers=True, stream=True, head=True))
+        yield Row("criterion", "auto, last layer", "auto, last layer", with_("head"))
+        yield Row("criterion", "auto, producers", "auto, producers", with_("producers"))
+        yield Row("criterion", "auto, producers, stream", "auto, two", with_("producers", "stream"))
+        yield Row("criterion", "auto, all three", "auto, three", with_("producers", "stream", "head"))
 
     def _budgets(self) -> Iterable[Row]:
         def of(scores: Callable[[], Scores], scope: str = "global") -> Callable[[float], nn.Module]:
@@ -266,7 +267,7 @@ class Ablation:
         return criterion_scores(criterion, self.dense.model, self.dense.sites, evidence)
 
     def _orders(self, what: str, ridge: float) -> Mapping[str, Elimination]:
-        return vbp.eliminations(self.dense.model, self.dense.sites, self._found(what), ridge=ridge)
+        return eliminations(self.dense.model, self.dense.sites, self._found(what), ridge=ridge)
 
     def _paper(self, ratio: float) -> nn.Module:
         return self._pruned(vbp.variance_scores(self.seen.all), ratio, means=self.seen.all.means)
@@ -276,54 +277,36 @@ class Ablation:
             self._found(what), self.scores(criterion, what, ridge), ratio, ridge=ridge
         )
 
-    def _auto_plan(self, what: str, ratio: float) -> AutoPlan:
-        found = self._found(what)
-        model, sites = self.dense.model, self.dense.sites
-        chosen = auto_plan(
-            model, sites, found, self.held_back(found.images), keep_ratio=ratio, orders=self.auto_orders(what)
-        )
-        _tell(chosen.table())
-        return chosen
+    def _auto_choice(self, what: str, ratio: float) -> PlanChoice:
+        statistics = self._found(what)
+        choice = vbp.auto_plan(
+            self.dense.model, self.dense.sites, statistics, self.reference(statistics.images), keep_ratio=ratio,
+            orders=self.auto_orders(what),
+        )  # fmt: skip
+        _tell(choice.table())
+        return choice
 
     def _auto_orders(self, what: str) -> Mapping[str, Elimination]:
         return sensitivity_eliminations(self.dense.model, self.dense.sites, self._found(what))
 
-    def _held_back(self, images: int) -> HeldBack:
+    def _reference(self, images: int) -> vbp.DenseReference:
         """Take the first calibration images, no more than the statistics are of."""
-        first = self.seen.pixels[: min(self.options.held_back, images)]
-        return HeldBack(self.dense.model, first.split(self.options.batch_size))
-
-    def _answers(self) -> DenseAnswers:
-        return DenseAnswers(self.dense.model, self.seen.pixels.split(self.options.batch_size))
+        first = self.seen.pixels[: min(self.options.held_out, images)]
+        return vbp.DenseReference(self.dense.model, first.split(self.options.batch_size))
 
     def _auto(self, what: str) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
-            chosen = self.auto_plans(what, ratio)
+            choice = self.auto_choices(what, ratio)
             model = copy.deepcopy(self.dense.model)
-            vbp.prune_(model, chosen.plan, chosen.means, chosen.covariances)
+            vbp.prune_(model, choice.plan, choice.means, choice.covariances)
             return model
 
         return build
 
-    def _samples(self) -> vbp.HiddenSamples:
-        return vbp.HiddenSamples(self.dense.model, self.dense.sites, self.seen.pixels[:1], self._others())
-
-    def _others(self) -> tuple[Tensor, ...]:
-        """Return the images that do not judge."""
-        return self.seen.pixels[self.held_back(self.seen.all.images).images :].split(self.options.batch_size)
-
-    def _auto_with(
-        self, *, producers: bool = False, stream: bool = False, head: bool = False
-    ) -> Callable[[float], nn.Module]:
+    def _auto_with(self, *refits: Refit) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:
             model = self._auto("all")(ratio)
-            if producers:
-                _tell(vbp.refit_producers_(model, self.samples()).sentence())
-            if stream:
-                judge, others = self.held_back(self.seen.all.images), self._others()
-                _tell(vbp.refit_stream_(model, self.dense.model, self.dense.sites, others, judge).sentence())
-            if head:
-                _tell(refit_head_(model, self.answers()).sentence())
+            _tell(str(self.refits.refit_(model, refits)))
             return model
 
         return build

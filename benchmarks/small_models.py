@@ -31,9 +31,13 @@ from torch import Tensor, nn
 import vbp
 from vbp.data import digits
 from vbp.method.elimination import Elimination
+from vbp.method.sampling import Draws, TokenSample
 from vbp.pruning.auto import sensitivity_eliminations
-from vbp.pruning.divergence import HELD_BACK_IMAGES
+from vbp.pruning.criteria import eliminations
+from vbp.pruning.divergence import HELD_OUT_IMAGES
 from vbp.recipes.config import COVARIANCE_TOKENS
+from vbp.refit.refits import Refits
+from vbp.statistics.images import GivenImages
 
 # The first batch gives the pivots of the sensitivity: `vbp run` takes 32 images too.
 _BATCH: Final = 32
@@ -72,14 +76,16 @@ class Bench:
 
     def __init__(self, model: nn.Module, train: Images, val: Images, seed: int) -> None:
         """Collect what the rules need, over all training images."""
-        self.model, self.train = model, train
+        self.model = model
         self.batches = _batches(train.pixels)
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
-            tokens=vbp.TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=vbp.Draws(seed=seed),
+            tokens=TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=Draws(seed=seed),
         )  # fmt: skip
-        self.held_back = vbp.HeldBack(model, _batches(train.pixels[:HELD_BACK_IMAGES]))
+        self.reference = vbp.DenseReference(model, _batches(train.pixels[:HELD_OUT_IMAGES]))
+        # Where the model ends in no linear layer, this stays as it is, as in a run.
+        self.refits = Refits(model, self.sites, train.pixels[:1], GivenImages(self.batches))
         self.judge = Judge(model, bordered(val), shift=_SHIFT)
 
     @cached_property
@@ -90,23 +96,8 @@ class Bench:
     @cached_property
     def plain_scores(self) -> Mapping[str, Tensor]:
         """Return the scores of elimination in the plain covariance."""
-        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        found = eliminations(self.model, self.sites, self.statistics)
         return {name: one.scores for name, one in found.items()}
-
-    @cached_property
-    def samples(self) -> vbp.HiddenSamples:
-        """Return what the producers are refitted to."""
-        rest = self.train.pixels[HELD_BACK_IMAGES:]
-        return vbp.HiddenSamples(self.model, self.sites, rest[:1], _batches(rest))
-
-    @cached_property
-    def answers(self) -> vbp.DenseAnswers | None:
-        """Return what the last layer is refitted to; None if the model ends in no linear layer."""
-        try:
-            return vbp.DenseAnswers(self.model, self.batches)
-        except vbp.InputError as error:
-            print(f"the last layer stays as it is: {error}")
-            return None
 
     def paper(self, ratio: float) -> nn.Module:
         """Prune as the paper does: variances of all sites together, and the mean shift."""
@@ -125,15 +116,11 @@ class Bench:
     def auto(self, ratio: float) -> nn.Module:
         """Prune by the criterion auto, then refit producers, residual stream and last layer, as a run does."""
         found = vbp.auto_plan(
-            self.model, self.sites, self.statistics, self.held_back, keep_ratio=ratio, orders=self.orders
+            self.model, self.sites, self.statistics, self.reference, keep_ratio=ratio, orders=self.orders
         )
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
-        rest = _batches(self.train.pixels[HELD_BACK_IMAGES:])
-        vbp.refit_producers_(model, self.samples)
-        vbp.refit_stream_(model, self.model, self.sites, rest, self.held_back)
-        if self.answers is not None:
-            vbp.refit_head_(model, self.answers)
+        self.refits.refit_(model)
         return model
 
 

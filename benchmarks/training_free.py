@@ -29,11 +29,13 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.data.folder import ImageList
-from vbp.method.sampling import Draws
-from vbp.pruning.auto import AutoPlan, auto_plan, sensitivity_eliminations
-from vbp.pruning.divergence import HeldBack
+from vbp.method.sampling import Draws, TokenSample
+from vbp.pruning.auto import auto_plan, sensitivity_eliminations
+from vbp.pruning.choice import PlanChoice
+from vbp.pruning.criteria import eliminations
 from vbp.recipes.config import COVARIANCE_TOKENS
-from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.refit.refits import Refit, Refits
+from vbp.statistics.images import GivenImages
 
 Rule = Literal[
     "paper", "variance", "output variance", "elimination", "equal shares",
@@ -53,7 +55,7 @@ class Setting:
     """Its weights; by default those that timm names."""
     calibration: int = 1000
     """Calibration images, balanced over the classes."""
-    held_back: int = 256
+    held_out: int = 256
     """Those of them on which auto compares plans."""
     batch_size: int = 25
     """Images in a batch."""
@@ -124,14 +126,11 @@ class Bench(Dense):
         start = time.perf_counter()
         self.orders = sensitivity_eliminations(self.model, self.sites, self.statistics)
         print(f"elimination: {time.perf_counter() - start:.1f} s", flush=True)
-        self.train = train
-        self.answers: DenseAnswers | None = None
-        self.samples: vbp.HiddenSamples | None = None
-        self.found: dict[float, AutoPlan] = {}
+        self.choices: dict[float, PlanChoice] = {}
+        self.refits = Refits(self.model, self.sites, self.classifier.example_input(), GivenImages(train))
         # The first ones judge, as in `vbp sweep`: the order is balanced over the classes.
-        everyone = torch.cat(train)
-        self.held_back = HeldBack(self.model, everyone[: options.held_back].split(options.batch_size))
-        self.others = everyone[options.held_back :].split(options.batch_size)
+        judging = torch.cat(train)[: options.held_out]
+        self.reference = vbp.DenseReference(self.model, judging.split(options.batch_size))
 
     def _judges(self) -> dict[str, Judge]:
         """Return all that judge, by what their images are called."""
@@ -152,7 +151,7 @@ class Bench(Dense):
         start = time.perf_counter()
         found = vbp.collect_statistics(
             self.model, self.sites, train,
-            covariance=True, tokens=vbp.TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
+            covariance=True, tokens=TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
         )  # fmt: skip
         print(f"statistics, covariance and sensitivity: {time.perf_counter() - start:.1f} s", flush=True)
         if path is not None:
@@ -183,54 +182,31 @@ class Bench(Dense):
 
     def elimination(self, ratio: float, scope: str = "global") -> nn.Module:
         """Prune by greedy elimination in the plain covariance."""
-        found = vbp.eliminations(self.model, self.sites, self.statistics)
+        found = eliminations(self.model, self.sites, self.statistics)
         return self.refitted({name: one.scores for name, one in found.items()}, ratio, scope)
 
     def auto(self, ratio: float) -> nn.Module:
         """Prune by the criterion auto."""
-        if ratio not in self.found:
+        if ratio not in self.choices:
             start = time.perf_counter()
-            found = auto_plan(
-                self.model, self.sites, self.statistics, self.held_back,
+            choice = auto_plan(
+                self.model, self.sites, self.statistics, self.reference,
                 keep_ratio=ratio, round_to=self.options.round_to, orders=self.orders,
             )  # fmt: skip
-            print(f"auto at {ratio}: {time.perf_counter() - start:.1f} s\n{found.table()}", flush=True)
-            print([len(entry.keep) for entry in found.plan.sites], flush=True)
-            self.found[ratio] = found
-        found = self.found[ratio]
+            print(f"auto at {ratio}: {time.perf_counter() - start:.1f} s\n{choice.table()}", flush=True)
+            print([len(entry.keep) for entry in choice.plan.sites], flush=True)
+            self.choices[ratio] = choice
+        choice = self.choices[ratio]
         model = copy.deepcopy(self.model)
-        vbp.prune_(model, found.plan, found.means, found.covariances)
+        vbp.prune_(model, choice.plan, choice.means, choice.covariances)
         return model
 
-    def auto_producers(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, then let the producers take part in the refit."""
+    def refitted_auto(self, ratio: float, *refits: Refit) -> nn.Module:
+        """Prune by the criterion auto, then refit to the dense model."""
         model = self.auto(ratio)
         start = time.perf_counter()
-        if self.samples is None:
-            self.samples = vbp.HiddenSamples(self.model, self.sites, self.others[0][:1], self.others)
-            print(f"samples: {time.perf_counter() - start:.1f} s", flush=True)
-            start = time.perf_counter()
-        done = vbp.refit_producers_(model, self.samples)
-        print(f"producers at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
-        return model
-
-    def auto_stream(self, ratio: float) -> nn.Module:
-        """Prune by the criterion auto, refit the producers, then bring the residual stream back."""
-        model = self.auto_producers(ratio)
-        start = time.perf_counter()
-        done = vbp.refit_stream_(model, self.model, self.sites, self.others, self.held_back)
-        print(f"stream at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
-        return model
-
-    def with_head(self, model: nn.Module, ratio: float) -> nn.Module:
-        """Refit the last layer to the dense model's answers."""
-        start = time.perf_counter()
-        if self.answers is None:
-            self.answers = DenseAnswers(self.model, self.train)
-            print(f"dense answers: {time.perf_counter() - start:.1f} s", flush=True)
-            start = time.perf_counter()
-        done = refit_head_(model, self.answers)
-        print(f"head at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
+        done = self.refits.refit_(model, refits)
+        print(f"{', '.join(refits)} at {ratio}: {time.perf_counter() - start:.1f} s, {done}", flush=True)
         return model
 
 
@@ -246,10 +222,10 @@ def main(options: Options) -> None:
         "elimination": bench.elimination,
         "equal shares": lambda ratio: bench.elimination(ratio, "per_layer"),
         "auto": bench.auto,
-        "auto, head": lambda ratio: bench.with_head(bench.auto(ratio), ratio),
-        "auto, producers": bench.auto_producers,
-        "auto, stream": bench.auto_stream,
-        "auto, stream, head": lambda ratio: bench.with_head(bench.auto_stream(ratio), ratio),
+        "auto, head": lambda ratio: bench.refitted_auto(ratio, "head"),
+        "auto, producers": lambda ratio: bench.refitted_auto(ratio, "producers"),
+        "auto, stream": lambda ratio: bench.refitted_auto(ratio, "producers", "stream"),
+        "auto, stream, head": lambda ratio: bench.refitted_auto(ratio, "producers", "stream", "head"),
     }
     verdicts: dict[tuple[str, float], dict[str, Verdict]] = {}
     for name in options.rules:

@@ -32,22 +32,24 @@ from vbp.method.ridge import Reconstruction
 from vbp.method.sampling import Draws, TokenSample
 from vbp.models.classifier import Classifier, ModelSource
 from vbp.models.load import build_model, load_classifier
-from vbp.pruning.auto import AutoPlan, auto_plan
+from vbp.pruning.auto import auto_plan
+from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations, output_variance_scores, variance_scores
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.divergence import DenseReference
 from vbp.pruning.make_plan import make_plan
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.config import RunConfig
 from vbp.recipes.run import run
-from vbp.refit.head import DenseAnswers, HeadRefit, refit_head_
+from vbp.refit.head import HeadRefit, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
+from vbp.refit.refits import RefitReport, refit_
 from vbp.refit.stream import StreamRefit, refit_stream_
 from vbp.report.run_report import Measured, RunReport
 from vbp.sites.site import Site, find_sites
 from vbp.statistics.collect import collect_statistics
 from vbp.statistics.evidence import Evidence
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.mlp_samples import MLPSamples
 from vbp.statistics.statistics import Statistics
 from vbp.torch_pruning.install import install as _install_in_torch_pruning
 from vbp.training.evaluate import Accuracy, evaluate
@@ -62,13 +64,12 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Accuracy",
-    "AutoPlan",
     "Budget",
     "BudgetResult",
     "ChannelCovariance",
     "ChannelMoments",
     "Classifier",
-    "DenseAnswers",
+    "DenseReference",
     "DistillationLoss",
     "Draws",
     "Elimination",
@@ -76,23 +77,24 @@ __all__ = [
     "Evidence",
     "ExportReport",
     "HeadRefit",
-    "HeldBack",
-    "HiddenSamples",
     "ImageList",
     "ImageLoader",
     "InputError",
     "Inspection",
     "LatencyReport",
     "LatencySettings",
+    "MLPSamples",
     "Measured",
     "ModelSource",
     "OutputError",
+    "PlanChoice",
     "PlanCost",
     "Preprocessing",
     "ProducerRefit",
     "PrunedArtifact",
     "PruningPlan",
     "Reconstruction",
+    "RefitReport",
     "RunConfig",
     "RunReport",
     "Site",
@@ -135,6 +137,7 @@ __all__ = [
     "prune_",
     "push_to_hub",
     "read_artifact",
+    "refit_",
     "refit_head_",
     "refit_producers_",
     "refit_stream_",

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
 from vbp.method.sampling import Draws
-from vbp.pruning.auto import AutoPlan, auto_plan, blended, priced, sensitivity_eliminations
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.auto import auto_plan, mixed_with_uniform, scaled, sensitivity_eliminations
+from vbp.pruning.choice import PlanChoice
+from vbp.pruning.divergence import DenseReference
 from vbp.runtime.forward import logits_of
+from vbp.runtime.session import Session
 from vbp.sites.site import Site
 
 Setting = tuple[nn.Module, tuple[Site, ...], Statistics, Tensor]
@@ -35,7 +37,7 @@ def setting(name: str, *, attention: bool = False, images: int = 8) -> Setting:
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "timm-convnext-conv"])
 def test_the_best_candidate_wins_and_keeps_the_count(name: str) -> None:
     model, sites, statistics, images = setting(name)
-    held_back = HeldBack(model, [images])
+    held_back = DenseReference(model, [images])
     found = auto_plan(model, sites, statistics, held_back, keep_ratio=0.5)
     names = [one.name for one in found.tried]
     assert {"equal shares", "variance", "sensitivity", "priced, round 1"} <= set(names)
@@ -85,7 +87,7 @@ def test_half_of_the_metric_is_the_plain_covariance() -> None:
 def test_round_to_attention_and_floor() -> None:
     model, sites, statistics, images = setting("timm-vit", attention=True)
     found = auto_plan(
-        model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.5, round_to=8, min_keep_ratio=0.25,
+        model, sites, statistics, DenseReference(model, [images]), keep_ratio=0.5, round_to=8, min_keep_ratio=0.25,
         attn_keep_ratio=0.5,
     )  # fmt: skip
     for entry in found.plan.sites:
@@ -105,7 +107,7 @@ def test_it_is_deterministic_and_leaves_the_model_alone() -> None:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     told: list[str] = []
     first, second = (
-        auto_plan(model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.4, progress=told.append)
+        auto_plan(model, sites, statistics, DenseReference(model, [images]), keep_ratio=0.4, progress=told.append)
         for _ in range(2)
     )
     assert first.plan == second.plan
@@ -116,13 +118,13 @@ def test_it_is_deterministic_and_leaves_the_model_alone() -> None:
 
 def test_two_processes_choose_what_one_does() -> None:
     model, sites, statistics, images = setting("timm-vit")
-    alone = auto_plan(model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.5)
+    alone = auto_plan(model, sites, statistics, DenseReference(model, [images]), keep_ratio=0.5)
     barrier, slots = Barrier(2), [torch.empty(0)] * 2
 
-    def work(rank: int) -> AutoPlan:
+    def work(rank: int) -> PlanChoice:
         mine = copy.deepcopy(model)
         share = [images[rank::2]] if rank == 0 else [images[rank::2][:1], images[rank::2][1:]]
-        held_back = HeldBack(mine, share, processes=Pair(rank, barrier, slots))
+        held_back = DenseReference(mine, share, session=Session(Pair(rank, barrier, slots)))
         assert held_back.images == len(images)
         return auto_plan(mine, sites, statistics, held_back, keep_ratio=0.5)
 
@@ -141,12 +143,12 @@ def test_blends_keep_the_order_inside_a_site() -> None:
         "b": 10 + torch.rand(8, generator=generator).double(),
     }
     for share in (0.0, 0.3, 1.0):
-        for name, blend in blended(scores, share).items():
+        for name, blend in mixed_with_uniform(scores, share).items():
             assert torch.equal(blend.argsort(), scores[name].argsort())
     sites = (Site(("a",), "x", 16), Site(("b",), "y", 8))
 
     def widths(share: float) -> list[int]:
-        plan = make_plan(sites, blended(scores, share), keep_ratio=0.5)
+        plan = make_plan(sites, mixed_with_uniform(scores, share), keep_ratio=0.5)
         return [len(entry.keep) for entry in plan.sites]
 
     assert widths(0.0) == [4, 8]
@@ -160,7 +162,7 @@ def test_prices_keep_the_order_of_the_closest_scores() -> None:
     rising = torch.tensor(1.9, dtype=torch.float64).view(torch.int64) + torch.arange(200)
     scores = {"a": rising.view(torch.float64)[shuffled]}
     assert len((scores["a"] * 1.3).unique()) < 200
-    found = priced(scores, {"a": 1.3})["a"]
+    found = scaled(scores, {"a": 1.3})["a"]
     assert torch.equal(found.argsort(), scores["a"].argsort())
     torch.testing.assert_close(found, scores["a"] * 1.3)
 
@@ -168,12 +170,14 @@ def test_prices_keep_the_order_of_the_closest_scores() -> None:
 def test_missing_sensitivities_are_an_error() -> None:
     model, sites, statistics, images = setting("timm-vit", images=4)
     with pytest.raises(InputError, match="needs covariance and sensitivity of site"):
-        auto_plan(model, sites, replace(statistics, sensitivities={}), HeldBack(model, [images]), keep_ratio=0.5)
+        auto_plan(
+            model, sites, replace(statistics, sensitivities={}), DenseReference(model, [images]), keep_ratio=0.5
+        )
 
 
 def test_equal_widths_leave_one_plan() -> None:
     model, sites, statistics, images = setting("timm-vit")
-    found = auto_plan(model, sites, statistics, HeldBack(model, [images]), keep_ratio=0.4, equal_widths=True)
+    found = auto_plan(model, sites, statistics, DenseReference(model, [images]), keep_ratio=0.4, equal_widths=True)
     assert [one.name for one in found.tried] == ["equal widths"]
     assert len({len(entry.keep) for entry in found.plan.sites}) == 1
     assert found.plan.scope == "equal"

@@ -10,7 +10,7 @@ from families import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, PruningPlan, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.pruning.divergence import HeldBack, mean_prices, prices
+from vbp.pruning.divergence import DenseReference, cost_multipliers, mean_multipliers
 from vbp.runtime.forward import logits_of
 
 
@@ -35,11 +35,11 @@ def divergence_of(dense: Tensor, pruned: Tensor) -> float:
 @pytest.mark.parametrize("name", ["timm-vit", "hf-swin", "timm-convnext-conv", "timm-convnext-linear"])
 def test_shares_are_half_the_slopes_of_the_divergence(name: str) -> None:
     model, pruned, plan, images = pruned_model(name)
-    held_back = HeldBack(model, [images[:3], images[3:]])
+    reference = DenseReference(model, [images[:3], images[3:]])
     with torch.no_grad():
         dense, cut = logits_of(model(images)), logits_of(pruned(images))
-    assert held_back.divergence(pruned) == pytest.approx(divergence_of(dense, cut), rel=1e-4)
-    shares = held_back.shares(pruned, plan)
+    assert reference.divergence(pruned) == pytest.approx(divergence_of(dense, cut), rel=1e-4)
+    shares = reference.site_contributions(pruned, plan)
     assert list(shares) == [entry.site.name for entry in plan.sites]
     entry = plan.sites[0]
 
@@ -68,31 +68,33 @@ def test_models_are_left_as_they_were() -> None:
     model.train()
     pruned.requires_grad_(False)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    held_back = HeldBack(model, [images])
-    held_back.shares(pruned, plan)
+    reference = DenseReference(model, [images])
+    reference.site_contributions(pruned, plan)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
     assert not any(parameter.requires_grad for parameter in pruned.parameters())
     assert model.training
     assert not any(module._forward_hooks for module in model.modules())
-    assert held_back.divergence(model) == pytest.approx(0, abs=1e-12)
+    assert reference.divergence(model) == pytest.approx(0, abs=1e-12)
 
 
 def test_prices_compare_with_the_median_site() -> None:
-    found = prices({"a": 1.0, "b": 2.0, "c": 1.0, "none": 0.0}, {"a": 1.0, "b": 4.0, "c": 100.0, "none": 3.0})
+    found = cost_multipliers(
+        {"a": 1.0, "b": 2.0, "c": 1.0, "none": 0.0}, {"a": 1.0, "b": 4.0, "c": 100.0, "none": 3.0}
+    )
     assert found == {"a": 0.5, "b": 1.0, "c": 4.0, "none": 1.0}
-    assert prices({"a": 1.0, "b": 1.0}, {"a": -1.0, "b": 0.0}) == {"a": 1.0, "b": 1.0}
+    assert cost_multipliers({"a": 1.0, "b": 1.0}, {"a": -1.0, "b": 0.0}) == {"a": 1.0, "b": 1.0}
 
 
 def test_rounds_are_averaged_by_their_logarithms() -> None:
     # Three quarters of the way to the first; then the mean, in which the start counts for less and less.
-    assert mean_prices([{"a": 16.0, "b": 1.0}]) == pytest.approx({"a": 8.0, "b": 1.0})
-    assert mean_prices([{"a": 4.0, "b": 2.0}, {"a": 0.25, "b": 64.0}]) == pytest.approx({"a": 1.0, "b": 8.0})
-    many = mean_prices([{"a": 3.0}] * 1000)
+    assert mean_multipliers([{"a": 16.0, "b": 1.0}]) == pytest.approx({"a": 8.0, "b": 1.0})
+    assert mean_multipliers([{"a": 4.0, "b": 2.0}, {"a": 0.25, "b": 64.0}]) == pytest.approx({"a": 1.0, "b": 8.0})
+    many = mean_multipliers([{"a": 3.0}] * 1000)
     assert many["a"] == pytest.approx(3.0, rel=1e-3)
 
 
 def test_no_image_is_an_error() -> None:
     model, _, _, _ = pruned_model("timm-vit")
     with pytest.raises(InputError, match="at least one image"):
-        HeldBack(model, [])
+        DenseReference(model, [])

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from vbp import InputError, collect_statistics, find_sites, make_plan, prune_, variance_scores
 from vbp.method.head_fit import HeadProblem
-from vbp.refit.head import DenseAnswers, refit_head_
+from vbp.pruning.divergence import DenseReference
+from vbp.refit.head import refit_head_
 from vbp.runtime.forward import logits_of
+from vbp.runtime.session import Session
 
 
 def divergence_of(dense: Tensor, pruned: Tensor) -> float:
@@ -94,7 +96,7 @@ def pruned_pair(family: Family, keep_ratio: float = 0.5, images: int = 24) -> tu
 def test_every_family_comes_closer_to_the_dense_model(name: str) -> None:
     model, pruned, images = pruned_pair(FAMILIES[name])
     untouched = copy.deepcopy(pruned)
-    done = refit_head_(pruned, DenseAnswers(model, images.split(10)))
+    done = refit_head_(pruned, DenseReference(model, images.split(10)))
     with torch.no_grad():
         dense, before, after = (logits_of(one(images)) for one in (model, untouched, pruned))
     assert done.images == len(images)
@@ -113,7 +115,7 @@ def test_a_head_without_bias_gains_one() -> None:
     model, pruned, images = pruned_pair(FAMILIES["timm-vit"])
     for one in (model, pruned):
         one.head.bias = None  # type: ignore[union-attr, assignment]
-    done = refit_head_(pruned, DenseAnswers(model, [images]))
+    done = refit_head_(pruned, DenseReference(model, [images]))
     with torch.no_grad():
         assert divergence_of(model(images), pruned(images)) < done.before
     assert isinstance(pruned.head, nn.Linear)
@@ -123,7 +125,7 @@ def test_a_head_without_bias_gains_one() -> None:
 def test_where_nothing_helps_the_head_stays_as_it_is() -> None:
     model, _, images = pruned_pair(FAMILIES["timm-vit"])
     same = copy.deepcopy(model)
-    done = refit_head_(same, DenseAnswers(model, [images]))
+    done = refit_head_(same, DenseReference(model, [images]))
     assert done.strength == float("inf")
     assert done.before == done.after == pytest.approx(0, abs=1e-9)
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
@@ -132,12 +134,12 @@ def test_where_nothing_helps_the_head_stays_as_it_is() -> None:
 def test_two_processes_fit_what_one_does() -> None:
     model, pruned, images = pruned_pair(FAMILIES["timm-vit"])
     alone = copy.deepcopy(pruned)
-    done = refit_head_(alone, DenseAnswers(model, [images]))
+    done = refit_head_(alone, DenseReference(model, [images]))
     barrier, slots = Barrier(2), [None, None]
 
     def work(rank: int, share: list[Tensor]) -> tuple[Any, nn.Module]:
         mine, dense = copy.deepcopy(pruned), copy.deepcopy(model)
-        answers = DenseAnswers(dense, share, processes=Pair(rank, barrier, slots))
+        answers = DenseReference(dense, share, session=Session(Pair(rank, barrier, slots)))
         return refit_head_(mine, answers), mine
 
     dealt = [[images[:6], images[12:18]], [images[6:12], images[18:]]]
@@ -157,15 +159,15 @@ def test_models_without_one_last_layer_are_refused() -> None:
     # Two classifiers, whose mean is the answer.
     model, images = randomise_(FAMILIES["timm-deit"].build()).double().eval(), FAMILIES["timm-deit"].example(4)
     with pytest.raises(InputError, match="one last Linear layer"):
-        DenseAnswers(model, [images])
+        refit_head_(model, DenseReference(model, [images]))
     model, pruned, images = pruned_pair(FAMILIES["timm-vit"])
     with pytest.raises(InputError, match="at least 4 images, got 3"):
-        DenseAnswers(model, [images[:3]])
+        refit_head_(pruned, DenseReference(model, [images[:3]]))
     with pytest.raises(InputError, match="at least 4 images, got 2"):
-        DenseAnswers(model, [images[:11]], views=4)
+        refit_head_(pruned, DenseReference(model, [images[:11]], views=4))
     with pytest.raises(InputError, match="views must be at least 1, got 0"):
-        DenseAnswers(model, [images], views=0)
-    answers = DenseAnswers(model, [images])
+        DenseReference(model, [images], views=0)
+    answers = DenseReference(model, [images])
     with torch.no_grad():
         pruned.head.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
     with pytest.raises(InputError, match="must be finite"):

@@ -21,8 +21,9 @@ from vbp.method.activations import _KNOWN, find_activation, slope
 from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
 from vbp.method.sampling import Draws, priority_sample
 from vbp.refit.producers import refit_producers_
+from vbp.runtime.session import Session
 from vbp.sites.mlp import find_mlps
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.mlp_samples import MLPSamples
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -140,7 +141,7 @@ def test_every_familys_mlps_come_nearer_to_the_dense_ones(name: str) -> None:
     mlps = find_mlps(model, images[:1], sites)
     assert {mlp.site for mlp in mlps} == {site for site in sites if site.kind == "mlp"}
     untouched, dense = copy.deepcopy(pruned), copy.deepcopy(model.state_dict())
-    samples = HiddenSamples(model, sites, images[:1], [images[:20], images[20:]])
+    samples = MLPSamples(model, sites, images[:1], [images[:20], images[20:]])
     done = refit_producers_(pruned, samples)
     assert done.images == samples.images == 32
     assert all(after <= before for before, after in done.errors.values())
@@ -161,7 +162,7 @@ def test_every_familys_mlps_come_nearer_to_the_dense_ones(name: str) -> None:
 
 def test_samples_hold_what_mlps_read_and_give() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
-    samples = HiddenSamples(model, sites, images[:1], [images])
+    samples = MLPSamples(model, sites, images[:1], [images])
     assert model.blocks[0].mlp.act is not None  # type: ignore[union-attr, index]
     for mlp in samples.mlps:
         sample = samples.samples[mlp.site.name]
@@ -178,14 +179,14 @@ def test_samples_hold_what_mlps_read_and_give() -> None:
 def test_two_processes_fit_what_one_does() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     alone = copy.deepcopy(pruned)
-    done = refit_producers_(alone, HiddenSamples(model, sites, images[:1], [images]))
+    done = refit_producers_(alone, MLPSamples(model, sites, images[:1], [images]))
     barrier, slots = Barrier(2), [None, None]
 
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
         draws = Draws(first=first)
         return refit_producers_(
-            mine, HiddenSamples(dense, sites, images[:1], share, draws=draws, processes=processes)
+            mine, MLPSamples(dense, sites, images[:1], share, draws=draws, session=Session(processes))
         ), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
@@ -215,19 +216,19 @@ class Gated(nn.Module):
 def test_bad_input_is_refused() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
     with pytest.raises(InputError, match="producers needs at least one image, got none"):
-        HiddenSamples(model, sites, images[:1], [])
+        MLPSamples(model, sites, images[:1], [])
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
     with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and gives.* must be finite"):
-        HiddenSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
+        MLPSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
     gated, some = nn.Sequential(nn.Linear(4, 6), Gated(), nn.Linear(6, 3)), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"needs an MLP of two layers .*, got Sequential, where there is none"):
-        HiddenSamples(gated, find_sites(gated, some[:1]), some[:1], [some])
+        MLPSamples(gated, find_sites(gated, some[:1]), some[:1], [some])
 
 
 def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
     same = copy.deepcopy(model)
-    done = refit_producers_(same, HiddenSamples(model, sites, images[:1], [images]))
+    done = refit_producers_(same, MLPSamples(model, sites, images[:1], [images]))
     assert done.errors == {}
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())

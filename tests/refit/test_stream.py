@@ -16,9 +16,10 @@ from torch import Tensor, nn
 
 from vbp import InputError, find_sites
 from vbp.method.sampling import Draws
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
 from vbp.refit.stream import refit_stream_
+from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim
 from vbp.sites.residual import ResidualAdd, find_residual_adds
 
@@ -103,21 +104,21 @@ def test_a_norm_behind_the_consumer_is_no_join(inside: bool) -> None:
     sites = find_sites(model, images[:1])
     assert [site.consumer for site in sites if site.kind == "mlp"] == ["1.down"]
     assert find_residual_adds(model, images, sites) == ()
-    judge = HeldBack(model, [images])
+    judge = DenseReference(model, [images])
     with pytest.raises(InputError, match="needs an MLP whose output is added to a stream"):
-        refit_stream_(copy.deepcopy(model), model, sites, [images], judge)
+        refit_stream_(copy.deepcopy(model), sites, [images], judge)
 
 
 def test_the_streams_come_nearer_and_more_images_bring_them_nearest() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     joins = find_residual_adds(model, images[:1], sites)
-    judge = HeldBack(model, [images])
+    judge = DenseReference(model, [images])
     before = streams(pruned, joins, images)
     # The same images many times over count as many: the penalty goes to nothing.
     errors = []
     for times in (1, 300):
         fitted = copy.deepcopy(pruned)
-        done = refit_stream_(fitted, model, sites, [images] * times, judge)
+        done = refit_stream_(fitted, sites, [images] * times, judge)
         assert done.sites == tuple(join.site.name for join in joins)
         assert done.images == 32 * times
         assert done.after < done.before
@@ -128,7 +129,7 @@ def test_the_streams_come_nearer_and_more_images_bring_them_nearest() -> None:
     assert errors[1][1] < unfitted[1]
 
 
-class Pleased(HeldBack):
+class Pleased(DenseReference):
     """Finds every model nearer than the one before."""
 
     def __init__(self, model: nn.Module, batches: list[Tensor]) -> None:
@@ -143,14 +144,14 @@ class Pleased(HeldBack):
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-convnext-conv"])
 def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_HELD_TIMES_IMAGES", 1e-9)
-    monkeypatch.setattr(module, "_DEPTHS", (0.0,))
+    monkeypatch.setattr(module, "PENALTY_TIMES_IMAGES", 1e-9)
+    monkeypatch.setattr(module, "DEPTHS", (0.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
-    monkeypatch.setattr("vbp.statistics.mlp_samples._POSITIONS", 10**6)
+    monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
     monkeypatch.setattr("vbp.method.gauss_newton.JUDGED_SHARE", 1 / 16)
     model, pruned, sites, images = pruned_pair(FAMILIES[name], keep_ratio=0.25)
     join = find_residual_adds(model, images[:1], sites)[0]
-    done = refit_stream_(pruned, model, sites, [images[:20], images[20:]], Pleased(model, [images]))
+    done = refit_stream_(pruned, sites, [images[:20], images[20:]], Pleased(model, [images]))
     assert done.sites == (join.site.name,)
     layer = pruned.get_submodule(join.site.consumer)
     assert channel_dim(layer) == join.dim
@@ -171,8 +172,8 @@ def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyP
 def test_every_family_comes_closer_to_the_dense_model(name: str) -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES[name])
     untouched = copy.deepcopy(pruned)
-    judge = HeldBack(model, [images])
-    done = refit_stream_(pruned, model, sites, [images] * 20, judge)
+    judge = DenseReference(model, [images])
+    done = refit_stream_(pruned, sites, [images] * 20, judge)
     assert done.after < done.before == judge.divergence(untouched)
     assert judge.divergence(pruned) == done.after
     layers = {layer for site in sites if site.name in done.sites for layer in (*site.producers, site.consumer)}
@@ -188,14 +189,14 @@ def test_a_consumer_without_bias_gains_one_and_loses_it_if_nothing_helps() -> No
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     pruned.blocks[0].mlp.fc2.bias = None  # type: ignore[union-attr, index]
     bare = copy.deepcopy(pruned)
-    assert refit_stream_(pruned, model, sites, [images], HeldBack(model, [images])).sites
+    assert refit_stream_(pruned, sites, [images], DenseReference(model, [images])).sites
     assert isinstance(pruned.blocks[0].mlp.fc2.bias, nn.Parameter)  # type: ignore[union-attr, index]
 
-    class Deaf(HeldBack):
+    class Deaf(DenseReference):
         def divergence(self, pruned: nn.Module) -> float:
             return 1.0
 
-    done = refit_stream_(bare, model, sites, [images], Deaf(model, [images]))
+    done = refit_stream_(bare, sites, [images], Deaf(model, [images]))
     assert (done.sites, done.before, done.after) == ((), 1.0, 1.0)
     assert bare.blocks[0].mlp.fc2.bias is None  # type: ignore[union-attr, index]
     assert "stays as it is" in done.sentence()
@@ -204,7 +205,7 @@ def test_a_consumer_without_bias_gains_one_and_loses_it_if_nothing_helps() -> No
 def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:
     model, _, sites, images = pruned_pair(FAMILIES["timm-vit"])
     same = copy.deepcopy(model)
-    done = refit_stream_(same, model, sites, [images], HeldBack(model, [images]))
+    done = refit_stream_(same, sites, [images], DenseReference(model, [images]))
     assert done.sites == ()
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
 
@@ -212,13 +213,13 @@ def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:
 def test_two_processes_fit_what_one_does() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     alone = copy.deepcopy(pruned)
-    done = refit_stream_(alone, model, sites, [images], HeldBack(model, [images[:6]]))
+    done = refit_stream_(alone, sites, [images], DenseReference(model, [images[:6]]))
     barrier, slots = Barrier(2), [None, None]
 
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
-        judge = HeldBack(dense, [images[:6]] if rank == 0 else [], processes=processes)
-        return refit_stream_(mine, dense, sites, share, judge, draws=Draws(first=first), processes=processes), mine
+        judge = DenseReference(dense, [images[:6]] if rank == 0 else [], session=Session(processes))
+        return refit_stream_(mine, sites, share, judge, draws=Draws(first=first)), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
         with ThreadPoolExecutor(2) as pool:
@@ -233,15 +234,15 @@ def test_two_processes_fit_what_one_does() -> None:
 
 def test_bad_input_is_refused_and_nothing_stays_changed() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
-    judge = HeldBack(model, [images])
+    judge = DenseReference(model, [images])
     with pytest.raises(InputError, match="at least one image, got none"):
-        refit_stream_(pruned, model, sites, [], judge)
+        refit_stream_(pruned, sites, [], judge)
     # The first depth is fitted before the second one's layer gives what cannot be.
     with torch.no_grad():
         pruned.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[index, union-attr]
     before = copy.deepcopy(pruned.state_dict())
     with pytest.raises(InputError, match="must be finite"):
-        refit_stream_(pruned, model, sites, [images], judge)
+        refit_stream_(pruned, sites, [images], judge)
     for key, value in pruned.state_dict().items():
         torch.testing.assert_close(value, before[key], rtol=0, atol=0, equal_nan=True)
     assert all(parameter.requires_grad for parameter in pruned.parameters())

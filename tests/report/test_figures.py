@@ -25,7 +25,7 @@ from vbp.report.figures import (
     training_curves,
 )
 from vbp.report.published import PAPER_POINTS
-from vbp.report.run_report import read_run, read_summary
+from vbp.report.run_report import RunReport, read_run
 from vbp.report.spectrum import Spectrum, _areas, short_names, site_errors, spectra, variance_spectra
 
 
@@ -139,7 +139,7 @@ def test_published_points_agree_with_what_is_published_about_them() -> None:
 
 def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
     summary = write_run(tmp_path)
-    drawing = latency_bars(read_summary(tmp_path))
+    drawing = latency_bars(RunReport.read(tmp_path))
     assert drawing is not None
     ideal = 12.0 * summary["pruned"]["macs"] / summary["base"]["macs"]
     assert drawing.rows == (
@@ -155,11 +155,11 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     for name in ("plan.json", "metrics.jsonl"):
         (tmp_path / name).unlink()
     run = read_run(tmp_path)
-    assert accuracy_against_macs(run.summary) is None
-    assert latency_bars(run.summary) is None
-    assert plan_convergence(run.summary) is None
-    assert kept_channels(run.summary) is None
-    assert training_curves(run.summary, run.epochs) is None
+    assert accuracy_against_macs(run.report) is None
+    assert latency_bars(run.report) is None
+    assert plan_convergence(run.report) is None
+    assert kept_channels(run.report) is None
+    assert training_curves(run.report, run.epochs) is None
     assert reconstruction_errors(run) is None
     assert variance_spectra(run) is None
 
@@ -167,7 +167,7 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
 def test_a_loss_that_became_nan_is_drawn(tmp_path: Path) -> None:
     write_run(tmp_path)
     rows = [{"epoch": epoch, "top1": 1.0, "top5": 5.0, "train_loss": math.nan} for epoch in range(3)]
-    drawing = training_curves(read_summary(tmp_path), rows)
+    drawing = training_curves(RunReport.read(tmp_path), rows)
     assert drawing is not None
     assert drawing.rows[1] == ("1", "1.00", "5.00", "", "nan", "")
 
@@ -175,7 +175,7 @@ def test_a_loss_that_became_nan_is_drawn(tmp_path: Path) -> None:
 def test_drawing_is_deterministic_and_leaves_matplotlib_alone(tmp_path: Path) -> None:
     write_run(tmp_path)
     settings, had_pyplot = dict(mpl.rcParams), "matplotlib.pyplot" in sys.modules
-    first, second = (kept_channels(read_summary(tmp_path)) for _ in range(2))
+    first, second = (kept_channels(RunReport.read(tmp_path)) for _ in range(2))
     assert first == second
     assert dict(mpl.rcParams) == settings
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import math
 import os
 import re
 import shutil
@@ -18,8 +19,8 @@ import pytest
 from PIL import Image
 from runs import sites, write_run
 
-from vbp import InputError, Site
-from vbp.report.html import clear_report, markdown_table, write_report
+from vbp import HeadRefit, InputError, ProducerRefit, Site, StreamRefit
+from vbp.report.html import clear_report, summary_row, write_report
 from vbp.report.run_report import read_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
@@ -254,6 +255,19 @@ def test_the_page_tells_of_the_budget_and_of_the_plans_that_were_tried(tmp_path:
     assert "auto tried" not in text
 
 
+def test_the_page_says_what_each_refit_did(tmp_path: Path) -> None:
+    producers = ProducerRefit(750, {"a": (0.5, 0.25), "b": (0.25, 0.25)})
+    stream = StreamRefit((), 500, 250, 0.5, 0.5)
+    head = HeadRefit("head", 1000, math.inf, 0.25, 0.25)
+    refits = {"producers": producers, "stream": stream, "head": head}
+    write_run(tmp_path, **{name: {**one.to_dict(), "sentence": one.sentence()} for name, one in refits.items()})
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
+    assert [item.text for item in page.all("li")] == [one.sentence() for one in refits.values()]
+    write_run(tmp_path, head={**head.to_dict(), "sentence": HOSTILE})
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
+    assert [item.text for item in page.all("li")] == [HOSTILE]
+
+
 def test_names_from_users_are_text(tmp_path: Path) -> None:
     found = [Site((f"a.{i}.{HOSTILE}",), f"b.{i}", 4) for i in range(2)] + [Site((HOSTILE,), "c", 4)]
     folder = tmp_path / "<i>'\""
@@ -267,7 +281,7 @@ def test_names_from_users_are_text(tmp_path: Path) -> None:
     assert [row[0] for row in figure(page, "kept_channels").rows] == [site.name for site in found]
     drawn = [text.text for text in figure(page, "kept_channels").all("text")]
     assert HOSTILE in drawn
-    table = markdown_table(read_run(folder).summary)
+    table = summary_row(read_run(folder).report)
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
     assert "<script" not in table
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import zip_longest
-from pathlib import Path
 from threading import Barrier
 from typing import Any
 
@@ -17,43 +16,51 @@ import pytest
 import torch
 from pairs import Pair
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import vbp.statistics.evidence
 import vbp.statistics.images
-from vbp import InputError, Preprocessing, RunConfig, Statistics
+from vbp import InputError, Preprocessing, Site, Statistics, find_sites, list_images, load_classifier
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS, write_digits
-from vbp.data.images import balanced_order
-from vbp.pruning.divergence import held_back
+from vbp.data.images import balanced_order, balanced_subset
+from vbp.pruning.divergence import DenseReference
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
-from vbp.recipes.setup import Job, prepare
 from vbp.runtime.processes import Processes
-from vbp.statistics.evidence import EvidenceReader, Need, check_given
-from vbp.statistics.images import calibration_share, views_of
+from vbp.runtime.session import Session
+from vbp.statistics.evidence import EvidenceReader, Need
+from vbp.statistics.images import CalibrationImages, GivenImages, default_views
 
 ALL: tuple[Need, ...] = ("statistics", "covariance", "sensitivity")
 IMAGES = 40
 
 
+@dataclass(frozen=True)
+class Case:
+    """A dense model, its sites, and images."""
+
+    model: nn.Module
+    sites: tuple[Site, ...]
+    images: CalibrationImages
+
+    def reader(self, needs: Sequence[Need], **changes: Any) -> EvidenceReader:
+        """Return what reads these images, with some of their settings changed."""
+        return EvidenceReader(self.model, self.sites, replace(self.images, **changes), needs, covariance_tokens=0.5)
+
+    def shared(self, processes: Processes, **changes: Any) -> CalibrationImages:
+        """Return the images as one of several processes has them."""
+        return replace(self.images, session=Session(processes), **changes)
+
+
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
     """Return the demo's model on some digits, in float64."""
     folder = tmp_path_factory.mktemp("digits")
     write_digits(folder)
-    config = RunConfig(
-        data_path=str(folder),
-        model_name=MODEL_NAME,
-        model_kwargs=dict(MODEL_KWARGS),
-        checkpoint=WEIGHTS,
-        **PREPROCESSING_OVERRIDES,
-        num_workers=0,
-        calib_samples=IMAGES,
-        limit_val=10,
-        save_dir=tmp_path_factory.mktemp("run"),
-    )
-    job = prepare(config, Processes(), torch.device("cpu"))
-    job.model.double()
-    return job
+    classifier = load_classifier(MODEL_NAME, model_kwargs=MODEL_KWARGS, checkpoint=WEIGHTS, **PREPROCESSING_OVERRIDES)
+    images = balanced_subset(list_images(folder, "train", classifier.num_classes), IMAGES, 0)
+    model = classifier.model
+    sites = find_sites(model, classifier.example_input())
+    return Case(model.double(), sites, CalibrationImages(images, classifier.preprocessing, batch_size=128))
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +75,16 @@ def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(module, "evaluation_transform", exact)
 
 
-def _read(job: Job, needs: tuple[Need, ...], parts: list[range], sizes: list[int], world: int) -> Statistics:
+def _read(case: Case, needs: tuple[Need, ...], parts: list[range], sizes: list[int], world: int) -> Statistics:
     """Read parts with a batch size each by some processes in turn, and merge as a run does."""
     merged: list[Statistics] = []
     shares: list[list[Statistics | None]] = []
     for rank in range(world):
-        reader = EvidenceReader(replace(job, processes=Processes(rank, world)), needs, covariance_tokens=0.5)
+        images = case.shared(Processes(rank, world))
+        reader = EvidenceReader(case.model, case.sites, images, needs, covariance_tokens=0.5)
         found = []
         for part, size in zip(parts, sizes, strict=True):
-            reader._job = replace(reader._job, config=replace(job.config, val_batch_size=size))
+            object.__setattr__(images, "batch_size", size)
             found.append(reader.read(part))
         shares.append(found)
     for part in zip(*shares, strict=True):
@@ -98,13 +106,13 @@ def _close(found: Tensor, wanted: Tensor) -> None:
     ],
 )
 def test_parts_and_processes_give_what_one_pass_gives(
-    job: Job, parts: list[range], sizes: list[int], world: int
+    case: Case, parts: list[range], sizes: list[int], world: int
 ) -> None:
-    whole = _read(job, ALL, [range(IMAGES)], [IMAGES], 1)
-    split = _read(job, ALL, parts, sizes, world)
+    whole = _read(case, ALL, [range(IMAGES)], [IMAGES], 1)
+    split = _read(case, ALL, parts, sizes, world)
     assert (whole.images, whole.token_fraction, whole.data) == (split.images, split.token_fraction, split.data)
-    assert (whole.images, whole.token_fraction, whole.data) == (IMAGES, 0.5, job.data)
-    for site in job.sites:
+    assert (whole.images, whole.token_fraction, whole.data) == (IMAGES, 0.5, case.images.fingerprint)
+    for site in case.sites:
         name = site.name
         _close(split.means[name], whole.means[name])
         _close(split.variances[name], whole.variances[name])
@@ -119,11 +127,11 @@ def test_parts_and_processes_give_what_one_pass_gives(
         _close(second.outputs, first.outputs)
 
 
-def test_only_what_is_needed_is_collected_and_memory_is_told(job: Job, caplog: pytest.LogCaptureFixture) -> None:
+def test_only_what_is_needed_is_collected_and_memory_is_told(case: Case, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="vbp.statistics.evidence"):
-        plain = EvidenceReader(job, ["statistics"]).read(range(8))
+        plain = case.reader(["statistics"]).read(range(8))
         assert not caplog.messages
-        EvidenceReader(job, ALL)
+        case.reader(ALL)
     assert plain is not None
     assert not plain.covariances
     assert not plain.sensitivities
@@ -133,11 +141,11 @@ def test_only_what_is_needed_is_collected_and_memory_is_told(job: Job, caplog: p
         f"calibration: covariance of 4 sites, {size:.0f} MB on cpu",
         "calibration: sensitivity of 4 sites, 2 MB on cpu",
     ]
-    assert EvidenceReader(job, []).gradients() is None
+    assert case.reader([]).gradients() is None
 
 
-def test_gradients_go_on_from_part_to_part(job: Job) -> None:
-    whole, parts = EvidenceReader(job, ["gradients"]), EvidenceReader(job, ["gradients", "statistics"])
+def test_gradients_go_on_from_part_to_part(case: Case) -> None:
+    whole, parts = case.reader(["gradients"]), case.reader(["gradients", "statistics"])
     assert whole.read(range(12)) is None
     assert parts.read(range(5)) is not None
     assert parts.read(range(5, 12)) is not None
@@ -148,26 +156,25 @@ def test_gradients_go_on_from_part_to_part(job: Job) -> None:
         _close(found[name], gradient)
 
 
-def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(job: Job) -> None:
-    alone = held_back(job, job.model, 11)
+def test_held_out_images_are_the_first_of_the_order_whoever_reads_them(case: Case) -> None:
+    alone = DenseReference.held_out(case.model, case.images, range(11))
     assert alone.images == 11
-    order = balanced_order(job.calibration, job.config.seed)
-    transform = vbp.statistics.evidence.evaluation_transform(job.classifier.preprocessing)
+    order = balanced_order(case.images.images, case.images.seed)
+    transform = vbp.statistics.images.evaluation_transform(case.images.preprocessing)
     pixels = []
     for place in order[:11]:
-        with job.calibration.read(place) as file:
+        with case.images.images.read(place) as file:
             pixels.append(transform(Image.open(file).convert("RGB")))
-    assert torch.equal(torch.cat(alone._batches), torch.stack(pixels))
-    changed = copy.deepcopy(job.model)
+    assert torch.equal(torch.cat([*alone.batches]), torch.stack(pixels))
+    changed = copy.deepcopy(case.model)
     with torch.no_grad():
         changed.get_parameter("head.weight").mul_(0.9)
     barrier, slots = Barrier(2), [torch.empty(0)] * 2
 
     def work(rank: int) -> tuple[int, float]:
-        model = copy.deepcopy(job.model)
-        mine = replace(job, processes=Pair(rank, barrier, slots), classifier=replace(job.classifier, model=model))
-        images = held_back(mine, mine.model, 11)
-        assert 5 <= sum(map(len, images._batches)) <= 6
+        shared = case.shared(Pair(rank, barrier, slots))
+        images = DenseReference.held_out(copy.deepcopy(case.model), shared, range(11))
+        assert 5 <= sum(map(len, images.batches)) <= 6
         return images.images, images.divergence(copy.deepcopy(changed))
 
     with ThreadPoolExecutor(2) as pool:
@@ -177,45 +184,49 @@ def test_held_back_images_are_the_first_of_the_order_whoever_reads_them(job: Job
             assert divergence > 0
 
 
-def test_given_statistics_must_hold_what_is_needed(job: Job) -> None:
-    given = EvidenceReader(job, ["statistics", "covariance"]).read(range(8))
-    with_file = replace(job, given=given, config=replace(job.config, stats_path=Path("stored")))
-    check_given(with_file, ["statistics", "covariance"])
-    with pytest.raises(InputError, match="stored must hold the sensitivity"):
-        check_given(with_file, ALL)
-    check_given(job, ALL)
-
-
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_views_of_an_image_follow_it_whoever_reads_them(job: Job, world: int) -> None:
+def test_views_of_an_image_follow_it_whoever_reads_them(case: Case, world: int) -> None:
     size, views, images = 7, 3, 11
-    config = replace(job.config, val_batch_size=size, hflip=False)
+    settings = {"batch_size": size, "hflip": False}
 
     def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
-        found = replace(job, config=config, processes=Processes(rank, world))
-        loader = calibration_share(found, range(2, 2 + images), views)
+        loader = case.shared(Processes(rank, world), **settings).share(range(2, 2 + images), views)
         return [] if loader is None else [*loader]
 
-    alone = replace(job, config=config)
-    loader = calibration_share(alone, range(2, 2 + images), views)
+    alone = replace(case.images, **settings)
+    loader = alone.share(range(2, 2 + images), views)
     assert loader is not None
     pixels, labels = (torch.cat(part) for part in zip(*loader, strict=True))
     again = torch.cat([one for one, _ in loader])
     assert torch.equal(again, pixels)
+    assert torch.equal(torch.cat([*alone.pixels(range(2, 2 + images), "views", views)]), pixels)
     shares = [batches(rank) for rank in range(world)]
     dealt = torch.cat([one for batch in zip_longest(*shares) for one, _ in filter(None, batch)])
     assert torch.equal(dealt, pixels)
-    order = balanced_order(job.calibration, config.seed)[2 : 2 + images]
-    assert labels.tolist() == [job.calibration.labels[place] for place in order for _ in range(views)]
+    order = balanced_order(alone.images, alone.seed)[2 : 2 + images]
+    assert labels.tolist() == [alone.images.labels[place] for place in order for _ in range(views)]
     # One in three is the image as for evaluation, the others are crops.
-    single = calibration_share(alone, range(2, 2 + images))
+    single = alone.share(range(2, 2 + images))
     assert single is not None
     plain = torch.cat([one for one, _ in single])
     same = (pixels == plain.repeat_interleave(views, 0)).flatten(1).all(1)
     assert 3 < int(same.sum()) < 20
 
 
-def test_a_gpu_reads_four_views_and_a_cpu_one_unless_told_otherwise(job: Job) -> None:
-    assert views_of(job) == 1
-    assert views_of(replace(job, device=torch.device("cuda", 0))) == 4
-    assert views_of(replace(job, config=replace(job.config, refit_views=6))) == 6
+def test_a_gpu_reads_four_views_and_a_cpu_one() -> None:
+    assert default_views(torch.device("cpu")) == 1
+    assert default_views(torch.device("cuda", 0)) == 4
+
+
+def test_given_batches_are_read_again_and_by_place() -> None:
+    pixels = torch.arange(10.0)[:, None, None, None].expand(10, 3, 2, 2)
+    given = GivenImages([(pixels[:4], torch.zeros(4)), (pixels[4:6], torch.zeros(2)), (pixels[6:], torch.zeros(4))])
+    assert len(given) == 10
+    some = given.pixels(range(3, 8), "some")
+    for _ in range(2):
+        assert torch.equal(torch.cat([*some]), pixels[3:8])
+    assert torch.equal(torch.cat([*given.pixels(range(8, 1008), "rest")]), pixels[8:])
+    with pytest.raises(InputError, match="can be gone through several times"):
+        GivenImages(iter([pixels]))
+    with pytest.raises(InputError, match="views must be 1 for batches that are given, got 4"):
+        given.pixels(range(3), "some", views=4)

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from vbp.cost.macs import format_count
 from vbp.errors import InputError
 from vbp.pruning.make_plan import check_keep_ratio
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.tables import format_count
 
 Quantity = Literal["keep_ratio", "macs", "params", "latency_ms", "speedup"]
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.macs import count_parameters, format_count, macs_by_module
+from vbp.cost.macs import count_parameters, macs_by_module
 from vbp.cost.widths import attention_products
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.decode import to_json
+from vbp.runtime.tables import format_count, text_table
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site, SiteKind, find_sites
 
@@ -57,11 +59,7 @@ class Inspection:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        plain = asdict(self)
-        for site in plain["sites"]:
-            site["producers"] = list(site["producers"])
-            site["shapes"] = {name: list(shape) for name, shape in site["shapes"].items()}
-        plain["sites"] = list(plain["sites"])
+        plain: dict[str, Any] = to_json(self)
         return plain
 
     def table(self) -> str:
@@ -88,7 +86,7 @@ class Inspection:
             format_count(params), f"{params / self.params:.1%}", "",
         ))  # fmt: skip
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
-        return f"{self.model}: {whole}\n{_aligned([head, *rows])}"
+        return f"{self.model}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
 
 
 def inspect_model(
@@ -177,15 +175,3 @@ def _share_of_rows(model: nn.Module, layer: str, site: Site) -> float:
 
 def _share_of_columns(model: nn.Module, site: Site) -> float:
     return site.hidden / input_channels(model.get_submodule(site.consumer))
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    left = {0, 1, len(widths) - 1}
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if column in left else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

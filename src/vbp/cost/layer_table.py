@@ -12,6 +12,7 @@ import numpy as np
 
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import write_json
 
 _FORMAT = "vbp-layer-times/1"
@@ -102,8 +103,7 @@ class LayerTimes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self)))
-        return {"format": _FORMAT, **plain}
+        return {"format": _FORMAT, **to_json(self)}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> LayerTimes:
@@ -115,21 +115,9 @@ class LayerTimes:
         found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
         if found != _FORMAT:
             raise InputError(f"layer times must have format {_FORMAT}, got {found!r}; measure them again")
-        try:
-            conditions = dict(value["conditions"])
-            curves = {
-                name: tuple((int(width), float(ms)) for width, ms in points)
-                for name, points in value["curves"].items()
-            }
-            times = LayerTimes(
-                TimingConditions(**{**conditions, "batch": tuple(conditions["batch"])}),
-                float(value["dense_ms"]),
-                tuple(TimedUnit(tuple(unit["sites"]), unit["curve"]) for unit in value["units"]),
-                curves,
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise InputError(f"the layer times are damaged: {error!r}; measure them again") from error
-        if not times.dense_ms > 0 or any(not curves.get(unit.curve) for unit in times.units):
+        rest = {name: item for name, item in value.items() if name != "format"}
+        times = from_json(LayerTimes, rest, "the table of layer times", "measure them again")
+        if not times.dense_ms > 0 or any(not times.curves.get(unit.curve) for unit in times.units):
             raise InputError("the layer times are damaged: a time or a curve is missing; measure them again")
         return times
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.tables import format_count, text_table
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -99,13 +100,10 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
 
 def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
     """Return a plan as a table: kept of total channels a site, and the MACs and parameters that it saves."""
-    width = max(len(name) for name in plan.widths)
-    rows = [
-        f"  {name:<{width}}  {kept:>6} of {total:<6} {kept / total:6.1%}"
-        for name, (kept, total) in plan.widths.items()
-    ]
     label = "all" if plan.attn_keep_ratio is None else "all MLPs"
-    rows.append(f"  {label:<{width}}  {plan.kept:>6} of {plan.total:<6} {plan.kept / plan.total:6.1%}")
+    widths = {**plan.widths, label: (plan.kept, plan.total)}
+    table = text_table((name, f"{kept} of {total}", f"{kept / total:.1%}") for name, (kept, total) in widths.items())
+    rows = [f"  {line}" for line in table.splitlines()]
     if plan.kept != plan.requested:
         equal = "equal widths, " if plan.scope == "equal" else ""
         rows.append(
@@ -116,11 +114,3 @@ def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
         rows.append(f"  {label} {format_count(before)} -> {format_count(after)} ({1 - after / before:.1%} saved)")
     attention = "" if plan.attn_keep_ratio is None else f", attn_keep_ratio {plan.attn_keep_ratio}"
     return f"plan ({plan.scope}, keep_ratio {plan.keep_ratio}{attention}):\n" + "\n".join(rows)
-
-
-def format_count(number: int) -> str:
-    """Return a number of MACs or parameters as people read it: 1.26 G, 5.72 M."""
-    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
-            return f"{number / scale:.2f} {unit}"
-    return str(number)

@@ -6,10 +6,11 @@ import math
 from collections.abc import Callable
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.macs import PlanCost, format_count
+from vbp.cost.macs import PlanCost
 from vbp.cost.widths import WidthCosts
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.tables import format_count
 
 PlanFor = Callable[[float], PruningPlan]
 

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
@@ -15,7 +13,7 @@ from vbp.cost.layer_table import LayerTimes
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
 from vbp.cost.widths import WidthCosts
-from vbp.pruning.make_plan import make_plan
+from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.site import Site
 
@@ -43,8 +41,8 @@ class Target:
         model: nn.Module,
         sites: Sequence[Site],
         example: Tensor,
+        rules: PlanRules,
         times: LayerTimes | None = None,
-        **rules: Any,
     ) -> Target:
         """See whether a budget can be reached, and about where.
 
@@ -53,15 +51,15 @@ class Target:
             model: The dense model.
             sites: From `find_sites`.
             example: One image or more on the model's device.
+            rules: Of the plans.
             times: Of this model, for a budget of time that is still to be met.
-            rules: Of the plans: `round_to`, `min_keep_ratio` and `attn_keep_ratio` of `make_plan`.
 
         Raises:
             InputError: No plan meets it, or the dense model does.
         """
 
         def equal_shares(keep_ratio: float) -> PruningPlan:
-            return neutral_plan(sites, keep_ratio=keep_ratio, **rules)
+            return rules.neutral(sites, keep_ratio)
 
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
@@ -103,17 +101,6 @@ class Target:
         return meet_count(
             self.budget, plan_for, self.costs, lambda plan: plan_cost(model, plan, example), compensated=compensated
         )
-
-
-def neutral_plan(sites: Sequence[Site], **options: Any) -> PruningPlan:
-    """Return a plan of the right widths before there are scores, the same share in every site.
-
-    Args:
-        sites: From `find_sites`.
-        options: Of `make_plan`.
-    """
-    scores = {site.name: torch.zeros(site.hidden) for site in sites}
-    return make_plan(sites, scores, **{"scope": "per_layer", **options})
 
 
 def share_of(plan: PruningPlan) -> float:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torchvision import transforms
 
 from vbp.errors import InputError
+from vbp.runtime.decode import from_json, to_json
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
 
@@ -86,8 +87,8 @@ class Preprocessing:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
-        values = dataclasses.asdict(self)
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -96,17 +97,7 @@ class Preprocessing:
         Raises:
             InputError: a name is missing or unknown, or a value is outside its range.
         """
-        fields = dataclasses.fields(cls)
-        required = {field.name for field in fields if field.default is dataclasses.MISSING}
-        missing = sorted(required - set(values))
-        unknown = sorted(set(values) - {field.name for field in fields})
-        if missing or unknown:
-            raise InputError(
-                f"preprocessing must hold {', '.join(field.name for field in fields)}, "
-                f"got {', '.join(sorted(values)) or 'nothing'} (missing: {', '.join(missing) or 'none'}; "
-                f"unknown: {', '.join(unknown) or 'none'}); save the file again with this version of vbp"
-            )
-        return cls(**values)
+        return from_json(cls, values, "the preprocessing", "save the file again with this version of vbp")
 
     def __str__(self) -> str:
         height, width = self.img_size

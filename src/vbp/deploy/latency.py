@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.cost.macs import count_macs, format_count
+from vbp.cost.macs import count_macs
 from vbp.cost.timing import Spread, Turn, time_in_turns
 from vbp.deploy.latency_backends import LatencySettings, batch_for, check_settings, cpu_threads, runner_of
+from vbp.runtime.tables import format_count, text_table
 
 
 @dataclass(frozen=True)
@@ -79,16 +80,14 @@ class LatencyReport:
 
     def table(self) -> str:
         """Return the figures as a table for the terminal."""
-        heading = (
-            f"{'batch':>6}  {'dense':>12}  {'pruned':>12}  {'measured (quartiles)':>24}  {'by MACs':>8}  "
-            f"{'of ideal':>8}"
-        )
+        heading = ("batch", "dense", "pruned", "measured (quartiles)", "by MACs", "of ideal")
         settings = self.settings
         how = [settings.backend, settings.precision, self.hardware]
         how += [f"{self.threads} threads"] if settings.device == "cpu" else []
         how += [name for name in ("compile", "channels_last") if getattr(settings, name)]
         dense, pruned = map(format_count, self.macs)
-        return "\n".join([", ".join(how), f"MACs {dense} -> {pruned}", heading, *map(_line, self.rows)])
+        table = text_table([heading, *map(_cells, self.rows)], "r", (6, 12, 12, 24, 8, 8))
+        return "\n".join([", ".join(how), f"MACs {dense} -> {pruned}", table])
 
 
 def compare_latency(
@@ -164,11 +163,15 @@ def _row(batch: int, turns: dict[str, list[Turn]], ideal: float, device: torch.d
     )
 
 
-def _line(row: LatencyRow) -> str:
+def _cells(row: LatencyRow) -> tuple[str, ...]:
     speed = f"{row.speedup.median:.3f}x ({row.speedup.low:.3f}, {row.speedup.high:.3f})"
     return (
-        f"{row.batch:>6}  {row.dense.median:>9.2f} ms  {row.pruned.median:>9.2f} ms  {speed:>24}  "
-        f"{row.ideal:>7.3f}x  {row.of_ideal:>8.1%}"
+        str(row.batch),
+        f"{row.dense.median:.2f} ms",
+        f"{row.pruned.median:.2f} ms",
+        speed,
+        f"{row.ideal:.3f}x",
+        f"{row.of_ideal:.1%}",
     )
 
 

@@ -12,6 +12,7 @@ from vbp.deploy.artifact import PrunedArtifact, read_artifact
 from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
 from vbp.deploy.hub import publish
 from vbp.errors import InputError
+from vbp.runtime.tables import markdown_table
 
 CARD = "README.md"
 
@@ -132,14 +133,14 @@ def _figures(metrics: Mapping[str, Any]) -> str:
     models = {key: numbers for key, numbers in models.items() if numbers}
     tables = []
     if single:
-        tables.append(_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
+        tables.append(markdown_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
     if models:
         columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
         rows = [
             [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
             for key, numbers in models.items()
         ]
-        tables.append(_table(["", *columns], rows))
+        tables.append(markdown_table(["", *columns], rows))
     return "## Measured\n\n" + "\n".join(tables) if tables else ""
 
 
@@ -153,8 +154,8 @@ def _usage(repository: str) -> str:
 
 
 def _settings(settings: Mapping[str, Any]) -> str:
-    rows = [[f"`{name}`", " ".join(str(value).replace("|", "\\|").split())] for name, value in settings.items()]
-    return "## How it was made\n\n" + _table(["setting", "value"], rows) if rows else ""
+    rows = [[f"`{name}`", str(value)] for name, value in settings.items()]
+    return "## How it was made\n\n" + markdown_table(["setting", "value"], rows) if rows else ""
 
 
 def _widths(artifact: PrunedArtifact) -> str:
@@ -167,12 +168,7 @@ def _widths(artifact: PrunedArtifact) -> str:
             dense.setdefault(name, total)
             kept[name] = left
     rows = [[f"`{name}`", str(kept[name]), str(total)] for name, total in dense.items()]
-    return "## Channels\n\n" + _table(["site", "kept", "of"], rows)
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "## Channels\n\n" + markdown_table(["site", "kept", "of"], rows)
 
 
 def _is_number(value: object) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError
 from vbp.models.weights import one_line
+from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
 
@@ -37,7 +38,8 @@ class ModelSource:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; `from_dict` reads them back."""
-        return {"library": self.library, "name": self.name, "arguments": dict(self.arguments)}
+        plain: dict[str, Any] = to_json(self)
+        return plain
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
@@ -46,19 +48,7 @@ class ModelSource:
         Raises:
             InputError: a name is missing or unknown, or a value is of the wrong type.
         """
-        if set(values) != {"library", "name", "arguments"}:
-            raise InputError(
-                "a model source must hold library, name and arguments, got "
-                f"{', '.join(sorted(values)) or 'nothing'}; save the file again with this version of vbp"
-            )
-        library, name, arguments = values["library"], values["name"], values["arguments"]
-        if library not in get_args(Library):
-            raise InputError(f"library must be one of {', '.join(get_args(Library))}, got {library!r}")
-        if not isinstance(name, str) or not isinstance(arguments, Mapping):
-            raise InputError(
-                f"a model source must hold a name (text) and arguments (a table), got {name!r} and {arguments!r}"
-            )
-        return cls(library, name, dict(arguments))
+        return from_json(cls, values, "a model source", "save the file again with this version of vbp")
 
 
 @dataclass(frozen=True)

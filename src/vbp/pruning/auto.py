@@ -12,9 +12,8 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
 
 import torch
 from jaxtyping import Float
@@ -24,19 +23,16 @@ from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE
+from vbp.pruning.choice import Candidate, PlanChoice
 from vbp.pruning.criteria import variance_scores
-from vbp.pruning.divergence import HeldBack, held_back, mean_prices, prices
-from vbp.pruning.make_plan import make_plan
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
+from vbp.pruning.make_plan import PlanRules
+from vbp.pruning.plan import PruningPlan, Scope
 from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
-from vbp.runtime.session import counted
 from vbp.sites.site import Site
+from vbp.statistics.images import ImageSource
 from vbp.statistics.statistics import Statistics
-
-if TYPE_CHECKING:
-    from vbp.recipes.setup import Job
-
 
 _log = logging.getLogger(__name__)
 
@@ -46,51 +42,6 @@ _ROUNDS = 3
 
 
 Scores = Mapping[str, Float[Tensor, "hidden"]]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A plan that was tried.
-
-    Attributes:
-        name: How it was made.
-        divergence: Mean KL(dense || pruned) on the held-back images, in nats.
-        widths: Site name -> channels kept.
-    """
-
-    name: str
-    divergence: float
-    widths: Mapping[str, int]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class AutoPlan:
-    """The plan that `auto` chose, and what surgery needs with it.
-
-    Attributes:
-        plan: The best of those that were tried.
-        means: For `prune_`.
-        covariances: For `prune_`: the metric of the refit.
-        tried: All candidates, in the order in which they were tried.
-        plan_for: Keep ratio -> plan, by the scores and the scope that made the best: other sizes without a search,
-            for a budget that is not counted in channels.
-    """
-
-    plan: PruningPlan
-    means: Mapping[str, Tensor]
-    covariances: Mapping[str, ChannelCovariance]
-    tried: tuple[Candidate, ...]
-    plan_for: Callable[[float], PruningPlan]
-
-    def table(self) -> str:
-        """Return the candidates as lines of text."""
-        rows = [f"{'candidate':<24} {'KL on held-back images':>22}"]
-        rows += [f"{one.name:<24} {one.divergence:>22.4f}" for one in self.tried]
-        return "\n".join(rows)
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
@@ -146,7 +97,7 @@ def sensitivity_eliminations(
     return found
 
 
-def blended(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
+def mixed_with_uniform(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
     """Return scores between those given and equal shares for all sites, in the same order inside each site.
 
     A channel's place among all channels is mixed with its place in its own site, both from 0 to 1.
@@ -163,7 +114,7 @@ def blended(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
     return found
 
 
-def priced(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tensor, "hidden"]]:
+def scaled(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tensor, "hidden"]]:
     """Return the scores of each site times its price, in the same order inside each site.
 
     Many neighbours are one unit in the last place apart: a product alone would let some of them fall together.
@@ -187,7 +138,7 @@ def auto_plan(
     model: nn.Module,
     sites: Sequence[Site],
     statistics: Statistics,
-    held_back: HeldBack,
+    reference: DenseReference,
     *,
     keep_ratio: float,
     min_keep_ratio: float = 0.02,
@@ -197,16 +148,16 @@ def auto_plan(
     ridge: float = RIDGE,
     orders: Mapping[str, Elimination] | None = None,
     progress: Callable[[str], None] | None = None,
-) -> AutoPlan:
+) -> PlanChoice:
     """Choose the plan whose pruned, refitted model answers most like the dense one.
 
-    Deterministic, and the same on all processes of `held_back`, which must all call it.
+    Deterministic, and the same on all processes of `reference`, which must all call it.
 
     Args:
         model: The dense model; left as it was.
         sites: From `find_sites`.
         statistics: Of this model, with covariances and sensitivities.
-        held_back: Some hundred calibration images; they may be among those of the statistics.
+        reference: Of some hundred calibration images, which may be among those of the statistics.
         keep_ratio: As for `make_plan`, as are the next three.
         min_keep_ratio: See above.
         round_to: See above.
@@ -219,15 +170,11 @@ def auto_plan(
     Raises:
         InputError: A number is out of range, or statistics are missing or unfit.
     """
-    search = _Search(model, sites, statistics, held_back, ridge, progress)
-    search.options = {
-        "keep_ratio": keep_ratio,
-        "min_keep_ratio": min_keep_ratio,
-        "round_to": round_to,
-        "attn_keep_ratio": attn_keep_ratio,
-    }
-    orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge) if orders is None else orders
-    return search.run({name: order.scores for name, order in orders.items()}, equal_widths=equal_widths)
+    rules = PlanRules("equal" if equal_widths else "global", round_to, min_keep_ratio, attn_keep_ratio)
+    if orders is None:
+        orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge)
+    search = _Search(model, sites, statistics, reference, ridge, progress)
+    return search.run(keep_ratio, rules, {name: order.scores for name, order in orders.items()})
 
 
 @dataclass
@@ -246,39 +193,40 @@ class _Search:
         model: nn.Module,
         sites: Sequence[Site],
         statistics: Statistics,
-        held_back: HeldBack,
+        reference: DenseReference,
         ridge: float,
         progress: Callable[[str], None] | None,
     ) -> None:
-        self._model, self._sites, self._held_back, self._ridge = model, sites, held_back, ridge
+        self._model, self._sites, self._reference, self._ridge = model, sites, reference, ridge
         self._progress = progress
         self._variances = variance_scores(statistics)
         self._covariances = refit_metrics(sites, statistics)
         self._means = statistics.means | {name: found.mean for name, found in self._covariances.items()}
         self._tried: list[Candidate] = []
         self._seen: set[tuple[int, ...]] = set()
-        self.options: dict[str, Any] = {}
+        self._keep_ratio, self._rules = 1.0, PlanRules()
         self.best: _Attempt | None = None
 
-    def run(self, costs: Scores, *, equal_widths: bool) -> AutoPlan:
-        if equal_widths:
+    def run(self, keep_ratio: float, rules: PlanRules, costs: Scores) -> PlanChoice:
+        self._keep_ratio, self._rules = keep_ratio, rules
+        if rules.scope == "equal":
             self.attempt("equal widths", costs, scope="equal")
         else:
             self._compete(costs)
         assert self.best is not None
         best = self.best
-        found = AutoPlan(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
-        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._held_back.images, found.table())
+        found = PlanChoice(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._reference.images, found.table())
         return found
 
     def _compete(self, costs: Scores) -> None:
         self.attempt("equal shares", costs, scope="per_layer")
         self.attempt("variance", {})
         self.attempt("sensitivity", costs)
-        self.attempt("half equal shares", blended(costs, 0.5))
-        priced = self._improve(costs)
-        self.attempt("priced, half equal", blended(priced, 0.5))
-        self.attempt("priced, quarter equal", blended(priced, 0.25))
+        self.attempt("half equal shares", mixed_with_uniform(costs, 0.5))
+        improved = self._improve(costs)
+        self.attempt("priced, half equal", mixed_with_uniform(improved, 0.5))
+        self.attempt("priced, quarter equal", mixed_with_uniform(improved, 0.25))
 
     def _improve(self, costs: Scores) -> Scores:
         """Update the prices in rounds: the mean of what all rounds asked for, each measured on the plan before.
@@ -289,12 +237,12 @@ class _Search:
         latest, price, asked = self.best, dict.fromkeys(costs, 1.0), []
         for number in range(1, _ROUNDS + 1):
             asked.append(self._wanted(costs, latest))
-            price = mean_prices(asked)
-            tried = self.attempt(f"priced, round {number}", priced(costs, price))
+            price = mean_multipliers(asked)
+            tried = self.attempt(f"priced, round {number}", scaled(costs, price))
             if tried is None:
                 break  # the plan was there before
             latest = tried
-        return priced(costs, price)
+        return scaled(costs, price)
 
     def _wanted(self, costs: Scores, start: _Attempt) -> dict[str, float]:
         lost = {
@@ -302,16 +250,16 @@ class _Search:
             for entry in start.plan.sites
             if entry.site.kind == "mlp"
         }
-        return prices(lost, self._held_back.shares(start.pruned, start.plan))
+        return cost_multipliers(lost, self._reference.site_contributions(start.pruned, start.plan))
 
-    def attempt(self, name: str, scores: Scores, scope: Any = "global") -> _Attempt | None:
+    def attempt(self, name: str, scores: Scores, scope: Scope = "global") -> _Attempt | None:
         """Make a plan, prune a copy by it, and keep it if it is the best so far; give it if it is a new one."""
+        rules = replace(self._rules, scope=scope)
 
         def plan_for(keep_ratio: float) -> PruningPlan:
-            options = {**self.options, "keep_ratio": keep_ratio}
-            return make_plan(self._sites, {**self._variances, **scores}, scope=scope, **options)
+            return rules.plan(self._sites, {**self._variances, **scores}, keep_ratio)
 
-        plan = plan_for(self.options["keep_ratio"])
+        plan = plan_for(self._keep_ratio)
         key = tuple(hash(entry.keep) for entry in plan.sites)
         if key in self._seen:
             return None
@@ -320,7 +268,7 @@ class _Search:
         pruned = copy.deepcopy(self._model)
         prune_(pruned, plan, self._means, self._covariances, ridge=self._ridge)
         self._seen.add(key)
-        divergence = self._held_back.divergence(pruned)
+        divergence = self._reference.divergence(pruned)
         self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
         found = _Attempt(divergence, plan, pruned, plan_for)
         # A NaN is never better.
@@ -330,48 +278,51 @@ class _Search:
 
 
 class AutoSearch:
-    """Searches plans of several sizes for the job's model as it is; floor and rounding are those of the job.
+    """Searches plans of several sizes for one dense model; what does not depend on the size is done once.
 
     All processes make it and call it alike.
     """
 
-    def __init__(self, job: Job, statistics: Statistics, *, ridge: float = RIDGE) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        statistics: Statistics,
+        images: ImageSource,
+        rules: PlanRules,
+        *,
+        ridge: float = RIDGE,
+    ) -> None:
         """Take what is known; the work begins with the first plan.
 
         Args:
-            job: Whose dense model is pruned, on copies.
+            model: The dense model, which is pruned on copies.
+            sites: From `find_sites`.
             statistics: Of all processes, with covariances and sensitivities.
+            images: The first of them compare the plans.
+            rules: Floor and rounding of all plans; of the scopes `equal` alone makes a difference.
             ridge: Of the refit that will follow.
         """
-        self._job, self._statistics, self._ridge = job, statistics, ridge
+        self._model, self._sites, self._statistics, self._images = model, sites, statistics, images
+        self._rules, self._ridge = rules, ridge
 
     @cached_property
     def _orders(self) -> Mapping[str, Elimination]:
-        return sensitivity_eliminations(self._job.model, self._job.sites, self._statistics, ridge=self._ridge)
+        return sensitivity_eliminations(self._model, self._sites, self._statistics, ridge=self._ridge)
 
     @cached_property
-    def _held_back(self) -> HeldBack:
-        return held_back(self._job, self._job.model)
+    def _reference(self) -> DenseReference:
+        return DenseReference.held_out(self._model, self._images, range(HELD_OUT_IMAGES))
 
-    def plan(self, keep_ratio: float) -> AutoPlan:
+    def plan(self, keep_ratio: float) -> PlanChoice:
         """Search the plan that keeps this share.
 
         Raises:
             InputError: Statistics are missing or unfit, or the processes do not find the same.
         """
-        job = self._job
-        with job.timed("search"), counted(job, f"auto, keep {keep_ratio:g}", "plan") as tell:
-            found = auto_plan(
-                job.model,
-                job.sites,
-                self._statistics,
-                self._held_back,
-                keep_ratio=keep_ratio,
-                equal_widths=job.config.equal_widths,
-                ridge=self._ridge,
-                orders=self._orders,
-                progress=tell,
-                **job.rules,
-            )
-        job.processes.check_same("plan", json_fingerprint(found.plan.to_dict()))
-        return found
+        session = self._images.session
+        with session.timed("search"), session.progress_steps(f"auto, keep {keep_ratio:g}", "plan") as tell:
+            search = _Search(self._model, self._sites, self._statistics, self._reference, self._ridge, tell)
+            best = search.run(keep_ratio, self._rules, {name: one.scores for name, one in self._orders.items()})
+        session.processes.check_same("plan", json_fingerprint(best.plan.to_dict()))
+        return best

@@ -11,6 +11,7 @@ from typing import Any
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.processes import Processes
+from vbp.runtime.tables import text_table
 from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
@@ -69,8 +70,8 @@ class Convergence:
 
     def table(self) -> str:
         """Return the stages as lines of text, the last of which says whether the plan has settled."""
-        rows = [f"{'images':>10}  channels that changed"]
-        rows += [f"{stage.images:>10,}  {_percent(stage.changed)}" for stage in self.stages]
+        stages = [(f"{stage.images:,}", _percent(stage.changed)) for stage in self.stages]
+        rows = [text_table([("images", "channels that changed"), *stages], "rl", (10,))]
         if len(self.stages) < 2:
             return "\n".join([*rows, f"too few images to say whether the plan has settled; {_enough()}"])
         before, last = self.stages[-2:]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from vbp.errors import InputError
@@ -112,6 +113,40 @@ def make_plan(
     return PruningPlan(
         tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
     )
+
+
+@dataclass(frozen=True)
+class PlanRules:
+    """What all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
+
+    Attributes:
+        scope: Whether channels of all sites compete.
+        round_to: A site that loses channels keeps a multiple of it.
+        min_keep_ratio: Floor of each site, as a share of its channels.
+        attn_keep_ratio: Share of its channels that every head of an attention keeps.
+    """
+
+    scope: Scope = "global"
+    round_to: int = 1
+    min_keep_ratio: float = 0.02
+    attn_keep_ratio: float | None = None
+
+    def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
+        """Make a plan by these rules."""
+        return make_plan(
+            sites,
+            scores,
+            keep_ratio=keep_ratio,
+            scope=self.scope,
+            round_to=self.round_to,
+            min_keep_ratio=self.min_keep_ratio,
+            attn_keep_ratio=self.attn_keep_ratio,
+        )
+
+    def neutral(self, sites: Sequence[Site], keep_ratio: float) -> PruningPlan:
+        """Make a plan of the right widths before there are scores: the same share in every site."""
+        scores = {site.name: torch.zeros(site.hidden) for site in sites}
+        return replace(self, scope="per_layer").plan(sites, scores, keep_ratio)
 
 
 def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: AllowedWidths) -> SitePlan:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from vbp.errors import InputError
+from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import write_json
 from vbp.sites.site import Site
 
@@ -82,7 +83,7 @@ class PruningPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {"format": _FORMAT, **json.loads(json.dumps(asdict(self)))}
+        return {"format": _FORMAT, **to_json(self)}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> PruningPlan:
@@ -94,21 +95,13 @@ class PruningPlan:
         found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
         if found != _FORMAT:
             raise InputError(f"a plan must have format {_FORMAT}, got {found!r}; make it again")
-        try:
-            plan = PruningPlan(
-                tuple(_site_plan(entry) for entry in value["sites"]),
-                _typed(value["keep_ratio"], int, float),
-                _typed(value["scope"], str),
-                _typed(value["round_to"], int),
-                _typed(value["min_keep_ratio"], int, float),
-                _typed(value.get("attn_keep_ratio"), int, float, type(None)),
-            )
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the plan is damaged: {error!r}; make it again") from error
-        if plan.scope not in get_args(Scope) or len(plan.widths) != len(plan.sites):
+        rest = {name: item for name, item in value.items() if name != "format"}
+        plan = from_json(PruningPlan, rest, "the plan")
+        for entry in plan.sites:
+            _check(entry)
+        if len(plan.widths) != len(plan.sites):
             raise InputError(
-                f"the plan is damaged: scope {plan.scope!r}, {len(plan.sites)} sites with {len(plan.widths)} names; "
-                "make it again"
+                f"the plan is damaged: {len(plan.sites)} sites have {len(plan.widths)} names; make it again"
             )
         return plan
 
@@ -129,21 +122,8 @@ class PruningPlan:
             raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
 
 
-def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
-    described = entry["site"]
-    site = Site(
-        tuple(_typed(name, str) for name in _typed(described["producers"], list)),
-        _typed(described["consumer"], str),
-        _typed(described["hidden"], int),
-        _typed(described.get("kind", "mlp"), str),
-        tuple(_typed(offset, int) for offset in _typed(described.get("offsets", []), list)),
-        tuple(_typed(name, str) for name in _typed(described.get("inner", []), list)),
-        tuple(_typed(name, str) for name in _typed(described.get("parameters", []), list)),
-        _typed(described.get("heads", 1), int),
-        bool(described.get("exact", True)),
-        bool(described.get("implicit_scale", False)),
-    )
-    keep = tuple(_typed(index, int) for index in _typed(entry["keep"], list))
+def _check(entry: SitePlan) -> None:
+    site, keep = entry.site, entry.keep
     if not site.producers or (site.offsets and len(site.offsets) != len(site.producers)):
         raise InputError(
             f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
@@ -155,14 +135,7 @@ def _site_plan(entry: Mapping[str, Any]) -> SitePlan:
         )
     if site.heads < 1 or site.hidden % site.heads or len(set(np.bincount(_heads_of(site, keep)))) > 1:
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
-    return SitePlan(site, keep)
 
 
 def _heads_of(site: Site, channels: Sequence[int]) -> npt.NDArray[np.int64]:
     return np.concatenate([np.arange(0), np.asarray(channels) // (site.hidden // site.heads)]).astype(np.int64)
-
-
-def _typed(value: Any, *types: type) -> Any:
-    if not isinstance(value, types) or isinstance(value, bool):
-        raise TypeError(f"{value!r} is no {' or '.join(kind.__name__ for kind in types)}")
-    return value

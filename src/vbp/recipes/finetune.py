@@ -8,25 +8,23 @@ import logging
 import math
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.target import neutral_plan
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import training_transform
 from vbp.deploy.artifact import save_pruned
 from vbp.errors import Interrupted
+from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.recipes.measure import figures, measure
-from vbp.recipes.prune import Pruned
-from vbp.recipes.setup import Job, reading
-from vbp.report.run_report import Measured
+from vbp.recipes.measure import describe, measure
+from vbp.recipes.setup import Job, loader_options
+from vbp.report.run_report import METRICS, Measured, RunReport
 from vbp.runtime.files import write_bytes
 from vbp.runtime.memory import out_of_memory
-from vbp.runtime.session import bar
 from vbp.runtime.signals import Interruption
 from vbp.training.checkpoints import save_checkpoint
 from vbp.training.losses import DistillationLoss
@@ -39,7 +37,7 @@ from vbp.training.trainer import Trainer
 _log = logging.getLogger(__name__)
 
 
-METRICS, BEST, FINAL = "metrics.jsonl", "vbp_best.pth", "vbp_final.pth"
+BEST, FINAL = "vbp_best.pth", "vbp_final.pth"
 
 
 _GO_ON, _SAVE, _STOP = 0, 1, 2
@@ -49,54 +47,109 @@ _GO_ON, _SAVE, _STOP = 0, 1, 2
 class _Progress:
     """How far fine-tuning has come, beside the trainer's own state."""
 
+    job: Job
+    plan: PruningPlan
+    report: RunReport
     rows: list[dict[str, Any]]
-    best: Measured
-    final: Measured
     best_weights: Mapping[str, Tensor]
 
+    @staticmethod
+    def begin(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport) -> _Progress:
+        """Begin with the pruned model as epoch 0, or where the checkpoint is that a run goes on from."""
+        if job.resumed is not None:
+            return _Progress(job, plan, report, list(job.resumed.state["rows"]), job.resumed.state["best_weights"])
+        row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
+        return _Progress(job, plan, report, [row], _weights(pruned))
 
-def finetune(job: Job, pruned: Pruned, teacher: nn.Module | None) -> tuple[Measured, Measured]:
+    def add(self, model: nn.Module, result: EpochResult) -> None:
+        """Measure the model after an epoch; keep it if it is the best so far."""
+        final = replace(measure(self.job, model), epoch=result.epoch)
+        _log.info("epoch %d/%d: loss %.4f; %s", result.epoch, self.job.config.epochs_ft, result.loss, describe(final))
+        self.rows.append({
+            "epoch": final.epoch, "top1": final.top1, "top5": final.top5, "train_loss": result.loss,
+            "train_top1": result.top1, "lr": result.learning_rate, "images": result.images, "seconds": result.seconds,
+        })  # fmt: skip
+        self.report = replace(self.report, final=final)
+        if final.top1 > self.report.best.top1:
+            self.report, self.best_weights = replace(self.report, best=final), _weights(model)
+            self.save(BEST, final, self.best_weights)
+        self.write_rows()
+
+    def checkpoint(self, trainer: Trainer) -> None:
+        """Write what is needed to go on, in such a way that it makes no difference."""
+        processes = self.job.session.processes
+        own = processes.gather(trainer.process_state())
+        if not processes.main:
+            return
+        content = {
+            "settings": self.job.settings,
+            "plan": self.plan.to_dict(),
+            "report": self.report.to_dict(),
+            "trainer": trainer.state_dict(),
+            "processes": own,
+            "rows": self.rows,
+            "best_weights": self.best_weights,
+            "seconds": dict(self.job.session.seconds),
+        }
+        folder = self.job.config.save_dir
+        path = save_checkpoint(folder, content, epoch=trainer.epoch, batch=trainer.batches_done)
+        _log.info("checkpoint %s", path)
+
+    def write_rows(self) -> None:
+        """Write a line for each epoch."""
+        if self.job.session.processes.main:
+            lines = "".join(json.dumps(row) + "\n" for row in self.rows)
+            write_bytes(self.job.config.save_dir / METRICS, lines.encode())
+
+    def save(self, name: str, measured: Measured, weights: Mapping[str, Tensor]) -> None:
+        """Write a model that can be loaded anywhere."""
+        classifier = self.job.classifier
+        if self.job.session.processes.main:
+            save_pruned(
+                weights,
+                self.job.config.save_dir / name,
+                plans=self.plan,
+                source=classifier.source,
+                preprocessing=classifier.preprocessing,
+                class_names=classifier.class_names,
+                metrics={"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5},
+            )
+
+
+def finetune(
+    job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, *, teacher: nn.Module | None
+) -> RunReport:
     """Fine-tune and keep the best and the last model; the pruned model counts as epoch 0.
 
     Args:
-        job: Its model is trained in place.
-        pruned: What was measured before.
+        job: Its data and settings.
+        pruned: Trained in place.
+        plan: By which it was pruned.
+        report: What was measured before.
         teacher: The dense model, for distillation.
 
     Returns:
-        The best and the last model, as measured.
+        The report with the best and the last model, as measured.
 
     Raises:
         Interrupted: The run was told to stop; a checkpoint is written.
     """
-    found = None if job.found is None else job.found.state
-    progress = _start(job, pruned) if found is None else _restored(found)
-    _save(job, BEST, pruned, progress.best, progress.best_weights)
-    _write_rows(job, progress.rows)
+    progress = _Progress.begin(job, pruned, plan, report)
+    progress.save(BEST, report.best, progress.best_weights)
+    progress.write_rows()
     if job.config.epochs_ft > 0:
         loader = _loader(job)
-        trainer = _trainer(job, job.model, _announced(job, loader), teacher, compiled=job.config.compile)
-        if found is not None:
-            trainer.load_state_dict(found["trainer"], found["processes"][job.processes.rank])
-        log_dir = job.config.log_dir if job.processes.main else None
+        trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
+        if job.resumed is not None:
+            state = job.resumed.state
+            trainer.load_state_dict(state["trainer"], state["processes"][job.session.processes.rank])
+        log_dir = job.config.log_dir if job.session.processes.main else None
         with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
-            tracker.sites(pruned.plan)
-            _epochs(job, pruned, progress, loader, trainer, interruption, tracker)
-        model = trainer.evaluated
-    else:
-        model = job.model
-    _save(job, FINAL, pruned, progress.final, model.state_dict())
-    return progress.best, progress.final
-
-
-def _start(job: Job, pruned: Pruned) -> _Progress:
-    row = {"epoch": 0, "top1": pruned.pruned.top1, "top5": pruned.pruned.top5}
-    return _Progress([row], pruned.pruned, pruned.pruned, _weights(job.model))
-
-
-def _restored(found: Mapping[str, Any]) -> _Progress:
-    measured = {name: Measured(**found[name]) for name in ("best", "final")}
-    return _Progress(list(found["rows"]), measured["best"], measured["final"], found["best_weights"])
+            tracker.sites(plan.widths)
+            _epochs(job, progress, loader, trainer, interruption, tracker)
+        pruned = trainer.evaluated
+    progress.save(FINAL, progress.report.final, pruned.state_dict())
+    return progress.report
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -111,45 +164,45 @@ def _loader(job: Job) -> ImageLoader:
         batch_size=config.train_batch_size,
         shuffle=True,
         seed=config.seed,
-        rank=job.processes.rank,
-        world=job.processes.world,
-        **reading(job.config),
+        rank=job.session.processes.rank,
+        world=job.session.processes.world,
+        **loader_options(job.config),
     )
 
 
-def rehearse(job: Job) -> None:
+def check_memory(job: Job) -> None:
     """On a GPU, take one step before the work begins, so that a lack of memory does not show after hours.
 
     Raises:
         InputError: Memory does not suffice.
     """
-    if job.device.type == "cuda" and job.config.epochs_ft > 0:
-        try_step(job)
+    if job.session.device.type == "cuda" and job.config.epochs_ft > 0:
+        dry_run(job)
 
 
-def try_step(job: Job) -> None:
+def dry_run(job: Job) -> None:
     """Take one training step and one evaluation batch of the real size on a copy, and say what they took.
 
     Raises:
         InputError: Memory does not suffice.
     """
-    student = copy.deepcopy(job.model)
-    prune_(student, neutral_plan(job.sites, keep_ratio=job.target.keep_ratio, **job.rules))
+    student = copy.deepcopy(job.dense)
+    prune_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
-    trainer = _trainer(job, student, 1, job.model if job.config.use_kd else None, compiled=False)
+    trainer = _trainer(job, student, 1, job.dense if job.config.use_kd else None, compiled=False)
     use = dry_step(
         trainer,
         tuple(job.example.shape[1:]),
         batch_size=job.config.train_batch_size,
         val_batch_size=job.config.val_batch_size,
     )
-    job.model.requires_grad_(True)  # as the teacher it had none
+    job.dense.requires_grad_(True)  # as the teacher it had none
     _log.info("%s", use)
 
 
 def _announced(job: Job, loader: ImageLoader) -> int:
     """Return what a step is, and give the steps of an epoch."""
-    config, world = job.config, job.processes.world
+    config, world = job.config, job.session.processes.world
     steps = steps_per_epoch(len(loader), config.grad_accum)
     _log.info(
         "fine-tuning: %d images a step (%d x %d processes x %d accumulated), %d steps an epoch, peak learning rate "
@@ -168,14 +221,14 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
         warmup_steps=math.ceil(config.warmup_epochs * steps),
         learning_rate=config.lr_ft,
         weight_decay=config.weight_decay,
-        device=job.device,
+        device=job.session.device,
         teacher=teacher,
         loss=DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, label_smoothing=config.label_smoothing),
-        processes=job.processes,
+        processes=job.session.processes,
         accumulate=config.grad_accum,
         clip_grad=config.clip_grad,
         ema_decay=config.ema_decay if config.ema else None,
-        precision=job.precision,
+        precision=job.session.precision,
         compile=compiled,
         mixing=_mixing(job),
         measure_gradients=config.log_dir is not None,
@@ -191,51 +244,37 @@ def _mixing(job: Job) -> Mixing | None:
 
 def _epochs(
     job: Job,
-    pruned: Pruned,
     progress: _Progress,
     loader: ImageLoader,
     trainer: Trainer,
     interruption: Interruption,
     tracker: Tracker,
 ) -> None:
-    epochs = job.config.epochs_ft
-    save = partial(_checkpoint, job, pruned, progress, trainer)
+    epochs, session = job.config.epochs_ft, job.session
+    save = partial(progress.checkpoint, trainer)
     if trainer.epoch == 0:
         save()
     for epoch in range(max(1, trainer.epoch), epochs + 1):
         after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
-        with job.timed("finetune"), out_of_memory():
+        with session.timed("finetune"), out_of_memory():
             result = trainer.train_epoch(
-                loader, epoch, partial(bar, job, label=f"epoch {epoch}/{epochs}"), after_step=after_step
+                loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
             )
-        progress.final = replace(measure(job, trainer.evaluated, "evaluation"), epoch=epoch)
-        _log.info("epoch %d/%d: loss %.4f; %s", epoch, epochs, result.loss, figures(progress.final))
-        progress.rows.append(_row(progress.final, result))
+        progress.add(trainer.evaluated, result)
         tracker.epoch(progress.rows[-1], result)
-        if progress.final.top1 > progress.best.top1:
-            progress.best, progress.best_weights = progress.final, _weights(trainer.evaluated)
-            _save(job, BEST, pruned, progress.best, progress.best_weights)
-        _write_rows(job, progress.rows)
-
-
-def _row(final: Measured, result: EpochResult) -> dict[str, Any]:
-    return {
-        "epoch": final.epoch, "top1": final.top1, "top5": final.top5, "train_loss": result.loss,
-        "train_top1": result.top1, "lr": result.learning_rate, "images": result.images, "seconds": result.seconds,
-    }  # fmt: skip
 
 
 def _after_step(
     job: Job, trainer: Trainer, batches: int, interruption: Interruption, save: Callable[[], None]
 ) -> None:
     """Write a checkpoint where it is time: at the end of an epoch, every so many minutes, or when told to stop."""
-    wish = _GO_ON
-    if trainer.batches_done == batches or (job.processes.main and interruption.due(job.config.checkpoint_minutes)):
+    wish, processes = _GO_ON, job.session.processes
+    if trainer.batches_done == batches or (processes.main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE
     if interruption.signal is not None:
         wish = _STOP
     # A signal may reach one process a step before another: all must do the same.
-    wish = job.processes.most(wish)
+    wish = processes.most(wish)
     if wish != _GO_ON:
         save()
     if wish == _STOP:
@@ -245,42 +284,3 @@ def _after_step(
             f"stopped by {signal.Signals(number).name} in epoch {trainer.epoch} after {trainer.batches_done} of "
             f"{batches} batches; the same command with --resume auto goes on from there",
         )
-
-
-def _checkpoint(job: Job, pruned: Pruned, progress: _Progress, trainer: Trainer) -> None:
-    """Write what is needed to go on, in such a way that it makes no difference."""
-    own = job.processes.gather(trainer.process_state())
-    if not job.processes.main:
-        return
-    content = {
-        "settings": job.settings,
-        "pruned": pruned.to_dict(),
-        "trainer": trainer.state_dict(),
-        "processes": own,
-        "rows": progress.rows,
-        "best": asdict(progress.best),
-        "final": asdict(progress.final),
-        "best_weights": progress.best_weights,
-        "seconds": dict(job.seconds),
-    }
-    path = save_checkpoint(job.config.save_dir, content, epoch=trainer.epoch, batch=trainer.batches_done)
-    _log.info("checkpoint %s", path)
-
-
-def _write_rows(job: Job, rows: list[dict[str, Any]]) -> None:
-    if job.processes.main:
-        write_bytes(job.config.save_dir / METRICS, "".join(json.dumps(row) + "\n" for row in rows).encode())
-
-
-def _save(job: Job, name: str, pruned: Pruned, measured: Measured, weights: Mapping[str, Tensor]) -> None:
-    if not job.processes.main:
-        return
-    save_pruned(
-        weights,
-        job.config.save_dir / name,
-        plans=pruned.plan,
-        source=job.classifier.source,
-        preprocessing=job.classifier.preprocessing,
-        class_names=job.classifier.class_names,
-        metrics={"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5},
-    )

@@ -113,13 +113,11 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(report: RunReport) -> dict[str, Any]:
     """Return what was measured on this model, and on those that it came from."""
-    names = {"dense": "base", "uncompensated": "uncompensated", "pruned": "pruned", "best": "best", "final": "final"}
     found = report.to_dict()
     # A time says nothing without the machine on which it was taken.
     models = {
-        label: {key: value for key, value in found[name].items() if key != "latency_ms"}
-        for label, name in names.items()
-        if name in found
+        "dense" if name == "base" else name: {key: value for key, value in found[name].items() if key != "latency_ms"}
+        for name in report.models
     }
     calibration = report.images.get("calibration")
     return {**models["best"], "calibration_images": calibration, "keep_ratio": report.keep_ratio, **models}

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import copy
 import logging
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
+from torch import nn
 
-from vbp.deploy.artifact import installed_versions
+from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
+from vbp.pruning.plan import PruningPlan
+from vbp.pruning.surgery import prune_
 from vbp.recipes.config import RunConfig, check_config
-from vbp.recipes.finetune import BEST, FINAL, METRICS, finetune, rehearse
-from vbp.recipes.prune import PLAN, STATISTICS, Pruned, prune, prune_again
+from vbp.recipes.finetune import BEST, FINAL, check_memory, finetune
+from vbp.recipes.measure import describe, latencies, measure
+from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
 from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact
-from vbp.recipes.resume import CONFIG, SUMMARY
-from vbp.recipes.setup import Job, prepare
-from vbp.refit.refits import check_refits
-from vbp.report.run_report import Measured, RunReport
+from vbp.recipes.resume import CONFIG
+from vbp.recipes.setup import Job, check_given, make_refits, open_session, prepare
+from vbp.refit.refits import RefitReport, Refits
+from vbp.report.run_report import METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
-from vbp.runtime.processes import process_group
-from vbp.statistics.evidence import check_given
+from vbp.runtime.precision import move_
 from vbp.training.checkpoints import clear_checkpoints
 
 _log = logging.getLogger(__name__)
 
-
 LOG = "vbp_imagenet.log"
-
 
 _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
@@ -47,80 +51,123 @@ def run(config: RunConfig) -> RunReport:
     Source: VBP paper (arXiv 2507.12988), section 3.
     """
     check_config(config)
-    with run_log() as log, process_group(config.device, config.timeout_minutes) as (processes, device):
-        if processes.main:
+    with run_log() as log, open_session(config) as session:
+        if session.processes.main:
             check_shipping(config)
-        job = prepare(config, processes, device)
+        job = prepare(config, session)  # model, sites, images, budget: all checked, nothing written
         check_given(job, config.needs)
-        check_refits(job)
-        _open(job, log)
-        torch.manual_seed(config.seed + processes.rank)
-        rehearse(job)
-        pruned, dense = prune(job) if job.found is None else prune_again(job, job.found.state)
-        teacher = dense if config.use_kd else None
-        del dense  # without distillation its memory is wanted for training
-        best, final = finetune(job, pruned, teacher)
-        report = _report(job, pruned, best, final)
-        if processes.main:
-            _leave(config, report)
+        refits = make_refits(job)
+        _open_folder(job, log)
+        torch.manual_seed(config.seed + session.processes.rank)
+        check_memory(job)
+        if job.resumed is None:
+            pruned, plan, report = _prune(job, refits)
+        else:
+            pruned, plan, report = _restore(job, job.resumed.state)
+        report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
+        report = replace(report, **_circumstances(job))
+        if session.processes.main:
+            _write_results(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if processes.main and config.push_to_hub is not None:
+        if session.processes.main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
     return report
 
 
-def _open(job: Job, log: RunLog) -> None:
+def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, RunReport]:
+    """Prune a copy of the dense model: statistics, plan, surgery, refits; and measure both models."""
+    session = job.session
+    dense = measure(job, job.dense)
+    _log.info("dense: %s", describe(dense))
+    evidence, convergence = collect_evidence(job)
+    choice, budget = choose_plan(job, evidence)
+    uncompensated = _uncompensated(job, choice.plan)
+    pruned = copy.deepcopy(job.dense)
+    with session.timed("surgery"):
+        errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
+    refitted = RefitReport()
+    if refits is not None:
+        with session.timed("refit"):
+            refitted = refits.refit_(pruned)
+    small = measure(job, pruned)
+    _log.info("pruned: %s", describe(small))
+    latency, batch = latencies(job, {"base": job.dense, "pruned": pruned})
+    assert evidence.statistics is not None
+    report = RunReport.of(
+        choice.plan,
+        replace(dense, latency_ms=latency["base"]),
+        replace(small, latency_ms=latency["pruned"], epoch=0),
+        budget=budget,
+        candidates=choice.tried,
+        errors=errors,
+        refits=refitted,
+        convergence=None if convergence is None else convergence.to_dict(),
+        calibration_images=evidence.statistics.images,
+        uncompensated=uncompensated,
+        latency_batch=batch,
+        **_circumstances(job),
+    )
+    return pruned, choice.plan, report
+
+
+def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:
+    """Bring a copy of the dense model to where a checkpoint was written; the rest as `_prune`."""
+    plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
+    pruned = copy.deepcopy(job.dense)
+    rebuild_(pruned, (plan,), state["trainer"]["student"])
+    move_(pruned, job.session.device)
+    for stage, seconds in state["seconds"].items():
+        job.session.seconds[stage] = job.session.seconds.get(stage, 0.0) + seconds
+    keep_plan(job, plan)
+    return pruned, plan, report
+
+
+def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:
+    if not job.config.compare_uncompensated:
+        return None
+    model = copy.deepcopy(job.dense)
+    prune_(model, plan)
+    measured = measure(job, model)
+    _log.info("pruned without compensation: %s", describe(measured))
+    return measured
+
+
+def _circumstances(job: Job) -> dict[str, Any]:
+    """Return what a report says of this attempt: an earlier one may have run elsewhere."""
+    folder = job.config.save_dir
+    return {
+        "seconds": dict(job.session.seconds),
+        "device": job.session.device.type,
+        "processes": job.session.processes.world,
+        "versions": installed_versions(),
+        "config": job.config.to_dict(),
+        "files": {name: str(folder / name) for name in (*_FILES, ARTIFACT)},
+    }
+
+
+def _open_folder(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
-    if not job.processes.main:
+    if not job.session.processes.main:
         return
     folder = job.config.save_dir
-    if job.found is None:
+    if job.resumed is None:
         clear_folder(folder, _FILES)
         remove_folder(folder / ARTIFACT)
     from vbp.report.html import clear_report
 
     clear_report(folder)
     # Checkpoints later than the one that was chosen belong to another course of the run.
-    clear_checkpoints(folder, after=None if job.found is None else job.found.path)
+    clear_checkpoints(folder, after=None if job.resumed is None else job.resumed.path)
     # First, since a run that ends at once is known again by it.
     write_json(folder / CONFIG, job.config.to_dict())
-    log.open(folder / LOG, append=job.found is not None)
+    log.open(folder / LOG, append=job.resumed is not None)
 
 
-def _leave(config: RunConfig, report: RunReport) -> None:
+def _write_results(config: RunConfig, report: RunReport) -> None:
     """Write what the run has come to; the summary last but for the pages that are drawn from it."""
     write_artifact(config.save_dir, report)
     write_json(config.save_dir / SUMMARY, report.to_dict())
     from vbp.report.html import write_report  # drawing takes a second to import
 
     _log.info("report: %s", write_report(config.save_dir))
-
-
-def _report(job: Job, pruned: Pruned, best: Measured, final: Measured) -> RunReport:
-    folder: Path = job.config.save_dir
-    plan = pruned.plan
-    return RunReport(
-        base=pruned.base,
-        pruned=pruned.pruned,
-        best=best,
-        final=final,
-        uncompensated=pruned.uncompensated,
-        keep_ratio=plan.kept / plan.total if plan.total else 1.0,
-        sites=plan.widths,
-        seconds=job.seconds,
-        images={"calibration": pruned.images, "val": pruned.base.images or 0},
-        convergence=pruned.convergence,
-        budget=pruned.budget,
-        candidates=pruned.candidates,
-        reconstruction=pruned.reconstruction,
-        producers=pruned.producers,
-        stream=pruned.stream,
-        head=pruned.head,
-        latency_batch=pruned.latency_batch,
-        device=str(job.device.type),
-        processes=job.processes.world,
-        versions=installed_versions(),
-        config=job.config.to_dict(),
-        files={name: str(folder / name) for name in (*_FILES, ARTIFACT)},
-    )

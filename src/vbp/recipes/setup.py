@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -17,24 +16,29 @@ from vbp.cost.layer_table import LayerTimes
 from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.macs import count_macs
 from vbp.cost.rounding import recommended_round_to
-from vbp.cost.target import Target, neutral_plan
+from vbp.cost.target import Target
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
-from vbp.data.preprocessing import evaluation_transform
+from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
 from vbp.models.load import load_classifier
-from vbp.pruning.make_plan import check_ratios
+from vbp.pruning.make_plan import PlanRules, check_ratios
+from vbp.pruning.plan import Scope
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import RunConfig
 from vbp.recipes.resume import check_same_settings, find_checkpoint
+from vbp.refit.refits import Refits
 from vbp.runtime.files import check_folder
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
-from vbp.runtime.processes import Processes, restarts
+from vbp.runtime.processes import Processes, process_group, restarts
+from vbp.runtime.session import Session
 from vbp.sites.site import Site, find_sites
+from vbp.statistics.evidence import Need
+from vbp.statistics.images import CalibrationImages, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import read_checkpoint
 from vbp.training.losses import DistillationLoss
@@ -47,36 +51,28 @@ _log = logging.getLogger(__name__)
 _CPU_LATENCY_MACS = 20_000_000_000
 
 
-def plan_rules(
-    config: RunConfig, sites: Sequence[Site], device: torch.device, precision: Precision
-) -> dict[str, Any]:
-    """Return what `make_plan` takes besides sites, scores, keep ratio and scope.
+# Every report has these, also where they took no time.
+_STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
 
-    Args:
-        config: What is asked for.
-        sites: From `find_sites`.
-        device: Where the model runs, and will run.
-        precision: Of its forward pass.
-    """
+
+def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
+    """Return what all plans of a job have in common."""
     round_to = config.round_to
     if round_to == "auto":
-        round_to = recommended_round_to(device, precision.dtype or torch.float32, sites)
-        _log.info("round_to %d suits %s in %s", round_to, device.type, precision.dtype or torch.float32)
-    return {
-        "round_to": round_to,
-        "min_keep_ratio": config.min_keep_ratio,
-        "attn_keep_ratio": config.attn_keep_ratio,
-    }
+        dtype = session.precision.dtype or torch.float32
+        round_to = recommended_round_to(session.device, dtype, sites)
+        _log.info("round_to %d suits %s in %s", round_to, session.device.type, dtype)
+    scope: Scope = "global" if config.global_pruning else "equal" if config.equal_widths else "per_layer"
+    return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio)
 
 
 def find_target(
     config: RunConfig,
-    processes: Processes,
+    session: Session,
     model: nn.Module,
     sites: Sequence[Site],
     example: Tensor,
-    precision: Precision,
-    rules: Mapping[str, Any],
+    rules: PlanRules,
     *,
     planned: bool = False,
 ) -> Target:
@@ -87,22 +83,22 @@ def find_target(
     Raises:
         InputError: It cannot, or nothing would be removed.
     """
-    budget, times = config.budget, None
+    budget, times, processes = config.budget, None, session.processes
     if budget.timed and not planned:
         times = processes.gather(
-            _layer_times(config, model, sites, example, precision, rules["round_to"]) if processes.main else None
+            _layer_times(config, session, model, sites, example, rules.round_to) if processes.main else None
         )[0]
-    target = Target.of(budget, model, sites, example, times, **rules)
+    target = Target.of(budget, model, sites, example, rules, times)
     _check_removes(config, sites, target, rules)
     return target
 
 
 def _layer_times(
-    config: RunConfig, model: nn.Module, sites: Sequence[Site], example: Tensor, precision: Precision, round_to: int
+    config: RunConfig, session: Session, model: nn.Module, sites: Sequence[Site], example: Tensor, round_to: int
 ) -> LayerTimes:
     batch = latency_batch(config, model, example)
     _log.info("timing the layers at several widths, batch %d", len(batch))
-    times = measure_layer_times(model, sites, batch, precision=precision, round_to=round_to)
+    times = measure_layer_times(model, sites, batch, precision=session.precision, round_to=round_to)
     _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, len(batch))
     return times
 
@@ -117,9 +113,9 @@ def latency_batch(config: RunConfig, model: nn.Module, example: Tensor) -> Tenso
     return example.repeat(size, 1, 1, 1)
 
 
-def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rules: Mapping[str, Any]) -> None:
+def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rules: PlanRules) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
-    plan = neutral_plan(sites, keep_ratio=target.keep_ratio, **rules)
+    plan = rules.neutral(sites, target.keep_ratio)
     asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
     if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
         raise InputError(
@@ -129,7 +125,7 @@ def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rul
 
 
 @dataclass(frozen=True)
-class Found:
+class Resumed:
     """A checkpoint that a run goes on from."""
 
     path: Path
@@ -138,81 +134,75 @@ class Found:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on, checked and ready.
+    """What a run works on, checked and ready; private to the recipes.
 
     Attributes:
-        rules: Of all plans: what `make_plan` takes besides sites, scores and keep ratio.
-        target: The budget.
-        data: Fingerprint of the calibration images and their preprocessing.
-        given: Statistics from a file, in the place of a calibration pass.
+        classifier: The dense model, which stays as it is, and what it is to be fed.
+        plan_rules: Of all plans.
+        target: The budget, and about which share of the channels meets it.
+        calibration: Images for statistics and refits.
+        given_statistics: From a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
-        found: The checkpoint that this run goes on from.
+        resumed: The checkpoint that this run goes on from.
     """
 
     config: RunConfig
-    processes: Processes
-    device: torch.device
-    precision: Precision
+    session: Session
     classifier: Classifier
     sites: tuple[Site, ...]
-    rules: Mapping[str, Any]
+    plan_rules: PlanRules
     target: Target
-    calibration: Images
+    calibration: CalibrationImages
     train: Images
     val: ImageLoader
     example: Tensor
-    data: str
-    given: Statistics | None
+    given_statistics: Statistics | None
     settings: Mapping[str, Any]
-    found: Found | None
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("calibration", "planning", "surgery", "finetune", "evaluation"), 0.0)
-    )
+    resumed: Resumed | None
 
     @property
-    def model(self) -> nn.Module:
+    def dense(self) -> nn.Module:
         return self.classifier.model
 
-    @contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+@contextmanager
+def open_session(config: RunConfig) -> Iterator[Session]:
+    """Join the processes of the job, and choose device and precision."""
+    with process_group(config.device, config.timeout_minutes) as (processes, device):
+        yield Session(processes, device, Precision.choose(config.amp, device), dict.fromkeys(_STAGES, 0.0))
 
 
-def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Job:
+def prepare(config: RunConfig, session: Session) -> Job:
     """Check everything and load the model; nothing is written."""
+    processes, device = session.processes, session.device
     lowest = 1 if config.round_to == "auto" else config.round_to
     check_ratios(config.keep_ratio, config.min_keep_ratio, lowest, config.attn_keep_ratio)
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
-    precision = Precision.choose(config.amp, device)
     set_matmul_precision(config.matmul_precision)
     check_tracking(config.log_dir)
     check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
-    found = _found(config, processes)
+    resumed = _resumed(config, processes)
     with processes.one_per_node_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
         classifier = _named(classifier, config.data_path)
     _check_space(config, processes, classifier.model)
-    samples = 0 if config.calib_samples == "auto" else config.calib_samples
-    calibration = balanced_subset(train, samples, config.seed)
-    data = json_fingerprint([calibration.fingerprint(), classifier.preprocessing.to_dict()])
+    calibration = _calibration(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
-    settings = _settings(config, processes, device, precision, model, train, val)
+    settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
     if given is not None and config.stats_path is not None:
-        given.check_made_for(settings["model"], data, config.stats_path)
-    if found is not None:
-        check_same_settings(found.state["settings"], settings, found.path)
+        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
+    if resumed is not None:
+        check_same_settings(resumed.state["settings"], settings, resumed.path)
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
         given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
-    rules = plan_rules(config, sites, device, precision)
-    target = find_target(config, processes, model, sites, example, precision, rules, planned=found is not None)
+    rules = plan_rules(config, session, sites)
+    target = find_target(config, session, model, sites, example, rules, planned=resumed is not None)
     if config.grad_checkpointing:
         enable_gradient_checkpointing_(model)
     val_loader = make_loader(
@@ -221,20 +211,68 @@ def prepare(config: RunConfig, processes: Processes, device: torch.device) -> Jo
         batch_size=config.val_batch_size,
         rank=processes.rank,
         world=processes.world,
-        **reading(config),
+        **loader_options(config),
     )
     return Job(
-        config, processes, device, precision, classifier, sites, rules, target, calibration, train, val_loader,
-        example, data, given, settings, found,
+        config, session, classifier, sites, rules, target, calibration, train, val_loader, example, given, settings,
+        resumed,
     )  # fmt: skip
 
 
-def reading(config: RunConfig) -> dict[str, Any]:
+def _calibration(
+    config: RunConfig, session: Session, train: Images, preprocessing: Preprocessing
+) -> CalibrationImages:
+    samples = 0 if config.calib_samples == "auto" else config.calib_samples
+    return CalibrationImages(
+        balanced_subset(train, samples, config.seed),
+        preprocessing,
+        session,
+        seed=config.seed,
+        batch_size=config.val_batch_size,
+        num_workers=config.num_workers,
+        prefetch=config.prefetch,
+        hflip=config.hflip,
+        crop_scale=config.crop_scale,
+    )
+
+
+def make_refits(job: Job) -> Refits | None:
+    """See what is to be refitted after surgery; None without the refit of the sites.
+
+    Raises:
+        InputError: Something cannot be refitted that must be.
+    """
+    config = job.config
+    if config.compensation != "refit":
+        return None
+    views = default_views(job.session.device) if config.refit_views == "auto" else config.refit_views
+    return Refits(
+        job.dense, job.sites, job.example, job.calibration,
+        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head, views=views,
+    )  # fmt: skip
+
+
+def check_given(job: Job, needs: Collection[Need]) -> None:
+    """Refuse statistics from a file that lack what is needed.
+
+    Raises:
+        InputError: They do.
+    """
+    if job.given_statistics is not None and job.config.stats_path is not None:
+        job.given_statistics.check_holds(
+            job.sites,
+            job.config.stats_path,
+            covariance="covariance" in needs,
+            sensitivity="sensitivity" in needs,
+        )
+
+
+def loader_options(config: RunConfig) -> dict[str, Any]:
     """Return what all loaders of a run have in common."""
     return {"num_workers": config.num_workers, "prefetch": config.prefetch, "pin_memory": True}
 
 
-def _found(config: RunConfig, processes: Processes) -> Found | None:
+def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
     path = None
     if processes.main:
@@ -245,7 +283,7 @@ def _found(config: RunConfig, processes: Processes) -> Found | None:
     if path is None:
         return None
     _log.info("going on from %s", path)
-    return Found(path, read_checkpoint(path))
+    return Resumed(path, read_checkpoint(path))
 
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
@@ -284,20 +322,12 @@ def _named(classifier: Classifier, data_path: str) -> Classifier:
     return replace(classifier, class_names=dataset_class_names(class_folders(data_path), classifier.num_classes))
 
 
-def _settings(
-    config: RunConfig,
-    processes: Processes,
-    device: torch.device,
-    precision: Precision,
-    model: nn.Module,
-    train: Images,
-    val: Images,
-) -> dict[str, Any]:
+def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:
     """Return what decides about the result: the configuration, and what it stands for here."""
     return config.to_dict() | {
-        "device": device.type,
-        "amp": precision.name,
-        "world": processes.world,
+        "device": session.device.type,
+        "amp": session.precision.name,
+        "world": session.processes.world,
         "local_rank": None,  # older launchers give each process its own
         "model": model_fingerprint(model),
         "train": train.fingerprint(),

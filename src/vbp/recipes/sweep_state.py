@@ -41,14 +41,15 @@ class Begun:
 
 def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
     """Return what must be the same for rows of two attempts to stand in one table; plain JSON data."""
+    given, session = job.given_statistics, job.session
     facts = {
         "model": job.settings["model"],
-        "calibration": job.data,
+        "calibration": job.calibration.fingerprint,
         "val": json_fingerprint([job.settings["val"], job.classifier.preprocessing.to_dict()]),
-        "statistics": "collected" if job.given is None else json_fingerprint(_identity(job.given)),
-        "device": job.device.type,
-        "amp": job.precision.name,
-        "processes": job.processes.world,
+        "statistics": "collected" if given is None else json_fingerprint(_identity(given)),
+        "device": session.device.type,
+        "amp": session.precision.name,
+        "processes": session.processes.world,
     }
     return facts | {name: getattr(config, name) for name in _DECIDING}
 

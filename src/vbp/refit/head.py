@@ -11,7 +11,7 @@ ten times stiffer is tried, and if that does not help either, the layer stays as
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import zip_longest
 from typing import Any
@@ -22,12 +22,10 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.head_fit import FOLDS, HeadProblem
+from vbp.pruning.divergence import DenseReference
 from vbp.runtime.forward import evaluation_mode, logits_of
 from vbp.runtime.precision import Precision, in_float32
 from vbp.runtime.processes import Processes
-
-_OFF, _ALONE = Precision(), Processes()
-
 
 # Strength of the penalty times the number of images: the more images, the more coefficients they can tell. On
 # DeiT-tiny the best on unseen images lies between 10 and 30 for 800 images; the images of the statistics, which
@@ -67,75 +65,43 @@ class HeadRefit:
         )
 
 
-class DenseAnswers:
-    """What the dense model says of some images: the target of `refit_head_`. This process's share."""
+def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
+    """Let the last linear layer predict like the dense model, as far as the images bear it out.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Iterable[Tensor],
-        *,
-        views: int = 1,
-        precision: Precision = _OFF,
-        processes: Processes = _ALONE,
-    ) -> None:
-        """Run the dense model once.
-
-        Args:
-            model: The dense model, on its device.
-            batches: Calibration images, without labels, which can be gone through again; none is allowed where
-                another process has some. Batch b of all is that of process b mod world.
-            views: So many that follow each other are views of one image: left out together where fits are compared.
-            precision: Of all forward passes.
-            processes: Whose images count together; all of them make this object, and call `refit_head_`.
-
-        Raises:
-            InputError: There are too few images to fit anything, the model has no last linear layer, or `views` is no
-                positive number.
-        """
-        if views < 1:
-            raise InputError(f"views must be at least 1, got {views}; 1 if no two images are views of one")
-        self.batches, self.views, self.precision, self.processes = batches, views, precision, processes
-        found = [_seen_by_head(model, batch, precision) for batch in batches]
-        self.layer = _agreed([name for name, _, _ in found], processes)
-        self.log_probabilities = _gathered([logits.log_softmax(-1) for _, _, logits in found], processes)
-        check_images(len(self.log_probabilities) // views)
-
-
-def refit_head_(pruned: nn.Module, dense: DenseAnswers) -> HeadRefit:
-    """Let the last linear layer answer like the dense model, as far as the images bear it out.
-
-    Same result on all processes of `dense`, which must all call it.
+    Same result on all processes of `reference`, which must all call it.
 
     Args:
         pruned: The model, pruned; its last layer changes.
-        dense: Answers of the dense model.
+        reference: Predictions of the dense model.
 
     Raises:
-        InputError: Its last linear layer is not that of the dense model, or an answer is not finite.
+        InputError: There are too few images, the models do not end in one linear layer, or a value is not finite.
     """
-    found = [_seen_by_head(pruned, batch, dense.precision) for batch in dense.batches]
-    name = _agreed([name for name, _, _ in found], dense.processes)
-    if name != dense.layer:
-        raise InputError(f"the pruned model must end in the layer of the dense one, {dense.layer}, got {name}")
-    features = _gathered([features for _, features, _ in found], dense.processes)
+    check_images(reference.images // reference.views)
+    session = reference.session
+    seen = [_seen_by_head(pruned, batch, session.precision) for batch in reference.batches]
+    name = _agreed([name for name, _, _ in seen], session.processes)
+    dense = last_linear(reference.model, reference.example())
+    if name != dense:
+        raise InputError(f"the pruned model must end in the layer of the dense one, {dense}, got {name}")
+    features = _gathered([features for _, features, _ in seen], session.processes)
     layer = pruned.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    problem = HeadProblem.of(layer, features, dense.log_probabilities)
+    problem = HeadProblem.of(layer, features, _gathered(reference.log_probabilities, session.processes))
     if not bool(problem.features.isfinite().all() and problem.logits.isfinite().all()):
         raise InputError(
             f"what {name} reads and gives must be finite, got NaN or infinity; prune less, or in float32"
         )
     before = problem.divergence(None)
     strength = _STRENGTH_TIMES_IMAGES / len(features)
-    after = problem.cross_validated(strength, dense.views)
+    after = problem.cross_validated(strength, reference.views)
     if not after < before:
         strength *= 10
-        after = problem.cross_validated(strength, dense.views)
+        after = problem.cross_validated(strength, reference.views)
     if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
-    weight, bias = dense.processes.gather(problem.fold_into_weight(problem.fit(strength)))[0]
+    weight, bias = session.processes.gather(problem.fold_into_weight(problem.fit(strength)))[0]
     with torch.no_grad():
         layer.weight.copy_(weight)
         if layer.bias is None:
@@ -161,7 +127,7 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
     Raises:
         InputError: There is none.
     """
-    return _seen_by_head(model, example, _OFF)[0]
+    return _seen_by_head(model, example, Precision())[0]
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:

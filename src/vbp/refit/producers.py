@@ -21,7 +21,7 @@ from torch import nn
 from vbp.refit.mlp_step import MLPStep, add_step_, step_of
 from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.mlp_samples import MLPSamples
 
 # Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
 # of the error on other images, the cautious one 0.86; in late ones, where one token matters, only the latter helps.
@@ -55,7 +55,7 @@ class ProducerRefit:
         )
 
 
-def refit_producers_(pruned: nn.Module, samples: HiddenSamples) -> ProducerRefit:
+def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
     """Bring each pruned MLP nearer to what the dense one gives.
 
     Same result on all processes of the samples, which must all call it; the sites are shared out among them.
@@ -80,9 +80,9 @@ def _width(model: nn.Module, mlp: FoundMLP) -> int:
     return output_channels(model.get_submodule(mlp.site.producers[0]))
 
 
-def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: HiddenSamples) -> list[MLPStep]:
+def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[MLPStep]:
     """Return what is to be added to both layers of each site; each process finds some, all get all."""
-    processes = samples.processes
+    processes = samples.session.processes
     mine = {
         place: _step(pruned, mlp, samples)
         for place, mlp in enumerate(mlps)
@@ -92,7 +92,7 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: HiddenSamples) 
     return [merged[place] for place in range(len(mlps))]
 
 
-def _step(pruned: nn.Module, mlp: FoundMLP, samples: HiddenSamples) -> MLPStep:
+def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> MLPStep:
     sample = samples.samples[mlp.site.name]
     tried = (
         step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping) for ridge, damping in _HELD

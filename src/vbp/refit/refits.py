@@ -1,34 +1,32 @@
-"""What a job refits after surgery: producers, residual stream, last layer; whether, and to which images."""
+"""What is refitted after surgery, without labels: producers, residual stream, last layer; and to which images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from functools import cached_property
+from typing import Final, Literal, get_args
 
 from torch import Tensor, nn
 
-from vbp.data.loader import ImageLoader
 from vbp.errors import InputError
-from vbp.pruning.divergence import HELD_BACK_IMAGES, held_back
-from vbp.refit.head import DenseAnswers, HeadRefit, check_images, last_linear, refit_head_
+from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
+from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, check_stream, refit_stream_
 from vbp.runtime.memory import out_of_memory
-from vbp.runtime.session import bar
 from vbp.sites.mlp import check_mlps
-from vbp.statistics.evidence import hidden_samples
-from vbp.statistics.images import calibration_share, draws_of, views_of
-
-if TYPE_CHECKING:
-    from vbp.recipes.setup import Job
-
+from vbp.sites.site import Site
+from vbp.statistics.images import GivenImages, ImageSource
+from vbp.statistics.mlp_samples import MLPSamples
 
 _log = logging.getLogger(__name__)
 
+Toggle = Literal["auto", "on", "off"]
+Refit = Literal["producers", "stream", "head"]
 
-# Calibration images from which each of them is refitted.
+# Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 
 
@@ -37,7 +35,7 @@ _ONE_IN = 4
 
 
 @dataclass(frozen=True)
-class Refitted:
+class RefitReport:
     """What the refits did; None for one that is not wanted or not possible."""
 
     producers: ProducerRefit | None = None
@@ -45,131 +43,167 @@ class Refitted:
     head: HeadRefit | None = None
 
 
-def check_refits(job: Job) -> None:
-    """Refuse `on` where nothing can be refitted.
+class Refits:
+    """Refits pruned models to one dense model. What does not depend on the pruned model is computed once.
 
-    Raises:
-        InputError: The model has no such MLP, stream or last layer, or there are too few images.
+    The first images, a quarter and no more than 256, judge the refit of the stream; producers and stream are refitted
+    to the 1,000 that follow, the last layer to the first 1,000.
     """
-    if job.config.compensation == "refit":
-        for flag, (check, _) in _CHECKS.items():
-            if getattr(job.config, flag) == "on":
-                check(job, job.model)
 
-
-class AfterSurgery:
-    """Refits pruned models of a job to its dense model; all processes make it, and call it alike."""
-
-    def __init__(self, job: Job, dense: nn.Module) -> None:
-        """Let the dense model answer, where that is needed, and say in the log what cannot be refitted.
+    def __init__(
+        self,
+        dense: nn.Module,
+        sites: Sequence[Site],
+        example: Tensor,
+        images: ImageSource,
+        *,
+        producers: Toggle = "auto",
+        stream: Toggle = "auto",
+        head: Toggle = "auto",
+        views: int = 1,
+    ) -> None:
+        """See what can be refitted; say in the log what cannot, and why.
 
         Args:
-            job: Whose images these are.
-            dense: The model as it was before it was pruned.
+            dense: The dense model, on its device; left as it was.
+            sites: From `find_sites`.
+            example: One image or more on the model's device.
+            images: Calibration images; all processes of their session make this object, and call it alike.
+            producers: Whether the layers before the hidden channels take part: `on` must be possible.
+            stream: Whether the residual stream is brought back to the dense model's.
+            head: Whether the last linear layer is refitted.
+            views: Of each image.
 
         Raises:
-            InputError: No image can be read.
+            InputError: What is `on` has no such MLP, stream or last layer, or too few images.
         """
-        self._job, self._dense = job, dense
-        wanted = producers, stream, head = [_wanted(job, dense, flag) for flag in _CHECKS]
-        if any(wanted):
-            views = views_of(job)
+        self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
+        toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
+        self._wanted: set[Refit] = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
+        if self._wanted:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
-        self._judge = held_back(job, dense, _judging(job)) if stream else None
-        # The images that judge the stream must be new to the producers too.
-        self._samples = hidden_samples(job, dense, _fitted(job)) if producers else None
-        with out_of_memory("calibration"):
-            self._answers = (
-                DenseAnswers(
-                    dense, _Pixels(job, range(REFIT_IMAGES), "last layer"),
-                    views=views_of(job), precision=job.precision, processes=job.processes,
-                ) if head else None
-            )  # fmt: skip
 
-    def refit_(self, pruned: nn.Module) -> Refitted:
+    def refit_(self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit)) -> RefitReport:
         """Refit a pruned model, in place.
 
+        Args:
+            pruned: After `prune_`, on the dense model's device.
+            only: Of those that are wanted and possible, the ones to do.
+
         Raises:
-            InputError: An answer is not finite.
+            InputError: No image can be read, or a value is not finite.
         """
-        job, producers, stream, head = self._job, None, None, None
+        producers, stream, head, wanted = None, None, None, self._wanted & {*only}
         with out_of_memory("calibration"):
-            if self._samples is not None:
+            if "producers" in wanted:
                 producers = refit_producers_(pruned, self._samples)
                 _log.info("%s", producers.sentence())
-            if self._judge is not None:
-                others = _Pixels(job, _fitted(job), "residual stream")
-                stream = refit_stream_(
-                    pruned, self._dense, job.sites, others, self._judge,
-                    draws=others.draws, precision=job.precision, processes=job.processes,
-                )  # fmt: skip
+            if "stream" in wanted:
+                others = self._images.pixels(self._fitted, "residual stream", self._views)
+                stream = refit_stream_(pruned, self._sites, others, self._judge, draws=others.probes)
                 _log.info("%s", stream.sentence())
-            if self._answers is not None:
-                head = refit_head_(pruned, self._answers)
+            if "head" in wanted:
+                head = refit_head_(pruned, self._reference)
                 _log.info("%s", head.sentence())
-        return Refitted(producers, stream, head)
+        return RefitReport(producers, stream, head)
+
+    @cached_property
+    def _judge(self) -> DenseReference:
+        return DenseReference.held_out(self._dense, self._images, range(self._fitted.start))
+
+    @cached_property
+    def _samples(self) -> MLPSamples:
+        # The images that judge the stream must be new to the producers too.
+        return MLPSamples.read(self._dense, self._sites, self._example, self._images, self._fitted, views=self._views)
+
+    @cached_property
+    def _reference(self) -> DenseReference:
+        pixels = self._images.pixels(range(REFIT_IMAGES), "last layer", self._views)
+        return DenseReference(self._dense, pixels, views=self._views, session=self._images.session)
+
+    @property
+    def _fitted(self) -> range:
+        judging = min(HELD_OUT_IMAGES, len(self._images) // _ONE_IN)
+        return range(judging, judging + REFIT_IMAGES)
+
+    def _possible(self, name: Refit, toggle: Toggle) -> bool:
+        check, what = _CHECKS[name]
+        if toggle == "off":
+            return False
+        try:
+            check(self._dense, self._sites, self._example, len(self._images))
+        except InputError as error:
+            if toggle == "on":
+                raise
+            _log.info("%s: %s", what, error)
+            return False
+        return True
 
 
-def _wanted(job: Job, dense: nn.Module, flag: str) -> bool:
-    """Return whether something is to be refitted, and in the log why not if it cannot be."""
-    check, what = _CHECKS[flag]
-    if getattr(job.config, flag) == "off":
-        return False
-    try:
-        check(job, dense)
-    except InputError as error:
-        _log.info("%s: %s", what, error)
-        return False
-    return True
+def refit_(
+    pruned: nn.Module,
+    dense: nn.Module,
+    sites: Sequence[Site],
+    batches: ImageSource | Iterable[Tensor | Sequence[Tensor]],
+    *,
+    producers: bool = True,
+    stream: bool = True,
+    head: bool = True,
+) -> RefitReport:
+    """Refit a pruned model to the dense one, in place, without labels, as `vbp run` does after surgery.
+
+    What the model does not have (MLPs with a plain activation, a residual stream, a last linear layer), or has too
+    few images for, is left as it is: the log says why, and the report has None in its place.
+
+    Args:
+        pruned: The model, after `prune_` with the refit of its sites.
+        dense: The model before, on the same device; left as it was.
+        sites: Those that were pruned, from `find_sites` on the dense model.
+        batches: Calibration images, prepared as for evaluation, some hundred or more: image tensors
+            "batch channels height width", or tuples that begin with one (labels are not read). A list or a loader,
+            for they are gone through several times.
+        producers: Refit the layers before the hidden channels.
+        stream: Bring the residual stream back to the dense model's.
+        head: Refit the last linear layer.
+
+    Raises:
+        InputError: `batches` is an iterator or empty, or a value is not finite.
+    """
+    images = batches if isinstance(batches, ImageSource) else GivenImages(batches)
+    device = next(dense.parameters()).device
+    example = next((pixels.to(device) for pixels in images.pixels(range(1), "first image")), None)
+    if example is None:
+        raise InputError("batches must hold calibration images, got none; give some hundred")
+    refits = Refits(
+        dense, sites, example, images,
+        producers="auto" if producers else "off", stream="auto" if stream else "off", head="auto" if head else "off",
+    )  # fmt: skip
+    return refits.refit_(pruned)
 
 
-def _check_producers(job: Job, dense: nn.Module) -> None:
-    _check_judged(job, "producers")
-    check_mlps(dense, job.example, job.sites)
+def _check_judged(images: int, what: str) -> None:
+    if images < _ONE_IN:
+        raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
 
 
-def _check_stream(job: Job, dense: nn.Module) -> None:
-    _check_judged(job, "residual stream")
-    check_stream(dense, job.example, job.sites)
+def _check_producers(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
+    _check_judged(images, "producers")
+    check_mlps(dense, example, sites)
 
 
-def _check_judged(job: Job, what: str) -> None:
-    if len(job.calibration) < _ONE_IN:
-        raise InputError(
-            f"the refit of the {what} needs at least {_ONE_IN} images, got {len(job.calibration)}; give more"
-        )
+def _check_stream(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
+    _check_judged(images, "residual stream")
+    check_stream(dense, example, sites)
 
 
-def _check_head(job: Job, dense: nn.Module) -> None:
-    last_linear(dense, job.example)
-    check_images(len(job.calibration))
+def _check_head(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
+    last_linear(dense, example)
+    check_images(images)
 
 
-# By flag: what must hold, and what is said of it.
-_CHECKS: Final[Mapping[str, tuple[Callable[[Job, nn.Module], None], str]]] = {
-    "refit_producers": (_check_producers, "the producers stay as they are"),
-    "refit_stream": (_check_stream, "the residual stream stays as it is"),
-    "refit_head": (_check_head, "the last layer stays as it is"),
+# By refit: what must hold, and what is said of it where it does not.
+_CHECKS: Final[Mapping[Refit, tuple[Callable[[nn.Module, Sequence[Site], Tensor, int], None], str]]] = {
+    "producers": (_check_producers, "the producers stay as they are"),
+    "stream": (_check_stream, "the residual stream stays as it is"),
+    "head": (_check_head, "the last layer stays as it is"),
 }
-
-
-def _judging(job: Job) -> int:
-    return min(HELD_BACK_IMAGES, len(job.calibration) // _ONE_IN)
-
-
-def _fitted(job: Job) -> range:
-    return range(_judging(job), _judging(job) + REFIT_IMAGES)
-
-
-class _Pixels:
-    """Some calibration images, without labels; read again each time, for a thousand take much memory."""
-
-    def __init__(self, job: Job, places: range, name: str) -> None:
-        self._job, self._name = job, name
-        self._loader: ImageLoader | None = calibration_share(job, places, views_of(job))
-        self.draws = draws_of(job, self._loader)
-
-    def __iter__(self) -> Iterator[Tensor]:
-        if self._loader is not None:
-            for pixels, _ in bar(self._job, self._loader, self._name):
-                yield pixels

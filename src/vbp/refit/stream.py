@@ -29,26 +29,25 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws
-from vbp.pruning.divergence import HeldBack
+from vbp.pruning.divergence import DenseReference
 from vbp.refit.mlp_step import add_step_, step_of
 from vbp.runtime.forward import evaluation_mode
-from vbp.runtime.precision import Precision, in_float32
-from vbp.runtime.processes import Processes
+from vbp.runtime.precision import in_float32
+from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
 from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
-from vbp.statistics.mlp_samples import draw, merged
+from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
-_OFF, _ALONE, _FIRST = Precision(), Processes(), Draws()
-
+_FIRST = Draws()
 
 # Where the stream is mended: after these parts of the sites that write into it.
-_DEPTHS = (0.25, 0.5, 0.75)
+DEPTHS = (0.25, 0.5, 0.75)
 
 
 # Ridge and damping, times the number of images: more of them can tell more coefficients.
-_HELD_TIMES_IMAGES = 1_000.0
+PENALTY_TIMES_IMAGES = 1_000.0
 
 
 @dataclass(frozen=True)
@@ -85,37 +84,31 @@ class StreamRefit:
 
 def refit_stream_(
     pruned: nn.Module,
-    dense: nn.Module,
     sites: Sequence[Site],
     batches: Iterable[Tensor],
-    judge: HeldBack,
+    judge: DenseReference,
     *,
     draws: Draws = _FIRST,
-    precision: Precision = _OFF,
-    processes: Processes = _ALONE,
 ) -> StreamRefit:
     """Let the pruned model's residual stream run where the dense model's does, as far as other images bear it out.
 
-    Same result on all processes, which must all call it.
+    Same result on all processes of `judge`, which must all call it.
 
     Args:
         pruned: The model, pruned; up to three MLPs change.
-        dense: The dense model, on the same device; left as it was.
         sites: Those that were pruned, from `find_sites` on the dense model.
         batches: Calibration images, without labels, which can be gone through several times; none is allowed where
             another process has some.
-        judge: Other images, and the dense model's answers.
+        judge: Other images, the dense model, which is left as it was, and its predictions.
         draws: The random numbers of the images of this process.
-        precision: Of all forward passes.
-        processes: Whose images count together.
 
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
-    example = judge.example()
+    dense, session, example = judge.model, judge.session, judge.example()
     joins = _at_depths(_found(dense, example, sites))
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, draws, precision, processes)
+    work = _Work(pruned, dense, draws, session)
     before = judge.divergence(pruned)
     layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
     with _restored_unless_kept(pruned, layers) as keep:
@@ -124,10 +117,11 @@ def refit_stream_(
             for join in joins:
                 mlp = plain.get(join.site)
                 sample, images = work.sample(join, mlp, batches)
-                held = _HELD_TIMES_IMAGES / images
+                held = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = processes.gather(step_of(pruned, join.site, activation, sample, ridge=held, damping=held))[0]
+                step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
+                step = session.processes.gather(step)[0]
                 if step.better:
                     add_step_(pruned, join.site, step)
                     changed.append(join.site.name)
@@ -158,7 +152,7 @@ def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[Re
 
 
 def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
-    places = dict.fromkeys(int(len(joins) * depth) for depth in _DEPTHS)
+    places = dict.fromkeys(int(len(joins) * depth) for depth in DEPTHS)
     return tuple(joins[place] for place in places)
 
 
@@ -184,8 +178,7 @@ class _Work:
     pruned: nn.Module
     dense: nn.Module
     draws: Draws
-    precision: Precision
-    processes: Processes
+    session: Session
 
     def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
         """Run both models as far as the join on all images; give the sample, and the images of all processes."""
@@ -199,12 +192,12 @@ class _Work:
             _, _, wanted = self._run(self.dense, join, reader, pixels)
             read, given, found = self._run(self.pruned, join, reader, pixels)
             target = given + (wanted - found) / gain.to(given)
-            parts.append(draw(read, target, torch.ones_like(read[..., 0]), self.draws, images))
+            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        total = sum(self.processes.gather(images))
+        total = sum(self.session.processes.gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return merged(join.site.name, parts, metric, self.processes), total
+        return gather_sample(join.site.name, parts, metric, self.session.processes), total
 
     def _run(
         self, model: nn.Module, join: ResidualAdd, reader: str, pixels: Tensor
@@ -231,7 +224,7 @@ class _Work:
             model.get_submodule(join.module).register_forward_hook(stop),
         ]
         try:
-            with self.precision.autocast():
+            with self.session.precision.autocast():
                 model(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from vbp.cost.macs import format_count
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
-from vbp.report.run_report import SUMMARY, RunSummary, read_summary
+from vbp.report.run_report import SUMMARY, RunReport
+from vbp.runtime.tables import format_count, text_table
 
 # These name a run, or are about how it was started: they differ without being a reason for other results.
 _INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
@@ -35,11 +35,13 @@ class Comparison:
 
     Attributes:
         names: A short name for each run, no two alike.
-        runs: In the order in which they were given.
+        folders: Of the runs, in the order in which they were given.
+        runs: In the same order.
     """
 
     names: tuple[str, ...]
-    runs: tuple[RunSummary, ...]
+    folders: tuple[Path, ...]
+    runs: tuple[RunReport, ...]
 
     @property
     def settings(self) -> dict[str, tuple[Any, ...]]:
@@ -52,7 +54,10 @@ class Comparison:
         """Return plain JSON data: settings by run name, and the figures of each run."""
         return {
             "settings": {name: dict(zip(self.names, values, strict=True)) for name, values in self.settings.items()},
-            "runs": {name: _figures(run) for name, run in zip(self.names, self.runs, strict=True)},
+            "runs": {
+                name: {"folder": str(folder), **_figures(run)}
+                for name, folder, run in zip(self.names, self.folders, self.runs, strict=True)
+            },
         }
 
     def table(self, width: int = 120) -> str:
@@ -69,11 +74,13 @@ class Comparison:
             if not blocks or used + _GAP + sizes[column] > width:
                 blocks.append([])
             blocks[-1].append(column)
-        return "\n\n".join("\n".join(_line(row, sizes, block) for row in rows) for block in blocks)
+        return "\n\n".join(
+            text_table([[row[0], *(row[column] for column in block)] for row in rows]) for block in blocks
+        )
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
-        cells: list[tuple[str, Callable[[RunSummary], str]]] = [
+        cells: list[tuple[str, Callable[[RunReport], str]]] = [
             ("hidden channels kept", lambda run: f"{run.keep_ratio:.1%}"),
             *((label, partial(_top1, name)) for name, label in _MODELS.items()),
             ("MACs", partial(_saving, "macs")),
@@ -111,7 +118,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     for place, folder in zip(places, folders, strict=True):
         if places.count(place) > 1:
             raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
-    return Comparison(_short(places), tuple(read_summary(folder) for folder in folders))
+    return Comparison(_short(places), tuple(folders), tuple(RunReport.read(folder) for folder in folders))
 
 
 def _run_of(folder: Path) -> Path:
@@ -130,10 +137,9 @@ def _short(places: Sequence[Path]) -> tuple[str, ...]:
     raise AssertionError("different paths have different parts")
 
 
-def _figures(run: RunSummary) -> dict[str, Any]:
-    base, pruned = run.models["base"], run.models["pruned"]
+def _figures(run: RunReport) -> dict[str, Any]:
+    base, pruned = run.base, run.pruned
     return {
-        "folder": str(run.folder),
         "keep_ratio": run.keep_ratio,
         "top1": {name: model.top1 for name, model in run.models.items()},
         "top5": {name: model.top5 for name, model in run.models.items()},
@@ -149,35 +155,30 @@ def _figures(run: RunSummary) -> dict[str, Any]:
     }
 
 
-def _line(row: Sequence[str], sizes: Sequence[int], block: Sequence[int]) -> str:
-    cells = [row[0].ljust(sizes[0]), *(row[column].rjust(sizes[column]) for column in block)]
-    return (" " * _GAP).join(cells).rstrip()
-
-
 def _text(value: Any) -> str:
     text = " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
     # Of a long path the end tells more; the JSON has it whole.
     return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
 
 
-def _top1(name: str, run: RunSummary) -> str:
+def _top1(name: str, run: RunReport) -> str:
     return f"{run.models[name].top1:.2f} %" if name in run.models else ""
 
 
-def _saving(attribute: str, run: RunSummary) -> str:
-    before, after = (getattr(run.models[name], attribute) for name in ("base", "pruned"))
+def _saving(attribute: str, run: RunReport) -> str:
+    before, after = getattr(run.base, attribute), getattr(run.pruned, attribute)
     saved = f" (-{1 - after / before:.1%})" if before else ""
     return f"{format_count(before)} -> {format_count(after)}{saved}"
 
 
-def _latency(run: RunSummary) -> str:
-    base, pruned = run.models["base"].latency_ms, run.models["pruned"].latency_ms
+def _latency(run: RunReport) -> str:
+    base, pruned = run.base.latency_ms, run.pruned.latency_ms
     return "" if base is None or pruned is None else f"{base:.2f} -> {pruned:.2f} ms"
 
 
-def _timing(run: RunSummary) -> str:
+def _timing(run: RunReport) -> str:
     return f"batch {run.latency_batch}, {run.device}" if _latency(run) else ""
 
 
-def _seconds(stage: str, run: RunSummary) -> str:
+def _seconds(stage: str, run: RunReport) -> str:
     return f"{run.seconds[stage]:.1f}" if stage in run.seconds else ""

@@ -10,22 +10,22 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from vbp.cost.macs import format_count
 from vbp.report.published import PAPER_POINTS, SOURCE
-from vbp.report.run_report import RunFolder, RunSummary, Step
+from vbp.report.run_report import FinishedRun, Measured, RunReport
 from vbp.report.spectrum import short_names, site_errors
 from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
+from vbp.runtime.tables import format_count
 
 
-def training_curves(run: RunSummary, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
+def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
     tuned = [row for row in epochs if row["epoch"] > 0]
     if not tuned:
         return None
     with canvas(4.0) as (figure, _):
-        _curves(figure, run.models["base"].top1, epochs, tuned)
+        _curves(figure, run.base.top1, epochs, tuned)
         svg, png = render(figure)
-    best = run.models["best"]
+    best = run.best
     return Drawing(
         "training",
         "Fine-tuning",
@@ -65,7 +65,7 @@ def _curves(
     below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
-def plan_convergence(run: RunSummary) -> Drawing | None:
+def plan_convergence(run: RunReport) -> Drawing | None:
     """Draw how the plan settled as the calibration images doubled; None with fewer than two stages."""
     stages = [] if run.convergence is None else run.convergence["stages"]
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
@@ -107,13 +107,14 @@ _COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best"
 _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 
-def accuracy_steps(run: RunSummary) -> Drawing:
+def accuracy_steps(run: RunReport) -> Drawing:
     """Draw the top-1 accuracy after each step."""
-    steps = run.steps
+    steps = [(label, run.models[name]) for name, label in run.steps.items()]
     with canvas(0.75 + 0.42 * len(steps)) as (figure, axes):
-        labels = [_two_lines(step.label) for step in steps]
-        texts = [f"{step.top1:.2f}" for step in steps]
-        labelled_bars(axes, labels, [step.top1 for step in steps], [_COLOURS[step.name] for step in steps], texts)
+        labels = [label.replace(", ", ",\n", 1) for label, _ in steps]
+        texts = [f"{model.top1:.2f}" for _, model in steps]
+        colours = [_COLOURS[name] for name in run.steps]
+        labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts)
         axes.set_xlabel("top-1 accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         svg, png = render(figure)
@@ -122,28 +123,28 @@ def accuracy_steps(run: RunSummary) -> Drawing:
         "Accuracy step by step",
         "Top-1 accuracy on the validation images: what pruning costs, and what compensation and fine-tuning give "
         "back.",
-        "Bars of top-1 accuracy: " + ", ".join(f"{step.label} {step.top1:.2f} %" for step in steps) + ".",
+        "Bars of top-1 accuracy: " + ", ".join(f"{label} {model.top1:.2f} %" for label, model in steps) + ".",
         ("Model", "Top-1 (%)", "Top-5 (%)", "Change in top-1"),
         tuple(
-            (step.label, f"{step.top1:.2f}", f"{step.top5:.2f}", f"{step.top1 - steps[0].top1:+.2f}")
-            for step in steps
+            (label, f"{model.top1:.2f}", f"{model.top5:.2f}", f"{model.top1 - run.base.top1:+.2f}")
+            for label, model in steps
         ),
         svg,
         png,
     )
 
 
-def accuracy_against_macs(run: RunSummary) -> Drawing | None:
+def accuracy_against_macs(run: RunReport) -> Drawing | None:
     """Draw what is left of accuracy against what is left of the MACs, beside the paper's points."""
-    base = run.models["base"]
+    base = run.base
     if base.top1 <= 0 or base.macs <= 0:
         return None
     with canvas(4.1) as (figure, axes):
         _paper(axes)
-        pruned, best = (_relative(run.models[name], base) for name in ("pruned", "best"))
+        pruned, best = (_relative(model, base) for model in (run.pruned, run.best))
         axes.plot(*zip((100, 100), pruned, strict=True), color=BLUE, linewidth=1, linestyle=":")
         axes.plot(*pruned, "o", color=BLUE, markersize=9, label="this run, pruned")
-        if run.models["final"].epoch:
+        if run.final.epoch:
             axes.plot(*best, "*", color=GREEN, markersize=15, label="this run, best", markeredgecolor=INK)
         axes.set_xlabel("MACs left (% of dense)")
         axes.set_ylabel("top-1 left (% of dense)")
@@ -187,13 +188,13 @@ def _paper(axes: Axes) -> None:
         )  # fmt: skip
 
 
-def _relative(step: Step, base: Step) -> tuple[float, float]:
-    return 100 * step.macs / base.macs, 100 * step.top1 / base.top1
+def _relative(model: Measured, base: Measured) -> tuple[float, float]:
+    return 100 * model.macs / base.macs, 100 * model.top1 / base.top1
 
 
-def latency_bars(run: RunSummary) -> Drawing | None:
+def latency_bars(run: RunReport) -> Drawing | None:
     """Draw the measured latency beside the one that MACs promise; None where it was not measured."""
-    base, pruned = run.models["base"], run.models["pruned"]
+    base, pruned = run.base, run.pruned
     if not base.latency_ms or not pruned.latency_ms or not base.macs or not pruned.macs:
         return None
     ideal = base.latency_ms * pruned.macs / base.macs
@@ -224,9 +225,9 @@ def latency_bars(run: RunSummary) -> Drawing | None:
     )
 
 
-def cost_rows(run: RunSummary) -> tuple[tuple[str, ...], ...]:
+def cost_rows(run: RunReport) -> tuple[tuple[str, ...], ...]:
     """Return MACs and parameters before and after, as rows of text: what, dense, pruned, saved."""
-    base, pruned = run.models["base"], run.models["pruned"]
+    base, pruned = run.base, run.pruned
     pairs = (("MACs of one image", base.macs, pruned.macs), ("Parameters", base.params, pruned.params))
     return tuple(
         (what, format_count(before), format_count(after), f"{100 * (1 - after / before):.1f} %" if before else "")
@@ -234,11 +235,7 @@ def cost_rows(run: RunSummary) -> tuple[tuple[str, ...], ...]:
     )
 
 
-def _two_lines(label: str) -> str:
-    return label.replace(", ", ",\n", 1)
-
-
-def kept_channels(run: RunSummary) -> Drawing | None:
+def kept_channels(run: RunReport) -> Drawing | None:
     """Draw how many channels each site keeps; None without sites."""
     sites = [(name, kept, total) for name, (kept, total) in run.sites.items()]
     if not sites:
@@ -273,13 +270,13 @@ def kept_channels(run: RunSummary) -> Drawing | None:
     )
 
 
-def reconstruction_errors(run: RunFolder) -> Drawing | None:
+def reconstruction_errors(run: FinishedRun) -> Drawing | None:
     """Draw the error that is left at each site; None where nothing tells it."""
     found = site_errors(run)
     if found is None:
         return None
     errors = found.errors
-    compensated = run.summary.config["compensation"] != "none" or found.at == "output"
+    compensated = run.report.config["compensation"] != "none" or found.at == "output"
     before = "mean shift" if compensated else "no compensation"
     refit = any(error.refit is not None for error in errors)
     with canvas(_height(len(errors))) as (figure, axes):

@@ -10,7 +10,6 @@ from typing import Any, Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from vbp.cost.macs import format_count
 from vbp.errors import OutputError
 from vbp.report.figures import (
     accuracy_against_macs,
@@ -22,10 +21,11 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
-from vbp.report.run_report import RunFolder, RunSummary, read_run
+from vbp.report.run_report import FinishedRun, RunReport, read_run
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, write_bytes
+from vbp.runtime.tables import format_count, markdown_table
 
 REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
@@ -61,7 +61,7 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     drawings = draw(run)
-    page = _page(run, drawings)
+    page = _page(run.report, drawings, _artefacts(folder))
     clear_report(folder)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
@@ -70,7 +70,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (markdown_table(run.summary) + _loading(folder)).encode())
+    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -85,30 +85,30 @@ def clear_report(folder: Path) -> None:
     clear_folder(folder / FIGURES, tuple(f"{name}.{kind}" for name in _NAMES for kind in ("svg", "png")))
 
 
-def draw(run: RunFolder) -> dict[str, Drawing]:
+def draw(run: FinishedRun) -> dict[str, Drawing]:
     """Draw all figures for which the run has numbers, by name."""
     found = (
-        accuracy_steps(run.summary),
-        accuracy_against_macs(run.summary),
-        latency_bars(run.summary),
-        training_curves(run.summary, run.epochs),
-        kept_channels(run.summary),
+        accuracy_steps(run.report),
+        accuracy_against_macs(run.report),
+        latency_bars(run.report),
+        training_curves(run.report, run.epochs),
+        kept_channels(run.report),
         reconstruction_errors(run),
         variance_spectra(run),
-        plan_convergence(run.summary),
+        plan_convergence(run.report),
     )
     return {drawing.name: drawing for drawing in found if drawing is not None}
 
 
-def markdown_table(run: RunSummary) -> str:
+def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
-    base, pruned, best = (run.models[name] for name in ("base", "pruned", "best"))
+    base, pruned, best = run.base, run.pruned, run.best
     tuned = f"{best.top1:.2f}" if best.epoch else "-"
     latency = "-"
     if base.latency_ms and pruned.latency_ms:
         latency = f"{base.latency_ms:.2f} → {pruned.latency_ms:.2f} ms ({run.speedup:.2f}x)"
     cells = {
-        "Model": _markdown_cell(_model_name(run)),
+        "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
         "Top-1 dense": f"{base.top1:.2f}",
         "Pruned": f"{pruned.top1:.2f}",
@@ -117,43 +117,37 @@ def markdown_table(run: RunSummary) -> str:
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": latency,
     }
-    lines = [cells.keys(), ["---"] * len(cells), cells.values()]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    return markdown_table([*cells], [[*cells.values()]])
 
 
-def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
-
-
-def _model_name(run: RunSummary) -> str:
+def _model_name(run: RunReport) -> str:
     return str(run.config.get("model_name") or "model")
 
 
-def _page(run: RunFolder, drawings: dict[str, Drawing]) -> str:
+def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[str, str]]) -> str:
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     assets = files("vbp.report") / "assets"
     template = environment.from_string((assets / "report.html.jinja").read_text(encoding="utf-8"))
-    summary = run.summary
     return template.render(
         style=Markup((assets / "report.css").read_text(encoding="utf-8")),
-        model=_model_name(summary),
-        run=summary,
-        keys=_key_figures(summary),
-        costs=cost_rows(summary),
+        model=_model_name(run),
+        run=run,
+        keys=_key_figures(run),
+        costs=cost_rows(run),
         drawings=drawings,
         inline={name: Markup(drawing.inline_svg) for name, drawing in drawings.items()},
         missing=_MISSING,
-        candidates=[(name, f"{divergence:.4f}") for name, divergence in summary.candidates],
-        artefacts=_artefacts(summary.folder),
-        markdown=markdown_table(summary),
-        seconds=[(stage, f"{seconds:.1f}") for stage, seconds in summary.seconds.items()],
-        settings=[(name, _setting(value)) for name, value in summary.config.items()],
+        candidates=[(one["name"], f"{one['divergence']:.4f}") for one in run.candidates],
+        artefacts=artefacts,
+        markdown=summary_row(run),
+        seconds=[(stage, f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
+        settings=[(name, _setting(value)) for name, value in run.config.items()],
     )
 
 
-def _key_figures(run: RunSummary) -> list[tuple[str, str, str]]:
+def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return what matters most: label, figure, remark."""
-    base, pruned, best = (run.models[name] for name in ("base", "pruned", "best"))
+    base, pruned, best = run.base, run.pruned, run.best
     found = [
         ("Top-1 accuracy", f"{best.top1:.2f} %", f"dense {base.top1:.2f} %, right after pruning {pruned.top1:.2f} %"),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),

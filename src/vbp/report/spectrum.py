@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 
 from vbp.pruning.criteria import variance_scores
-from vbp.report.run_report import RunFolder
+from vbp.report.run_report import FinishedRun
 from vbp.report.style import BLUE, GREY, INK, ORANGE, Drawing, canvas, render
 
 
@@ -31,7 +31,7 @@ class Spectrum:
     kept: npt.NDArray[np.bool_]
 
 
-def spectra(run: RunFolder) -> tuple[Spectrum, ...]:
+def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
     """Return the spectrum of each site in the order of the plan; none without plan or statistics."""
     if run.plan is None or run.statistics is None:
         return ()
@@ -75,14 +75,14 @@ class SiteErrors:
     errors: tuple[SiteError, ...]
 
 
-def site_errors(run: RunFolder) -> SiteErrors | None:
+def site_errors(run: FinishedRun) -> SiteErrors | None:
     """Return the reconstruction error of each site; None where neither the summary nor statistics tell it."""
-    measured = run.summary.reconstruction
-    if measured is not None:
+    measured = run.report.reconstruction
+    if measured:
         return SiteErrors("output", tuple(_measured(site, found) for site, found in measured.items()))
     if run.plan is None or run.statistics is None:
         return None
-    compensated = run.summary.config["compensation"] != "none"
+    compensated = run.report.config["compensation"] != "none"
     found = []
     for entry in run.plan.sites:
         moments = run.statistics.moments.get(entry.site.name)
@@ -96,9 +96,8 @@ def site_errors(run: RunFolder) -> SiteErrors | None:
 
 
 def _measured(site: str, found: Mapping[str, float]) -> SiteError:
-    refit = found.get("refit")
     energy = found["energy"]
-    return SiteError(site, _share(found["mean_shift"], energy), None if refit is None else _share(refit, energy))
+    return SiteError(site, _share(found["mean_shift"], energy), _share(found["refit"], energy))
 
 
 def _share(part: float, whole: float) -> float:
@@ -131,7 +130,7 @@ _DECADES: Final = 8
 _GAP: Final = (0.12, 0.55)
 
 
-def variance_spectra(run: RunFolder) -> Drawing | None:
+def variance_spectra(run: FinishedRun) -> Drawing | None:
     """Draw the spectrum of each site with the cut; None without plan or statistics."""
     found = spectra(run)
     if not found:

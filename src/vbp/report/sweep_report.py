@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
-from vbp.cost.macs import format_count
 from vbp.pruning.plan import Scope
 from vbp.report.run_report import Measured
+from vbp.runtime.decode import from_json
+from vbp.runtime.tables import format_count, text_table
 
 Compensation = Literal["none", "mean", "refit"]
 
@@ -72,11 +73,12 @@ class SweepRow:
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> SweepRow:
         """Read what `to_dict` gave."""
-        setting = Setting(value["criterion"], value["compensation"], value["scope"], value["keep_ratio"])
-        measured = Measured(
-            value["top1"], value["top5"], value["macs"], value["params"], value["latency_ms"], images=value["images"]
-        )
-        return SweepRow(setting, value["kept"], value["total"], measured, value["dense_latency_ms"])
+        parts = {
+            name: {part.name: value[part.name] for part in fields(kind) if part.name in value}
+            for name, kind in (("setting", Setting), ("measured", Measured))
+        }
+        plain = {name: value[name] for name in ("kept", "total", "dense_latency_ms")} | parts
+        return from_json(SweepRow, plain, "the row of a sweep", use_defaults=True)
 
 
 @dataclass(frozen=True)
@@ -143,9 +145,9 @@ class SweepReport:
              format_count(dense.params), *([""] if timed else [])]
         ]  # fmt: skip
         lines += [self._line(row, timed) for row in self.rows]
-        blocks = [_aligned([heading, *lines])]
+        blocks = [text_table([heading, *lines])]
         if len({row.setting.keep_ratio for row in self.rows}) > 1:
-            blocks.append("share of the dense top-1 left, by keep_ratio\n" + _aligned(self._by_ratio()))
+            blocks.append("share of the dense top-1 left, by keep_ratio\n" + text_table(self._by_ratio()))
         if dense.images and 0 < dense.top1 < 100:
             error = (dense.top1 * (100 - dense.top1) / dense.images) ** 0.5
             blocks.append(
@@ -173,15 +175,3 @@ class SweepReport:
 
 def _text(share: float | None) -> str:
     return "" if share is None else f"{share:.3f}"
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of text with the first column at the left and the others at the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if not place else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )

@@ -1,31 +1,63 @@
-"""Progress bars of the main process."""
+"""One process of a job: its ranks, device and precision, its progress bars, and the seconds of each stage."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import torch
 from tqdm import tqdm
 
-if TYPE_CHECKING:
-    from vbp.recipes.setup import Job
+from vbp.runtime.precision import Precision
+from vbp.runtime.processes import Processes
 
 
-def bar(job: Job, loader: Iterable[Any], label: str) -> Any:
-    """Draw progress on the main process, where the output is a terminal."""
-    hidden = None if job.processes.main else True
-    return tqdm(loader, desc=label, unit="batch", leave=False, disable=hidden, dynamic_ncols=True)
+@dataclass(frozen=True)
+class Session:
+    """How this process takes part in a job. The default is a job of one process, on the CPU, in float32.
+
+    Attributes:
+        processes: The processes whose images count together.
+        device: Where the models are.
+        precision: Of all forward passes.
+        seconds: Stage -> seconds spent in it so far.
+    """
+
+    processes: Processes = field(default_factory=Processes)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    precision: Precision = field(default_factory=Precision)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def progress(self, batches: Iterable[Any], label: str) -> Any:
+        """Draw a progress bar on the main process, where the output is a terminal; return the batches."""
+        return tqdm(batches, desc=label, unit="batch", leave=False, disable=self._hidden, dynamic_ncols=True)
+
+    @contextmanager
+    def progress_steps(self, label: str, unit: str) -> Iterator[Callable[[str], None]]:
+        """Draw progress over steps whose number nobody knows: call what is returned with each step's name."""
+        with tqdm(desc=label, unit=f" {unit}", leave=False, disable=self._hidden, dynamic_ncols=True) as drawn:
+
+            def tell(name: str) -> None:
+                drawn.set_postfix_str(name, refresh=False)
+                drawn.update()
+
+            yield tell
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of a block to those of a stage."""
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    @property
+    def _hidden(self) -> bool | None:
+        """Hide the bar on other processes; None leaves it to whether the output is a terminal."""
+        return None if self.processes.main else True
 
 
-@contextmanager
-def counted(job: Job, label: str, unit: str) -> Iterator[Callable[[str], None]]:
-    """Draw progress as `bar` does over steps whose number nobody knows: call what is given with each step's name."""
-    hidden = None if job.processes.main else True
-    with tqdm(desc=label, unit=f" {unit}", leave=False, disable=hidden, dynamic_ncols=True) as drawn:
-
-        def tell(name: str) -> None:
-            drawn.set_postfix_str(name, refresh=False)
-            drawn.update()
-
-        yield tell
+# For calls that belong to no job.
+ALONE: Final = Session()

@@ -1,33 +1,27 @@
-"""What criteria and compensations must know of a job's model, read from its calibration images."""
+"""What criteria and compensations must know of a job's model, read from calibration images."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Literal
+from typing import Final, Literal
 
 from torch import Tensor, nn
 
-from vbp.data.images import balanced_order
-from vbp.data.loader import ImageLoader, make_loader
+from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
 from vbp.method.covariance import covariance_bytes
 from vbp.method.fisher import sensitivity_bytes
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import Draws, TokenSample
 from vbp.runtime.memory import out_of_memory
-from vbp.runtime.session import bar
 from vbp.sites.layers import output_channels
+from vbp.sites.site import Site
 from vbp.statistics.collect import collect_statistics
 from vbp.statistics.gradients import GradientSum
-from vbp.statistics.images import calibration_share, draws_of, share_of, views_of
-from vbp.statistics.mlp_samples import HiddenSamples
+from vbp.statistics.images import CalibrationImages, in_pieces
 from vbp.statistics.statistics import Statistics, observed_names
-
-if TYPE_CHECKING:
-    from vbp.recipes.setup import Job
-
 
 _log = logging.getLogger(__name__)
 
@@ -61,33 +55,39 @@ FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance",
 _PIVOT_IMAGES = 32
 
 
-# Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
-# megabytes an image on a ViT-Base.
-_CPU_SENSED, _GPU_SENSED = 16, 64
-
-
 class EvidenceReader:
     """Reads calibration images part by part, each once for all that is needed of it.
 
-    The images stand in the order of `balanced_order`. Random draws belong to an image's place in it, so that any
-    number of processes and of parts, once merged, gives what one pass over all images would; an image that cannot be
-    read leaves its numbers to the next one.
+    Random draws belong to an image's place in the order, so that any number of processes and of parts, once merged,
+    gives what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
     """
 
-    def __init__(self, job: Job, needs: Collection[Need], *, covariance_tokens: float = 1.0) -> None:
-        """Return what the sums will take, and read nothing.
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        images: CalibrationImages,
+        needs: Collection[Need],
+        *,
+        covariance_tokens: float = 1.0,
+    ) -> None:
+        """Say what the sums will take, and read nothing.
 
         Args:
-            job: Whose images are read, and whose model is observed.
+            model: The dense model, which is observed.
+            sites: From `find_sites`.
+            images: What is read.
             needs: What to collect.
             covariance_tokens: Share of the tokens of each image that count for the covariance.
         """
-        self._job, self._needs, self._tokens = job, frozenset(needs), covariance_tokens
-        self._order = balanced_order(job.calibration, job.config.seed)
-        self._gradients = GradientSum(job.model, job.sites, job.device) if "gradients" in needs else None
+        self._model, self._sites, self._images, self._session = model, sites, images, images.session
+        self._needs, self._tokens = frozenset(needs), covariance_tokens
+        self._gradients = GradientSum(model, sites, self._session.device) if "gradients" in needs else None
         self._pivots: Mapping[str, Tensor] | None = None
-        for need, size in evidence_bytes(job, needs).items():
-            _log.info("calibration: %s of %d sites, %.0f MB on %s", need, len(job.sites), size / 1e6, job.device)
+        for need, size in evidence_bytes(model, sites, needs).items():
+            _log.info(
+                "calibration: %s of %d sites, %.0f MB on %s", need, len(sites), size / 1e6, self._session.device
+            )
 
     def read(self, part: range) -> Statistics | None:
         """Take in this process's share of the images at these places.
@@ -104,17 +104,18 @@ class EvidenceReader:
         Raises:
             InputError: Images cannot be read, or the model's answers are not finite.
         """
+        images = self._images
         with out_of_memory("calibration"):
             if "sensitivity" in self._needs and self._pivots is None:
                 self._pivots = self._read_pivots()
-            loader = self._loader(part)
+            loader = images.load(images.order[part.start : part.stop], images.batch_size)
             if loader is None:
                 return None
-            seen: Iterable[tuple[Tensor, Tensor]] = bar(self._job, loader, "calibration")
+            seen: Iterable[tuple[Tensor, Tensor]] = self._session.progress(loader, "calibration")
             if self._gradients is not None:
                 seen = self._gradients.tee(seen)
             if self._needs & FROM_STATISTICS:
-                return self._collect(seen, part)
+                return self._collect((pixels for pixels, _ in seen), part)
             for _ in seen:
                 pass
         return None
@@ -125,27 +126,25 @@ class EvidenceReader:
         Raises:
             InputError: No image was read, or a gradient is not finite.
         """
-        return None if self._gradients is None else self._gradients.mean(self._job.processes)
+        return None if self._gradients is None else self._gradients.mean(self._session.processes)
 
-    def _collect(self, seen: Iterable[tuple[Tensor, Tensor]], part: range) -> Statistics:
-        job, processes, block = self._job, self._job.processes, self._job.config.val_batch_size
+    def _collect(self, pixels: Iterable[Tensor], part: range) -> Statistics:
+        processes, block = self._session.processes, self._images.batch_size
         # Batch b of the part is that of process b mod world.
         numbers = {
-            "seed": job.config.seed,
+            "seed": self._images.seed,
             "first": part.start + processes.rank * block,
             "step": processes.world * block,
             "block": block,
         }
         sensitivity = "sensitivity" in self._needs
-        if sensitivity:
-            seen = _in_pieces(seen, _sensed(job))
-        with job.precision.autocast():
+        with self._session.precision.autocast():
             return collect_statistics(
-                job.model,
-                job.sites,
-                seen,
-                device=job.device,
-                data=job.data,
+                self._model,
+                self._sites,
+                in_pieces(pixels, self._session.device) if sensitivity else pixels,
+                device=self._session.device,
+                data=self._images.fingerprint,
                 covariance="covariance" in self._needs,
                 tokens=TokenSample(self._tokens, **numbers),
                 sensitivity=Draws(**numbers) if sensitivity else None,
@@ -154,77 +153,26 @@ class EvidenceReader:
 
     def _read_pivots(self) -> Mapping[str, Tensor]:
         """Return the means over the same first images on every process."""
-        job = self._job
         loader = make_loader(
-            job.calibration.select(list(self._order[:_PIVOT_IMAGES])),
-            evaluation_transform(job.classifier.preprocessing),
+            self._images.images.select(self._images.order[:_PIVOT_IMAGES]),
+            evaluation_transform(self._images.preprocessing),
             batch_size=_PIVOT_IMAGES,
             num_workers=0,
             # How many are too many is for the reading itself to say.
             max_unreadable=1.0,
         )
-        with job.precision.autocast():
-            return collect_statistics(job.model, job.sites, loader, device=job.device).means
-
-    def _loader(self, part: range) -> ImageLoader | None:
-        return share_of(self._job, [self._order[place] for place in part], self._job.config.val_batch_size)
+        with self._session.precision.autocast():
+            return collect_statistics(self._model, self._sites, loader, device=self._session.device).means
 
 
-def evidence_bytes(job: Job, needs: Collection[Need]) -> dict[Need, int]:
+def evidence_bytes(model: nn.Module, sites: Sequence[Site], needs: Collection[Need]) -> dict[Need, int]:
     """Return what the sums of covariances and sensitivities take, in bytes: on the device, and at most in a file."""
-    found: dict[Need, int] = {}
+    sizes: dict[Need, int] = {}
     if "covariance" in needs:
-        found["covariance"] = covariance_bytes([site.hidden for site in job.sites for _ in observed_names(site)])
+        sizes["covariance"] = covariance_bytes([site.hidden for site in sites for _ in observed_names(site)])
     if "sensitivity" in needs:
-        consumers = {site: job.model.get_submodule(site.consumer) for site in job.sites if site.kind == "mlp"}
-        found["sensitivity"] = sensitivity_bytes(
+        consumers = {site: model.get_submodule(site.consumer) for site in sites if site.kind == "mlp"}
+        sizes["sensitivity"] = sensitivity_bytes(
             [(site.hidden, output_channels(consumer)) for site, consumer in consumers.items()]
         )
-    return found
-
-
-def check_given(job: Job, needs: Collection[Need]) -> None:
-    """Refuse statistics from a file that lack what is needed.
-
-    Raises:
-        InputError: They do.
-    """
-    if job.given is not None and job.config.stats_path is not None:
-        job.given.check_holds(
-            job.sites,
-            job.config.stats_path,
-            covariance="covariance" in needs,
-            sensitivity="sensitivity" in needs,
-        )
-
-
-def hidden_samples(job: Job, dense: nn.Module, images: range) -> HiddenSamples:
-    """Sample what the dense model's MLPs read and give on some calibration images; all processes call it.
-
-    Args:
-        job: Whose images these are.
-        dense: The dense model.
-        images: Their places in the order of `balanced_order`.
-
-    Raises:
-        InputError: No image can be read, or there is no MLP whose hidden layer can be refitted.
-    """
-    loader = calibration_share(job, images, views_of(job))
-    seen: Iterable[tuple[Tensor, Tensor]] = () if loader is None else bar(job, loader, "hidden layers")
-    with out_of_memory("calibration"):
-        samples = HiddenSamples(
-            dense, job.sites, job.example, (pixels for pixels, _ in _in_pieces(seen, _sensed(job))),
-            draws=draws_of(job, loader), precision=job.precision, processes=job.processes,
-        )  # fmt: skip
-    _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
-    return samples
-
-
-def _sensed(job: Job) -> int:
-    return _CPU_SENSED if job.device.type == "cpu" else _GPU_SENSED
-
-
-def _in_pieces(batches: Iterable[tuple[Tensor, Tensor]], size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    for pixels, labels in batches:
-        for start in range(0, len(pixels), size):
-            yield pixels[start : start + size], labels[start : start + size]
+    return sizes

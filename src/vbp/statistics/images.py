@@ -1,17 +1,21 @@
-"""Which calibration images this process reads, and in which views."""
+"""Calibration images: which of them this process reads, in which views, and the random numbers of each."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
-from vbp.data.images import balanced_order
+import torch
+from torch import Tensor
+
+from vbp.data.images import Images, balanced_order
 from vbp.data.loader import ImageLoader, make_loader
-from vbp.data.preprocessing import Transform, ViewTransform, evaluation_transform
+from vbp.data.preprocessing import Preprocessing, Transform, ViewTransform, evaluation_transform
+from vbp.errors import InputError
 from vbp.method.sampling import Draws
-
-if TYPE_CHECKING:
-    from vbp.recipes.setup import Job
-
+from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.session import ALONE, Session
 
 # Views of an image for the refits after surgery, where these take seconds. On a CPU they would take a quarter of an
 # hour a plan on DeiT-tiny.
@@ -22,55 +26,188 @@ _GPU_VIEWS = 4
 _LEAST_CROP = 0.35
 
 
-def draws_of(job: Job, share: ImageLoader | None) -> Draws:
-    """Return the random numbers of the images of this process's share: as if one process read them all."""
-    size, rank, world = 1 if share is None else share.batch_size, job.processes.rank, job.processes.world
-    # Batch b is that of process b mod world.
-    return Draws(seed=job.config.seed, first=rank * size, step=world * size, block=size)
+# Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
+# megabytes an image on a ViT-Base.
+_CPU_PIECE, _GPU_PIECE = 16, 64
 
 
-def views_of(job: Job) -> int:
-    """Return how many views of each image the refits after surgery read."""
-    views = job.config.refit_views
-    if views == "auto":
-        return 1 if job.device.type == "cpu" else _GPU_VIEWS
-    return views
+@dataclass(frozen=True)
+class Pixels:
+    """Batches of images without labels, which can be gone through again: this process's share.
 
-
-def calibration_share(job: Job, images: range, views: int = 1) -> ImageLoader | None:
-    """Load this process's share of some calibration images.
-
-    Args:
-        job: Whose images these are.
-        images: Their places in the order of `balanced_order`, for all processes; those beyond the last are left out.
-        views: Of each image, one after the other, the same ones whenever they are loaded; they count as images.
-
-    Returns:
-        Small batches, so that every process has one; None if there are fewer images than processes.
+    Attributes:
+        read: Begins to read them.
+        probes: The random numbers of these images.
+        views: So many that follow each other are views of one image.
     """
-    order = balanced_order(job.calibration, job.config.seed)[images.start : images.stop]
-    places = [place for place in order for _ in range(views)]
-    size = min(job.config.val_batch_size, -(-len(places) // job.processes.world))
-    return share_of(job, places, size, None if views == 1 else _views(job, views))
+
+    read: Callable[[], Iterable[Tensor]]
+    probes: Draws = field(default_factory=Draws)
+    views: int = 1
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.read())
 
 
-def _views(job: Job, views: int) -> Transform:
-    low, high = job.config.crop_scale
-    scale = (min(max(low, _LEAST_CROP), high), high)
-    return ViewTransform(job.classifier.preprocessing, views, hflip=job.config.hflip, scale=scale)
+@dataclass(frozen=True)
+class CalibrationImages:
+    """Labelled images, read as for evaluation, in the order of `balanced_order`.
+
+    Attributes:
+        images: All of them.
+        preprocessing: Of the dense model.
+        session: Whose processes share them.
+        seed: Of their order, and of all random numbers that belong to them.
+        batch_size: Images that a process loads at a time.
+        num_workers: Processes that decode.
+        prefetch: Batches that each of these reads ahead.
+        hflip: Mirror every second view.
+        crop_scale: Least and greatest share of an image that a view shows.
+    """
+
+    images: Images
+    preprocessing: Preprocessing
+    session: Session = ALONE
+    seed: int = 0
+    batch_size: int = 64
+    num_workers: int = 0
+    prefetch: int = 2
+    hflip: bool = True
+    crop_scale: tuple[float, float] = (_LEAST_CROP, 1.0)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @cached_property
+    def order(self) -> tuple[int, ...]:
+        """Return the images' places in the list, in the order in which they are read."""
+        return balanced_order(self.images, self.seed)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Return a fingerprint of images and preprocessing."""
+        return json_fingerprint([self.images.fingerprint(), self.preprocessing.to_dict()])
+
+    def share(self, places: range, views: int = 1) -> ImageLoader | None:
+        """Load this process's share of the images at some places, with labels.
+
+        Args:
+            places: In the order, for all processes; those beyond the last are left out.
+            views: Of each image, one after the other, the same ones whenever they are loaded; they count as images.
+
+        Returns:
+            Small batches, so that every process has one; None if there are fewer images than processes.
+        """
+        indices = [index for index in self.order[places.start : places.stop] for _ in range(views)]
+        size = min(self.batch_size, -(-len(indices) // self.session.processes.world))
+        return self.load(indices, size, None if views == 1 else self._view_transform(views))
+
+    def load(self, indices: Sequence[int], size: int, transform: Transform | None = None) -> ImageLoader | None:
+        """Load this process's share of some images of the list, as for evaluation by default; None if it has none."""
+        loader = make_loader(
+            self.images.select(indices),
+            transform or evaluation_transform(self.preprocessing),
+            batch_size=size,
+            seed=self.seed,
+            rank=self.session.processes.rank,
+            world=self.session.processes.world,
+            num_workers=self.num_workers,
+            prefetch=self.prefetch,
+            pin_memory=True,
+        )
+        return loader if len(loader) else None
+
+    def probes(self, share: ImageLoader | None) -> Draws:
+        """Return the random numbers of the images of a share: as if one process read them all."""
+        size = 1 if share is None else share.batch_size
+        rank, world = self.session.processes.rank, self.session.processes.world
+        # Batch b is that of process b mod world.
+        return Draws(seed=self.seed, first=rank * size, step=world * size, block=size)
+
+    def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
+        """Load a share as `share` does, without labels, with a progress bar."""
+        share = self.share(places, views)
+
+        def read() -> Iterator[Tensor]:
+            for pixels, _ in () if share is None else self.session.progress(share, label):
+                yield pixels
+
+        return Pixels(read, self.probes(share), views)
+
+    def _view_transform(self, views: int) -> Transform:
+        low, high = self.crop_scale
+        scale = (min(max(low, _LEAST_CROP), high), high)
+        return ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale)
 
 
-def share_of(job: Job, places: list[int], batch_size: int, transform: Transform | None = None) -> ImageLoader | None:
-    """Load this process's share of some calibration images, as for evaluation by default; None if it has none."""
-    loader = make_loader(
-        job.calibration.select(places),
-        transform or evaluation_transform(job.classifier.preprocessing),
-        batch_size=batch_size,
-        seed=job.config.seed,
-        rank=job.processes.rank,
-        world=job.processes.world,
-        num_workers=job.config.num_workers,
-        prefetch=job.config.prefetch,
-        pin_memory=True,
-    )
-    return loader if len(loader) else None
+@dataclass(frozen=True)
+class GivenImages:
+    """Batches of prepared images that a caller has, in the order in which they come; of one process.
+
+    Attributes:
+        batches: Image tensors "batch channels height width", or tuples that begin with one; can be gone through
+            several times.
+    """
+
+    batches: Iterable[Tensor | Sequence[Tensor]]
+    session: Session = ALONE
+
+    def __post_init__(self) -> None:
+        """Refuse what can be gone through only once.
+
+        Raises:
+            InputError: It is an iterator.
+        """
+        if iter(self.batches) is self.batches:
+            raise InputError(
+                f"batches must be a list or a loader that can be gone through several times, got "
+                f"{type(self.batches).__name__}, which ends after the first time; make a list of it"
+            )
+
+    def __len__(self) -> int:
+        return self._count
+
+    @cached_property
+    def _count(self) -> int:
+        return sum(len(pixels_of(batch)) for batch in self.batches)
+
+    def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
+        """Return the images at some places, as they are.
+
+        Raises:
+            InputError: Several views are asked for.
+        """
+        if views != 1:
+            raise InputError(f"views must be 1 for batches that are given, got {views}; give the views as images")
+        return Pixels(partial(self._between, places))
+
+    def _between(self, places: range) -> Iterator[Tensor]:
+        start = 0
+        for batch in self.batches:
+            pixels = pixels_of(batch)
+            wanted = pixels[max(0, places.start - start) : max(0, places.stop - start)]
+            start += len(pixels)
+            if len(wanted):
+                yield wanted
+            if start >= places.stop:
+                return
+
+
+# What refits read from.
+ImageSource = CalibrationImages | GivenImages
+
+
+def pixels_of(batch: Tensor | Sequence[Tensor]) -> Tensor:
+    """Return the images of a batch, which may have labels behind them."""
+    return batch if isinstance(batch, Tensor) else batch[0]
+
+
+def default_views(device: torch.device) -> int:
+    """Return how many views of each image the refits after surgery read, unless told otherwise."""
+    return 1 if device.type == "cpu" else _GPU_VIEWS
+
+
+def in_pieces(batches: Iterable[Tensor], device: torch.device) -> Iterator[Tensor]:
+    """Cut batches to what goes forward and backward at a time."""
+    for pixels in batches:
+        yield from torch.split(pixels, _CPU_PIECE if device.type == "cpu" else _GPU_PIECE)

@@ -6,6 +6,7 @@ for as much as a hundred others, and no one has to say which token that is.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,24 +21,28 @@ from vbp.method.fisher import FP16_SCALE, fisher_direction
 from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws, priority_sample
 from vbp.runtime.forward import evaluation_mode, frozen, logits_of
-from vbp.runtime.precision import Precision, in_float32
+from vbp.runtime.memory import out_of_memory
+from vbp.runtime.precision import in_float32
 from vbp.runtime.processes import Processes
+from vbp.runtime.session import ALONE, Session
 from vbp.sites.layers import channel_dim, rows
 from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
+from vbp.statistics.images import ImageSource, in_pieces
 
-_OFF, _ALONE, _FIRST = Precision(), Processes(), Draws()
+_FIRST = Draws()
 
+_log = logging.getLogger(__name__)
 
 # Positions of an image, whatever their number: 32 of DeiT-tiny's 197 serve as well as 50.
-_POSITIONS = 32
+POSITIONS = 32
 
 
 # Share of a position's size that is that of the image's mean position: the answer's slope is no more than one draw.
 _EVEN = 0.25
 
 
-class HiddenSamples:
+class MLPSamples:
     """Samples of the dense model's MLPs, of the images of all processes, in the memory of the host.
 
     Made once, they serve any number of pruned models.
@@ -46,7 +51,7 @@ class HiddenSamples:
         mlps: The MLPs, in the order of the sites.
         samples: Site name -> sample, the same on all processes.
         images: Images of all processes.
-        processes: Whose these are.
+        session: Whose these are.
     """
 
     def __init__(
@@ -57,8 +62,7 @@ class HiddenSamples:
         batches: Iterable[Tensor],
         *,
         draws: Draws = _FIRST,
-        precision: Precision = _OFF,
-        processes: Processes = _ALONE,
+        session: Session = ALONE,
     ) -> None:
         """Run the dense model forward and backward over all images once.
 
@@ -68,17 +72,16 @@ class HiddenSamples:
             example: An image, for a look at the model.
             batches: Calibration images, without labels; none is allowed where another process has some.
             draws: The random numbers of the images of this process.
-            precision: Of the passes.
-            processes: Whose images count together; all of them make this object.
+            session: All of its processes make this object.
 
         Raises:
             InputError: There is no image, no site has a plain hidden layer, or values are not finite.
         """
-        self.processes = processes
+        self.session, processes = session, session.processes
         self.mlps = check_mlps(dense, example, sites)
-        self._draws, self._precision = draws, precision
+        self._draws = draws
         device = next(dense.parameters()).device
-        parts: dict[str, list[Drawn]] = {mlp.site.name: [] for mlp in self.mlps}
+        parts: dict[str, list[Positions]] = {mlp.site.name: [] for mlp in self.mlps}
         metrics: dict[str, Tensor] = {}
         images = 0
         with evaluation_mode(dense), frozen(dense):
@@ -87,12 +90,28 @@ class HiddenSamples:
                 for name, read, given, slopes in self._seen(dense, pixels, images):
                     flat = slopes.flatten(0, 1)
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
-                    parts[name].append(draw(read, given, _sizes(slopes), draws, images))
+                    parts[name].append(sample_positions(read, given, _sizes(slopes), draws, images))
                 images += len(batch)
         self.images = sum(processes.gather(images))
         if not self.images:
             raise InputError("the refit of the producers needs at least one image, got none on any process")
-        self.samples = {name: merged(name, part, metrics.get(name), processes) for name, part in parts.items()}
+        self.samples = {name: gather_sample(name, part, metrics.get(name), processes) for name, part in parts.items()}
+
+    @classmethod
+    def read(
+        cls, dense: nn.Module, sites: Sequence[Site], example: Tensor, images: ImageSource, places: range, views: int
+    ) -> MLPSamples:
+        """Sample calibration images at some places, in so many views of each; all processes call it.
+
+        Raises:
+            InputError: No image can be read, or there is no MLP whose hidden layer can be refitted.
+        """
+        pixels = images.pixels(places, "hidden layers", views)
+        with out_of_memory("calibration"):
+            pieces = in_pieces(pixels, next(dense.parameters()).device)
+            samples = cls(dense, sites, example, pieces, draws=pixels.probes, session=images.session)
+        _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
+        return samples
 
     @property
     def nbytes(self) -> int:
@@ -125,7 +144,7 @@ class HiddenSamples:
 
                 hooks.callback(producer.register_forward_pre_hook(before).remove)
                 hooks.callback(consumer.register_forward_hook(after).remove)
-            with torch.enable_grad(), self._precision.autocast():
+            with torch.enable_grad(), self.session.precision.autocast():
                 # A tensor of its own: the caller's images are not to learn.
                 logits = logits_of(dense(pixels.detach().requires_grad_()))
         noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
@@ -150,7 +169,7 @@ def _sizes(slopes: Float[Tensor, "images positions out"]) -> Float[Tensor, "imag
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Positions:
     """Positions of some images, on the CPU: what is read and given there, "images positions channels"; weights."""
 
     numbers: tuple[int, ...]
@@ -159,14 +178,14 @@ class Drawn:
     weights: Tensor
 
 
-def draw(
+def sample_positions(
     read: Float[Tensor, "images positions in"],
     given: Float[Tensor, "images positions out"],
     sizes: Float[Tensor, "images positions"],
     draws: Draws,
     start: int,
-) -> Drawn:
-    """Draw positions of each image.
+) -> Positions:
+    """Sample positions of each image.
 
     Args:
         read: What is read at each.
@@ -176,12 +195,12 @@ def draw(
         start: Place of the first among those of this process.
     """
     uniform = draws.uniform(start, *sizes.shape).to(sizes)
-    places, weights = priority_sample(sizes, uniform, _POSITIONS)
+    places, weights = priority_sample(sizes, uniform, POSITIONS)
     inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, given))
-    return Drawn(tuple(map(draws.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
+    return Positions(tuple(map(draws.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
 
 
-def merged(name: str, parts: Sequence[Drawn], metric: Tensor | None, processes: Processes) -> HiddenSample:
+def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> HiddenSample:
     """Put the batches of all processes together, in the order of the images' numbers.
 
     Raises:

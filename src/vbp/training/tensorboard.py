@@ -10,7 +10,6 @@ from types import TracebackType
 from typing import Any, Self
 
 from vbp.errors import InputError
-from vbp.pruning.plan import PruningPlan
 from vbp.training.meters import EpochResult
 
 
@@ -56,10 +55,10 @@ class Tracker:
         if self._writer is not None:
             self._writer.close()
 
-    def sites(self, plan: PruningPlan) -> None:
-        """Draw the kept channels of each site."""
+    def sites(self, widths: Mapping[str, tuple[int, int]]) -> None:
+        """Draw the kept channels of each site: its name -> kept and all channels."""
         if self._writer is not None:
-            for name, (kept, total) in plan.widths.items():
+            for name, (kept, total) in widths.items():
                 self._writer.add_scalar(f"kept_channels/{name}", kept, 0)
                 self._writer.add_scalar(f"kept_share/{name}", kept / total, 0)
 

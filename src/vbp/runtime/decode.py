@@ -1,0 +1,158 @@
+"""Turn frozen dataclasses into plain JSON data and back; what is read is checked against the declared types."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from functools import cache
+from pathlib import Path
+from types import NoneType, UnionType
+from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from vbp.errors import InputError
+
+T = TypeVar("T")
+
+
+_PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
+
+
+class _MismatchError(Exception):
+    """A value is not what is declared; `place` says which one, as in `sites[0].keep`."""
+
+    def __init__(self, place: str, text: str) -> None:
+        super().__init__(text)
+        self.place, self.text = place, text
+
+
+def to_json(value: Any) -> Any:
+    """Return plain JSON data: dataclasses and mappings as objects, tuples as lists, paths as text."""
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_json(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def from_json(
+    kind: type[T], value: Any, what: str, remedy: str = "make it again", *, use_defaults: bool = False
+) -> T:
+    """Return the dataclass whose plain JSON data this is.
+
+    Fields may be numbers, text, Literals, Optionals, tuples, mappings from text, paths, other dataclasses, or Any.
+
+    Args:
+        kind: The dataclass.
+        value: What `to_json` returned, also after a way through JSON text. Nothing about it is taken for granted.
+        what: Begins the error text, as `the plan`.
+        remedy: Ends it.
+        use_defaults: Whether a field that has a default may be missing.
+
+    Raises:
+        InputError: A name is missing or unknown, or a value is of another type; numbers must be finite.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True)
+        ... class Crop:
+        ...     size: tuple[int, int]
+        ...     mode: Literal["center", "border"] = "center"
+        >>> from_json(Crop, {"size": [224, 224], "mode": "border"}, "the crop")
+        Crop(size=(224, 224), mode='border')
+    """
+    try:
+        decoded: T = _decoded(kind, value, "", use_defaults)
+    except _MismatchError as error:
+        place = f"must hold a {error.place}, which " if error.place else ""
+        raise InputError(f"{what} is damaged: it {place}{error.text}; {remedy}") from None
+    return decoded
+
+
+def _decoded(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
+    origin, arguments = get_origin(kind), get_args(kind)
+    if kind is Any:
+        return value
+    if is_dataclass(kind):
+        return _dataclass(kind, value, place, use_defaults)
+    if origin in (Union, UnionType):
+        return _either(arguments, value, place, use_defaults)
+    if origin is Literal:
+        fits = any(value == allowed and type(value) is type(allowed) for allowed in arguments)
+        return _checked(value, fits, place, f"one of {', '.join(map(str, arguments))}")
+    if origin in (tuple, Sequence):
+        return _list(arguments, value, place, use_defaults)
+    if origin in (dict, Mapping):
+        _checked(value, isinstance(value, Mapping) and all(isinstance(key, str) for key in value), place, "an object")
+        return {key: _decoded(arguments[1], item, f"{place}[{key!r}]", use_defaults) for key, item in value.items()}
+    if kind is float:
+        fits = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return _checked(value, fits, place, "a finite number")
+    if kind is Path:
+        return Path(_decoded(str, value, place, use_defaults))
+    return _checked(value, type(value) is kind, place, _PLAIN[kind])
+
+
+def _checked(value: Any, fits: bool, place: str, allowed: str) -> Any:
+    if not fits:
+        raise _MismatchError(place, f"must be {allowed}, got {reprlib.repr(value)}")
+    return value
+
+
+def _either(kinds: Sequence[Any], value: Any, place: str, use_defaults: bool) -> Any:
+    if value is None and NoneType in kinds:
+        return None
+    mismatches = []
+    for kind in kinds:
+        if kind is not NoneType:
+            try:
+                return _decoded(kind, value, place, use_defaults)
+            except _MismatchError as error:
+                mismatches.append(error)
+    if len(mismatches) == 1:
+        raise mismatches[0]
+    raise _MismatchError(place, " or ".join(error.text for error in mismatches))
+
+
+def _list(kinds: Sequence[Any], value: Any, place: str, use_defaults: bool) -> tuple[Any, ...]:
+    _checked(value, isinstance(value, list | tuple), place, "a list")
+    if len(kinds) == 1 or kinds[1] is Ellipsis:
+        kinds = [kinds[0]] * len(value)
+    _checked(value, len(value) == len(kinds), place, f"a list of {len(kinds)} entries")
+    return tuple(
+        _decoded(kind, item, f"{place}[{index}]", use_defaults)
+        for index, (kind, item) in enumerate(zip(kinds, value, strict=True))
+    )
+
+
+def _dataclass(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
+    _checked(value, isinstance(value, Mapping), place, "an object")
+    hints = _hints(kind)
+    optional = {
+        field.name
+        for field in fields(kind)
+        if use_defaults and (field.default is not MISSING or field.default_factory is not MISSING)
+    }
+    missing, unknown = [name for name in hints if name not in value and name not in optional], value.keys() - hints
+    if missing or unknown:
+        raise _MismatchError(
+            place,
+            f"must hold {_listed(hints)}, got {_listed(map(str, value))} (missing: {', '.join(missing) or 'none'}; "
+            f"unknown: {', '.join(sorted(map(str, unknown))) or 'none'})",
+        )
+    dot = f"{place}." if place else ""
+    return kind(**{name: _decoded(hints[name], item, dot + name, use_defaults) for name, item in value.items()})
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    hints = get_type_hints(kind)
+    return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _listed(names: Any) -> str:
+    *most, last = [*names] or ["nothing"]
+    return f"{', '.join(most)} and {last}" if most else str(last)

@@ -1,0 +1,50 @@
+"""Tables as text: for the terminal with aligned columns, or in Markdown; and numbers as people read them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+
+def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence[int] = ()) -> str:
+    """Return rows as lines with aligned columns, two spaces between them.
+
+    Args:
+        rows: All of as many cells; a heading is the first of them.
+        align: A letter for each column, `l` for left or `r` for right; further columns stand at the right.
+        widths: Of each column at least this many characters.
+
+    Example:
+        >>> print(text_table([("model", "top-1"), ("dense", "72.02"), ("pruned", "9.50")]))
+        model   top-1
+        dense   72.02
+        pruned   9.50
+    """
+    rows = list(rows)
+    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    sizes[: len(widths)] = map(max, sizes, widths)
+    return "\n".join(
+        "  ".join(
+            cell.ljust(size) if side == "l" else cell.rjust(size)
+            for cell, size, side in zip(row, sizes, align.ljust(len(sizes), "r"), strict=True)
+        ).rstrip()
+        for row in rows
+    )
+
+
+def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a table in Markdown; a cell's `|`, `<` and line breaks are text."""
+    lines = [[_markdown_cell(cell) for cell in row] for row in (heading, *rows)]
+    lines.insert(1, ["---"] * len(heading))
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _markdown_cell(text: str) -> str:
+    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def format_count(number: int) -> str:
+    """Return a number of MACs or parameters as people read it: 1.26 G, 5.72 M."""
+    for scale, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.2f} {unit}"
+    return str(number)

@@ -65,6 +65,17 @@ def _observing(
     return hooked(made, before=read)
 
 
+def _show(
+    model: nn.Module, pixels: Tensor, observing: AbstractContextManager[None], sums: FisherCollector | None
+) -> None:
+    """Run one batch; nothing of its graph is held afterwards."""
+    # Hooked in the forward pass alone: gradient checkpointing runs layers again in the backward pass.
+    with observing, nullcontext() if sums is None else sums.watching(model):
+        output = model(pixels)
+    if sums is not None:
+        sums.see(logits_of(output))
+
+
 def collect_statistics(
     model: nn.Module,
     sites: Sequence[Site],
@@ -110,11 +121,7 @@ def collect_statistics(
                 sampler.begin(pixels.shape[0])
             images += pixels.shape[0]
             pixels = pixels.detach().to(target, non_blocking=True).requires_grad_(sums is not None)
-            # Around the forward pass alone: gradient checkpointing runs layers again in the backward pass.
-            with _observing(model, sites, observers), nullcontext() if sums is None else sums.watching(model):
-                output = model(pixels)
-            if sums is not None:
-                sums.see(logits_of(output))
+            _show(model, pixels, _observing(model, sites, observers), sums)
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}

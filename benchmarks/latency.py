@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.deploy.latency import LatencyRow, compare_latency
-from vbp.deploy.latency_backends import Backend, LatencySettings, Precision
+from vbp.deploy.latency_backends import Backend, LatencyPrecision, LatencySettings
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Options:
     """torch or onnxruntime."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
-    precision: Precision = "float32"
+    precision: LatencyPrecision = "float32"
     """bfloat16 and float16 convert the weights, amp_bfloat16 and amp_float16 run under autocast."""
     compile: bool = False
     """Run through torch.compile."""

@@ -26,7 +26,7 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from vbp import Trainer, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
+from vbp import Trainer, TrainerSettings, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group
 
@@ -156,10 +156,10 @@ def _ours(
     }
     for compiled in (False, True) if options.compile else (False,):
         for stage, teacher in (("taught", dense), ("alone", None)):
-            trainer = Trainer.of(
-                deepcopy(student), steps=1_000_000, learning_rate=1e-5, device=device,
-                teacher=None if teacher is None else deepcopy(teacher), processes=processes, precision=precision,
-                compile=compiled,
+            trainer = Trainer(
+                deepcopy(student), TrainerSettings(steps=1_000_000, learning_rate=1e-5, compile=compiled),
+                device=device, teacher=None if teacher is None else deepcopy(teacher), precision=precision,
+                processes=processes,
             )  # fmt: skip
             name = (
                 f"fine-tuning{', teacher' if teacher is not None else ''}, amp {precision.name}"
@@ -194,7 +194,7 @@ def main(options: Options) -> None:
             batches = [(pixels.pin_memory(), labels.pin_memory()) for pixels, labels in batches]
         passes = variants(options, Images(batches, processes.world), processes, device)
         seconds = _timed(options, {name: run for name, (_, run) in passes.items()}, processes, device)
-        if not processes.main:
+        if not processes.is_main:
             return
         plain = {stage: name for name, (stage, _) in passes.items() if name.startswith("plain")}
         images = options.batch_size * options.batches * processes.world
@@ -216,7 +216,7 @@ def _timed(
         # The plain loops are float32 in full; ours may use TF32, which is what --matmul_precision high means.
         for name, run in passes.items():
             set_matmul_precision("highest" if name.startswith("plain") else "high")
-            processes.wait()
+            processes.barrier()
             start = time.perf_counter()
             run()
             if device.type == "cuda":

@@ -1,4 +1,8 @@
-"""Keeps `<class>` in docstrings: help texts are written for the terminal, where Markdown's HTML is no matter."""
+"""Make docstrings readable as Markdown.
+
+Help texts are written for the terminal, where `<class>` is no tag. And griffe knows a section `Examples:`, which it
+shows as code, but not `Example:`.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,15 @@ from typing import Any
 
 import griffe
 
-# Code in backticks is left alone; there Markdown escapes by itself.
-_CODE_OR_TAG = re.compile(r"(`[^`]*`)|<(?=\w)")
+# Code in backticks and in examples is left alone; there Markdown escapes by itself.
+_CODE_OR_TAG = re.compile(r"(`[^`]*`|^ *>>>.*$)|<(?=\w)", re.MULTILINE)
 
 
 class PlainDocstrings(griffe.Extension):
-    """Escapes what would be read as a tag."""
+    """Escapes what would be read as a tag, and names sections of examples as griffe does."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Change the text of one docstring."""
         if obj.docstring is not None:
-            obj.docstring.value = _CODE_OR_TAG.sub(lambda found: found[1] or "&lt;", obj.docstring.value)
+            text = _CODE_OR_TAG.sub(lambda found: found[1] or "&lt;", obj.docstring.value)
+            obj.docstring.value = re.sub(r"^Example:$", "Examples:", text, flags=re.MULTILINE)

@@ -1,9 +1,9 @@
-"""Prune a model and fine-tune it with the dense one as teacher, by the parts that `vbp run` is made of.
+"""Prune a model and fine-tune it with the dense one as teacher, with the functions that `vbp run` uses.
 
     python examples/fine_tune.py
 
-The default is the small ViT on handwritten digits that the package carries: no download, some seconds on a CPU. For a
-model of yours put `vbp.load_classifier(...)` and `vbp.list_images(...)` in the place of `load_demo`.
+The default is the package's small ViT on handwritten digits: no download, some seconds on a CPU. For a model of your
+own replace `load_demo` by `vbp.load_classifier(...)` and `vbp.list_images(...)`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Options:
 
 
 def main(options: Options) -> None:
-    """Prune, tune, save."""
+    """Prune, fine-tune, save."""
     torch.manual_seed(0)
     classifier, calibration, val_loader = load_demo(options.data_path)
     val = list(val_loader)  # small enough to stay in memory
@@ -53,9 +53,8 @@ def main(options: Options) -> None:
     # Mirrored digits are other characters; leave hflip out for photographs.
     transform = vbp.training_transform(classifier.preprocessing, hflip=False, scale=(0.7, 1.0))
     train = vbp.make_loader(calibration.images, transform, batch_size=64, num_workers=0, shuffle=True)
-    trainer = vbp.Trainer.of(
-        model, steps=options.epochs * len(train), learning_rate=options.lr, device=device, teacher=teacher
-    )
+    settings = vbp.TrainerSettings(steps=options.epochs * len(train), learning_rate=options.lr)
+    trainer = vbp.Trainer(model, settings, device=device, teacher=teacher)
     for epoch in range(1, options.epochs + 1):
         result = trainer.train_epoch(train, epoch)
         accuracy = vbp.evaluate(trainer.evaluated, val, device)

@@ -4,8 +4,8 @@
     python examples/prune_timm_model.py --model_name swin_tiny_patch4_window7_224 --keep_ratio 0.5
     python examples/prune_timm_model.py --checkpoint deit_tiny.safetensors --data_path /data/imagenet
 
-Without a checkpoint the weights are random, without data the images are noise: enough to see that a model can be
-pruned and what it will cost, not to keep its accuracy. Nothing is downloaded.
+Without a checkpoint the weights are random, without data the images are noise. This is enough to see that a model can
+be pruned and what it will cost, but not for its accuracy. Nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Options:
 
 
 def calibration_images(options: Options, classifier: vbp.Classifier) -> Iterable[Any]:
-    """Return batches of images, prepared as the model wants them."""
+    """Return batches of images, prepared as the model needs them."""
     if options.data_path is None:
         channels, size = len(classifier.preprocessing.mean), classifier.preprocessing.img_size
         generator = torch.Generator().manual_seed(0)
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
     loaded = vbp.load_pruned(options.output)
     with torch.no_grad():
         assert loaded(example).equal(model(example))
-    print(f"saved in {options.output}; the loaded model gives the same logits, bit for bit")
+    print(f"saved in {options.output}; the loaded model has the same logits, bit for bit")
 
 
 if __name__ == "__main__":

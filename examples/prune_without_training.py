@@ -1,9 +1,9 @@
-"""Prune without training: what the mean shift keeps of the accuracy, and what the closed-form refit keeps.
+"""Prune without training: the accuracy with the mean shift, and with the closed-form refit.
 
     python examples/prune_without_training.py
 
-The same channels go in both; only what makes up for them differs. docs/refit.md explains it. The default is the small
-ViT on handwritten digits that the package carries: no download, some seconds on a CPU.
+Both remove the same channels; only the compensation differs. docs/refit.md explains it. The default is the package's
+small ViT on handwritten digits: no download, some seconds on a CPU.
 """
 
 from __future__ import annotations

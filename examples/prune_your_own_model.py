@@ -1,8 +1,8 @@
-"""Train a network of your own in plain PyTorch, prune it, tune it for two epochs, save it and load it again.
+"""Train your own network in plain PyTorch, prune it, fine-tune it for two epochs, save it and load it again.
 
     python examples/prune_your_own_model.py
 
-The network is registered nowhere, and the images are tensors in memory: scikit-learn's handwritten digits. It takes
+The network needs no registration, and the images are tensors in memory: scikit-learn's handwritten digits. It takes
 some seconds on a CPU.
 """
 
@@ -30,7 +30,7 @@ class Options:
     epochs: int = 12
     """Passes over the images to train the dense network."""
     epochs_ft: int = 2
-    """Passes over the images to tune the pruned one."""
+    """Passes over the images to fine-tune the pruned one."""
     output: Path = Path("output/pruned_own_model")
     """Folder for the pruned model."""
 
@@ -45,13 +45,13 @@ class Block(nn.Module):
         self.reduce = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Add what the MLP makes of x to it."""
+        """Add the output of the MLP to its input."""
         out: Tensor = x + self.reduce(F.gelu(self.expand(self.norm(x))))
         return out
 
 
 class DigitNetwork(nn.Module):
-    """Reads an 8 x 8 image as 64 numbers."""
+    """Read an 8 x 8 image as 64 numbers, and return the logits of the ten digits."""
 
     def __init__(self, width: int = 64, hidden: int = 256, depth: int = 3) -> None:
         super().__init__()
@@ -98,7 +98,7 @@ def train_(
 
 
 def main(options: Options) -> None:
-    """Train, prune, tune, save, load."""
+    """Train, prune, fine-tune, save, load."""
     torch.manual_seed(0)
     train, val = digit_batches()
     model = DigitNetwork()
@@ -122,7 +122,7 @@ def main(options: Options) -> None:
     loaded = vbp.load_pruned(options.output, model=DigitNetwork())
     with torch.no_grad():
         assert loaded(example).equal(model(example))
-    print(f"saved in {options.output}; the loaded model gives the same logits, bit for bit")
+    print(f"saved in {options.output}; the loaded model has the same logits, bit for bit")
 
 
 if __name__ == "__main__":

@@ -66,7 +66,7 @@ def loader(config: TrainConfig, split: Split) -> ImageLoader:
 
 
 def train(config: TrainConfig) -> nn.Module:
-    """Train from random weights; the last epoch's are the result, for `val` must not choose among epochs."""
+    """Train from random weights and return those of the last epoch: `val` must not choose among epochs."""
     torch.manual_seed(config.seed)
     # timm's default initialisation has a standard deviation of 0.02 at any width. At 64 that leaves the MLPs nearly
     # unused: half of their channels could go unnoticed. "jax" (Xavier) scales with the width of the layer.
@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> nn.Module:
 
 
 def record(config: TrainConfig, accuracy: Accuracy) -> dict[str, str]:
-    """Say in the weight file what it holds and how it came about."""
+    """Return what the weight file says about itself: its content, and the command that made it."""
     names = ("epochs", "warmup_epochs", "lr", "weight_decay", "batch_size", "seed")
     flags = " ".join(f"--{name} {getattr(config, name)}" for name in names)
     values = {

@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import FAMILIES, Family
 from hub_stand_in import Hub, served
+from threads import single_thread
 from torch import nn
 
 from vbp import RunConfig
@@ -35,6 +36,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """Return a hub that knows nothing yet, on which `me` may write."""
     with served(tmp_path / "cache", monkeypatch) as known:
         yield known
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Compute in one thread, as the processes of the tests do: a sum over threads has other last bits."""
+    with single_thread():
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -9,9 +9,8 @@ ICCV 2025, arXiv 2507.12988.
 """
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.inspection import Inspection, SiteDescription, describe_sites, inspect_model
+from vbp.cost.inspection import Inspection, SiteDescription, inspect_model
 from vbp.cost.macs import PlanCost, count_macs, count_parameters, format_plan, plan_cost
-from vbp.cost.timing import measure_latency_ms
 from vbp.data.data_path import list_images
 from vbp.data.folder import ImageList
 from vbp.data.images import balanced_subset
@@ -55,7 +54,7 @@ from vbp.torch_pruning.install import install as _install_in_torch_pruning
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochResult
-from vbp.training.trainer import Trainer
+from vbp.training.trainer import Trainer, TrainerSettings
 
 # Afterwards torch_pruning has VarianceImportance and VBPPruner; names that it brings itself are left alone.
 _install_in_torch_pruning()
@@ -104,6 +103,7 @@ __all__ = [
     "StreamRefit",
     "TokenSample",
     "Trainer",
+    "TrainerSettings",
     "auto_plan",
     "balanced_subset",
     "build_model",
@@ -114,7 +114,6 @@ __all__ = [
     "count_parameters",
     "covariance_bytes",
     "criterion_scores",
-    "describe_sites",
     "eliminate",
     "eliminations",
     "evaluate",
@@ -129,7 +128,6 @@ __all__ = [
     "make_loader",
     "make_plan",
     "mean_shift",
-    "measure_latency_ms",
     "model_card",
     "open_exported",
     "output_variance_scores",

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
+
 
 class InputError(ValueError):
-    """Something the user gave is wrong; the text says what, what was got, what is allowed, and the remedy."""
+    """Something the user gave is wrong; the text says what, what was got, what is allowed, and the remedy.
+
+    Example:
+        >>> vbp.Budget.of(keep_ratio=1.3)
+        Traceback (most recent call last):
+        vbp.errors.InputError: keep_ratio must be in (0, 1], got 1.3...
+    """
 
 
 class OutputError(OSError):
-    """A file could not be written; the earlier file of that name, if any, is whole."""
+    """A file could not be written; the earlier file of that name, if any, is whole.
+
+    Example:
+        >>> plan.save(folder / "missing/plan.json")
+        Traceback (most recent call last):
+        vbp.errors.OutputError: ...
+    """
 
 
 class PeerError(RuntimeError):
@@ -25,3 +39,13 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, signal: int, text: str) -> None:
         super().__init__(text)
         self.signal = signal
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; the name of its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def one_line(error: BaseException) -> str:
+    """Return a library's error as part of a sentence: without line breaks, and of limited length."""
+    return textwrap.shorten(str(error), width=400, placeholder=" ...").rstrip(".") or type(error).__name__

@@ -23,7 +23,7 @@ from vbp import (
     inspect_model,
     prune_,
 )
-from vbp.cost.inspection import SiteDescription, describe_sites
+from vbp.cost.inspection import SiteDescription
 
 WITHOUT_ATTENTION = ("convnext", "torchvision")
 
@@ -40,7 +40,7 @@ def test_costs_are_what_pruning_saves(name: str) -> None:
     model, image = family.build().eval(), family.example(1, torch.float32)
     attention = not any(part in name for part in WITHOUT_ATTENTION)
     macs, params = count_macs(model, image), count_parameters(model)
-    described = describe_sites(model, image, attention=attention)
+    described = inspect_model(model, image, attention=attention).sites
     sites = find_sites(model, image, attention=attention)
     # What one layer makes goes together: queries, keys and values of one attention.
     blocks: dict[str, list[tuple[SiteDescription, Site]]] = defaultdict(list)
@@ -76,7 +76,7 @@ def test_inner_layers_and_bare_parameters_count() -> None:
     model = nn.Sequential(
         nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 8, 3, padding=1, groups=8), nn.Conv2d(8, 2, 1)
     ).eval()
-    (row,) = describe_sites(model, torch.randn(1, 3, 4, 4))
+    (row,) = inspect_model(model, torch.randn(1, 3, 4, 4)).sites
     assert row.params == 8 * 3 + 8 + 8 + 8 + 8 * 9 + 8 + 2 * 8
     assert row.macs == count_macs(model, torch.randn(1, 3, 4, 4))
 

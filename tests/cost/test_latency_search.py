@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from families import FAMILIES
 
 from vbp import InputError, PruningPlan, Site, find_sites, make_plan, prune_
 from vbp.cost.budget import Budget
-from vbp.cost.latency_search import Comparison, compare_in_turns, meet_latency
-from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
+from vbp.cost.latency_search import compare_in_turns, meet_latency
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.timing import Spread
+from vbp.cost.timing import LatencyComparison, Spread
+from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 from vbp.runtime.precision import Precision
 
 SITES = (Site(("a",), "x", 400), Site(("b",), "y", 600))
@@ -42,12 +41,12 @@ class Machine:
     def speed(self, plan: PruningPlan) -> float:
         return 1 / (1 - self.efficiency * (1 - TIMES.share(plan)))
 
-    def __call__(self, plan: PruningPlan) -> Comparison:
+    def __call__(self, plan: PruningPlan) -> LatencyComparison:
         self.seen.append(plan)
         speed = self.speed(plan) * (self.noise.pop(0) if self.noise else 1.0)
         dense, pruned = 120.0, 120.0 / speed
         spread = [Spread(value, value * 0.999, value * 1.001) for value in (dense, pruned, speed)]
-        return Comparison(*spread, rounds=9, seconds=self.seconds, load=0.5)
+        return LatencyComparison(*spread, rounds=9, seconds=self.seconds, load=0.5)
 
 
 @pytest.mark.parametrize("efficiency", [1.0, 0.7, 1.4])
@@ -128,14 +127,6 @@ def test_a_latency_that_the_dense_model_has_is_refused() -> None:
         InputError, match=r"below the 100.00 ms that the dense model takes for a batch of 8, got 100.0"
     ):
         meet_latency(Budget("latency_ms", 100.0), plan_for, TIMES, Machine())
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from vbp import Site
-from vbp.cost.rounding import recommended_round_to
+from vbp.cost.widths import recommended_round_to
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from families import FAMILIES
 from torch import nn
 
-from vbp.cost.timing import Spread, measure_latency_ms, time_in_turns
+from vbp.cost.macs import count_macs
+from vbp.cost.timing import Spread, compare_models, hardware, latency_batch, time_in_turns
+from vbp.runtime.precision import Precision
 
 CPU = torch.device("cpu")
 
@@ -56,7 +59,7 @@ def test_the_spread_is_median_and_quartiles() -> None:
     assert Spread.of([7.0]) == Spread(7.0, 7.0, 7.0)
 
 
-def test_models_are_timed_by_name() -> None:
+def test_a_dense_model_is_timed_against_its_pruned_one() -> None:
     class Waits(nn.Module):
         def __init__(self, seconds: float) -> None:
             super().__init__()
@@ -66,6 +69,23 @@ def test_models_are_timed_by_name() -> None:
             time.sleep(self.seconds)
             return images
 
-    times = measure_latency_ms({"base": Waits(0.08), "pruned": Waits(0.06)}, torch.zeros(1), rounds=3, warmup=1)
-    assert times["base"] == pytest.approx(80, abs=19)
-    assert times["pruned"] == pytest.approx(60, abs=19)
+    times = compare_models(Waits(0.08), Waits(0.06), torch.zeros(1), precision=Precision.off(), rounds=3)
+    assert times.dense_ms.median == pytest.approx(80, abs=19)
+    assert times.pruned_ms.median == pytest.approx(60, abs=19)
+    assert times.rounds == 3
+    assert times.cpu_speedup is not None
+
+
+def test_a_batch_on_a_cpu_takes_about_a_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = FAMILIES["timm-vit"].build().eval(), FAMILIES["timm-vit"].example(1, torch.float32)
+    assert latency_batch(model, image, at_most=256) == 32
+    assert latency_batch(model, image, at_most=8) == 8
+    assert latency_batch(model, image, at_most=8, size=64) == 64
+    monkeypatch.setattr("vbp.cost.timing.CPU_BATCH_MACS", 5 * count_macs(model, image))
+    assert latency_batch(model, image.repeat(2, 1, 1, 1), at_most=256) == 5
+    monkeypatch.setattr("vbp.cost.timing.CPU_BATCH_MACS", 1)
+    assert latency_batch(model, image, at_most=256) == 1
+
+
+def test_the_hardware_has_a_name() -> None:
+    assert hardware(CPU).endswith(f"cores, {torch.backends.cpu.get_cpu_capability()})")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import itertools
 import logging
 import math
@@ -12,20 +11,17 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from pixels import Pixels, loader, number_and_noise
 from torch import Tensor
 
 from vbp.data.batches import PlannedBatches
-from vbp.data.loader import ImageLoader, make_loader
+from vbp.data.loader import make_loader
 from vbp.errors import InputError
 
 pytestmark = [
@@ -34,46 +30,6 @@ pytestmark = [
 ]
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class Pixels:
-    """Images in memory, each of one pixel that says which it is; some cannot be read."""
-
-    count: int
-    bad: frozenset[int] = frozenset()
-    read_so_far: list[int] = field(default_factory=list)
-    root = "memory"
-
-    @property
-    def labels(self) -> Sequence[int]:
-        return tuple(index % 7 for index in range(self.count))
-
-    def __len__(self) -> int:
-        return self.count
-
-    def name(self, index: int) -> str:
-        return f"pixel {index}"
-
-    def read(self, index: int) -> BinaryIO:
-        self.read_so_far.append(index)
-        if index in self.bad:
-            raise OSError("bad sector")
-        stream = io.BytesIO()
-        Image.fromarray(np.full((1, 1, 3), index, dtype=np.uint8)).save(stream, "PNG")
-        stream.seek(0)
-        return stream
-
-    def select(self, indices: Sequence[int]) -> Pixels:
-        raise NotImplementedError
-
-    def fingerprint(self) -> str:
-        raise NotImplementedError
-
-
-def number_and_noise(image: Image.Image) -> Tensor:
-    """Return which image it is, and what a random transform would draw for it."""
-    return torch.cat([torch.tensor([float(image.getpixel((0, 0))[0])]), torch.rand(2)]).reshape(3, 1, 1)
 
 
 def numbers(batches: Batches) -> list[list[int]]:
@@ -95,23 +51,6 @@ def interleaved(shares: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor
     world, total = len(shares), sum(len(labels) for _, labels in shares)
     images = torch.stack([shares[i % world][0][i // world] for i in range(total)])
     return images, torch.stack([shares[i % world][1][i // world] for i in range(total)])
-
-
-def loader(
-    images: Pixels, batch_size: int = 3, *, workers: int = 0, shuffle: bool = True, rank: int = 0, world: int = 1
-) -> ImageLoader:
-    return make_loader(
-        images,
-        number_and_noise,
-        batch_size=batch_size,
-        num_workers=workers,
-        shuffle=shuffle,
-        seed=4,
-        max_unreadable=0.1,
-        prefetch=1,
-        rank=rank,
-        world=world,
-    )
 
 
 # --- the plan
@@ -286,14 +225,15 @@ def test_shuffled_too_many_unreadable_images_stop_the_run() -> None:
 def test_no_worker_outlives_a_killed_process() -> None:
     """Workers inherit the pipe's writing end: the reading end tells when the last of them has gone."""
     script = (
-        "import time; from test_batches import Pixels, loader\n"
+        "import time, torch.utils.data._utils.worker as worker; from pixels import Pixels, loader\n"
+        "worker.MP_STATUS_CHECK_INTERVAL = 0.5\n"
         "for _ in loader(Pixels(40), 1, workers=2):\n    print('started', flush=True); time.sleep(60)"
     )
     reading, writing = os.pipe()
     # A process of its own: a fork of this one would inherit the locks of whatever threads earlier tests left.
     process = subprocess.Popen(
         [sys.executable, "-c", script],
-        cwd=Path(__file__).parent, env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=(writing,),
+        cwd=Path(__file__).parents[1] / "support", env=os.environ | {"OMP_NUM_THREADS": "1"}, pass_fds=(writing,),
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     os.close(writing)
@@ -302,7 +242,7 @@ def test_no_worker_outlives_a_killed_process() -> None:
         assert process.stdout.readline() == "started\n"
         process.kill()
         process.wait()
-        # A worker looks for its parent every five seconds.
+        # A worker looks for its parent every half second.
         assert select.select([reading], [], [], 30)[0], "a worker still runs"
         assert os.read(reading, 1) == b""
     finally:

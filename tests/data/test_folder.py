@@ -6,6 +6,7 @@ import collections
 import hashlib
 import io
 import itertools
+import json
 import logging
 import os
 import pickle
@@ -261,13 +262,13 @@ def test_the_list_is_made_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> N
     first = [list_images(data, split, 3) for split in ("train", "val")]
     assert [list_images(data, split, 3) for split in ("train", "val")] == first
     assert scans == {"scan_split": 2}
-    rows = (data / "val_index.tsv").read_text().splitlines()[1:]
-    assert rows == [f"{label}\t{path}" for path, label in pairs(first[1])]
+    rows = (data / "val_index.jsonl").read_text().splitlines()[1:]
+    assert rows == [json.dumps([label, path]) for path, label in pairs(first[1])]
     assert sorted(file.name for file in data.iterdir()) == [
         "train",
-        "train_index.tsv",
+        "train_index.jsonl",
         "val",
-        "val_index.tsv",
+        "val_index.jsonl",
     ]
 
 
@@ -313,7 +314,7 @@ def test_the_list_is_made_anew_when_the_folder_changes(data: Path, change: Calla
     before = list_images(data, "val", 3)
     change(data)
     after = list_images(data, "val", 3)
-    (data / "val_index.tsv").unlink()
+    (data / "val_index.jsonl").unlink()
     assert after == list_images(data, "val", 3) != before
 
 
@@ -330,7 +331,7 @@ def binary(index: bytes) -> bytes:
 
 
 def other_version(index: bytes) -> bytes:
-    return index.replace(b"#vbp-image-index 1", b"#vbp-image-index 99")
+    return index.replace(b"vbp-image-index/2", b"vbp-image-index/99")
 
 
 def other_label(index: bytes) -> bytes:
@@ -342,7 +343,7 @@ def other_header(index: bytes) -> bytes:
 
 
 def no_header_values(index: bytes) -> bytes:
-    return b"#vbp-image-index 1 []" + index[index.index(b"\n") :]
+    return b"[]" + index[index.index(b"\n") :]
 
 
 @pytest.mark.parametrize(
@@ -352,7 +353,7 @@ def test_a_damaged_list_is_made_anew(
     data: Path, damage: Callable[[bytes], bytes], caplog: pytest.LogCaptureFixture
 ) -> None:
     expected = list_images(data, "val", 3)
-    file = data / "val_index.tsv"
+    file = data / "val_index.jsonl"
     whole = file.read_bytes()
     assert damage(whole) != whole
     file.write_bytes(damage(whole))
@@ -387,7 +388,7 @@ def test_a_folder_that_is_marked_read_only_is_left_alone(
         assert scans == {"scan_split": 1}
     finally:
         data.chmod(0o755)
-    assert not (data / "val_index.tsv").exists()
+    assert not (data / "val_index.jsonl").exists()
     assert "is not kept (the folder is read-only); the images are listed on each run" in caplog.text
 
 
@@ -396,18 +397,16 @@ def test_a_full_disk_leaves_the_earlier_list_whole(
 ) -> None:
     caplog.set_level(logging.INFO)
     list_images(data, "val", 3)
-    earlier = (data / "val_index.tsv").read_bytes()
+    earlier = (data / "val_index.jsonl").read_bytes()
     add_image(data)
 
-    def half_written(self: Path, content: bytes) -> int:
-        with self.open("wb") as stream:
-            stream.write(content[: len(content) // 2])
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", half_written)
+    monkeypatch.setattr("vbp.runtime.files.os.fsync", full)
     assert "val/cat/new.png" in list_images(data, "val", 3).paths
-    assert (data / "val_index.tsv").read_bytes() == earlier
-    assert sorted(file.name for file in data.iterdir()) == ["train", "val", "val_index.tsv"]
+    assert (data / "val_index.jsonl").read_bytes() == earlier
+    assert sorted(file.name for file in data.iterdir()) == ["train", "val", "val_index.jsonl"]
     assert "is not kept (No space left on device)" in caplog.text
 
 
@@ -501,7 +500,7 @@ def test_any_changed_byte_is_either_harmless_or_one_input_error(
         make_data(data, {"cat": 1, "ant": 1})
     content = GOOD[:place] + bytes([value]) + GOOD[place + 1 :]
     (data / "val_samples.pkl").write_bytes(content)
-    (data / "val_index.tsv").unlink(missing_ok=True)
+    (data / "val_index.jsonl").unlink(missing_ok=True)
     try:
         images = list_images(data, "val", 3)
     except InputError:

@@ -345,7 +345,7 @@ def test_a_list_that_cannot_be_kept_or_used_is_made_anew(
 ) -> None:
     caplog.set_level(logging.INFO)
     expected = numbers(list_images(f"wds/{shards}", "train", 5))
-    kept = shards / "train_shards.tsv"
+    kept = shards / "train_shards.jsonl"
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-9])
     assert numbers(list_images(f"wds/{shards}", "train", 5)) == expected
@@ -358,7 +358,7 @@ def test_a_list_that_cannot_be_kept_or_used_is_made_anew(
     finally:
         shards.chmod(0o755)
     assert not kept.exists()
-    header = json.loads(whole.split(b"\n")[0].partition(b" 1 ")[2])
+    header = json.loads(whole.split(b"\n")[0])["made_from"]
     assert header["shards"][1][0] == "pets-train-0001.tar"
 
 
@@ -366,4 +366,4 @@ def test_processes_that_list_at_once_see_the_same(shards: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         listed = pool.starmap(list_images, [(f"wds/{shards}", "train", 5)] * 12, chunksize=1)
     assert {images.fingerprint() for images in listed} == {list_images(f"wds/{shards}", "train", 5).fingerprint()}
-    assert [file.name for file in shards.iterdir() if file.suffix != ".tar"] == ["train_shards.tsv"]
+    assert [file.name for file in shards.iterdir() if file.suffix != ".tar"] == ["train_shards.jsonl"]

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 import vbp
 from vbp import InputError
 from vbp.cli.export import ExportConfig, run_export
-from vbp.deploy.export import TOLERANCES, ExportReport, export_model, open_exported
-from vbp.deploy.parity import compare_logits
+from vbp.deploy.export import TOLERANCES, ExportReport, compare_logits, export_model, open_exported
 
 
 def pruned(name: str) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,13 +55,16 @@ def test_the_speedup_is_the_median_of_the_ratios_of_each_round(monkeypatch: pyte
     from vbp.cost import timing
     from vbp.deploy import latency
 
+    def timer(*_: object, **__: object) -> dict[str, list[timing.Turn]]:
+        return turns
+
     # The machine slows down tenfold in the middle: medians of their own would give 100 / 60.
     dense, pruned = [20.0, 22.0, 200.0, 100.0, 220.0], [10.0, 11.0, 100.0, 60.0, 100.0]
     turns = {
         "dense": [timing.Turn(ms, 2 * ms) for ms in dense],
         "pruned": [timing.Turn(ms, ms) for ms in pruned],
     }
-    monkeypatch.setattr(latency, "time_in_turns", lambda *_, **__: turns)
+    monkeypatch.setattr(latency, "compare_passes", partial(timing.compare_passes, timer=timer))
     model, images = FAMILIES["timm-vit"].build(), FAMILIES["timm-vit"].example(1, torch.float32)
     (row,) = compare_latency(model, model, images, batch_sizes=(1,)).rows
     assert row.speedup == Spread(2.0, 2.0, 2.0)

@@ -1,10 +1,8 @@
-"""`vbp export --to native`: a checkpoint that a process without vbp has loaded, or one error and nothing written."""
+"""`vbp export --to native`: a checkpoint that its own library has loaded, or one error and nothing written."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +12,8 @@ from pruned_models import logits, pruned_in_place
 
 from vbp import InputError, ModelSource, Preprocessing, load_pruned, save_pruned
 from vbp.cli.export import ExportConfig, run_export
-from vbp.deploy.native_check import NativeReport
-from vbp.deploy.parity import Parity
+from vbp.deploy.export import Parity
+from vbp.deploy.native import NativeReport
 from vbp.recipes.demo import load_demo
 
 PREPROCESSING = Preprocessing((32, 32), 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3)
@@ -77,16 +75,6 @@ def test_a_hugging_face_checkpoint_is_proven_on_photographs(artefacts: Path, tmp
     assert torch.equal(logits(native, images), logits(load_pruned(artefacts / "transformers"), images))
 
 
-def test_the_process_that_proves_it_cannot_load_vbp() -> None:
-    from vbp.deploy import native_process
-
-    # The first thing that it does; then it looks for the folder.
-    code = f"import runpy, sys; sys.argv = ['p', 'absent', '', '']\ntry: runpy.run_path({native_process.__file__!r}, "
-    code += "run_name='__main__')\nexcept FileNotFoundError: pass\nimport vbp"
-    ended = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True, check=False)
-    assert ended.stderr.strip().splitlines()[-1].startswith("ModuleNotFoundError: import of vbp halted")
-
-
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
@@ -116,11 +104,14 @@ def test_what_cannot_be_is_one_error_and_nothing_is_written(
 def test_a_checkpoint_that_does_not_load_is_not_left(
     artefacts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vbp.deploy.native_check.native_process.__file__", str(tmp_path.parent / "absent.py"))
-    with pytest.raises(InputError, match=r"cannot be loaded without vbp: .*absent\.py"):
-        exported(artefacts / "equal", tmp_path / "native")
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "vbp.deploy.native_files.save_file", lambda _, path, *__: path.write_bytes(b"half of the weights")
+        )
+        with pytest.raises(InputError, match=r"cannot be loaded without vbp: .*header"):
+            exported(artefacts / "equal", tmp_path / "native")
     assert not list(tmp_path.iterdir())
-    monkeypatch.setattr("vbp.deploy.native_check._parity", lambda *_: Parity(2, 0.1, 2e-4, 1.0))
+    monkeypatch.setattr("vbp.deploy.native.measure_parity", lambda *_: Parity(2, 0.1, 2e-4, 1.0))
     with pytest.raises(InputError, match=r"must give the model's logits within 0\.0001 .* nothing was written"):
         exported(artefacts / "equal", tmp_path / "native")
     assert not list(tmp_path.iterdir())

@@ -188,39 +188,39 @@ def _restricted(keep: tuple[int, ...]) -> Any:
 
 @over(PRUNABLE)
 def test_all_sites_are_found(entry: Architecture) -> None:
-    found = prepared(entry)
-    assert len(found.sites) == entry.sites
-    assert sum(not site.exact for site in found.sites) == entry.inexact
-    assert {site.kind for site in found.sites} == {"mlp"}
-    check_prunable(found.model, found.sites, found.images[:1])
+    case = prepared(entry)
+    assert len(case.sites) == entry.sites
+    assert sum(not site.exact for site in case.sites) == entry.inexact
+    assert {site.kind for site in case.sites} == {"mlp"}
+    check_prunable(case.model, case.sites, case.images[:1])
 
 
 @over(PRUNABLE)
 def test_pruning_equals_clamping_to_the_means(entry: Architecture) -> None:
-    found = prepared(entry)
+    case = prepared(entry)
     # A global plan may spare a site; this one spares none, and leaves so little that a wrong order shows.
-    deep = make_plan(found.sites, found.scores, keep_ratio=0.1, scope="per_layer")
+    deep = make_plan(case.sites, case.scores, keep_ratio=0.1, scope="per_layer")
     assert all(planned.removed for planned in deep.sites)
-    dense = logits(found.model, found.images)
+    dense = logits(case.model, case.images)
     assert dense.isfinite().all()
-    for plan in (found.plan, deep):
-        with clamped(found.model, plan, found.statistics.means):
-            expected = logits(found.model, found.images)
-        torch.testing.assert_close(logits(found.pruned(plan), found.images), expected, rtol=1e-10, atol=1e-10)
+    for plan in (case.plan, deep):
+        with clamped(case.model, plan, case.statistics.means):
+            expected = logits(case.model, case.images)
+        torch.testing.assert_close(logits(case.pruned(plan), case.images), expected, rtol=1e-10, atol=1e-10)
         # The test would see a plan that does nothing, and a forgotten compensation.
         size = float(expected.abs().max())
         assert (expected - dense).abs().max() > 1e-4 * size
-        bare = copy.deepcopy(found.model)
+        bare = copy.deepcopy(case.model)
         prune_(bare, plan)
-        assert (expected - logits(bare, found.images)).abs().max() > 1e-3 * size
+        assert (expected - logits(bare, case.images)).abs().max() > 1e-3 * size
 
 
 @over(PRUNABLE)
 def test_a_pruned_model_trains(entry: Architecture) -> None:
-    found = prepared(entry)
-    missing = without_gradient(found.pruned(), found.images)
+    case = prepared(entry)
+    missing = without_gradient(case.pruned(), case.images)
     # A layer that no logit depends on has no gradient in the dense model either.
-    assert not missing or missing <= without_gradient(copy.deepcopy(found.model), found.images)
+    assert not missing or missing <= without_gradient(copy.deepcopy(case.model), case.images)
 
 
 def without_gradient(model: nn.Module, images: Tensor) -> set[str]:
@@ -240,23 +240,23 @@ def without_gradient(model: nn.Module, images: Tensor) -> set[str]:
 
 @over(PRUNABLE)
 def test_cost_falls_as_planned(entry: Architecture) -> None:
-    found = prepared(entry)
-    pruned, example = found.pruned(), found.images[:1]
-    promise = plan_cost(found.model, found.plan, example)
+    case = prepared(entry)
+    pruned, example = case.pruned(), case.images[:1]
+    promise = plan_cost(case.model, case.plan, example)
     before, after = promise.macs
-    assert before == count_macs(found.model, example)
+    assert before == count_macs(case.model, example)
     assert after == count_macs(pruned, example) < before
-    assert promise.params[0] == count_parameters(found.model)
+    assert promise.params[0] == count_parameters(case.model)
     # By hand, and with the biases that the compensation adds.
     gained = sum(
         parameter.numel()
         for name, parameter in pruned.named_parameters()
-        if name not in dict(found.model.named_parameters())
+        if name not in dict(case.model.named_parameters())
     )
     assert promise.params[1] == count_parameters(pruned) - gained
-    cut = sum(len(entry.removed) * channel_parameters(found.model, entry.site) for entry in found.plan.sites)
+    cut = sum(len(entry.removed) * channel_parameters(case.model, entry.site) for entry in case.plan.sites)
     # A layer between two sites loses rows and columns, which the count by hand would take twice where they cross.
-    if not {site.consumer for site in found.sites} & {name for site in found.sites for name in site.producers}:
+    if not {site.consumer for site in case.sites} & {name for site in case.sites for name in site.producers}:
         assert promise.params[0] - promise.params[1] == cut
 
 
@@ -309,20 +309,20 @@ def test_a_saved_model_comes_back_bit_equal(entry: Architecture, tmp_path: Path)
 
 @over(ATTENTION)
 def test_pruned_attention_equals_clamped_values_and_silent_queries(entry: Architecture) -> None:
-    found = prepared(entry, attention=True)
-    kinds = [site.kind for site in found.sites]
+    case = prepared(entry, attention=True)
+    kinds = [site.kind for site in case.sites]
     assert kinds.count("value") == kinds.count("query_key") == entry.attention
     assert kinds.count("mlp") == entry.sites
-    check_prunable(found.model, found.sites, found.images[:1])
-    with clamped(found.model, found.plan, found.statistics.means):
-        expected = logits(found.model, found.images)
-    pruned = found.pruned()
-    torch.testing.assert_close(logits(pruned, found.images), expected, rtol=1e-10, atol=1e-10)
-    for planned in found.plan.sites:
+    check_prunable(case.model, case.sites, case.images[:1])
+    with clamped(case.model, case.plan, case.statistics.means):
+        expected = logits(case.model, case.images)
+    pruned = case.pruned()
+    torch.testing.assert_close(logits(pruned, case.images), expected, rtol=1e-10, atol=1e-10)
+    for planned in case.plan.sites:
         assert len(set(channels_per_head(planned))) == 1
-    promise = plan_cost(found.model, found.plan, found.images[:1])
-    alone = plan_cost(found.model, prepared(entry).plan, found.images[:1])
-    assert promise.macs[1] == count_macs(pruned, found.images[:1]) < alone.macs[1]
+    promise = plan_cost(case.model, case.plan, case.images[:1])
+    alone = plan_cost(case.model, prepared(entry).plan, case.images[:1])
+    assert promise.macs[1] == count_macs(pruned, case.images[:1]) < alone.macs[1]
 
 
 def channels_per_head(planned: SitePlan) -> list[int]:
@@ -335,9 +335,9 @@ def channels_per_head(planned: SitePlan) -> list[int]:
 
 @over(ATTENTION)
 def test_a_model_with_pruned_attention_trains(entry: Architecture) -> None:
-    found = prepared(entry, attention=True)
-    missing = without_gradient(found.pruned(), found.images)
-    assert not missing or missing <= without_gradient(copy.deepcopy(found.model), found.images)
+    case = prepared(entry, attention=True)
+    missing = without_gradient(case.pruned(), case.images)
+    assert not missing or missing <= without_gradient(copy.deepcopy(case.model), case.images)
 
 
 @over(ATTENTION)

@@ -31,7 +31,7 @@ def lines(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> list[str]:
-    """Run an example in an empty folder, and give what it prints."""
+    """Run an example in an empty folder, and return the lines that it prints."""
     script = EXAMPLES / f"{request.param}.py"
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", [str(script), *ARGUMENTS[request.param].replace("DIGITS", str(digits)).split()])
@@ -48,7 +48,7 @@ def accuracies(lines: list[str]) -> list[float]:
 
 
 def test_every_example_is_tested() -> None:
-    # The last one's test is in test_digits.py, beside those of what it makes.
+    # train_digits_vit has its test in tests/data/test_digits.py, beside those of the weights that it writes.
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {*ARGUMENTS, "train_digits_vit"}
 
 

@@ -97,7 +97,7 @@ class Meeting:
 class _Member(Processes):
     meeting: Any = None
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         self.meeting.values[self.rank] = value
         self.meeting.barrier.wait()
         values = list(self.meeting.values)

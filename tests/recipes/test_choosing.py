@@ -68,7 +68,7 @@ def test_auto_tries_plans_and_says_which(quick: RunConfig, caplog: pytest.LogCap
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let turns be short: how exact times are is no part of these tests."""
-    monkeypatch.setattr("vbp.cost.timing._TURN_S", 0.005)
+    monkeypatch.setattr("vbp.cost.timing.TURN_S", 0.005)
 
 
 def found_folder(report: RunReport) -> Path:
@@ -264,7 +264,7 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
         quick, epochs_ft=1, keep_ratio=0.65, target_speedup=1.05, latency_batch=1, round_to=8, train_batch_size=256
     )
     with monkeypatch.context() as patch:
-        patch.setattr("vbp.cost.timing._TURN_S", 0.005)
+        patch.setattr("vbp.cost.timing.TURN_S", 0.005)
         first = run(tuned)
 
     def no_times(*_: object, **__: object) -> None:
@@ -274,3 +274,14 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
     again = run(dataclasses.replace(tuned, resume="auto"))
     assert again.sites == first.sites
     assert again.budget == first.budget
+
+
+@pytest.mark.usefixtures("hasty")
+def test_one_batch_size_decides_the_budget_and_is_reported(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense_macs = run(quick).base.macs
+    monkeypatch.setattr("vbp.cost.timing.CPU_BATCH_MACS", 20 * dense_macs)
+    found = run(changed(quick, keep_ratio=0.65, target_speedup=1.3, round_to=8))
+    # The pruned model, of fewer MACs, would have been given a larger batch.
+    assert 20 * dense_macs // found.pruned.macs > 20
+    assert found.budget["detail"]["conditions"]["batch"] == [20, 3, 32, 32]
+    assert found.latency_batch == 20

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,16 +17,14 @@ import torch
 from launching import DRIVE, environment, summary, wait_for, weights, written
 
 from vbp import InputError, RunConfig, run
-from vbp.data.digits import write_digits
 from vbp.recipes.demo import DemoConfig, demo_run_config
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Return a run that uses everything that draws at random: augmentation, Mixup, dropped paths, an average."""
     folder = tmp_path_factory.mktemp("long")
-    write_digits(folder / "data")
-    whole = demo_run_config(DemoConfig(folder=folder, epochs_ft=2))
+    whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2))
     kwargs = dict(whole.model_kwargs) | {"drop_path_rate": 0.2, "proj_drop_rate": 0.1}
     return dataclasses.replace(
         whole, overwrite=False, model_kwargs=kwargs, mixup=0.2, cutmix=0.5, label_smoothing=0.1, ema=True,
@@ -60,15 +57,6 @@ def whole(config: RunConfig) -> Path:
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
     return folder
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """Compute as the processes of the other runs do: a sum over threads has other last bits."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def same(first: Path, second: Path) -> None:

@@ -13,32 +13,25 @@ from hub_stand_in import Hub
 from vbp import InputError, RunConfig, load_pruned, run
 from vbp.cli.inspect import InspectConfig, run_inspect
 from vbp.cli.main import _guarded
-from vbp.data.digits import write_digits
 from vbp.deploy.hub import check_login
 from vbp.recipes.demo import DemoConfig, demo_run_config
 from vbp.recipes.publish import base_model_of, publish_artifact, published_settings
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the digits."""
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
-
-
 @pytest.fixture
-def config(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+def config(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """Return a run of a few images that is to be published, without drawing."""
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setattr("vbp.report.html.write_report", lambda folder: folder / "report.html")
     return dataclasses.replace(
-        demo_run_config(DemoConfig(epochs_ft=0)), data_path=str(data), calib_samples=40, limit_val=40,
+        demo_run_config(DemoConfig(epochs_ft=0)), data_path=str(digits), calib_samples=40, limit_val=40,
         compare_uncompensated=False, save_dir=tmp_path / "a run", overwrite=False, push_to_hub="me/digits",
     )  # fmt: skip
 
 
-def test_a_run_publishes_its_folder_with_a_card_of_what_was_measured(hub: Hub, config: RunConfig, data: Path) -> None:
+def test_a_run_publishes_its_folder_with_a_card_of_what_was_measured(
+    hub: Hub, config: RunConfig, digits: Path
+) -> None:
     report = run(config)
     (files,) = hub.repositories["me/digits"]
     assert sorted(files) == ["README.md", "model.safetensors", "vbp.json"]
@@ -49,7 +42,7 @@ def test_a_run_publishes_its_folder_with_a_card_of_what_was_measured(hub: Hub, c
     assert f"| dense | {report.base.top1:.4g} |" in card
     assert "| `keep_ratio` | 0.5 |" in card
     assert 'vbp.load_pruned("hf://me/digits")' in card
-    for path in (data, config.save_dir.parent):
+    for path in (digits, config.save_dir.parent):
         assert all(str(path).encode() not in content for content in files.values())
     # The folder is a model like any other for the commands.
     assert run_inspect(InspectConfig(str(folder))).to_dict()["sites"]

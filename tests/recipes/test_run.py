@@ -20,7 +20,7 @@ from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
 from vbp.recipes.run import run
 from vbp.recipes.setup import prepare
-from vbp.runtime.processes import Processes
+from vbp.runtime.session import Session
 
 
 @pytest.fixture(scope="session")
@@ -220,7 +220,7 @@ def test_no_model_of_an_earlier_run_stays_beside_a_run_that_failed(
 ) -> None:
     run(quick)
     (quick.save_dir / "artifact" / "README.md").write_text("mine")
-    monkeypatch.setattr("vbp.recipes.run.prune", lambda job: 1 / 0)
+    monkeypatch.setattr("vbp.recipes.run.collect_evidence", lambda job: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(dataclasses.replace(quick, overwrite=True))
     assert [file.name for file in (quick.save_dir / "artifact").iterdir()] == ["README.md"]
@@ -333,27 +333,27 @@ def test_the_flags_for_speed_and_memory_work_together(quick: RunConfig) -> None:
 
 
 def test_one_step_is_tried_and_leaves_no_trace(quick: RunConfig) -> None:
-    job = prepare(dataclasses.replace(quick, epochs_ft=1, use_kd=True), Processes(), torch.device("cpu"))
-    before = {name: value.clone() for name, value in job.model.state_dict().items()}
+    job = prepare(dataclasses.replace(quick, epochs_ft=1, use_kd=True), Session())
+    before = {name: value.clone() for name, value in job.dense.state_dict().items()}
     state = torch.get_rng_state()
-    tuning.try_step(job)
-    assert all(torch.equal(before[name], value) for name, value in job.model.state_dict().items())
+    tuning.dry_run(job)
+    assert all(torch.equal(before[name], value) for name, value in job.dense.state_dict().items())
     assert torch.equal(state, torch.get_rng_state())
-    assert all(parameter.requires_grad for parameter in job.model.parameters())
-    assert not any(module.training for module in job.model.modules())
+    assert all(parameter.requires_grad for parameter in job.dense.parameters())
+    assert not any(module.training for module in job.dense.modules())
 
 
 def test_a_step_that_does_not_fit_ends_the_run_before_it_begins(
     quick: RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = prepare(dataclasses.replace(quick, epochs_ft=1), Processes(), torch.device("cpu"))
+    job = prepare(dataclasses.replace(quick, epochs_ft=1), Session())
 
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr("vbp.training.trainer.Trainer.train_epoch", full)
     with pytest.raises(InputError, match=r"more memory than there is.*lower --train_batch_size"):
-        tuning.try_step(job)
+        tuning.dry_run(job)
 
 
 def test_corrupt_images_are_named_and_left_out(quick: RunConfig, tmp_path: Path) -> None:

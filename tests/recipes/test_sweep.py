@@ -13,7 +13,7 @@ from launching import finish, torchrun
 from torch import nn
 
 from vbp import InputError, RunConfig, Statistics
-from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS, write_digits
+from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
 from vbp.recipes.config import check_config
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
 from vbp.recipes.sweep import run_sweep
@@ -23,19 +23,11 @@ from vbp.report.run_report import Measured
 FILES = {"sweep.csv", "sweep.json", "sweep.svg", "sweep.png", "statistics.safetensors", "vbp_sweep.log"}
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the digits."""
-    folder = tmp_path_factory.mktemp("digits")
-    write_digits(folder)
-    return folder
-
-
 @pytest.fixture
-def config(data: Path, tmp_path: Path) -> SweepConfig:
+def config(digits: Path, tmp_path: Path) -> SweepConfig:
     """Return a sweep of a few seconds."""
     return SweepConfig(
-        data_path=str(data),
+        data_path=str(digits),
         keep_ratios=(0.7, 0.4),
         criteria=("variance/mean", "l2/none"),
         model_name=MODEL_NAME,

@@ -8,7 +8,6 @@ import io
 import json
 import re
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -27,6 +26,8 @@ from vbp import (
     prune_,
 )
 from vbp.pruning.baselines import random_scores
+from vbp.pruning.choice import PlanChoice
+from vbp.pruning.make_plan import PlanRules
 from vbp.recipes.sweep import sweep
 from vbp.recipes.sweep_config import settings_of, sweep_needs
 from vbp.report.run_report import Measured
@@ -67,7 +68,7 @@ def test_each_row_is_the_dense_model_pruned_by_hand(model: nn.Module) -> None:
     before = copy.deepcopy(model.state_dict())
     settings = settings_of(["output_variance"], ["none", "mean", "refit"], [0.7, 0.4], ["per_layer", "global"])
     seen: list[Tensor] = []
-    report = sweep(model, sites, evidence, settings, _measuring(seen), round_to=4)
+    report = sweep(model, sites, evidence, settings, _measuring(seen), rules=PlanRules(round_to=4))
     assert [row.setting for row in report.rows] == list(settings)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     scores = output_variance_scores(model, sites, evidence.statistics)
@@ -114,7 +115,7 @@ def test_a_criterion_may_bring_its_own_plans(model: nn.Module) -> None:
     seen: list[Tensor] = []
     found = sweep(
         model, sites, Evidence(), [setting], _measuring(seen),
-        planners={"mine": lambda _: SimpleNamespace(plan=plan, means=means, covariances=None)},
+        planners={"mine": lambda _: PlanChoice(plan, means, None)},
     )  # fmt: skip
     prune_(model, plan, means)
     with torch.no_grad():

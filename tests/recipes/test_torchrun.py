@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 from launching import DRIVE, environment, finish, summary, torchrun, wait_for, weights, written
+from threads import single_thread
 
 from vbp import PruningPlan, RunConfig, RunReport, Statistics, load_pruned, run
-from vbp.data.digits import write_digits
 from vbp.recipes.demo import DemoConfig, demo_run_config
 
 BATCH = 32
@@ -27,11 +27,10 @@ PRUNE_ONLY = {
 
 
 @pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
+def config(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
     """Return the demo's configuration, cut to two epochs; two processes take half the batch each."""
     folder = tmp_path_factory.mktemp("torchrun")
-    write_digits(folder / "data")
-    whole = demo_run_config(DemoConfig(folder=folder, epochs_ft=2, criterion="auto", compensation="refit"))
+    whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2, criterion="auto", compensation="refit"))
     return dataclasses.replace(whole, overwrite=False, train_batch_size=BATCH, save_dir=folder / "run")
 
 
@@ -39,12 +38,8 @@ def config(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
 def alone(config: RunConfig) -> RunReport:
     """Return the report of one process with the same images a step."""
     folder = config.save_dir.parent / "alone"
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    with single_thread():
         return run(dataclasses.replace(config, save_dir=folder, train_batch_size=2 * BATCH))
-    finally:
-        torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

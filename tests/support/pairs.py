@@ -23,7 +23,7 @@ class Pair(Processes):
         super().__init__(rank=rank, world=2)
         object.__setattr__(self, "meet", (barrier, slots))
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Return both values to both."""
         barrier, slots = self.meet
         slots[self.rank] = value
@@ -32,7 +32,7 @@ class Pair(Processes):
         barrier.wait(60)
         return found
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add up over both, in the order of ranks."""
-        first, second = self.gather(values.clone())
+        first, second = self.all_gather(values.clone())
         return values.copy_(first + second)

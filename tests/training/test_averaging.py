@@ -6,7 +6,7 @@ import torch
 from families import FAMILIES
 from torch import nn
 
-from vbp.training.optim import average_of
+from vbp.training.optim import make_ema
 
 
 def test_tables_of_whole_numbers_are_not_averaged() -> None:
@@ -14,7 +14,7 @@ def test_tables_of_whole_numbers_are_not_averaged() -> None:
     model = FAMILIES["timm-swin"].build()
     tables = {name: buffer.clone() for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     assert tables
-    average = average_of(model, 0.9999)
+    average = make_ema(model, 0.9999)
     for _ in range(3):
         average.update_parameters(model)
     for name, table in tables.items():
@@ -25,7 +25,7 @@ def test_tables_of_whole_numbers_are_not_averaged() -> None:
 
 def test_it_begins_at_the_weights_after_the_first_step() -> None:
     model = nn.Linear(1, 1, bias=False).double()
-    average = average_of(model, 0.75)
+    average = make_ema(model, 0.75)
     seen = []
     for value in (4.0, 8.0, 0.0):
         nn.init.constant_(model.weight, value)

@@ -14,11 +14,13 @@ import torch
 from vbp import InputError, OutputError
 from vbp.training import checkpoints
 from vbp.training.checkpoints import (
+    checkpoint_fault,
     clear_checkpoints,
     has_checkpoints,
     latest_checkpoint,
     read_checkpoint,
     save_checkpoint,
+    write_sealed,
 )
 
 
@@ -98,11 +100,11 @@ def test_flipped_bits_are_found_wherever_they_are(whole: bytes, tmp_path: Path) 
     for place in [*range(0, len(whole), 17), *range(len(whole) - 130, len(whole), 3)]:
         path.write_bytes(whole)
         flip(path, place)
-        if checkpoints._fault(path) is None:
+        if checkpoint_fault(path) is None:
             unnoticed.append(place)
     assert unnoticed == []
     path.write_bytes(whole)
-    assert checkpoints._fault(path) is None
+    assert checkpoint_fault(path) is None
 
 
 def test_a_flipped_weight_is_an_error_though_pytorch_reads_it(whole: bytes, tmp_path: Path) -> None:
@@ -143,7 +145,7 @@ def test_foreign_files_are_refused(tmp_path: Path) -> None:
 
 
 def test_another_format_is_said(whole: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoints, "_FORMAT", "vbp-checkpoint/2")
+    monkeypatch.setattr(checkpoints, "FORMAT", "vbp-checkpoint/2")
     (tmp_path / "old.pt").write_bytes(whole)
     with pytest.raises(InputError, match="has format vbp-checkpoint/1, allowed is vbp-checkpoint/2; use the vbp"):
         read_checkpoint(tmp_path / "old.pt")
@@ -153,7 +155,7 @@ def test_a_sealed_file_of_other_content_is_an_input_error(tmp_path: Path) -> Non
     for content in ([1], {"format": "x"}):
         path = tmp_path / "sealed.pt"
         with path.open("wb+") as file:
-            checkpoints._write(file, content)  # type: ignore[arg-type]
+            write_sealed(file, content)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="cannot be read"):
             read_checkpoint(path)
 

@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from families import FAMILIES, randomise_
 from torch import Tensor, nn
 
-from vbp import InputError, Trainer
+from vbp import InputError, Trainer, TrainerSettings
 from vbp.runtime.forward import logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.training.memory import MemoryUse, dry_step, enable_gradient_checkpointing_
-from vbp.training.mixup import Mixing
+from vbp.training.mixup import Mixup
 
 CPU = torch.device("cpu")
 _LACKS = ("torchvision-vit", "hf-convnext")
@@ -85,17 +85,18 @@ class Hungry(nn.Module):
         return pixels
 
 
-def trainer(*, hungry: bool = True, accumulate: int = 1) -> Trainer:
+def trainer(*, hungry: bool = True, taught: bool = True, accumulate: int = 1) -> Trainer:
     """Return a trainer with all that has a state."""
     torch.manual_seed(1)
     student = nn.Sequential(
         Hungry(hungry), nn.Flatten(), nn.Linear(12, 6), nn.Dropout(0.5), nn.BatchNorm1d(6), nn.Linear(6, 3)
     )
-    teacher = copy.deepcopy(student)
-    return Trainer.of(
-        student, steps=4, warmup_steps=2, learning_rate=0.1, device=CPU, teacher=teacher, ema_decay=0.5,
-        accumulate=accumulate, mixing=Mixing(0.8, num_classes=3),
+    teacher = copy.deepcopy(student) if taught else None
+    settings = TrainerSettings(
+        steps=4, warmup_steps=2, learning_rate=0.1, ema_decay=0.5, accumulate=accumulate,
+        mixup=Mixup(0.8, num_classes=3),
     )  # fmt: skip
+    return Trainer(student, settings, device=CPU, teacher=teacher)
 
 
 SHAPE = (3, 2, 2)
@@ -105,9 +106,7 @@ SHAPE = (3, 2, 2)
     (True, 5, 4, "fine-tuning"), (False, 4, 5, "evaluation"),
 ])  # fmt: skip
 def test_an_end_of_memory_is_found_before_the_work(hungry: bool, train: int, val: int, stage: str) -> None:
-    ours = trainer(hungry=hungry)
-    if not hungry:
-        ours.teacher = ours._teacher = None
+    ours = trainer(hungry=hungry, taught=hungry)
     with pytest.raises(InputError, match=f"{stage} needs more memory"):
         dry_step(ours, SHAPE, batch_size=train, val_batch_size=val)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vbp import InputError
-from vbp.training.mixup import Mixing
+from vbp.training.mixup import Mixup
 
 
 def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def one_hot(labels: Tensor, smoothing: float = 0.0) -> Tensor:
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
 def test_mixup_is_a_weighted_mean_of_images_and_of_labels(count: int, smoothing: float) -> None:
     pixels, labels = batch(count)
-    mixed, targets = Mixing(0.8, 0.0, smoothing, num_classes=4)(pixels, labels, epoch=1, batch=count)
+    mixed, targets = Mixup(0.8, 0.0, smoothing, num_classes=4)(pixels, labels, epoch=1, batch=count)
     partner = pixels.flip(0)  # of an odd batch the middle one is its own
     share = 1.0 if count == 1 else float((mixed[0] - partner[0]).mean() / (pixels[0] - partner[0]).mean())
     assert 0 <= share <= 1
@@ -40,7 +40,7 @@ def test_cutmix_mixes_labels_by_the_area_that_is_replaced(count: int) -> None:
     pixels, labels = batch(count)
     shares = set()
     for number in range(6):
-        mixed, targets = Mixing(cutmix=1.0, num_classes=4)(pixels, labels, epoch=1, batch=number)
+        mixed, targets = Mixup(cutmix=1.0, num_classes=4)(pixels, labels, epoch=1, batch=number)
         own = mixed == pixels
         assert torch.equal(mixed, torch.where(own, pixels, pixels.flip(0)))
         share = own[0].double().mean()
@@ -55,7 +55,7 @@ def test_what_is_drawn_depends_on_seed_epoch_batch_and_process_alone() -> None:
     pixels, labels = batch(4)
 
     def mixed(seed: int = 0, epoch: int = 1, batch: int = 2, rank: int = 3) -> Tensor:
-        mixing = Mixing(0.8, 1.0, num_classes=4, seed=seed)
+        mixing = Mixup(0.8, 1.0, num_classes=4, seed=seed)
         return mixing(pixels, labels, epoch=epoch, batch=batch, rank=rank)[0]
 
     np.random.seed(1)
@@ -73,10 +73,10 @@ def test_what_is_drawn_depends_on_seed_epoch_batch_and_process_alone() -> None:
 @pytest.mark.parametrize("alphas", [(0.0, 0.0), (-0.1, 1.0), (0.8, float("nan")), (float("inf"), 0.0)])
 def test_bad_alphas_are_named(alphas: tuple[float, float]) -> None:
     with pytest.raises(InputError, match=f"mixup and cutmix must be .*got {alphas[0]} and {alphas[1]}"):
-        Mixing(*alphas)
+        Mixup(*alphas)
 
 
 @pytest.mark.parametrize("smoothing", [-0.1, 1.0, float("nan")])
 def test_a_bad_smoothing_is_named(smoothing: float) -> None:
     with pytest.raises(InputError, match=f"label_smoothing must be .*got {smoothing}"):
-        Mixing(0.8, 0.0, smoothing)
+        Mixup(0.8, 0.0, smoothing)

@@ -6,14 +6,13 @@ import copy
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vbp import DistillationLoss, InputError, Trainer
+from vbp import DistillationLoss, InputError, Trainer, TrainerSettings
 from vbp.runtime.processes import Processes
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.memory import dry_step
@@ -57,12 +56,13 @@ def network(seed: int, middle: nn.Module | None = None) -> nn.Module:
     return nn.Sequential(nn.Linear(4, 6), middle or nn.GELU(), nn.Linear(6, 3)).double()
 
 
-def trainer(student: nn.Module, processes: Processes, accumulate: int = 2, **settings: Any) -> Trainer:
+def trainer(student: nn.Module, processes: Processes) -> Trainer:
     """Set up two epochs."""
-    return Trainer.of(
-        student, steps=4, learning_rate=0.03, device=CPU, teacher=network(9), loss=DistillationLoss(0.6, 0.4, 3.0),
-        processes=processes, accumulate=accumulate, ema_decay=0.7, clip_grad=0.5, measure_gradients=True, **settings,
+    settings = TrainerSettings(
+        steps=4, learning_rate=0.03, loss=DistillationLoss(0.6, 0.4, 3.0), accumulate=2, ema_decay=0.7,
+        clip_grad=0.5, measure_gradients=True,
     )  # fmt: skip
+    return Trainer(student, settings, device=CPU, teacher=network(9), processes=processes)
 
 
 def two_train_as_one(mine: Processes) -> None:
@@ -87,7 +87,7 @@ def both_hold_the_same_running_statistics(mine: Processes) -> None:
     ours.train_epoch(Dealt(mine.rank, 2), 1)
     for model in (ours.student, ours.evaluated):
         mean = model.get_buffer("1.running_mean")
-        first, second = mine.gather(mean)
+        first, second = mine.all_gather(mean)
         assert torch.equal(first, second)
         assert mean.abs().max() > 0
 
@@ -106,7 +106,7 @@ def two_that_were_stopped_go_on(mine: Processes) -> None:
     shared, own = torch.load(file, weights_only=True)
     resumed = trainer(network(5, nn.Dropout(0.4)), mine)
     # The state that all share comes from the main process.
-    resumed.load_state_dict(mine.gather(shared)[0], own)
+    resumed.load_state_dict(mine.all_gather(shared)[0], own)
     result = resumed.train_epoch(Dealt(mine.rank, 2), 2)
     assert (result.loss, result.top1, result.gradient_norm) == (
         expected.loss, expected.top1, expected.gradient_norm,

@@ -10,18 +10,21 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vbp import InputError, RunConfig, run
-from vbp.data.digits import write_digits
 from vbp.recipes.demo import DemoConfig, demo_run_config
 from vbp.training.tensorboard import Tracker, check_tracking
 
 
 @pytest.fixture
-def config(tmp_path: Path) -> RunConfig:
+def config(demo_folder: Path, tmp_path: Path) -> RunConfig:
     """Return a short run that draws curves."""
-    write_digits(tmp_path / "data")
-    whole = demo_run_config(DemoConfig(folder=tmp_path, epochs_ft=2))
+    whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2))
     return dataclasses.replace(
-        whole, log_dir=tmp_path / "curves", limit_val=40, calib_samples=40, compare_uncompensated=False
+        whole,
+        save_dir=tmp_path / "run",
+        log_dir=tmp_path / "curves",
+        limit_val=40,
+        calib_samples=40,
+        compare_uncompensated=False,
     )
 
 

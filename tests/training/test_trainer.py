@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vbp import DistillationLoss, InputError, Trainer
+from vbp import DistillationLoss, InputError, Trainer, TrainerSettings
 from vbp.runtime.precision import Precision
 from vbp.training.evaluate import evaluate
 from vbp.training.meters import EpochResult, steps_per_epoch
-from vbp.training.mixup import Mixing
+from vbp.training.mixup import Mixup
 
 Batch = tuple[Tensor, Tensor]
 CPU = torch.device("cpu")
@@ -95,9 +95,14 @@ def train_by_hand(model: nn.Module, batches: Iterable[Batch], steps: int, teache
     return losses
 
 
+def adamw(steps: int, **changes: Any) -> TrainerSettings:
+    """Return what the trainers here have in common."""
+    return TrainerSettings(steps, RATE, **{"loss": LOSS, **changes})
+
+
 def trainer(student: nn.Module, steps: int, teacher: nn.Module | None = None) -> Trainer:
     """Set up what the tests compare."""
-    return Trainer.of(student, steps=steps, learning_rate=RATE, device=CPU, teacher=teacher, loss=LOSS)
+    return Trainer(student, adamw(steps), device=CPU, teacher=teacher)
 
 
 @pytest.mark.parametrize("taught", [False, True])
@@ -196,7 +201,7 @@ def test_the_teacher_stays_as_it_was_and_teaches_in_evaluation_mode() -> None:
 def test_without_a_teacher_the_loss_settings_change_nothing() -> None:
     students = [network(1), network(1)]
     for student, loss in zip(students, (LOSS, DistillationLoss(0.1, 2.0, 9.0)), strict=True):
-        Trainer.of(student, steps=3, learning_rate=RATE, device=CPU, loss=loss).train_epoch(Loader(), 1)
+        Trainer(student, adamw(3, loss=loss), device=CPU).train_epoch(Loader(), 1)
     assert all(torch.equal(a, b) for a, b in zip(students[0].parameters(), students[1].parameters(), strict=True))
 
 
@@ -249,9 +254,7 @@ def test_accumulated_batches_equal_one_large_batch(taught: bool) -> None:
     ]
     students, results = [plain(1), plain(1)], []
     for student, loader, accumulate in zip(students, (parts, whole), (3, 1), strict=True):
-        ours = Trainer.of(
-            student, steps=4, learning_rate=RATE, device=CPU, teacher=teacher, loss=LOSS, accumulate=accumulate
-        )
+        ours = Trainer(student, adamw(4, accumulate=accumulate), device=CPU, teacher=teacher)
         results.append([ours.train_epoch(loader, epoch) for epoch in (10, 20)])
         assert ours.steps_done == 4
     for value, other in zip(students[0].parameters(), students[1].parameters(), strict=True):
@@ -264,7 +267,7 @@ def test_accumulated_batches_equal_one_large_batch(taught: bool) -> None:
 @pytest.mark.parametrize(("batches", "accumulate", "steps"), [(6, 1, 6), (6, 3, 2), (7, 3, 3), (1, 8, 1)])
 def test_the_last_step_of_an_epoch_may_have_fewer_batches(batches: int, accumulate: int, steps: int) -> None:
     assert steps_per_epoch(batches, accumulate) == steps
-    ours = Trainer.of(plain(1), steps=steps, learning_rate=RATE, device=CPU, accumulate=accumulate)
+    ours = Trainer(plain(1), TrainerSettings(steps, RATE, accumulate=accumulate), device=CPU)
     ours.train_epoch(Loader((2,) * batches), 1)
     assert ours.steps_done == steps
     assert ours.optimizer.param_groups[0]["lr"] == pytest.approx(0, abs=1e-15)
@@ -282,10 +285,9 @@ def test_gradients_are_measured_before_they_are_clipped(clip: float | None) -> N
         norms.append(float(torch.nn.utils.clip_grad_norm_(expected.parameters(), clip or math.inf)))
         optimizer.step()
         scheduler.step()
-    ours = Trainer.of(
-        student, steps=3, learning_rate=RATE, device=CPU, weight_decay=0.2, clip_grad=clip, measure_gradients=True,
-        loss=DistillationLoss(label_smoothing=0.1),
-    )  # fmt: skip
+    loss = DistillationLoss(label_smoothing=0.1)
+    settings = TrainerSettings(3, RATE, weight_decay=0.2, clip_grad=clip, measure_gradients=True, loss=loss)
+    ours = Trainer(student, settings, device=CPU)
     result = ours.train_epoch(loader, 1)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
     assert result.gradient_norm == pytest.approx(math.fsum(norms) / 3, rel=1e-12)
@@ -294,7 +296,7 @@ def test_gradients_are_measured_before_they_are_clipped(clip: float | None) -> N
 
 def test_the_moving_average_is_evaluated_and_the_student_is_trained() -> None:
     loader, student, seen = Loader(), network(1), []
-    ours = Trainer.of(student, steps=3, learning_rate=RATE, device=CPU, ema_decay=0.7)
+    ours = Trainer(student, TrainerSettings(3, RATE, ema_decay=0.7), device=CPU)
     result = ours.train_epoch(loader, 1, after_step=lambda: seen.append(copy.deepcopy(student.state_dict())))
     expected = seen[0]
     for state in seen[1:]:
@@ -313,8 +315,8 @@ def test_student_and_teacher_see_the_same_mixed_images() -> None:
     for model in (student, teacher):
         model.register_forward_pre_hook(lambda module, args: seen.append(args[0].clone()))
     loader = Pictures((4, 3))
-    mixing = Mixing(mixup=0.8, num_classes=3, seed=4)
-    ours = Trainer.of(student, steps=2, learning_rate=RATE, device=CPU, teacher=teacher, mixing=mixing)
+    mixing = Mixup(mixup=0.8, num_classes=3, seed=4)
+    ours = Trainer(student, TrainerSettings(2, RATE, mixup=mixing), device=CPU, teacher=teacher)
     ours.train_epoch(loader, 2)
     for number, (pixels, labels) in enumerate(loader.of(2)):
         mixed, _ = mixing(pixels, labels, epoch=2, batch=number)
@@ -357,11 +359,11 @@ class Stopped(Exception):  # noqa: N818 (nothing went wrong)
 
 def everything(seed: int, *, mixing: bool = True) -> Trainer:
     """Set up a trainer with all that has a state: two epochs of three steps."""
-    return Trainer.of(
-        pictures(seed), steps=6, warmup_steps=2 if mixing else 0, learning_rate=RATE, device=CPU,
-        teacher=pictures(9), accumulate=2, clip_grad=0.5, ema_decay=0.8, measure_gradients=True,
-        mixing=Mixing(0.8, 1.0, 0.1, num_classes=3, seed=4) if mixing else None,
+    settings = TrainerSettings(
+        steps=6, warmup_steps=2 if mixing else 0, learning_rate=RATE, accumulate=2, clip_grad=0.5, ema_decay=0.8,
+        measure_gradients=True, mixup=Mixup(0.8, 1.0, 0.1, num_classes=3, seed=4) if mixing else None,
     )  # fmt: skip
+    return Trainer(pictures(seed), settings, device=CPU, teacher=pictures(9))
 
 
 def saved(trainer: Trainer) -> io.BytesIO:
@@ -466,9 +468,7 @@ def test_autocast_trains_as_the_loop_by_hand_does_and_the_loss_is_in_float32() -
         optimizer.step()
         scheduler.step()
     precision = Precision.choose("bf16", CPU)
-    Trainer.of(
-        student, steps=3, learning_rate=RATE, device=CPU, teacher=teacher, loss=LOSS, precision=precision
-    ).train_epoch(loader, 1)
+    Trainer(student, adamw(3), device=CPU, teacher=teacher, precision=precision).train_epoch(loader, 1)
     assert kinds == [torch.bfloat16] * 3
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), expected.parameters(), strict=True))
 
@@ -486,10 +486,8 @@ def test_steps_that_fp16_cannot_hold_are_left_out_and_counted() -> None:
             ours.process_state(),
         )
 
-    ours = Trainer.of(
-        student, steps=3, learning_rate=RATE, device=CPU, precision=Precision(torch.float16, "cpu"), clip_grad=1.0,
-        measure_gradients=True,
-    )  # fmt: skip
+    settings = TrainerSettings(3, RATE, clip_grad=1.0, measure_gradients=True)
+    ours = Trainer(student, settings, device=CPU, precision=Precision(torch.float16, "cpu"))
     result = ours.train_epoch(loader, 1, after_step=after_step)
     assert result.skipped_steps == 2
     assert same(seen[0], seen[2])
@@ -504,9 +502,7 @@ def test_the_compiled_model_trains_the_same_under_the_names_of_the_plain_one(mon
     monkeypatch.setattr(torch, "compile", lambda module: compiled(module, backend="aot_eager"))
     students, results, correct = [network(1), network(1)], [], []
     for student, compile in zip(students, (False, True), strict=True):
-        ours = Trainer.of(
-            student, steps=3, learning_rate=RATE, device=CPU, teacher=network(9), loss=LOSS, compile=compile
-        )
+        ours = Trainer(student, adamw(3, compile=compile), device=CPU, teacher=network(9))
         results.append(ours.train_epoch(Loader((4, 4, 4)), 1))
         assert list(ours.state_dict()["student"]) == list(network(1).state_dict())
         assert ours.evaluated is student
@@ -530,4 +526,4 @@ def test_the_compiled_model_trains_the_same_under_the_names_of_the_plain_one(mon
 )
 def test_settings_that_make_no_sense_are_named(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Trainer.of(plain(1), steps=3, learning_rate=RATE, device=CPU, **settings)
+        Trainer(plain(1), TrainerSettings(3, RATE, **settings), device=CPU)

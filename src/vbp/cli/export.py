@@ -20,7 +20,7 @@ from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact
 from vbp.deploy.export import ExportPrecision, ExportReport, export_model
-from vbp.deploy.native_check import NativeReport, export_native
+from vbp.deploy.native import NativeReport, export_native
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
 

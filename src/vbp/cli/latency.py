@@ -12,7 +12,7 @@ import tyro
 
 from vbp.deploy.artifact import load_pruned, read_artifact
 from vbp.deploy.latency import LatencyReport, compare_latency
-from vbp.deploy.latency_backends import Backend, LatencySettings, Precision
+from vbp.deploy.latency_backends import Backend, LatencyPrecision, LatencySettings
 from vbp.errors import InputError
 from vbp.models.load import build_model
 from vbp.runtime.files import write_json
@@ -35,7 +35,7 @@ class LatencyConfig:
     """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
     threads: int | None = None
     """Threads on the CPU; unless given, as many as PyTorch takes."""
-    precision: Precision = "float32"
+    precision: LatencyPrecision = "float32"
     """bfloat16 and float16 convert the weights, amp_bfloat16 and amp_float16 run under autocast."""
     compile: bool = False
     """Run both through torch.compile."""

@@ -39,6 +39,10 @@ class Budget:
         quantity: What is limited: the share of MLP channels, MACs of one image, parameters, milliseconds of a batch,
             or the speed-up, of which there must be at least so much.
         amount: MACs and parameters below 1 are a share of the dense model's, others a count.
+
+    Example:
+        >>> vbp.Budget.of(target_macs="75%")
+        Budget(quantity='macs', amount=0.75)
     """
 
     quantity: Quantity
@@ -53,7 +57,7 @@ class Budget:
         target_latency_ms: float | None = None,
         target_speedup: float | None = None,
     ) -> Budget:
-        """Return the one budget that was asked for, its number checked; what a model can reach is found out later.
+        """Return the one budget that was asked for, its number checked; what a model can reach is checked later.
 
         Args:
             keep_ratio: Share of the MLP channels, in (0, 1].
@@ -125,13 +129,13 @@ def parse_amount(name: str, value: float | str) -> float:
     Raises:
         InputError: It is no such number.
     """
-    found = value
+    amount = value
     if isinstance(value, str):
         match = _AMOUNT.fullmatch(value)
-        found = float(match[1]) * _SCALES[match[2]] if match else math.nan
-    if isinstance(found, str | bool) or not 0 < found < math.inf:
+        amount = float(match[1]) * _SCALES[match[2]] if match else math.nan
+    if isinstance(amount, str | bool) or not 0 < amount < math.inf:
         raise InputError(f"{name} must be a number above 0, got {value!r}; write 0.75, 75%, 940000000 or 0.94G")
-    return float(found)
+    return float(amount)
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,10 @@ class BudgetResult:
         predicted: What a table of measured layers had promised for the plan, of a latency or speed-up.
         spread: Quartiles of the measured values.
         detail: Further plain data, as the attempts of a latency budget and the conditions of its measurements.
+
+    Example:
+        >>> vbp.BudgetResult(vbp.Budget.of(keep_ratio=0.5), plan, target=128, dense=256, reached=128, met=True).miss
+        0.0
     """
 
     budget: Budget
@@ -173,8 +181,13 @@ class BudgetResult:
         plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
         plain["budget"] = asdict(self.budget)
         plain["spread"] = None if self.spread is None else list(self.spread)
-        told = {"miss": self.miss, "kept": self.plan.kept, "channels": self.plan.total, "sentence": self.sentence()}
-        return {**plain, **told}
+        summary = {
+            "miss": self.miss,
+            "kept": self.plan.kept,
+            "channels": self.plan.total,
+            "sentence": self.sentence(),
+        }
+        return {**plain, **summary}
 
     def sentence(self) -> str:
         """Say in words what was asked for, what came, and by how much and why it is missed."""

@@ -8,12 +8,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vbp.cost.macs import count_parameters, macs_by_module
-from vbp.cost.widths import attention_products
+from vbp.cost.widths import WidthCosts
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
-from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site, SiteKind, find_sites
 
 
@@ -108,70 +106,33 @@ def inspect_model(
 
     Raises:
         InputError: The model has no site.
+
+    Example:
+        >>> vbp.inspect_model(model, example).sites[0].params
+        8320
     """
-    sites = describe_sites(model, example, attention=attention, convolutions=convolutions, plans=plans)
-    return Inspection(type(model).__name__, macs_by_module(model, example)[""], count_parameters(model), sites)
-
-
-def describe_sites(
-    model: nn.Module,
-    example: Tensor,
-    *,
-    attention: bool = False,
-    convolutions: bool = False,
-    plans: PruningPlan | Sequence[PruningPlan] = (),
-) -> tuple[SiteDescription, ...]:
-    """Describe each site of a model; the arguments are those of `inspect_model`.
-
-    Raises:
-        InputError: The model has no site.
-    """
-    sites = find_sites(model, example, attention=attention, convolutions=convolutions)
-    macs = macs_by_module(model, example)
+    costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
     dense: dict[str, int] = {}
     for plan in (plans,) if isinstance(plans, PruningPlan) else plans:
         for entry in plan.sites:
             dense.setdefault(entry.site.name, entry.site.hidden)
-    return tuple(_describe(model, site, macs, dense) for site in sites)
+    sites = tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
+    return Inspection(type(model).__name__, costs.macs, costs.params, sites)
 
 
-def _describe(model: nn.Module, site: Site, macs: Mapping[str, int], dense: Mapping[str, int]) -> SiteDescription:
-    layers = list(dict.fromkeys((*site.producers, *([site.consumer] if site.consumer else []))))
+def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:
+    macs, params = costs.of_site(site)
+    layers = dict.fromkeys((*site.producers, *([site.consumer] if site.consumer else [])))
     return SiteDescription(
         name=site.name,
         kind=site.kind,
         producers=site.producers,
         consumer=site.consumer,
         hidden=site.hidden,
-        dense=dense.get(site.name, site.hidden),
+        dense=dense,
         heads=site.heads,
         exact=site.exact,
         shapes={name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers},
-        macs=_site_macs(model, site, macs),
-        params=_site_params(model, site),
+        macs=macs,
+        params=params,
     )
-
-
-def _site_macs(model: nn.Module, site: Site, macs: Mapping[str, int]) -> int:
-    total = sum(macs.get(name, 0) * _share_of_rows(model, name, site) for name in site.producers)
-    total += macs.get(site.consumer, 0) * _share_of_columns(model, site) if site.consumer else 0
-    total += sum(macs.get(name, 0) for name in site.inner)
-    return round(total + (attention_products(model, site, macs) if site.kind != "mlp" else 0))
-
-
-def _site_params(model: nn.Module, site: Site) -> int:
-    total = 0.0
-    for name in site.producers:
-        total += count_parameters(model.get_submodule(name)) * _share_of_rows(model, name, site)
-    if site.consumer:
-        total += model.get_parameter(f"{site.consumer}.weight").numel() * _share_of_columns(model, site)
-    total += sum(count_parameters(model.get_submodule(name)) for name in site.inner)
-    return round(total + sum(model.get_parameter(name).numel() for name in site.parameters))
-
-
-def _share_of_rows(model: nn.Module, layer: str, site: Site) -> float:
-    return site.hidden / output_channels(model.get_submodule(layer))
-
-
-def _share_of_columns(model: nn.Module, site: Site) -> float:
-    return site.hidden / input_channels(model.get_submodule(site.consumer))

@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.layer_table import LayerTimes
-from vbp.cost.layer_timing import Timer, clock_of, read_ms
 from vbp.cost.search import PlanFor, PlanSearch
-from vbp.cost.timing import Spread, time_in_turns
+from vbp.cost.timing import LatencyComparison, Spread, clock_of, compare_models
+from vbp.cost.widths import LayerTimes
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.runtime.forward import evaluation_mode
 from vbp.runtime.precision import Precision
 
 # Measured savings further from the predicted ones than this are noise more likely than truth.
@@ -32,27 +27,6 @@ _CORRECTION = (0.25, 4.0)
 _SLACK = 0.02
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """The dense and a pruned model, timed in turns.
-
-    Attributes:
-        dense_ms: Of a batch.
-        pruned_ms: Of a batch.
-        speedup: Dense over pruned, round by round.
-        rounds: How many were timed.
-        seconds: That all of it took.
-        load: Programs that wanted the processor, mean of the last minute.
-    """
-
-    dense_ms: Spread
-    pruned_ms: Spread
-    speedup: Spread
-    rounds: int
-    seconds: float
-    load: float
-
-
 def compare_in_turns(
     model: nn.Module,
     plan: PruningPlan,
@@ -61,39 +35,12 @@ def compare_in_turns(
     precision: Precision,
     rounds: int = 15,
     budget_s: float = 10,
-    timer: Timer = time_in_turns,
-) -> Comparison:
-    """Time a dense model beside a copy that is pruned by a plan.
-
-    Args:
-        model: Dense, on the device of the images; left as it was.
-        plan: For this model.
-        images: The batch.
-        precision: Of the forward pass.
-        rounds: Timed turns of each.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
-        timer: Takes turns; for tests.
-    """
-    begin = time.perf_counter()
+) -> LatencyComparison:
+    """Time a dense model against a copy that is pruned by a plan; the arguments are those of `compare_models`."""
     pruned = copy.deepcopy(model)
     prune_(pruned, plan)
-
-    def forward(which: nn.Module) -> None:
-        with precision.autocast():
-            which(images)
-
-    passes = {"dense": lambda: forward(model), "pruned": lambda: forward(pruned)}
-    with evaluation_mode(model), evaluation_mode(pruned), torch.inference_mode():
-        turns = timer(passes, images.device, rounds=rounds, warmup=2, budget_s=budget_s)
-    dense, narrow = ([read_ms(turn, clock_of(images.device)) for turn in turns[name]] for name in passes)
-    return Comparison(
-        Spread.of(dense),
-        Spread.of(narrow),
-        Spread.of([one / other for one, other in zip(dense, narrow, strict=True)]),
-        len(dense),
-        time.perf_counter() - begin,
-        os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan"),
-    )
+    clock = clock_of(images.device)
+    return compare_models(model, pruned, images, precision=precision, clock=clock, rounds=rounds, budget_s=budget_s)
 
 
 def check_faster(budget: Budget, times: LayerTimes) -> None:
@@ -113,7 +60,7 @@ def meet_latency(
     budget: Budget,
     plan_for: PlanFor,
     times: LayerTimes,
-    compare: Callable[[PruningPlan], Comparison],
+    compare: Callable[[PruningPlan], LatencyComparison],
     *,
     attempts: int = 5,
     budget_s: float = 60,
@@ -140,16 +87,16 @@ def meet_latency(
     check_faster(budget, times)
     search, tried = PlanSearch(plan_for), list[_Attempt]()
     scale, dense_ms = 1.0, times.dense_ms
-    while len(tried) < attempts and sum(attempt.found.seconds for attempt in tried) <= budget_s:
+    while len(tried) < attempts and sum(attempt.timing.seconds for attempt in tried) <= budget_s:
         allowed = _between(tried, 1 - (1 - allowed_share(budget, dense_ms)) / scale)
         plan = search.largest(times.share, allowed) or search.floor
         if any(plan.widths == attempt.plan.widths for attempt in tried):
             break
-        found = compare(plan)
-        tried.append(_Attempt(budget, plan, times.share(plan), found))
+        timing = compare(plan)
+        tried.append(_Attempt(budget, plan, times.share(plan), timing))
         if tried[-1].close or (plan is search.floor and not tried[-1].met):
             break
-        dense_ms = found.dense_ms.median
+        dense_ms = timing.dense_ms.median
         # Of all attempts: each alone is noisy.
         scale = statistics.median(attempt.scale for attempt in tried)
     return _result(budget, times, search.floor, tried)
@@ -166,11 +113,11 @@ class _Attempt:
     budget: Budget
     plan: PruningPlan
     share: float
-    found: Comparison
+    timing: LatencyComparison
 
     @property
     def measured(self) -> Spread:
-        return self.found.speedup if self.budget.quantity == "speedup" else self.found.pruned_ms
+        return self.timing.speedup if self.budget.quantity == "speedup" else self.timing.pruned_ms
 
     @property
     def slack(self) -> float:
@@ -184,7 +131,7 @@ class _Attempt:
 
     @property
     def close(self) -> bool:
-        """Return whether it is met, and by no more than can be told apart."""
+        """Return whether it is met, and by no more than the measurement can tell."""
         return self.met and (self.slack <= _SLACK or self.measured.low <= self.budget.amount <= self.measured.high)
 
     @property
@@ -192,7 +139,7 @@ class _Attempt:
         """Return the measured savings over the predicted ones."""
         low, high = _CORRECTION
         promised = 1 - self.share
-        return min(high, max(low, (1 - 1 / self.found.speedup.median) / promised)) if promised > 0 else 1.0
+        return min(high, max(low, (1 - 1 / self.timing.speedup.median) / promised)) if promised > 0 else 1.0
 
 
 def allowed_share(budget: Budget, dense_ms: float) -> float:
@@ -218,7 +165,7 @@ def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_
     if not met and best.plan.widths == floor.widths:
         reason = (
             f"every site is at its floor (min_keep_ratio {floor.min_keep_ratio}, round_to {floor.round_to}), and the "
-            f"rest of the model takes {1 / best.found.speedup.median:.0%} of the dense time"
+            f"rest of the model takes {1 / best.timing.speedup.median:.0%} of the dense time"
         )
     elif not met:
         reason = f"none of {len(tried)} plans was fast enough when measured; the layer times promised more"
@@ -226,16 +173,17 @@ def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_
         budget,
         best.plan,
         budget.amount,
-        1.0 if speed else best.found.dense_ms.median,
+        1.0 if speed else best.timing.dense_ms.median,
         best.measured.median,
         bool(met),
         reason,
-        1 / best.share if speed else best.share * best.found.dense_ms.median,
+        1 / best.share if speed else best.share * best.timing.dense_ms.median,
         (best.measured.low, best.measured.high),
         {
-            "conditions": times.to_dict()["conditions"],
+            "conditions": {**asdict(times.conditions), "batch": list(times.conditions.batch)},
             "attempts": [
-                {"kept": one.plan.kept, "predicted_speedup": 1 / one.share, **asdict(one.found)} for one in tried
+                {"kept": attempt.plan.kept, "predicted_speedup": 1 / attempt.share, **asdict(attempt.timing)}
+                for attempt in tried
             ],
         },
     )

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
-import re
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal
+from itertools import takewhile
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.layer_table import LayerTimes, TimedUnit, TimingConditions
-from vbp.cost.timing import Turn, time_in_turns
+from vbp.cost.timing import Timer, clock_of, hardware, time_in_turns
+from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 from vbp.method.allocation import AllowedWidths
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
@@ -31,7 +27,7 @@ from vbp.sites.site import Site
 
 @dataclass(frozen=True)
 class Call:
-    """What a module was given."""
+    """The arguments of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
@@ -49,7 +45,7 @@ class Unit:
 
     Attributes:
         home: The smallest module that is called and holds all their layers.
-        call: What it is given.
+        call: Its arguments in the dense model.
     """
 
     sites: tuple[Site, ...]
@@ -81,7 +77,9 @@ def disjoint(units: Sequence[Unit], most: int) -> list[Unit]:
     """Return the first units of which none has its home within another's, so that each can be timed alone."""
     chosen = list(units[:1])
     for unit in units[1:]:
-        if len(chosen) < most and not any(_overlap(unit.home, other.home) for other in chosen):
+        if len(chosen) < most and not any(
+            within(unit.home, other.home) or within(other.home, unit.home) for other in chosen
+        ):
             chosen.append(unit)
     return chosen
 
@@ -118,13 +116,8 @@ def _common_path(group: Sequence[Site]) -> tuple[str, ...]:
         for site in group
         for name in (*site.producers, *([site.consumer] if site.consumer else []), *site.inner, *site.parameters)
     ]
-    paths = [name.split(".")[:-1] for name in names]
-    common = []
-    for parts in zip(*paths, strict=False):
-        if len(set(parts)) > 1:
-            break
-        common.append(parts[0])
-    return tuple(common)
+    steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
+    return tuple(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps))
 
 
 def _upwards(path: tuple[str, ...]) -> list[str]:
@@ -132,12 +125,8 @@ def _upwards(path: tuple[str, ...]) -> list[str]:
     return [".".join(path[:length]) for length in range(len(path), -1, -1)]
 
 
-def _overlap(one: str, other: str) -> bool:
-    return within(one, other) or within(other, one)
-
-
 def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precision) -> tuple[dict[str, Call], float]:
-    """Run the model, and note what the named modules are given."""
+    """Run the model, and record the arguments of the named modules."""
     calls: dict[str, Call] = {}
 
     def note(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -165,9 +154,6 @@ def _shape_of(model: nn.Module, unit: Unit) -> str:
     ])  # fmt: skip
 
 
-Timer = Callable[..., dict[str, list[Turn]]]
-
-
 _SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 
@@ -177,19 +163,6 @@ _BLOCKS = 4
 
 # A pass of this many seconds flushes the caches by itself.
 _SLOW_S = 1.0
-
-
-def clock_of(device: torch.device) -> Literal["wall", "processor"]:
-    """Return the clock that is read on a device: processor time where one thread of a CPU does the work.
-
-    On an idle machine the two agree then; on a busy one the wall clock counts other programs, too.
-    """
-    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
-
-
-def read_ms(turn: Turn, clock: str) -> float:
-    """Return the milliseconds of a pass by a clock of `clock_of`."""
-    return turn.cpu_ms if clock == "processor" else turn.ms
 
 
 def timing_conditions(
@@ -207,7 +180,7 @@ def timing_conditions(
     shapes = [[name, list(value.shape)] for name, value in model.named_parameters()]
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     return TimingConditions(
-        hardware=_hardware(images.device),
+        hardware=hardware(images.device),
         threads=torch.get_num_threads() if images.device.type == "cpu" else 0,
         precision=weights if precision.dtype is None else f"{weights}, autocast {precision.name}",
         batch=tuple(images.shape),
@@ -257,7 +230,7 @@ def measure_layer_times(
                 taken.setdefault(group[0].name, []).append((label, width, len(chosen)))
                 passes[label] = run_pass(modules, precision)
         turns = timer(passes, images.device, rounds=rounds, warmup=1 if seconds > _SLOW_S else 2, budget_s=budget_s)
-    read = {label: [read_ms(turn, conditions.clock) for turn in timed] for label, timed in turns.items()}
+    read = {label: [turn.read(conditions.clock) for turn in timed] for label, timed in turns.items()}
     dense = read["dense"]
     parts = {
         label: statistics.median(ms / whole for ms, whole in zip(timed, dense, strict=True))
@@ -320,13 +293,3 @@ def _ascending(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], 
     ordered = sorted(points)
     times = isotonic_regression([ms for _, ms in ordered])
     return tuple((width, float(ms)) for (width, _), ms in zip(ordered, times, strict=True))
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    name = platform.processor() or platform.machine()
-    with suppress(OSError):
-        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
-            name = match[1].strip()
-    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"

@@ -19,7 +19,12 @@ from vbp.runtime.tables import format_count, text_table
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Count the parameters of a model."""
+    """Count the parameters of a model.
+
+    Example:
+        >>> vbp.count_parameters(model)
+        32455
+    """
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -32,6 +37,10 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     Args:
         model: Counted in evaluation mode; left as it was.
         example: An input batch "batch channels height width" on the model's device.
+
+    Example:
+        >>> vbp.count_macs(model, example)
+        566912
     """
     return macs_by_module(model, example)[""]
 
@@ -54,12 +63,12 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         torch.func.functional_call(model, weights, (example,))
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
-    found = {
+    by_module = {
         name.removeprefix(f"{root}."): round(number / 2 / example.shape[0])
         for name, number in flops.items()
         if name.startswith(f"{root}.")
     }
-    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **found}
+    return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **by_module}
 
 
 def _layer_norm_flops(
@@ -79,7 +88,12 @@ def _attention_flops(query: Sequence[int], key: Sequence[int], value: Sequence[i
 
 @dataclass(frozen=True)
 class PlanCost:
-    """MACs and parameters of a model before and after a plan."""
+    """MACs and parameters of a model before and after a plan.
+
+    Example:
+        >>> vbp.plan_cost(model, plan, example).params
+        (32455, 24135)
+    """
 
     macs: tuple[int, int]
     params: tuple[int, int]
@@ -90,6 +104,10 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
 
     Raises:
         InputError: The plan does not fit the model.
+
+    Example:
+        >>> vbp.plan_cost(model, plan, example).macs
+        (566912, 427648)
     """
     pruned = copy.deepcopy(model)
     prune_(pruned, plan)
@@ -99,7 +117,13 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
 
 
 def format_plan(plan: PruningPlan, cost: PlanCost) -> str:
-    """Return a plan as a table: kept of total channels a site, and the MACs and parameters that it saves."""
+    """Return a plan as a table: kept of total channels a site, and the MACs and parameters that it saves.
+
+    Example:
+        >>> print(vbp.format_plan(plan, vbp.plan_cost(model, plan, example)))
+        plan (global, keep_ratio 0.5):
+        ...
+    """
     label = "all" if plan.attn_keep_ratio is None else "all MLPs"
     widths = {**plan.widths, label: (plan.kept, plan.total)}
     table = text_table((name, f"{kept} of {total}", f"{kept / total:.1%}") for name, (kept, total) in widths.items())

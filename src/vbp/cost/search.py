@@ -42,7 +42,7 @@ class PlanSearch:
         """Return the plan that keeps most among those that cost no more than `limit`; None if the floor costs more.
 
         Bisection: a plan that keeps more costs more. Rounding makes exceptions over a few channels, where one site
-        gives way to another that costs more; so the next plans above the first that is too dear are tried, too.
+        gives way to another that costs more; so the next plans above the first that costs too much are tried, too.
         """
         low, high = self._first, self._total
         if cost(self.floor) > limit:
@@ -56,7 +56,7 @@ class PlanSearch:
         for number in range(high + 1, min(self._total, high + step * len(self.whole.sites)), step):
             if cost(self._plan(number)) <= limit:
                 low = number
-        return self._settled(self._plan(low))
+        return self._exact_request(self._plan(low))
 
     def _plan(self, number: int) -> PruningPlan:
         """Return the plan that asks for this number of channels."""
@@ -65,7 +65,7 @@ class PlanSearch:
             self._plans[number] = self._plan_for(max(number / self._total, self._lowest))
         return self._plans[number]
 
-    def _settled(self, plan: PruningPlan) -> PruningPlan:
+    def _exact_request(self, plan: PruningPlan) -> PruningPlan:
         """Ask for the number of channels that a plan keeps, where rounding gave it another than was asked for."""
         if not plan.total or plan.kept == plan.requested:
             return plan
@@ -76,7 +76,7 @@ class PlanSearch:
 def check_reachable(budget: Budget, plan_for: PlanFor, costs: WidthCosts) -> None:
     """Refuse a budget of MACs or parameters that no plan meets, or that the dense model meets.
 
-    The scores do not matter: at the floor and at full width every plan is the same, so this can be found out before
+    The scores do not matter: at the floor and at full width every plan is the same, so this can be checked before
     any statistics are collected. A keep ratio, a latency and a speed-up pass.
 
     Raises:

@@ -8,18 +8,18 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.latency_search import Comparison, allowed_share, check_faster, meet_latency
-from vbp.cost.layer_table import LayerTimes
+from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
-from vbp.cost.widths import WidthCosts
+from vbp.cost.timing import LatencyComparison
+from vbp.cost.widths import LayerTimes, WidthCosts
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.site import Site
 
 
 @dataclass(frozen=True)
-class Target:
+class BudgetTarget:
     """A budget of one model.
 
     Attributes:
@@ -43,7 +43,7 @@ class Target:
         example: Tensor,
         rules: PlanRules,
         times: LayerTimes | None = None,
-    ) -> Target:
+    ) -> BudgetTarget:
         """See whether a budget can be reached, and about where.
 
         Args:
@@ -63,9 +63,9 @@ class Target:
 
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
-            return Target(budget, costs, times, budget.amount)
+            return BudgetTarget(budget, costs, times, budget.amount)
         if budget.timed and times is None:
-            return Target(budget, costs, None, 1.0)
+            return BudgetTarget(budget, costs, None, 1.0)
         search = PlanSearch(equal_shares)
         if times is not None:
             check_faster(budget, times)
@@ -76,14 +76,14 @@ class Target:
             plan = search.largest(
                 costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
             )
-        return Target(budget, costs, times, share_of(plan or search.floor))
+        return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
     def meet(
         self,
         plan_for: PlanFor,
         model: nn.Module,
         example: Tensor,
-        compare: Callable[[PruningPlan], Comparison],
+        compare: Callable[[PruningPlan], LatencyComparison],
         *,
         compensated: bool,
     ) -> BudgetResult:

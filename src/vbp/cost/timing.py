@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import math
+import os
+import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-# A turn of a fast model holds several passes: shorter turns are at the mercy of the scheduler and of cold caches.
-_TURN_S = 0.1
+from vbp.cost.macs import count_macs
+from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.precision import Precision
+
+# Seconds of a turn, which holds several passes of a fast model: shorter turns suffer from the scheduler and from cold
+# caches.
+TURN_S = 0.1
+
+
+# Multiply-accumulates that a CPU computes in about a second.
+CPU_BATCH_MACS = 20_000_000_000
+
+
+Clock = Literal["wall", "processor"]
 
 
 @dataclass(frozen=True)
@@ -28,6 +45,13 @@ class Turn:
 
     ms: float
     cpu_ms: float
+
+    def read(self, clock: Clock) -> float:
+        """Return the milliseconds of a pass by a clock."""
+        return self.cpu_ms if clock == "processor" else self.ms
+
+
+Timer = Callable[..., dict[str, list[Turn]]]
 
 
 @dataclass(frozen=True)
@@ -81,29 +105,149 @@ def time_in_turns(
     return turns
 
 
-def measure_latency_ms(
-    models: Mapping[str, nn.Module], example: Tensor, *, rounds: int = 15, warmup: int = 2, budget_s: float = 20
-) -> dict[str, float]:
-    """Time a forward pass of each model, taking turns.
+@dataclass(frozen=True)
+class LatencyComparison:
+    """A dense and a pruned model, timed in turns.
+
+    Attributes:
+        dense_ms: Of a batch.
+        pruned_ms: Of a batch.
+        speedup: Dense over pruned, round by round: two medians of their own would compare different minutes of the
+            machine.
+        rounds: How many were timed.
+        seconds: That all of it took.
+        load: Programs that wanted the processor, mean of the last minute.
+        cpu_speedup: The speed-up by processor time: steadier on a machine with other work; None on a GPU.
+    """
+
+    dense_ms: Spread
+    pruned_ms: Spread
+    speedup: Spread
+    rounds: int
+    seconds: float
+    load: float
+    cpu_speedup: Spread | None = None
+
+
+def compare_passes(
+    dense: Callable[[], object],
+    pruned: Callable[[], object],
+    device: torch.device,
+    *,
+    clock: Clock = "wall",
+    rounds: int = 15,
+    warmup: int = 2,
+    budget_s: float = 20,
+    timer: Timer = time_in_turns,
+) -> LatencyComparison:
+    """Time a forward pass of a dense model against one of its pruned model.
 
     Args:
-        models: In evaluation mode, on the device of `example`.
-        example: The batch.
-        rounds: Timed turns of each model.
-        warmup: Passes of each model before them.
+        dense: One pass.
+        pruned: One pass.
+        device: Where they run.
+        clock: By which times and speed-up are read.
+        rounds: Timed turns of each.
+        warmup: Passes of each before them.
         budget_s: Seconds after which no further round begins; three are timed in any case.
-
-    Returns:
-        Model name -> median milliseconds for the whole batch.
+        timer: Takes turns; for tests.
     """
-    passes = {name: _pass_of(model, example) for name, model in models.items()}
-    with torch.inference_mode():
-        turns = time_in_turns(passes, example.device, rounds=rounds, warmup=warmup, budget_s=budget_s)
-    return {name: statistics.median(turn.ms for turn in timed) for name, timed in turns.items()}
+    begin = time.perf_counter()
+    turns = timer({"dense": dense, "pruned": pruned}, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
+    pairs = list(zip(turns["dense"], turns["pruned"], strict=True))
+
+    def speedup(clock: Clock) -> Spread:
+        return Spread.of([one.read(clock) / other.read(clock) for one, other in pairs])
+
+    return LatencyComparison(
+        Spread.of([one.read(clock) for one, _ in pairs]),
+        Spread.of([other.read(clock) for _, other in pairs]),
+        speedup(clock),
+        len(pairs),
+        time.perf_counter() - begin,
+        system_load(),
+        speedup("processor") if device.type == "cpu" else None,
+    )
 
 
-def _pass_of(model: nn.Module, example: Tensor) -> Callable[[], Any]:
-    return lambda: model(example)
+def compare_models(
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Tensor,
+    *,
+    precision: Precision,
+    clock: Clock = "wall",
+    rounds: int = 15,
+    budget_s: float = 20,
+) -> LatencyComparison:
+    """Time a dense model against its pruned one in evaluation mode, on the device of the images.
+
+    Args:
+        dense: Left as it was.
+        pruned: Left as it was.
+        images: The batch.
+        precision: Of the forward pass.
+        clock: As for `compare_passes`, like what follows.
+        rounds: Timed turns of each.
+        budget_s: Seconds after which no further round begins.
+    """
+
+    def forward(model: nn.Module) -> None:
+        with precision.autocast():
+            model(images)
+
+    with evaluation_mode(dense), evaluation_mode(pruned), torch.inference_mode():
+        return compare_passes(
+            lambda: forward(dense),
+            lambda: forward(pruned),
+            images.device,
+            clock=clock,
+            rounds=rounds,
+            budget_s=budget_s,
+        )
+
+
+def latency_batch(dense: nn.Module, example: Tensor, *, at_most: int, size: int | None = None) -> int:
+    """Return how many images to time in a batch, on a CPU as many as take about a second.
+
+    A run asks once, with its dense model: a pruned one has fewer MACs and would get a larger batch, whose times
+    cannot be compared with those that met the budget.
+
+    Args:
+        dense: The dense model.
+        example: One image or more on the model's device.
+        at_most: Images in a batch on a GPU, and at most so many on a CPU.
+        size: What the user asked for, which is then the answer.
+    """
+    if size is not None:
+        return size
+    if example.device.type != "cpu":
+        return at_most
+    return min(at_most, 32, max(1, CPU_BATCH_MACS // count_macs(dense, example)))
+
+
+def clock_of(device: torch.device) -> Clock:
+    """Return the clock that is read on a device: processor time where one thread of a CPU does the work.
+
+    On an idle machine the two agree then; on a busy one the wall clock counts other programs, too.
+    """
+    return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
+
+
+def hardware(device: torch.device) -> str:
+    """Return the name of a device, and of a CPU the number of its cores and its vector instructions."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):
+        if match := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE):
+            name = match[1].strip()
+    return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
+
+
+def system_load() -> float:
+    """Return how many programs wanted the processor, mean of the last minute; NaN where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
 
 
 def _warm_up(forward: Callable[[], object], device: torch.device, warmup: int) -> int:
@@ -111,7 +255,7 @@ def _warm_up(forward: Callable[[], object], device: torch.device, warmup: int) -
     seconds = 0.0
     for _ in range(max(1, warmup)):
         seconds = _turn(forward, 1, device).ms / 1e3
-    return max(1, min(1000, round(_TURN_S / max(seconds, 1e-9))))
+    return max(1, min(1000, round(TURN_S / max(seconds, 1e-9))))
 
 
 def _turn(forward: Callable[[], object], count: int, device: torch.device) -> Turn:

@@ -1,4 +1,4 @@
-"""What a model would cost at other widths: counted once, then computed for any plan without surgery."""
+"""What a model would cost at other widths, without surgery: MACs and parameters computed, time by measured layers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,28 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from vbp.cost.macs import count_parameters, macs_by_module
+from vbp.cost.timing import Clock
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site
+
+# Measured on AVX-512: multiples of 8 cost nothing against larger ones, odd widths 9 to 21 % of an MLP
+# (docs/export.md).
+_CPU = 8
+
+
+# Tensor cores work best on multiples of 128 bytes: 64 channels in half precision, 32 in TF32 (of float32).
+# Source: NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to use Tensor Cores".
+_LINE_BYTES = 128
+
+
+# A site that can choose among fewer widths than this is pruned too coarsely.
+_CHOICES = 8
 
 
 @dataclass(frozen=True)
@@ -36,7 +52,7 @@ class WidthCosts:
     macs: int
     params: int
     layers: Mapping[str, LayerCost]
-    single: Mapping[str, tuple[float, int]]
+    single: Mapping[str, tuple[float, float]]
 
     @staticmethod
     def of(model: nn.Module, sites: Sequence[Site], example: Tensor) -> WidthCosts:
@@ -54,7 +70,7 @@ class WidthCosts:
             for name in {*site.producers, *([site.consumer] if site.consumer else [])}:
                 layers[name] = _layer(model, name, macs)
             inside = [model.get_submodule(name) for name in site.inner]
-            products = attention_products(model, site, macs) if site.kind != "mlp" else 0
+            products = _attention_products(model, site, macs) if site.kind != "mlp" else 0
             single[site.name] = (
                 sum(macs.get(name, 0) for name in site.inner) + products,
                 sum(map(count_parameters, inside))
@@ -66,6 +82,19 @@ class WidthCosts:
             if site.consumer:
                 layers[site.consumer].columns.append(site.name)
         return WidthCosts(tuple(sites), macs[""], count_parameters(model), layers, single)
+
+    def of_site(self, site: Site) -> tuple[int, int]:
+        """Return the MACs and parameters that would go with all channels of a site, and with no other's."""
+        macs, params = self.single[site.name]
+        for name in site.producers:
+            layer = self.layers[name]
+            macs += layer.macs * site.hidden / layer.outputs
+            params += (layer.weights + layer.bias) * site.hidden / layer.outputs
+        if site.consumer:
+            layer = self.layers[site.consumer]
+            macs += layer.macs * site.hidden / layer.inputs
+            params += layer.weights * site.hidden / layer.inputs
+        return round(macs), round(params)
 
     def macs_of(self, plan: PruningPlan) -> int:
         """Return the MACs of one image under a plan."""
@@ -119,7 +148,98 @@ class LayerCost:
         )
 
 
-def attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
+@dataclass(frozen=True)
+class TimingConditions:
+    """What times depend on: they hold under these conditions and no others.
+
+    Attributes:
+        hardware: The device, in words.
+        threads: In use on a CPU; 0 on a GPU.
+        precision: Type of the weights, and of autocast if there is one.
+        batch: Shape of the batch.
+        torch: Version.
+        model: Fingerprint of the names and shapes of the dense model's weights, and of its sites.
+        round_to: Of the plans: widths between its multiples take longer.
+        clock: By which they were read; see `clock_of`.
+    """
+
+    hardware: str
+    threads: int
+    precision: str
+    batch: tuple[int, ...]
+    torch: str
+    model: str
+    round_to: int
+    clock: Clock
+
+
+@dataclass(frozen=True)
+class TimedUnit:
+    """Channels that are timed together: those of an MLP site, or the values, queries and keys of an attention.
+
+    Attributes:
+        sites: Their names; the first one's width stands for all.
+        curve: The first site of the unit that was timed for all units of this shape.
+    """
+
+    sites: tuple[str, ...]
+    curve: str
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """What a dense model takes, and its units at several widths: plain data that any process can use.
+
+    Attributes:
+        dense_ms: Of a batch, in the same minute as the curves.
+        units: Of the model.
+        curves: Name -> (width, milliseconds), ascending in both; the last is the dense width.
+    """
+
+    conditions: TimingConditions
+    dense_ms: float
+    units: tuple[TimedUnit, ...]
+    curves: Mapping[str, tuple[tuple[int, float], ...]]
+
+    def predicted_ms(self, plan: PruningPlan) -> float:
+        """Return what a batch would take under a plan: the dense time less what each unit saves.
+
+        Between two measured widths the time is interpolated; below the narrowest one it goes on in a straight line.
+        """
+        widths = plan.widths
+        return self.dense_ms - sum(self._saved_ms(unit, widths[unit.sites[0]][0]) for unit in self.units)
+
+    def share(self, plan: PruningPlan) -> float:
+        """Return what a plan would take as a share of the dense time."""
+        return self.predicted_ms(plan) / self.dense_ms
+
+    def _saved_ms(self, unit: TimedUnit, width: int) -> float:
+        points = self.curves[unit.curve]
+        (x0, y0), (x1, y1) = points[0], points[min(1, len(points) - 1)]
+        if width < x0 and x1 > x0:
+            return points[-1][1] - max(0.0, y0 - (x0 - width) * (y1 - y0) / (x1 - x0))
+        return points[-1][1] - float(np.interp(width, [x for x, _ in points], [y for _, y in points]))
+
+
+def recommended_round_to(device: torch.device, dtype: torch.dtype = torch.float32, sites: Sequence[Site] = ()) -> int:
+    """Return the `round_to` that suits a device: a power of two.
+
+    8 on a CPU; on a GPU as many channels as fill a line of memory, 64 in bfloat16 or float16 and 32 in float32; less
+    where the narrowest site (in attention: its head) would have fewer than 8 widths to choose from.
+
+    Args:
+        device: Where the pruned model will run.
+        dtype: In which it will compute: that of autocast, if there is one.
+        sites: What will be pruned.
+    """
+    suited = _LINE_BYTES // max(2, dtype.itemsize) if device.type == "cuda" else _CPU
+    narrowest = min((site.hidden // site.heads for site in sites), default=suited * _CHOICES)
+    while suited > 1 and suited * _CHOICES > narrowest:
+        suited //= 2
+    return suited
+
+
+def _attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
     """Return the half of an attention's products, q k or softmax v, that runs over a site's channels.
 
     Args:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 
 from vbp.errors import InputError
 
 
+@dataclass(eq=False)
 class PlannedBatches:
     """The `(epoch, index)` keys of each batch of one process.
 
@@ -18,25 +20,25 @@ class PlannedBatches:
     out each batch of `batch_size * world` images, so that all take the same number of steps.
 
     Attributes:
-        epoch: which order; an iteration under way keeps its own.
-        start: batches of the epoch that are left out at its beginning.
+        count: Images in all.
+        batch_size: Of one process.
+        epoch: Which order; an iteration under way keeps its own.
+        start: Batches of the epoch that are left out at its beginning.
     """
 
-    def __init__(
-        self, count: int, batch_size: int, *, shuffle: bool, seed: int, rank: int = 0, world: int = 1
-    ) -> None:
-        self.count = count
-        self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
-        self.start = 0
+    count: int
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
 
     @property
     def steps(self) -> int:
-        """Batches of the process that has most."""
+        """Return how many batches the process with most has."""
         whole, rest = divmod(self.count, self.batch_size * self.world)
         # A process without an image would wait for the others in vain: a rest too small for all is left out.
         return whole + (rest >= self.world if self.shuffle else rest > 0)
@@ -62,10 +64,10 @@ class PlannedBatches:
             yield [(epoch, index) for index in share]
 
     def global_size(self, batch: int) -> int:
-        """Images of batch number `batch` over all processes.
+        """Return how many images batch number `batch` has over all processes.
 
         Raises:
-            InputError: no process has such a batch.
+            InputError: No process has such a batch.
         """
         if not 0 <= batch < self.steps:
             raise InputError(f"batch must be a number from 0 to {self.steps - 1}, got {batch}")
@@ -74,6 +76,6 @@ class PlannedBatches:
 
 
 def mixed_seed(*numbers: int) -> int:
-    """One seed from several numbers: a sum would give one image in one epoch its neighbour's in the next."""
+    """Return one seed from several numbers: a sum would give one image in one epoch its neighbour's in the next."""
     text = ",".join(map(str, numbers))
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

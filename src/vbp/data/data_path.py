@@ -15,13 +15,10 @@ from vbp.data.images import SPLITS, Images, Split
 from vbp.data.shards import check_shards, list_samples
 from vbp.errors import InputError
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 # The package that each kind needs; a folder needs none.
 _PACKAGES = {"hfds": "datasets", "wds": "webdataset"}
-
-
 _OPTIONS = ("train", "val", "image", "label")
 
 
@@ -30,9 +27,9 @@ class DataPath:
     """A data path, taken apart.
 
     Attributes:
-        kind: how the images are kept.
-        place: the folder, dataset id or pattern.
-        options: what stands after the question mark.
+        kind: How the images are kept.
+        place: The folder, dataset id or pattern.
+        options: What stands after the question mark.
     """
 
     kind: Literal["folder", "hfds", "wds"]
@@ -44,7 +41,7 @@ class DataPath:
         """Take a data path apart; a `Path` is always a folder.
 
         Raises:
-            InputError: it does not follow the grammar, or needs a package that is not installed.
+            InputError: It does not follow the grammar, or needs a package that is not installed.
         """
         kind, slash, rest = str(data_path).partition("/")
         if isinstance(data_path, Path) or not slash or kind not in _PACKAGES:
@@ -91,32 +88,36 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
     """List the images of a split, with labels as the model's head numbers them.
 
     Args:
-        data_path: a folder with `train/<class>/` and `val/<class>/`; or `hfds/` and a Hugging Face dataset; or
+        data_path: A folder with `train/<class>/` and `val/<class>/`; or `hfds/` and a Hugging Face dataset; or
             `wds/` and WebDataset shards. docs/data.md has the grammar. A `Path` is always a folder.
-        split: which of the two.
-        num_classes: outputs of the model.
+        split: Which of the two.
+        num_classes: Outputs of the model.
 
     Raises:
-        InputError: the data is missing or damaged, or does not fit the model.
+        InputError: The data is missing or damaged, or does not fit the model.
+
+    Example:
+        >>> train = vbp.list_images(data, "train", num_classes=7)
     """
     if split not in SPLITS:
         raise InputError(f"split must be train or val, got {split!r}")
     if num_classes < 1:
         raise InputError(f"num_classes must be 1 or more, got {num_classes}")
     path = DataPath.parse(data_path)
+    images: Images
     try:
-        images = _list(path, split, num_classes)
+        if path.kind == "folder":
+            images = list_folder(Path(path.place), split, num_classes)
+        elif path.kind == "hfds":
+            images = list_rows(path.place, path.options, split, num_classes)
+        else:
+            images = list_samples(path.place, path.options, split, num_classes)
     except OSError as error:
         raise InputError(
             f"the images of {data_path} must be readable, got {error.strerror} for {error.filename}"
         ) from error
-    logger.info(
-        "%s: %d images of %d of the model's %d classes",
-        split,
-        len(images),
-        len(set(images.labels)),
-        num_classes,
-    )
+    classes = len(set(images.labels))
+    _log.info("%s: %d images of %d of the model's %d classes", split, len(images), classes, num_classes)
     return images
 
 
@@ -124,7 +125,7 @@ def check_data_path(data_path: Path | str) -> None:
     """Find out before a model is loaded whether the data of both splits is there; no image is read.
 
     Raises:
-        InputError: it is not, `data_path` does not follow the grammar, or a package is not installed.
+        InputError: It is not, `data_path` does not follow the grammar, or a package is not installed.
     """
     path = DataPath.parse(data_path)
     if path.kind == "folder":
@@ -136,17 +137,9 @@ def check_data_path(data_path: Path | str) -> None:
 
 
 def class_folders(data_path: Path | str) -> list[str]:
-    """The folders that name the classes, in the order of their labels; none where the data is kept another way."""
+    """Return the class folders in the order of their labels; none where the data is kept another way."""
     path = DataPath.parse(data_path)
     folder = Path(path.place) / SPLITS[0]
     if path.kind != "folder" or folder.with_name(f"{SPLITS[0]}_samples.pkl").is_file():
         return []
     return class_names(folder)
-
-
-def _list(path: DataPath, split: Split, num_classes: int) -> Images:
-    if path.kind == "folder":
-        return list_folder(Path(path.place), split, num_classes)
-    if path.kind == "hfds":
-        return list_rows(path.place, path.options, split, num_classes)
-    return list_samples(path.place, path.options, split, num_classes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import warnings
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -45,21 +46,21 @@ class Batch(NamedTuple):
     failures: tuple[Failure, ...]
 
 
+@dataclass(frozen=True, eq=False)
 class DecodedImages(Dataset[Sample]):
-    """Samples by `(epoch, index)`: a worker that lives through epochs hears of nothing else.
+    """Samples by `(epoch, index)`: a worker that serves several epochs gets its whole state from the key.
 
-    Args:
-        images: what to read.
-        transform: draws from torch's default generator, which is seeded for each image.
-        seed: with the epoch and the index, it decides what `transform` draws.
-        attempts: how many images to try, from the index on and around the list's end, until one can be read.
+    Attributes:
+        images: What to read.
+        transform: Draws from torch's default generator, which is seeded for each image.
+        seed: With the epoch and the index, it decides what `transform` draws.
+        attempts: How many images to try, from the index on and around the list's end, until one can be read.
     """
 
-    def __init__(self, images: Images, transform: Transform, seed: int, attempts: int) -> None:
-        self.images = images
-        self.transform = transform
-        self.seed = seed
-        self.attempts = attempts
+    images: Images
+    transform: Transform
+    seed: int
+    attempts: int
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, first = key

@@ -20,7 +20,6 @@ from vbp.errors import InputError, OutputError
 # 214,218 parameters. It is trained by examples/train_digits_vit.py.
 MODEL_NAME: Final = "vit_tiny_patch16_224"
 
-
 MODEL_KWARGS: Final[Mapping[str, Any]] = {
     "img_size": 32,
     "patch_size": 8,
@@ -30,23 +29,15 @@ MODEL_KWARGS: Final[Mapping[str, Any]] = {
     "num_classes": 10,
 }
 
-
 # The digits fill their 8 x 8 pixels to the border, so nothing of them may be cropped away in evaluation.
 PREPROCESSING: Final = Preprocessing(
     img_size=(32, 32), crop_pct=1.0, interpolation="bicubic", mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5)
 )
 
-
 # What the weights were trained with, and what fine-tuning has to use: mirrored digits are other characters.
 HFLIP: Final = False
-
-
 CROP_SCALE: Final = (0.7, 1.0)
-
-
 WEIGHTS: Final = Path(__file__).parent / "assets" / "digits_vit.safetensors"
-
-
 _WHITE = 16  # the brightest value in scikit-learn's images
 
 
@@ -63,7 +54,7 @@ def write_digits(folder: Path) -> None:
     """
     images = _encode()
     try:
-        _check_no_strangers(folder, images)
+        _check_only_digits(folder, images)
         wanting = [path for path, png in images.items() if not _holds(folder / path, png)]
         if not wanting:
             return
@@ -82,7 +73,7 @@ def write_digits(folder: Path) -> None:
 
 
 def _encode() -> dict[str, bytes]:
-    """Relative path to PNG, for every image."""
+    """Return the PNG of every image by its relative path."""
     digits = load_digits()
     seen: Counter[int] = Counter()
     images: dict[str, bytes] = {}
@@ -95,7 +86,7 @@ def _encode() -> dict[str, bytes]:
     return images
 
 
-def _check_no_strangers(folder: Path, images: Mapping[str, bytes]) -> None:
+def _check_only_digits(folder: Path, images: Mapping[str, bytes]) -> None:
     """Refuse to mix the digits with other data, which would then be trained on and counted as digits."""
     known = set(images) | {str(Path(path).parent) for path in images}
     for split in ("train", "val"):

@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import hashlib
 import logging
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from timm.data.imagenet_info import ImageNetInfo
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
-from vbp.data.images import SPLITS
-from vbp.data.listing_cache import Listing, Source, read_index, write_index
+from vbp.data.images import IMAGE_EXTENSIONS, SPLITS
+from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-
-IMAGENET_CLASSES = 1000
-
-
+_FORMAT = "vbp-image-index/2"
 _SHOWN = 5  # names given in a message before "..."
 
 
-def scan_split(data_path: Path, split: str, source: Source) -> Listing:
+def scan_split(data_path: Path, split: str, num_classes: int) -> tuple[list[Row], dict[str, int]]:
     """List `data_path/<split>/<class>/**`, classes and paths sorted, hidden entries left out.
 
+    Returns:
+        Label and path of each image; and the modification time in nanoseconds of each folder that was read.
+
     Raises:
-        InputError: there is no such folder, no class, no image, or the classes do not fit the model.
+        InputError: There is no such folder, no class, no image, or the classes do not fit the model.
     """
     folder = data_path / split
     if not folder.is_dir():
@@ -44,21 +40,17 @@ def scan_split(data_path: Path, split: str, source: Source) -> Listing:
     # Taken before the folder is read: a change in between makes the kept list stale, never wrong.
     directories = {split: folder.stat().st_mtime_ns}
     names = class_names(folder)
-    labels = label_classes(folder, names, source.num_classes)
-    found = {name: sorted(_walk(folder / name, f"{split}/{name}", frozenset(), directories)) for name in names}
-    _check_empty_classes(folder, found, source.num_classes)
-    return Listing(
-        tuple(path for name in names for path in found[name]),
-        tuple(labels[name] for name in names for _ in found[name]),
-        dataclasses.replace(source, directories=directories),
-    )
+    labels = label_classes(folder, names, num_classes)
+    paths = {name: sorted(_walk(folder / name, f"{split}/{name}", frozenset(), directories)) for name in names}
+    _check_empty_classes(folder, paths, num_classes)
+    return [(labels[name], path) for name in names for path in paths[name]], directories
 
 
 def class_names(folder: Path) -> list[str]:
-    """The class folders of a split, sorted.
+    """Return the class folders of a split, sorted.
 
     Raises:
-        InputError: it holds no folder.
+        InputError: It holds no folder.
     """
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
@@ -75,7 +67,7 @@ def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str,
     """Number the classes as the model does.
 
     Raises:
-        InputError: the folders are not the model's classes.
+        InputError: The folders are not the model's classes.
     """
     if num_classes == IMAGENET_CLASSES:
         canonical = imagenet_labels()
@@ -102,7 +94,7 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
     ImageNet synset folders are free to differ: their labels come from the name alone.
 
     Raises:
-        InputError: a class is in one of the two only.
+        InputError: A class is in one of the two only.
     """
     folders = [data_path / split for split in ("train", "val")]
     if not all(folder.is_dir() for folder in folders):
@@ -119,13 +111,6 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
         f"found only in train: {_some(sorted(train - val)) or 'none'}; "
         f"only in val: {_some(sorted(val - train)) or 'none'}"
     )
-
-
-@functools.cache
-def imagenet_labels() -> dict[str, int]:
-    """Synset to label for the 1,000 classes of ImageNet-1k, in the order that every pretrained head uses."""
-    info = ImageNetInfo("imagenet-1k")
-    return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
 def _walk(
@@ -147,16 +132,16 @@ def _walk(
                 yield path
 
 
-def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes: int) -> None:
-    empty = [name for name, paths in found.items() if not paths]
-    if len(empty) == len(found):
+def _check_empty_classes(folder: Path, paths: dict[str, list[str]], num_classes: int) -> None:
+    empty = [name for name, own in paths.items() if not own]
+    if len(empty) == len(paths):
         raise InputError(
-            f"{folder} must hold images ({', '.join(IMG_EXTENSIONS)}), found none in {len(found)} class folders"
+            f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(paths)} class folders"
         )
     if not empty:
         return
-    if num_classes == IMAGENET_CLASSES and found.keys() <= imagenet_labels().keys():
-        logger.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
+    if num_classes == IMAGENET_CLASSES and paths.keys() <= imagenet_labels().keys():
+        _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
         return
     raise InputError(
         f"each class folder of {folder} must hold images, found none in {_some(empty)}; "
@@ -165,7 +150,7 @@ def _check_empty_classes(folder: Path, found: dict[str, list[str]], num_classes:
 
 
 def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS)
+    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def _some(names: Iterable[str]) -> str:
@@ -178,9 +163,9 @@ class ImageList:
     """Images of a folder and their labels, in a fixed order.
 
     Attributes:
-        root: the data folder.
-        paths: image files, relative to `root` where they lie inside it, with forward slashes.
-        labels: index of the class in the model's output, one for each path.
+        root: The data folder.
+        paths: Image files, relative to `root` where they lie inside it, with forward slashes.
+        labels: Index of the class in the model's output, one for each path.
     """
 
     root: Path
@@ -198,28 +183,25 @@ class ImageList:
         return len(self.paths)
 
     def file(self, index: int) -> Path:
-        """Where the image lies on disk."""
+        """Return where the image lies on disk."""
         return self.root / self.paths[index]
 
     def name(self, index: int) -> str:
-        """The path of the image."""
+        """Return the path of the image."""
         return str(self.file(index))
 
     def read(self, index: int) -> BinaryIO:
-        """The open file."""
+        """Return the open file."""
         return self.file(index).open("rb")
 
     def select(self, indices: Sequence[int]) -> ImageList:
-        """The images at these places, in this order."""
+        """Return the images at these places, in this order."""
         return ImageList(self.root, tuple(self.paths[i] for i in indices), tuple(self.labels[i] for i in indices))
 
     def fingerprint(self) -> str:
-        """SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            # A zero byte cannot occur in a path, so no two lists give the same bytes.
-            digest.update(f"{label}\0{path}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        """Return the SHA-256 over paths and labels, in order: equal wherever the data folder lies."""
+        # A zero byte cannot occur in a path, so no two lists give the same bytes.
+        return text_fingerprint(f"{label}\0{path}\0" for path, label in zip(self.paths, self.labels, strict=True))
 
 
 def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
@@ -229,43 +211,55 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
     the 1,000, even where folders are missing. Otherwise there must be one folder for each class, and labels
     follow the sorted folder names, which `train` and `val` must share.
 
-    The list is kept in `data_path/<split>_index.tsv` and made anew when the folder changes.
+    The list is kept in `data_path/<split>_index.jsonl` and made anew when a folder changes: its time does
+    when an entry is added, removed or renamed.
 
     Raises:
-        InputError: a folder is missing or empty, the classes do not fit the model, or a samples file is bad.
+        InputError: A folder is missing or empty, the classes do not fit the model, or a samples file is bad.
     """
-    listing = _listing(data_path, split, num_classes)
-    return ImageList(data_path, listing.paths, listing.labels)
+    if not data_path.is_dir():
+        got = "is no folder" if data_path.exists() else "does not exist"
+        raise InputError(
+            f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {got}"
+        )
+    samples, index = data_path / f"{split}_samples.pkl", data_path / f"{split}_index.jsonl"
+    # The labels of one folder differ with the class count of the model.
+    made_from: dict[str, Any] = {"num_classes": num_classes, "samples_file": None}
+    if samples.is_file():
+        status = samples.stat()
+        made_from["samples_file"] = [status.st_size, status.st_mtime_ns]
+    else:
+        check_same_classes(data_path, num_classes)
+    rows = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
+    if rows is None:
+        directories: dict[str, int] = {}
+        if made_from["samples_file"] is None:
+            _log.info("listing the images of %s", data_path / split)
+            rows, directories = scan_split(data_path, split, num_classes)
+        else:
+            _log.info("listing the images of %s", samples)
+            rows = read_samples(samples, num_classes)
+        write_rows(index, _FORMAT, {**made_from, "directories": directories}, rows)
+    return ImageList(data_path, tuple(path for _, path in rows), tuple(label for label, _ in rows))
+
+
+def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
+    directories = kept["directories"].items()
+    try:
+        return kept == {**made_from, "directories": kept["directories"]} and all(
+            (data_path / name).stat().st_mtime_ns == time for name, time in directories
+        )
+    except (OSError, ValueError):  # gone, or no possible path
+        return False
 
 
 def check_folder_splits(data_path: Path) -> None:
     """Find out without reading a folder whether both splits are there; a list of samples needs none beside it.
 
     Raises:
-        InputError: one is missing.
+        InputError: One is missing.
     """
     for split in SPLITS:
         if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
             missing = data_path / split if data_path.is_dir() else data_path
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")
-
-
-def _listing(data_path: Path, split: str, num_classes: int) -> Listing:
-    if not data_path.is_dir():
-        found = "is no folder" if data_path.exists() else "does not exist"
-        raise InputError(
-            f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {found}"
-        )
-    samples = data_path / f"{split}_samples.pkl"
-    source = Source.of(samples, num_classes)
-    if source.samples_file is None:
-        check_same_classes(data_path, num_classes)
-    listing = read_index(data_path, split, source)
-    if listing is None:
-        logger.info("listing the images of %s", data_path / split if source.samples_file is None else samples)
-        if source.samples_file is None:
-            listing = scan_split(data_path, split, source)
-        else:
-            listing = read_samples(samples, source)
-        write_index(data_path, split, listing)
-    return listing

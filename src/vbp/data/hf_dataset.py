@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,9 +16,9 @@ import numpy as np
 from vbp.data.images import SPLITS
 from vbp.data.labels import check_labels, head_labels
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 _SPLIT_NAMES = {"train": "train", "val": "validation"}
 
@@ -29,10 +28,10 @@ class HuggingFaceImages:
     """Rows of one split of a dataset.
 
     Attributes:
-        root: the dataset and its split.
-        reader: timm's reader of that split.
-        rows: which rows, in this order.
-        labels: one for each row.
+        root: The dataset and its split.
+        reader: Timm's reader of that split.
+        rows: Which rows, in this order.
+        labels: One for each row.
     """
 
     root: str
@@ -44,14 +43,14 @@ class HuggingFaceImages:
         return len(self.rows)
 
     def name(self, index: int) -> str:
-        """The dataset, its split and the row."""
+        """Return the dataset, its split and the row."""
         return f"{self.root} row {self.rows[index]}"
 
     def read(self, index: int) -> BinaryIO:
-        """The image as the dataset stores it.
+        """Return the image as the dataset stores it.
 
         Raises:
-            OSError: the row holds none.
+            OSError: The row holds none.
         """
         try:
             stream: BinaryIO = self.reader[self.rows[index]][0]
@@ -60,18 +59,16 @@ class HuggingFaceImages:
         return stream
 
     def select(self, indices: Sequence[int]) -> HuggingFaceImages:
-        """The rows at these places, in this order."""
+        """Return the rows at these places, in this order."""
         return dataclasses.replace(
             self, rows=tuple(self.rows[i] for i in indices), labels=tuple(self.labels[i] for i in indices)
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over the label, the file name and the size of each image, in order."""
+        """Return the SHA-256 over the label, the file name and the size of each image, in order."""
         paths, sizes = self._stored()
-        digest = hashlib.sha256()
-        for row, label in zip(self.rows, self.labels, strict=True):
-            digest.update(f"{label}\0{paths[row]}\0{sizes[row]}\0".encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        stored = zip(self.rows, self.labels, strict=True)
+        return text_fingerprint(f"{label}\0{paths[row]}\0{sizes[row]}\0" for row, label in stored)
 
     def _stored(self) -> tuple[list[str], list[int]]:
         # Arrow keeps names and sizes apart from the images' bytes, which are not touched.
@@ -90,13 +87,13 @@ def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: i
     """List the rows of a split.
 
     Args:
-        place: dataset id on the hub, or a local folder.
-        options: names of the splits and columns, where they are not `train`, `validation`, `image` and `label`.
-        split: which of the two.
-        num_classes: outputs of the model.
+        place: Dataset id on the hub, or a local folder.
+        options: Names of the splits and columns, where they are not `train`, `validation`, `image` and `label`.
+        split: Which of the two.
+        num_classes: Outputs of the model.
 
     Raises:
-        InputError: the dataset, the split or a column is missing, or the labels are not the model's.
+        InputError: The dataset, the split or a column is missing, or the labels are not the model's.
     """
     # Slow to import, and an extra: only who asks for such data pays for it.
     import datasets
@@ -130,7 +127,7 @@ def check_dataset(place: str, options: Mapping[str, str]) -> None:
     """Find out from the description of a dataset whether it can be reached and has both splits.
 
     Raises:
-        InputError: it cannot, or a split is missing.
+        InputError: It cannot, or a split is missing.
     """
     import datasets
 

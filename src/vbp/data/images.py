@@ -12,11 +12,8 @@ import torch
 from vbp.errors import InputError
 
 Split = Literal["train", "val"]
-
-
 SPLITS: tuple[Split, ...] = ("train", "val")
-
-
+IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 AnyImages = TypeVar("AnyImages", bound="Images")
 
 
@@ -29,29 +26,29 @@ class Images(Protocol):
 
     @property
     def root(self) -> Path | str:
-        """Where the images lie, for messages."""
+        """Return where the images lie, for messages."""
 
     @property
     def labels(self) -> Sequence[int]:
-        """Index of the class in the model's output, one for each image."""
+        """Return the index of the class in the model's output, one for each image."""
 
     def __len__(self) -> int: ...
 
     def name(self, index: int) -> str:
-        """How a message calls this image."""
+        """Return what a message calls this image."""
 
     def read(self, index: int) -> BinaryIO:
-        """The image as it is stored, still encoded.
+        """Return the image as it is stored, still encoded.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: It cannot be read.
         """
 
     def select(self: AnyImages, indices: Sequence[int]) -> AnyImages:
-        """The images at these places, in this order."""
+        """Return the images at these places, in this order."""
 
     def fingerprint(self) -> str:
-        """SHA-256 over what names the images, and their labels, in order: equal wherever the data lies."""
+        """Return the SHA-256 over what names the images, and their labels, in order: equal wherever the data lies."""
 
 
 def balanced_subset(images: AnyImages, count: int, seed: int) -> AnyImages:
@@ -62,6 +59,10 @@ def balanced_subset(images: AnyImages, count: int, seed: int) -> AnyImages:
 
     Raises:
         InputError: `count` is negative.
+
+    Example:
+        >>> len(vbp.balanced_subset(train, 7, seed=0))
+        7
     """
     if count < 0:
         raise InputError(f"the number of images must be 0 (all of them) or more, got {count}")

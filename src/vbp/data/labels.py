@@ -1,28 +1,36 @@
-"""Labels that come as numbers: are they those of the model's head?"""
+"""The labels of the model's head: those of ImageNet's classes by name, and whether given numbers are among them."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
-from timm.data.imagenet_info import ImageNetInfo
 
-from vbp.data.folder import IMAGENET_CLASSES, imagenet_labels
 from vbp.errors import InputError
+
+IMAGENET_CLASSES = 1000
+
+
+@functools.cache
+def imagenet_labels() -> dict[str, int]:
+    """Return the label of each of the 1,000 synsets of ImageNet-1k, in the order that every pretrained head uses."""
+    info = _imagenet()
+    return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
 def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], str]) -> None:
     """Refuse a label that the head does not have.
 
     Args:
-        labels: one for each image.
-        num_classes: outputs of the head.
-        name: how a message calls the image at a place.
+        labels: One for each image.
+        num_classes: Outputs of the head.
+        name: How a message calls the image at a place.
 
     Raises:
-        InputError: a label is outside.
+        InputError: A label is outside.
     """
     numbers = np.asarray(labels, dtype=np.int64)
     outside = np.flatnonzero((numbers < 0) | (numbers >= num_classes))
@@ -39,7 +47,7 @@ def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> li
     """Return the head's label of each class of a dataset, by name where the names say it.
 
     Raises:
-        InputError: the classes are not the head's, or stand in another order.
+        InputError: The classes are not the head's, or stand in another order.
     """
     if num_classes == IMAGENET_CLASSES and set(class_names) <= imagenet_labels().keys():
         return [imagenet_labels()[name] for name in class_names]
@@ -63,10 +71,16 @@ def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> li
 
 @functools.cache
 def _described() -> dict[str, set[int]]:
-    info = ImageNetInfo("imagenet-1k")
+    info = _imagenet()
     places: defaultdict[str, set[int]] = defaultdict(set)
     for label in range(IMAGENET_CLASSES):
         # Two classes are called "crane".
         places[info.index_to_description(label).lower()].add(label)
         places[info.index_to_label_name(label)].add(label)
     return dict(places)
+
+
+def _imagenet() -> Any:
+    from timm.data.imagenet_info import ImageNetInfo  # timm takes seconds to import
+
+    return ImageNetInfo("imagenet-1k")

@@ -18,7 +18,7 @@ from vbp.data.preprocessing import Transform
 from vbp.errors import InputError
 from vbp.runtime.signals import leave_signals_to_parent
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
 
 def make_loader(
@@ -43,21 +43,25 @@ def make_loader(
     would get with that batch size. A last one with fewer than `world` images is left out.
 
     Args:
-        images: what to load: the whole list, in every process.
-        transform: turns one RGB image into a tensor; random ones must draw from torch's default generator.
-        batch_size: images in a batch of one process; fewer in the last one.
-        num_workers: processes that decode; 0 decodes in this one.
-        shuffle: a new order in each epoch, fixed by `seed` and the epoch. An image that cannot be read is
+        images: What to load: the whole list, in every process.
+        transform: Turns one RGB image into a tensor; random ones must draw from torch's default generator.
+        batch_size: Images in a batch of one process; fewer in the last one.
+        num_workers: Processes that decode; 0 decodes in this one.
+        shuffle: A new order in each epoch, fixed by `seed` and the epoch. An image that cannot be read is
             replaced by the next one in the list that can; without `shuffle` its batch is smaller by one.
-        seed: the random transform of an image depends on it, the epoch and the image's place in the list alone.
-        pin_memory: page-locked batches, faster to copy to a GPU; without a GPU it is not done.
-        max_unreadable: share of the whole list that may be unreadable; at least one image may be, unless it is 0.
-        prefetch: batches that each worker reads ahead.
-        rank: which of the processes this is, from 0.
-        world: how many processes share the images.
+        seed: The random transform of an image depends on it, the epoch and the image's place in the list alone.
+        pin_memory: Page-locked batches, faster to copy to a GPU; without a GPU it is not done.
+        max_unreadable: Share of the whole list that may be unreadable; at least one image may be, unless it is 0.
+        prefetch: Batches that each worker reads ahead.
+        rank: Which of the processes this is, from 0.
+        world: How many processes share the images.
 
     Raises:
-        InputError: a value is outside its range, or there is nothing to load.
+        InputError: A value is outside its range, or there is nothing to load.
+
+    Example:
+        >>> [len(labels) for _, labels in vbp.make_loader(train, transform, batch_size=8, num_workers=0)]
+        [8, 6]
     """
     _check_options(len(images), batch_size, num_workers, max_unreadable, prefetch, rank, world)
     batches = PlannedBatches(len(images), batch_size, shuffle=shuffle, seed=seed, rank=rank, world=world)
@@ -90,9 +94,9 @@ class ImageLoader:
     """Iterates over `(images, labels)` batches; made by `make_loader`.
 
     Attributes:
-        images: what is loaded, by all processes together.
-        batch_size: images in a full batch of this process.
-        unreadable: name to reason, for each image that this process could not read so far.
+        images: What is loaded, by all processes together.
+        batch_size: Images in a full batch of this process.
+        unreadable: Name to reason, for each image that this process could not read so far.
     """
 
     def __init__(self, images: Images, loader: DataLoader[Sample], batches: PlannedBatches, allowed: int) -> None:
@@ -107,11 +111,11 @@ class ImageLoader:
         """Choose the order and the random transforms of the iterations to come; they start at epoch 0.
 
         Args:
-            epoch: its number.
-            start: batches of the epoch that were done before: left out, without being read.
+            epoch: Its number.
+            start: Batches of the epoch that were done before: left out, without being read.
 
         Raises:
-            InputError: the epoch has fewer batches than `start`.
+            InputError: The epoch has fewer batches than `start`.
         """
         if not 0 <= start <= len(self):
             raise InputError(f"start must be a number of batches from 0 to {len(self)}, got {start}")
@@ -119,26 +123,24 @@ class ImageLoader:
         self._batches.start = start
 
     def global_size(self, batch: int) -> int:
-        """Images of batch number `batch` of an epoch, counted from 0, over all processes.
+        """Return how many images batch number `batch` of an epoch, counted from 0, has over all processes.
 
         Exact with `shuffle`; without it, images that cannot be read are counted too.
 
         Raises:
-            InputError: no process has such a batch.
+            InputError: No process has such a batch.
         """
         return self._batches.global_size(batch)
 
     def __len__(self) -> int:
-        """Batches of this process in a whole epoch; fewer come if all images of one cannot be read."""
+        """Return the batches of this process in a whole epoch; fewer come if all images of one cannot be read."""
         return len(self._batches)
 
-    def __iter__(
-        self,
-    ) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
-        """One epoch, from the batch on that `set_epoch` was told.
+    def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
+        """Yield one epoch, from the batch on that `set_epoch` chose.
 
         Raises:
-            InputError: too many images cannot be read.
+            InputError: Too many images cannot be read.
         """
         # A share of the images may be unreadable as a whole, if it is small; the list may not.
         whole = self._batches.world == 1 and self._batches.start == 0
@@ -157,7 +159,7 @@ class ImageLoader:
         """Count what another process could not read, as if it had been this one.
 
         Raises:
-            InputError: too many images cannot be read.
+            InputError: Too many images cannot be read.
         """
         for name, reason in unreadable.items():
             self._note(Failure(name, reason))
@@ -167,7 +169,7 @@ class ImageLoader:
             return
         self.unreadable[failure.name] = failure.reason
         done = "the next readable one takes its place" if self._batches.shuffle else "it is left out"
-        logger.warning("cannot read the image %s (%s); %s", *failure, done)
+        _log.warning("cannot read the image %s (%s); %s", *failure, done)
         count, total = len(self.unreadable), len(self.images)
         if count > self._allowed:
             raise InputError(

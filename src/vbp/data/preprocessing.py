@@ -11,16 +11,12 @@ from typing import Any, Protocol
 import torch
 from jaxtyping import Float
 from PIL import Image
-from timm.data.transforms_factory import create_transform
 from torch import Tensor
-from torchvision import transforms
 
 from vbp.errors import InputError
 from vbp.runtime.decode import from_json, to_json
 
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "box", "hamming", "lanczos")
-
-
 CROP_MODES = ("center", "squash", "border")
 
 
@@ -35,16 +31,19 @@ class Preprocessing:
     """How images are resized, cropped and normalised for one network.
 
     Attributes:
-        img_size: height and width of the network's input, in pixels.
-        crop_pct: share of the resized image's edge that the centre crop keeps, in (0, 1].
-        interpolation: the resampling filter; one of `INTERPOLATIONS`.
-        mean: subtracted from each channel of an image in [0, 1]; one value makes the input greyscale.
-        std: divides each channel afterwards.
+        img_size: Height and width of the network's input, in pixels.
+        crop_pct: Share of the resized image's edge that the centre crop keeps, in (0, 1].
+        interpolation: The resampling filter; one of `INTERPOLATIONS`.
+        mean: Subtracted from each channel of an image in [0, 1]; one value makes the input greyscale.
+        std: Divides each channel afterwards.
         crop_mode: `center` keeps the aspect ratio and loses the border, `squash` ignores the aspect ratio,
             `border` keeps the whole image and pads it with the mean colour.
 
     Raises:
-        InputError: a value is outside its range.
+        InputError: A value is outside its range.
+
+    Example:
+        >>> own = vbp.Preprocessing((224, 224), 0.9, "bicubic", mean=(0.5,) * 3, std=(0.5,) * 3)
     """
 
     img_size: tuple[int, int]
@@ -70,10 +69,10 @@ class Preprocessing:
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
     ) -> Preprocessing:
-        """A copy with the given values in place of the model's own; `None` keeps the model's.
+        """Return a copy with the given values in place of the model's own; `None` keeps the model's.
 
         Raises:
-            InputError: a value is outside its range.
+            InputError: A value is outside its range.
         """
         given = {
             "img_size": None if img_size is None else (img_size, img_size),
@@ -86,7 +85,7 @@ class Preprocessing:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
+        """Return plain JSON types; `from_dict` reads them back."""
         plain: dict[str, Any] = to_json(self)
         return plain
 
@@ -95,7 +94,7 @@ class Preprocessing:
         """Read back what `to_dict` wrote.
 
         Raises:
-            InputError: a name is missing or unknown, or a value is outside its range.
+            InputError: A name is missing or unknown, or a value is outside its range.
         """
         return from_json(cls, values, "the preprocessing", "save the file again with this version of vbp")
 
@@ -110,7 +109,14 @@ class Preprocessing:
 
 
 def evaluation_transform(preprocessing: Preprocessing) -> Transform:
-    """The deterministic transform for calibration and evaluation: timm's own, so that accuracies agree."""
+    """Return the deterministic transform for calibration and evaluation: timm's own, so that accuracies agree.
+
+    Example:
+        >>> vbp.evaluation_transform(preprocessing)(picture).shape
+        torch.Size([3, 32, 32])
+    """
+    from timm.data.transforms_factory import create_transform  # timm takes seconds to import
+
     steps = create_transform(
         input_size=(len(preprocessing.mean), *preprocessing.img_size),
         is_training=False,
@@ -120,8 +126,7 @@ def evaluation_transform(preprocessing: Preprocessing) -> Transform:
         crop_pct=preprocessing.crop_pct,
         crop_mode=preprocessing.crop_mode,
     )
-    transform: Transform = _in_colour_or_grey(preprocessing, [steps])
-    return transform
+    return _in_colour_or_grey(preprocessing, [steps])
 
 
 def training_transform(
@@ -131,21 +136,26 @@ def training_transform(
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> Transform:
-    """The random transform for fine-tuning; it draws from torch's default generator.
+    """Return the random transform for fine-tuning; it draws from torch's default generator.
 
     Args:
-        preprocessing: size, interpolation and normalisation are taken from it.
-        hflip: mirror every second image; wrong for digits, letters and road signs.
-        scale: least and greatest share of the image's area that the random crop covers.
-        ratio: least and greatest width / height of the random crop.
+        preprocessing: Size, interpolation and normalisation are taken from it.
+        hflip: Mirror every second image; wrong for digits, letters and road signs.
+        scale: Least and greatest share of the image's area that the random crop covers.
+        ratio: Least and greatest width / height of the random crop.
 
     Raises:
         InputError: `scale` or `ratio` is no range, or lies outside what is allowed.
+
+    Example:
+        >>> image = vbp.training_transform(preprocessing, hflip=False)(picture)
     """
     if not 0 < scale[0] <= scale[1] <= 1:
         raise InputError(f"scale must be two shares with 0 < least <= greatest <= 1, got {scale}")
     if not 0 < ratio[0] <= ratio[1] < math.inf:
         raise InputError(f"ratio must be two numbers with 0 < least <= greatest, got {ratio}")
+    from torchvision import transforms
+
     steps: list[Callable[[Any], Any]] = [
         transforms.RandomResizedCrop(
             preprocessing.img_size,
@@ -157,8 +167,7 @@ def training_transform(
     if hflip:
         steps.append(transforms.RandomHorizontalFlip())
     steps += [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
-    transform: Transform = _in_colour_or_grey(preprocessing, steps)
-    return transform
+    return _in_colour_or_grey(preprocessing, steps)
 
 
 class ViewTransform:
@@ -168,12 +177,7 @@ class ViewTransform:
     """
 
     def __init__(
-        self,
-        preprocessing: Preprocessing,
-        views: int,
-        *,
-        hflip: bool = True,
-        scale: tuple[float, float],
+        self, preprocessing: Preprocessing, views: int, *, hflip: bool = True, scale: tuple[float, float]
     ) -> None:
         """Prepare both.
 
@@ -196,10 +200,13 @@ class ViewTransform:
         return (self._whole if whole else self._crop)(image)
 
 
-def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Any:
+def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any], Any]]) -> Transform:
+    from torchvision import transforms
+
     # Images arrive as RGB; a network with one input channel wants their luminance.
     grey = [transforms.Grayscale(1)] if len(preprocessing.mean) == 1 else []
-    return transforms.Compose([*grey, *steps])
+    composed: Transform = transforms.Compose([*grey, *steps])
+    return composed
 
 
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:

@@ -7,15 +7,18 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-from vbp.data.listing_cache import Listing, Source
+from vbp.data.listing_cache import Row
 from vbp.errors import InputError
 
 
-def read_samples(file: Path, source: Source) -> Listing:
+def read_samples(file: Path, num_classes: int) -> list[Row]:
     """Read a pickled list of `(path, label)`; paths are absolute or relative to the file's folder.
 
+    Returns:
+        Label and path of each, relative to the folder if the file lies inside it.
+
     Raises:
-        InputError: the file is damaged, asks for code, is no such list, or names images that do not exist.
+        InputError: The file is damaged, asks for code, is no such list, or names images that do not exist.
     """
     samples = _load_plain_pickle(file)
     if not isinstance(samples, list) or not samples:
@@ -23,20 +26,18 @@ def read_samples(file: Path, source: Source) -> Listing:
         raise InputError(f"{file} must hold a list of (path, label), got {got}; write it anew")
     root = file.parent
     prefixes = [f"{folder}{os.sep}" for folder in (root, root.absolute(), root.resolve())]
-    paths: list[str] = []
-    labels: list[int] = []
+    rows: list[Row] = []
     for place, sample in enumerate(samples):
-        path, label = _checked_sample(file, place, sample, source.num_classes)
+        path, label = _checked_sample(file, place, sample, num_classes)
         inside = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
-        paths.append(path.removeprefix(inside).replace(os.sep, "/"))
-        labels.append(label)
-    missing = [path for path in paths if not (root / path).is_file()]
+        rows.append((label, path.removeprefix(inside).replace(os.sep, "/")))
+    missing = [path for _, path in rows if not (root / path).is_file()]
     if missing:
         raise InputError(
-            f"the images named in {file} must exist, {len(missing)} of {len(paths)} do not, the first is "
+            f"the images named in {file} must exist, {len(missing)} of {len(rows)} do not, the first is "
             f"{missing[0]}; correct the paths (absolute, or relative to {root}) or remove the file"
         )
-    return Listing(tuple(paths), tuple(labels), source)
+    return rows
 
 
 class _PlainUnpickler(pickle.Unpickler):

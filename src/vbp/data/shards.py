@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import glob
-import hashlib
 import io
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,9 +19,9 @@ from vbp.data.labels import check_labels
 from vbp.data.listing_cache import read_rows, write_rows
 from vbp.data.tar_scan import SampleFormat, scan_shard
 from vbp.errors import InputError
+from vbp.runtime.fingerprints import text_fingerprint
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 _MARK = "{split}"
 
@@ -31,12 +30,12 @@ def find_shards(place: str, options: Mapping[str, str], split: str) -> tuple[Pat
     """Return a folder and the names in it of a split's shards, in order.
 
     Args:
-        place: a folder of shards, or a pattern with `{split}`.
-        options: for each split its name, or a pattern inside the folder.
-        split: which of the two.
+        place: A folder of shards, or a pattern with `{split}`.
+        options: For each split its name, or a pattern inside the folder.
+        split: Which of the two.
 
     Raises:
-        InputError: there is none, one is missing, or one would be read twice.
+        InputError: There is none, one is missing, or one would be read twice.
     """
     root, names = _candidates(place, options, split)
     if not names:
@@ -75,9 +74,9 @@ def _candidates(place: str, options: Mapping[str, str], split: str) -> tuple[Pat
         return root, _expand(root, sought.removeprefix(f"{fixed}/") if fixed else sought)
     root = Path(place)
     if not root.is_dir():
-        found = "is no folder" if root.exists() else "does not exist"
+        fault = "is no folder" if root.exists() else "does not exist"
         raise InputError(
-            f"wds/ must be followed by a folder of shards or a pattern that ends in .tar, {place} {found}"
+            f"wds/ must be followed by a folder of shards or a pattern that ends in .tar, {place} {fault}"
         )
     return root, _expand(root, sought)
 
@@ -101,14 +100,14 @@ def _expand(root: Path, pattern: str) -> tuple[str, ...]:
         names = expand_urls(pattern)
     except (ValueError, AssertionError) as error:
         raise InputError(f"the braces of a shard pattern must read {{0000..0009}} or {{a,b}}, got {error}") from error
-    found: list[str] = []
+    shards: list[str] = []
     for name in names:
         # Unlike pathlib's star this one finds no hidden files, such as a half copied shard.
-        found += sorted(glob.glob(name, root_dir=root)) if "*" in name else [name]  # noqa: PTH207
-    return tuple(found)
+        shards += sorted(glob.glob(name, root_dir=root)) if "*" in name else [name]  # noqa: PTH207
+    return tuple(shards)
 
 
-_MAGIC = "#vbp-shard-index 1 "
+_FORMAT = "vbp-shard-index/2"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,11 +115,11 @@ class ShardImages:
     """Samples of tar shards, in the order of the shards.
 
     Attributes:
-        root: the folder of the shards.
-        shards: their names in it.
-        keys: the key of each sample.
-        labels: one for each sample.
-        places: for each sample the number of its shard, and the image's offset and size in it, in bytes.
+        root: The folder of the shards.
+        shards: Their names in it.
+        keys: The key of each sample.
+        labels: One for each sample.
+        places: For each sample the number of its shard, and the image's offset and size in it, in bytes.
     """
 
     root: Path
@@ -133,14 +132,14 @@ class ShardImages:
         return len(self.keys)
 
     def name(self, index: int) -> str:
-        """The sample's key and its shard."""
+        """Return the sample's key and its shard."""
         return f"{self.keys[index]} in {self._shard(index)}"
 
     def read(self, index: int) -> BinaryIO:
-        """The image's bytes.
+        """Return the image's bytes.
 
         Raises:
-            OSError: the shard has gone or has become shorter.
+            OSError: The shard has gone or has become shorter.
         """
         _, offset, size = self.places[index].tolist()
         # Opened for each image, as a folder's files are: nothing is shared with other processes, nothing stays open.
@@ -152,7 +151,7 @@ class ShardImages:
         return io.BytesIO(content)
 
     def select(self, indices: Sequence[int]) -> ShardImages:
-        """The samples at these places, in this order."""
+        """Return the samples at these places, in this order."""
         return dataclasses.replace(
             self,
             keys=tuple(self.keys[i] for i in indices),
@@ -161,12 +160,11 @@ class ShardImages:
         )
 
     def fingerprint(self) -> str:
-        """SHA-256 over label, shard, key and size of each image, in order."""
-        digest = hashlib.sha256()
-        for key, label, (shard, _, size) in zip(self.keys, self.labels, self.places.tolist(), strict=True):
-            text = f"{label}\0{self.shards[shard]}\0{key}\0{size}\0"
-            digest.update(text.encode(errors="surrogateescape"))
-        return digest.hexdigest()
+        """Return the SHA-256 over label, shard, key and size of each image, in order."""
+        samples = zip(self.keys, self.labels, self.places.tolist(), strict=True)
+        return text_fingerprint(
+            f"{label}\0{self.shards[shard]}\0{key}\0{size}\0" for key, label, (shard, _, size) in samples
+        )
 
     def _shard(self, index: int) -> Path:
         return self.root / self.shards[int(self.places[index, 0])]
@@ -175,28 +173,34 @@ class ShardImages:
 def list_samples(place: str, options: Mapping[str, str], split: str, num_classes: int) -> ShardImages:
     """List the samples of a split's shards.
 
-    The list is kept beside the shards in `<split>_shards.tsv`, and made anew when one of them changes.
+    The list is kept beside the shards in `<split>_shards.jsonl`, and made anew when one of them changes.
 
     Args:
-        place: a folder of shards, or a pattern with `{split}`.
-        options: names of the splits, of the image's extension and of the label's.
-        split: which of the two.
-        num_classes: outputs of the model.
+        place: A folder of shards, or a pattern with `{split}`.
+        options: Names of the splits, of the image's extension and of the label's.
+        split: Which of the two.
+        num_classes: Outputs of the model.
 
     Raises:
-        InputError: a shard is missing or damaged, a sample is incomplete, or a label is not the model's.
+        InputError: A shard is missing or damaged, a sample is incomplete, or a label is not the model's.
     """
     root, shards = find_shards(place, options, split)
     form = SampleFormat.of(options.get("image"), options.get("label"))
     # Taken before the shards are read: a change in between makes the kept list stale, never wrong.
-    made_from = {"shards": [_state(root, name) for name in shards], "format": form.text()}
-    file = root / f"{split}_shards.tsv"
-    images = read_rows(file, _MAGIC, lambda values, rows: _parse(root, shards, made_from, values, rows))
-    if images is None:
-        logger.info("listing the samples of %d shards in %s", len(shards), root)
-        images = _scan(root, shards, form)
-        rows = zip(images.labels, *images.places.T.tolist(), images.keys, strict=True)
-        write_rows(file, _MAGIC, made_from, rows)
+    states = [(root / name).stat() for name in shards]
+    made_from = {
+        "shards": [[name, state.st_size, state.st_mtime_ns] for name, state in zip(shards, states, strict=True)],
+        "format": repr(form),
+    }
+    file = root / f"{split}_shards.jsonl"
+    rows = read_rows(file, _FORMAT, lambda kept: kept == made_from)
+    if rows is None:
+        _log.info("listing the samples of %d shards in %s", len(shards), root)
+        rows = [(number, *place) for number, shard in enumerate(shards) for place in scan_shard(root / shard, form)]
+        write_rows(file, _FORMAT, made_from, rows)
+    places = np.array([(number, offset, size) for number, _, offset, size, _ in rows], dtype=np.int64).reshape(-1, 3)
+    keys, labels = tuple(row[1] for row in rows), tuple(row[4] for row in rows)
+    images = ShardImages(root, shards, keys, labels, places)
     if len(images) == 0:
         raise InputError(f"the shards of {split} in {root} must hold samples, got none")
     check_labels(images.labels, num_classes, images.name)
@@ -207,50 +211,7 @@ def check_shards(place: str, options: Mapping[str, str]) -> None:
     """Find out without reading a shard whether those of both splits are there.
 
     Raises:
-        InputError: one is missing.
+        InputError: One is missing.
     """
     for split in SPLITS:
         find_shards(place, options, split)
-
-
-def _state(root: Path, name: str) -> list[str | int]:
-    status = (root / name).stat()
-    return [name, status.st_size, status.st_mtime_ns]
-
-
-def _scan(root: Path, shards: Sequence[str], form: SampleFormat) -> ShardImages:
-    keys: list[str] = []
-    labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
-    for number, shard in enumerate(shards):
-        for sample in scan_shard(root / shard, form):
-            keys.append(sample.key)
-            labels.append(sample.label)
-            places.append((number, sample.offset, sample.size))
-    return _images(root, shards, keys, labels, places)
-
-
-def _parse(
-    root: Path,
-    shards: Sequence[str],
-    made_from: Mapping[str, Any],
-    values: Mapping[str, Any],
-    rows: Iterator[list[str]],
-) -> ShardImages | None:
-    if any(values[name] != value for name, value in made_from.items()):
-        return None
-    keys: list[str] = []
-    labels: list[int] = []
-    places: list[tuple[int, int, int]] = []
-    for label, shard, offset, size, key in rows:
-        keys.append(key)
-        labels.append(int(label))
-        places.append((int(shard), int(offset), int(size)))
-    return _images(root, shards, keys, labels, places)
-
-
-def _images(
-    root: Path, shards: Sequence[str], keys: list[str], labels: list[int], places: list[tuple[int, int, int]]
-) -> ShardImages:
-    table = np.array(places, dtype=np.int64).reshape(-1, 3)
-    return ShardImages(root, tuple(shards), tuple(keys), tuple(labels), table)

@@ -7,16 +7,15 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torchvision.datasets.folder import IMG_EXTENSIONS
-
+from vbp.data.images import IMAGE_EXTENSIONS
 from vbp.errors import InputError
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
-
-
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 
@@ -25,9 +24,9 @@ class SampleFormat:
     """Which files of a sample hold the image and the label.
 
     Attributes:
-        image: extensions, any one of which is the image.
-        label: extension of the label.
-        field: name of the label in a JSON file; without it the file is the number as text.
+        image: Extensions, any one of which is the image.
+        label: Extension of the label.
+        field: Name of the label in a JSON file; without it the file is the number as text.
     """
 
     image: tuple[str, ...]
@@ -36,14 +35,10 @@ class SampleFormat:
 
     @classmethod
     def of(cls, image: str | None, label: str | None) -> SampleFormat:
-        """From the options `image=jpg,png` and `label=cls` or `label=json:label`."""
-        extensions = image.split(",") if image else [extension.removeprefix(".") for extension in IMG_EXTENSIONS]
+        """Read the options `image=jpg,png` and `label=cls` or `label=json:label`."""
+        extensions = image.split(",") if image else [extension.removeprefix(".") for extension in IMAGE_EXTENSIONS]
         name, _, field = (label or "cls").partition(":")
         return cls(tuple(extension.lower() for extension in extensions), name.lower(), field or None)
-
-    def text(self) -> str:
-        """The two options written out: what was read from a shard depends on them."""
-        return f"image={','.join(self.image)}&label={self.label}:{self.field or ''}"
 
 
 class Place(NamedTuple):
@@ -59,7 +54,7 @@ def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
     """Return the samples of a shard in their order.
 
     Raises:
-        InputError: the shard is torn, or a sample is incomplete or there twice.
+        InputError: The shard is torn, or a sample is incomplete or there twice.
     """
     try:
         with tarfile.open(shard, "r:") as tar:
@@ -80,28 +75,20 @@ def _grouped(members: list[tarfile.TarInfo], shard: Path) -> Iterator[tuple[str,
     # The format's own rule: the key is the path up to the first dot of the file name, the rest is the extension.
     from webdataset.tariterators import base_plus_ext
 
+    wanted = [member for member in members if member.isreg() and not _META.match(member.name)]
+    named = [(*base_plus_ext(member.name), member) for member in wanted]
     seen: set[str] = set()
-    key: str | None = None
-    files: dict[str, tarfile.TarInfo] = {}
-    for member in members:
-        if not member.isreg() or _META.match(member.name):
-            continue
-        base, extension = base_plus_ext(member.name)
-        if base is None:
-            continue
-        if base != key:
-            if key is not None:
-                yield key, files
-            if base in seen:
-                raise InputError(
-                    f"each key must be once in a shard, with its files side by side, got {base} again in {shard}"
-                )
-            key, files = base, {}
-            seen.add(base)
-        if extension.lower() in files:
-            raise InputError(f"each file of a sample must be there once, got {member.name} twice in {shard}")
-        files[extension.lower()] = member
-    if key is not None:
+    for key, group in groupby((each for each in named if each[0] is not None), key=itemgetter(0)):
+        if key in seen:
+            raise InputError(
+                f"each key must be once in a shard, with its files side by side, got {key} again in {shard}"
+            )
+        seen.add(key)
+        files: dict[str, tarfile.TarInfo] = {}
+        for _, extension, member in group:
+            if extension.lower() in files:
+                raise InputError(f"each file of a sample must be there once, got {member.name} twice in {shard}")
+            files[extension.lower()] = member
         yield key, files
 
 

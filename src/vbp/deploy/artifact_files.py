@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from vbp.errors import InputError, OutputError
-from vbp.models.weights import PREFIXES, one_line
+from vbp.errors import InputError, OutputError, one_line
+from vbp.models.weights import PREFIXES
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
@@ -43,9 +43,8 @@ def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
     for prefix in PREFIXES * 2:  # DistributedDataParallel and torch.compile put them there; either may be outside
         if state and all(name.startswith(prefix) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    strangers = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if strangers:
-        name = strangers[0]
+    name = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
+    if name is not None:
         raise InputError(
             f"the state of a pruned model must be tensors, got {type(state[name]).__name__} in {name}; drop what is "
             "no tensor from its state dict"
@@ -91,7 +90,7 @@ def write_folder(folder: Path, manifest: Mapping[str, Any], state: State) -> Non
     model or the new one at every moment, and never a part of each.
 
     Raises:
-        InputError: The folder holds something else, or the content cannot be said in these formats.
+        InputError: The folder holds something else, or the content cannot be written in these formats.
         OutputError: It could not be written; an earlier model in the folder stays whole.
     """
     check_target(folder)
@@ -242,16 +241,16 @@ def check_format(path: Path, content: object, wanted: str) -> None:
     Raises:
         InputError: The format is not the one that is read here.
     """
-    found = content.get("format") if isinstance(content, dict) else type(content).__name__
-    if found == wanted:
+    got = content.get("format") if isinstance(content, dict) else type(content).__name__
+    if got == wanted:
         return
     name, number = wanted.split("/")
-    given = re.fullmatch(rf"{name}/(\d+)", str(found))
+    match = re.fullmatch(rf"{name}/(\d+)", str(got))
     remedy = "it is no pruned model; give a file or folder that save_pruned wrote"
-    if given:
-        newer = int(given[1]) > int(number)
+    if match:
+        newer = int(match[1]) > int(number)
         remedy = "a newer vbp wrote it; install that version" if newer else "use the vbp version that wrote it"
-    raise InputError(f"{path} must have format {wanted}, got {found!r}; {remedy}")
+    raise InputError(f"{path} must have format {wanted}, got {got!r}; {remedy}")
 
 
 def _staged(folder: Path, digest: str) -> Path:

@@ -1,4 +1,4 @@
-"""Export a classifier to a file that runs without vbp, and prove the file on real images before it is kept.
+"""Export a classifier to a file that runs without vbp, and check the file on real images before it is kept.
 
 ONNX by torch's current exporter (run by onnxruntime, or anything that reads ONNX) or `torch.export` (`.pt2`, loaded
 by torch alone); both take any batch size.
@@ -10,7 +10,7 @@ import itertools
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -19,9 +19,15 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.deploy.onnx import OnnxClassifier, quantize_onnx, require_onnx, write_onnx
-from vbp.deploy.parity import Parity, measure_parity
-from vbp.deploy.torch_export import Portable, ProgramClassifier, write_program
+from vbp.deploy.file_formats import (
+    OnnxClassifier,
+    Portable,
+    ProgramClassifier,
+    quantize_onnx,
+    require_onnx,
+    write_onnx,
+    write_program,
+)
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
 from vbp.training.evaluate import evaluate
@@ -35,11 +41,25 @@ ExportFormat = Literal["onnx", "pt2"]
 ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
 
 
-Batches = Iterable[tuple[Tensor, Tensor]]
-
-
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What differs between a file and its model, over some images.
+
+    Attributes:
+        images: How many were compared.
+        max_abs_error: Greatest difference of two logits.
+        relative_error: The same as a share of the model's greatest logit (by amount).
+        top1_agreement: Share of the images with the same class first, in [0, 1].
+    """
+
+    images: int
+    max_abs_error: float
+    relative_error: float
+    top1_agreement: float
 
 
 @dataclass(frozen=True)
@@ -47,7 +67,7 @@ class ExportReport:
     """What was written, and how far it lies from the model.
 
     Attributes:
-        file: The file, whole and proven.
+        file: The file, whole and checked.
         size: Its bytes.
         parity: Its logits against those of the model in float32.
         tolerance: The greatest `parity.relative_error` that was allowed.
@@ -98,7 +118,7 @@ def export_model(
     to: ExportFormat = "onnx",
     dtype: ExportPrecision = "float32",
     calibration: Iterable[Tensor] | None = None,
-    labelled: Batches | None = None,
+    labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -122,6 +142,10 @@ def export_model(
         InputError: The combination is not supported, the model cannot be exported, or the file's logits are too far
             from the model's; no file is left behind.
         OutputError: The file could not be written.
+
+    Example:
+        >>> vbp.export_model(pruned, images, folder / "pruned.pt2", to="pt2").tolerance
+        0.0001
     """
     path, allowed = Path(output), TOLERANCES[dtype] if tolerance is None and dtype in TOLERANCES else tolerance
     _check_choice(to, dtype, calibration)
@@ -144,12 +168,35 @@ def export_model(
                 f"a difference of {parity.relative_error:.3g} (same class first on {parity.top1_agreement:.1%} of "
                 f"{parity.images} images); nothing was written to {path}: {_remedy(dtype)}"
             )
-        top1 = None if labelled is None else (_top1(reference, labelled), _top1(exported, labelled))
+        top1 = None
+        if labelled is not None:
+            top1 = evaluate(reference, labelled, "cpu").top1, evaluate(exported, labelled, "cpu").top1
         with draft.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
     report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1)
     _log.info("%s", report.table())
     return report
+
+
+def measure_parity(
+    model: nn.Module, exported: nn.Module, images: Float[Tensor, "images channels height width"]
+) -> Parity:
+    """Run both over the images: the first one alone, the others in batches, so that the batch is seen to be free."""
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in _batches(images)])
+        actual = torch.cat([exported(batch) for batch in _batches(images)])
+    return compare_logits(expected, actual)
+
+
+def compare_logits(expected: Float[Tensor, "images classes"], actual: Float[Tensor, "images classes"]) -> Parity:
+    """Compare the logits of a file with those of the model; a value that is not finite makes both errors NaN."""
+    error = float((expected.double() - actual.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    error = error if bool(actual.isfinite().all()) else float("nan")
+    agreement = float((expected.argmax(1) == actual.argmax(1)).double().mean())
+    # Logits that are all zero have no scale: any difference is then infinitely large.
+    relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+    return Parity(len(expected), error, relative, agreement)
 
 
 def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
@@ -161,6 +208,10 @@ def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
 
     Raises:
         InputError: The file is missing or has another ending, or onnxruntime is not installed.
+
+    Example:
+        >>> vbp.open_exported(exported)(images).shape
+        torch.Size([8, 7])
     """
     file = Path(path)
     if not file.is_file() or file.suffix not in (".onnx", ".pt2"):
@@ -235,11 +286,12 @@ def _write(
         quantize_onnx(floats, path, calibration)
 
 
-def _top1(model: nn.Module, batches: Batches) -> float:
-    return evaluate(model, batches, "cpu").top1
-
-
 def _remedy(dtype: str) -> str:
     if dtype == "float32":
         return "report this with the model's name, or give a tolerance"
     return "give more calibration images, or use float16" if dtype == "int8" else "use float32"
+
+
+def _batches(images: Tensor) -> Iterator[Tensor]:
+    yield images[:1]
+    yield from torch.split(images[1:], 32)

@@ -20,8 +20,7 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from vbp.errors import InputError, OutputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, OutputError, one_line
 
 # A `Path` of `hf://USER/REPO` has one slash less.
 _REFERENCE = re.compile(r"hf://?(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import os
-import platform
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
-from vbp.cost.timing import Spread, Turn, time_in_turns
+from vbp.cost.timing import Spread, compare_passes, hardware, system_load
 from vbp.deploy.latency_backends import LatencySettings, batch_for, check_settings, cpu_threads, runner_of
 from vbp.runtime.tables import format_count, text_table
 
@@ -109,6 +108,10 @@ def compare_latency(
 
     Raises:
         InputError: A setting is wrong, contradicts another, or needs what this machine does not have.
+
+    Example:
+        >>> vbp.compare_latency(model, pruned, example, batch_sizes=[1], settings=settings).rows[0].batch
+        1
     """
     chosen = settings or LatencySettings()
     check_settings(chosen, batch_sizes)
@@ -116,7 +119,7 @@ def compare_latency(
     macs = tuple(
         count_macs(copy.deepcopy(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned)
     )
-    ideal, device, before = macs[0] / macs[1], torch.device(chosen.device), _load()
+    ideal, device, before = macs[0] / macs[1], torch.device(chosen.device), system_load()
     rows = []
     with (
         cpu_threads(chosen.threads),
@@ -129,38 +132,22 @@ def compare_latency(
         }
         for batch in batch_sizes:
             images = batch_for(example, batch, chosen)
-            turns = time_in_turns(
-                {name: _pass(runner, images) for name, runner in runners.items()},
+            timed = compare_passes(
+                partial(runners["dense"], images),
+                partial(runners["pruned"], images),
                 device,
                 rounds=chosen.rounds,
                 warmup=chosen.warmup,
                 budget_s=chosen.budget_s,
             )
-            rows.append(_row(batch, turns, ideal, device))
+            rows.append(
+                LatencyRow(
+                    batch, timed.dense_ms, timed.pruned_ms, timed.speedup, timed.cpu_speedup, ideal, timed.rounds
+                )
+            )
         threads = torch.get_num_threads()
-    return LatencyReport(tuple(rows), (macs[0], macs[1]), chosen, _hardware(device), threads, (before, _load()))
-
-
-def _pass(runner: Callable[[Any], object], images: Any) -> Callable[[], object]:
-    return lambda: runner(images)
-
-
-def _row(batch: int, turns: dict[str, list[Turn]], ideal: float, device: torch.device) -> LatencyRow:
-    dense, pruned = turns["dense"], turns["pruned"]
-    # A ratio within each round: two medians of their own would compare different minutes of the machine.
-    speedups = [one.ms / other.ms for one, other in zip(dense, pruned, strict=True)]
-    by_cpu = None
-    if device.type == "cpu":
-        by_cpu = Spread.of([one.cpu_ms / other.cpu_ms for one, other in zip(dense, pruned, strict=True)])
-    return LatencyRow(
-        batch,
-        Spread.of([turn.ms for turn in dense]),
-        Spread.of([turn.ms for turn in pruned]),
-        Spread.of(speedups),
-        by_cpu,
-        ideal,
-        len(dense),
-    )
+    loads = (before, system_load())
+    return LatencyReport(tuple(rows), (macs[0], macs[1]), chosen, hardware(device), threads, loads)
 
 
 def _cells(row: LatencyRow) -> tuple[str, ...]:
@@ -173,13 +160,3 @@ def _cells(row: LatencyRow) -> tuple[str, ...]:
         f"{row.ideal:.3f}x",
         f"{row.of_ideal:.1%}",
     )
-
-
-def _load() -> float:
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
-
-
-def _hardware(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"

@@ -12,14 +12,13 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from vbp.deploy.onnx import OnnxClassifier, require_onnx, write_onnx
-from vbp.deploy.torch_export import Portable
+from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
 from vbp.errors import InputError
 
 Backend = Literal["torch", "onnxruntime"]
 
 
-Precision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
+LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class LatencySettings:
     backend: Backend = "torch"
     device: str = "cpu"
     threads: int | None = None
-    precision: Precision = "float32"
+    precision: LatencyPrecision = "float32"
     compile: bool = False
     channels_last: bool = False
     rounds: int = 21
@@ -55,7 +54,7 @@ def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> Non
     Raises:
         InputError: One is wrong, contradicts another, or needs what this machine does not have.
     """
-    choices = (("backend", get_args(Backend)), ("precision", get_args(Precision)))
+    choices = (("backend", get_args(Backend)), ("precision", get_args(LatencyPrecision)))
     for name, allowed in choices:
         if getattr(settings, name) not in allowed:
             raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")
@@ -79,11 +78,11 @@ def check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> Non
 
 
 def _check_onnxruntime(settings: LatencySettings, kind: str) -> None:
-    given = [name for name in ("compile", "channels_last") if getattr(settings, name)]
-    if kind != "cpu" or settings.precision != "float32" or given:
+    refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
+    if kind != "cpu" or settings.precision != "float32" or refused:
         raise InputError(
             "onnxruntime is timed on the CPU in float32 and without compile and channels_last, got "
-            f"{', '.join([settings.device, settings.precision, *given])}; use the torch backend for these"
+            f"{', '.join([settings.device, settings.precision, *refused])}; use the torch backend for these"
         )
     require_onnx()
 

@@ -54,6 +54,9 @@ def push_to_hub(
     Raises:
         InputError: The folder is no whole pruned model, or nobody is logged in who may write there.
         OutputError: The hub cannot be reached.
+
+    Example:
+        >>> address = vbp.push_to_hub(saved, "me/tiny")  # vbp.load_pruned("hf://me/tiny") reads it back
     """
     place = Path(folder)
     if not place.is_dir():
@@ -87,6 +90,9 @@ def model_card(
         base_model: Hub id of the dense model.
         license: Such as `apache-2.0`.
         dataset: What the accuracy was measured on.
+
+    Example:
+        >>> text = vbp.model_card(vbp.read_artifact(saved), "me/tiny", license="apache-2.0")
     """
     name = repository.rpartition("/")[2]
     metrics = artifact.metrics or {}

@@ -3,30 +3,31 @@
 from __future__ import annotations
 
 import contextlib
-import json
-import os
-import shutil
-import tempfile
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.deploy.artifact_files import State, plain_state, shared_names
-from vbp.errors import InputError, OutputError
+from vbp.deploy.artifact_files import State, plain_state
+from vbp.deploy.export import TOLERANCES, Parity, measure_parity
+from vbp.deploy.file_formats import Portable
+from vbp.deploy.native_files import load_native, write_folder, write_huggingface, write_timm
+from vbp.errors import InputError
 from vbp.models.classifier import ModelSource
-from vbp.models.huggingface_processor import processor_config
 from vbp.models.load import build_model
 from vbp.models.weights import mismatch
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -72,19 +73,148 @@ def save_native(
     Raises:
         InputError: The configuration cannot say the widths (the reason is given), or the folder is in use.
         OutputError: The folder could not be written; nothing is left of it.
+
+    Example:
+        >>> vbp.save_native(equal_pruned, folder / "native", plans=equal_plan, source=source)
+        {'mlp_ratio': 2.0}
     """
     target = Path(folder)
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise InputError(f"a native checkpoint must go into a new or empty folder, got {target}; choose another")
+    _check_free(target)
+    arguments, write = _checkpoint(model, plans, source, preprocessing, class_names)
+    write_folder(target, write)
+    return arguments
+
+
+@dataclass(frozen=True)
+class NativeReport:
+    """What was written, and how far it lies from the model.
+
+    Attributes:
+        folder: Whole, and compared with the model.
+        library: timm or transformers.
+        arguments: What in its configuration says the new widths.
+        size: Bytes of all files.
+        parity: Its logits, loaded by its own library alone, against those of the model.
+        tolerance: The greatest `parity.relative_error` that was allowed.
+    """
+
+    folder: Path
+    library: str
+    arguments: Mapping[str, Any]
+    size: int
+    parity: Parity
+    tolerance: float
+
+    @property
+    def loads_by(self) -> str:
+        """Return the line of Python that loads it."""
+        if self.library == "timm":
+            return f'timm.create_model("local-dir:{self.folder}", pretrained=True)'
+        return f'transformers.AutoModelForImageClassification.from_pretrained("{self.folder}")'
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON data."""
+        return {
+            "folder": str(self.folder),
+            "to": "native",
+            "library": self.library,
+            "arguments": dict(self.arguments),
+            "loads_by": self.loads_by,
+            "bytes": self.size,
+            **asdict(self.parity),
+            "tolerance": self.tolerance,
+        }
+
+    def table(self) -> str:
+        """Return the report as lines for the terminal."""
+        says = ", ".join(f"{name} {value}" for name, value in self.arguments.items())
+        return "\n".join((
+            f"{self.folder}: a checkpoint of {self.library} ({says}), {self.size / 2**20:.1f} MiB",
+            f"  loaded by {self.library} alone and run on {self.parity.images} images:",
+            f"  largest error of a logit  {self.parity.max_abs_error:.3g}, or {self.parity.relative_error:.2e} of "
+            f"the largest logit (tolerance {self.tolerance:.2g})",
+            f"  same class first          {self.parity.top1_agreement:.1%}",
+            f"  load it with              {self.loads_by}",
+        ))  # fmt: skip
+
+
+def export_native(
+    model: nn.Module,
+    images: Float[Tensor, "images channels height width"],
+    output: Path | str,
+    *,
+    plans: Sequence[PruningPlan],
+    source: ModelSource,
+    preprocessing: Preprocessing | None = None,
+    class_names: Sequence[str] | None = None,
+    tolerance: float | None = None,
+) -> NativeReport:
+    """Write what `save_native` writes, and keep it if its own library, without vbp, gets the model's logits from it.
+
+    Args:
+        model: The pruned model; left as it was.
+        images: Real ones, prepared as the model wants them.
+        output: A folder, new or empty.
+        plans: That were applied, in their order.
+        source: From `load_classifier`.
+        preprocessing: From `load_classifier`.
+        class_names: What each logit stands for.
+        tolerance: Of the relative error of a logit, in the place of that of a float32 export.
+
+    Raises:
+        InputError: The configuration cannot say the widths, the folder is in use, or the logits are too far from the
+            model's; nothing is left behind.
+        OutputError: The folder could not be written.
+    """
+    target, allowed = Path(output), TOLERANCES["float32"] if tolerance is None else tolerance
+    if not target.parent.is_dir():
+        raise InputError(f"output must lie in an existing folder, got {target}; create {target.parent}")
+    _check_free(target)
+    arguments, write = _checkpoint(model, plans, source, preprocessing, class_names)
+    parities = []
+
+    def write_and_check(folder: Path) -> None:
+        write(folder)
+        parity = measure_parity(
+            Portable(model, torch.float32),
+            Portable(load_native(folder), torch.float32),
+            images.detach().cpu().float(),
+        )
+        if not parity.relative_error <= allowed:
+            raise InputError(
+                f"the checkpoint must give the model's logits within {allowed:g} of the largest one, got a "
+                f"difference of {parity.relative_error:.3g}; nothing was written to {target}: report this with "
+                "the model's name, or give a tolerance"
+            )
+        parities.append(parity)
+
+    write_folder(target, write_and_check)
+    size = sum(file.stat().st_size for file in target.iterdir())
+    report = NativeReport(target, source.library, arguments, size, parities[0], allowed)
+    _log.info("%s", report.table())
+    return report
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"a native checkpoint must go into a new or empty folder, got {folder}; choose another")
+
+
+def _checkpoint(
+    model: nn.Module,
+    plans: PruningPlan | Sequence[PruningPlan],
+    source: ModelSource,
+    preprocessing: Preprocessing | None,
+    class_names: Sequence[str] | None,
+) -> tuple[dict[str, Any], Callable[[Path], None]]:
+    """Return the arguments of the configuration that say the widths, and what writes the checkpoint into a folder."""
     state = plain_state(model)
     arguments, native = _built(model, state, (plans,) if isinstance(plans, PruningPlan) else tuple(plans), source)
     native.load_state_dict(state, strict=True, assign=True)
+    if source.library != "timm":
+        return arguments, lambda folder: write_huggingface(folder, native, preprocessing, class_names)
     described = replace(source, arguments={**source.arguments, **arguments})
-    if source.library == "timm":
-        _write_folder(target, lambda at: _write_timm(at, native, state, described, preprocessing, class_names))
-    else:
-        _write_folder(target, lambda at: _write_huggingface(at, native, preprocessing, class_names))
-    return arguments
+    return arguments, lambda folder: write_timm(folder, native, state, described, preprocessing, class_names)
 
 
 def _built(
@@ -182,67 +312,3 @@ def mlp_ratio(blocks: Sequence[Block]) -> float | None:
         if all(int(block.inputs * ratio) == block.width for block in blocks):
             return ratio
     return None
-
-
-def _write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside the wanted one, then put it in its place."""
-    temporary: Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        write(temporary)
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        if folder.exists():
-            folder.rmdir()
-        temporary.replace(folder)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
-        raise
-
-
-def _write_timm(
-    folder: Path,
-    native: nn.Module,
-    state: State,
-    source: ModelSource,
-    preprocessing: Preprocessing | None,
-    class_names: Sequence[str] | None,
-) -> None:
-    """Write a folder in the format of timm's models on the hub."""
-    shared = shared_names(state)
-    weights = {name: value.clone() if name in shared else value for name, value in state.items()}
-    save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    known: Mapping[str, Any] = getattr(native, "pretrained_cfg", None) or {}
-    cfg: dict[str, Any] = {
-        key: known[key] for key in ("first_conv", "classifier", "fixed_input_size", "pool_size") if known.get(key)
-    }
-    if preprocessing is not None:
-        described = preprocessing.to_dict()
-        size = described.pop("img_size")
-        cfg.update(described, input_size=[len(preprocessing.mean), *size], test_crop_pct=preprocessing.crop_pct)
-    config = {
-        "architecture": source.name,
-        "num_classes": source.arguments.get("num_classes", getattr(native, "num_classes", None)),
-        "num_features": getattr(native, "num_features", None),
-        "model_args": {key: value for key, value in source.arguments.items() if key != "num_classes"},
-        "pretrained_cfg": cfg,
-        **({} if class_names is None else {"label_names": list(class_names)}),
-    }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def _write_huggingface(
-    folder: Path, native: Any, preprocessing: Preprocessing | None, class_names: Sequence[str] | None
-) -> None:
-    if class_names is not None:
-        native.config.id2label = dict(enumerate(class_names))
-        native.config.label2id = {name: index for index, name in enumerate(class_names)}
-    native.save_pretrained(folder)
-    if preprocessing is not None:
-        values = processor_config(preprocessing)
-        (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

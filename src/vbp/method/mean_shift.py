@@ -25,6 +25,10 @@ def mean_shift(
         removed: Indices of the channels that go.
 
     Source: VBP paper, section 3.3.
+
+    Example:
+        >>> vbp.mean_shift(torch.tensor([[2.0, 3.0]]), torch.tensor([0.5, 1.0]), torch.tensor([1])).item()
+        3.0
     """
     columns = weight.detach()[:, removed].double()
     if columns.ndim > 2:

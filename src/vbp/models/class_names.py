@@ -8,22 +8,20 @@ from typing import Any
 
 from timm.data.imagenet_info import ImageNetInfo, infer_imagenet_subset
 
+from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+
 ClassNames = tuple[str, ...]
-
-
-IMAGENET_CLASSES = 1000
-
 
 # What transformers calls the classes of a model that was given no names.
 PLACEHOLDER = re.compile(r"LABEL_\d+")
 
 
 def timm_class_names(cfg: Mapping[str, Any], num_classes: int) -> ClassNames | None:
-    """Names for the pretrained head of a timm model: its record's own, or ImageNet's.
+    """Return the class names for the pretrained head of a timm model: its record's own, or ImageNet's.
 
     Args:
-        cfg: timm's record of the weights that were loaded; a file of other weights says nothing of its classes.
-        num_classes: outputs of the head.
+        cfg: Timm's record of the weights that were loaded; a file of other weights says nothing of its classes.
+        num_classes: Outputs of the head.
     """
     labels = cfg.get("label_names")
     if labels:
@@ -37,7 +35,7 @@ def timm_class_names(cfg: Mapping[str, Any], num_classes: int) -> ClassNames | N
 
 
 def huggingface_class_names(config: Mapping[str, Any]) -> ClassNames | None:
-    """Names in a transformers configuration; `None` for the placeholders of a model that was given none."""
+    """Return the class names in a transformers configuration; None where it has placeholders alone."""
     labels = {int(key): str(name) for key, name in (config.get("id2label") or {}).items()}
     if sorted(labels) != list(range(len(labels))) or all(PLACEHOLDER.fullmatch(name) for name in labels.values()):
         return None
@@ -45,15 +43,13 @@ def huggingface_class_names(config: Mapping[str, Any]) -> ClassNames | None:
 
 
 def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames | None:
-    """Names for a head whose labels are the classes of a dataset, in the order of its labels.
+    """Return the class names for a head whose labels are the classes of a dataset, in the order of its labels.
 
     Args:
-        folders: the class folders, or what the dataset calls its classes. ImageNet synsets stand for their
+        folders: The class folders, or what the dataset calls its classes. ImageNet synsets stand for their
             descriptions, and any part of the synsets names all 1,000 classes.
-        num_classes: outputs of the head.
+        num_classes: Outputs of the head.
     """
-    if num_classes == IMAGENET_CLASSES and folders:
-        info: Any = ImageNetInfo("imagenet-1k")  # untyped in timm
-        if set(folders) <= set(info.label_names()):
-            return tuple(info.label_descriptions())
+    if num_classes == IMAGENET_CLASSES and folders and set(folders) <= imagenet_labels().keys():
+        return tuple(ImageNetInfo("imagenet-1k").label_descriptions())
     return tuple(folders) if len(folders) == num_classes else None

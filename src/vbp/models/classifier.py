@@ -11,14 +11,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
 from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
-
-
 Family = Literal["vit", "convnext", "swin", "other"]
+ModelType = Literal["vit", "convnext", "swin", "auto"]
+
+HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,14 @@ class ModelSource:
     """What builds the same dense architecture again, untrained and without network; plain JSON types.
 
     Attributes:
-        library: who builds it.
-        name: timm's architecture name without tag, or the class name of the transformers model.
-        arguments: timm: the keyword arguments of `create_model`; transformers: the whole configuration,
+        library: Who builds it.
+        name: Timm's architecture name without tag, or the class name of the transformers model.
+        arguments: Timm: the keyword arguments of `create_model`; transformers: the whole configuration,
             the attention implementation included.
+
+    Example:
+        >>> vbp.ModelSource("timm", "test_vit", {"num_classes": 7}).to_dict()["library"]
+        'timm'
     """
 
     library: Library
@@ -37,7 +41,7 @@ class ModelSource:
     arguments: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types; `from_dict` reads them back."""
+        """Return plain JSON types; `from_dict` reads them back."""
         plain: dict[str, Any] = to_json(self)
         return plain
 
@@ -46,7 +50,7 @@ class ModelSource:
         """Read back what `to_dict` wrote.
 
         Raises:
-            InputError: a name is missing or unknown, or a value is of the wrong type.
+            InputError: A name is missing or unknown, or a value is of the wrong type.
         """
         return from_json(cls, values, "a model source", "save the file again with this version of vbp")
 
@@ -56,12 +60,16 @@ class Classifier:
     """A network in evaluation mode on the CPU, and what travels with it.
 
     Attributes:
-        model: takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
-        source: builds the same dense architecture again.
-        preprocessing: the model's own, with the user's overrides.
-        num_classes: the logits per image.
+        model: Takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
+        source: Builds the same dense architecture again.
+        preprocessing: The model's own, with the user's overrides.
+        num_classes: The logits per image.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
-        class_names: of each logit, in its order; None where the weights do not say it.
+        class_names: Of each logit, in its order; None where the weights do not say it.
+
+    Example:
+        >>> vbp.load_classifier("test_vit", allow_random_init=True).num_classes
+        1000
     """
 
     model: nn.Module
@@ -76,11 +84,32 @@ class Classifier:
         return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
 
 
-def check_takes_images(classifier: Classifier) -> None:
-    """One blank image through the network, so that a wrong size stops the run at its start.
+def hub_repository(model_name: str) -> str | None:
+    """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
+    for prefix in HUB_PREFIXES:
+        if model_name.startswith(prefix):
+            return model_name.removeprefix(prefix)
+    return model_name if model_name.startswith("timm/") else None
+
+
+def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
+    """Refuse a model of another family than it was said to be.
 
     Raises:
-        InputError: the network does not take images of this size, or gives another number of logits.
+        InputError: It is.
+    """
+    if model_type not in ("auto", family):
+        raise InputError(
+            f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
+            "model or its type"
+        )
+
+
+def check_takes_images(classifier: Classifier) -> None:
+    """Pass one blank image through the network, so that a wrong size stops the run at its start.
+
+    Raises:
+        InputError: The network does not take images of this size, or gives another number of logits.
     """
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource
+from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
-from vbp.models.weights import describe_mismatch, one_line
+from vbp.models.weights import describe_mismatch
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 FAMILIES: dict[str, Family] = {
     "vit": "vit",
@@ -29,10 +28,8 @@ FAMILIES: dict[str, Family] = {
     "swinv2": "swin",
 }
 
-
 # Saved with some backbones, but no part of a classifier's weights.
 HARMLESS = ("pooler.", "relative_position_index", "relative_coords_table", "position_ids")
-
 
 WEIGHT_FILES = (
     "model.safetensors",
@@ -43,24 +40,27 @@ WEIGHT_FILES = (
 
 
 def load_huggingface(
-    model_name: str,
-    allow_random_init: bool,
-    overrides: Mapping[str, Any],
-    check_family: Callable[[Family], None],
+    model_name: str, allow_random_init: bool, overrides: Mapping[str, Any], model_type: ModelType
 ) -> Classifier:
-    """A transformers classifier; `check_family` is called before any weight is read or fetched.
+    """Load a transformers classifier; its family is checked before any weight is read or fetched.
 
     Raises:
-        InputError: the folder or the id is wrong, a weight or the preprocessing is missing, or the files
+        InputError: The folder or the id is wrong, a weight or the preprocessing is missing, or the files
             cannot be fetched.
     """
     config = _config(model_name)
     family = FAMILIES.get(config.model_type, "other")
-    check_family(family)
+    check_family(model_name, model_type, family)
     preprocessing = processor_preprocessing(model_name, overrides)
     folder = Path(model_name)
     if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHT_FILES):
-        model = _without_weights(model_name, config, allow_random_init)
+        if not allow_random_init:
+            raise InputError(
+                f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
+                "--allow_random_init starts from random weights"
+            )
+        _log.warning("%s starts from random weights: the folder holds none", model_name)
+        model = _from_config(config)
     else:
         model = _with_weights(model_name, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
@@ -69,10 +69,10 @@ def load_huggingface(
 
 
 def build_huggingface(source: ModelSource) -> nn.Module:
-    """The untrained architecture of `source`, in evaluation mode and float32.
+    """Build the untrained architecture of `source`, in evaluation mode and float32.
 
     Raises:
-        InputError: the installed transformers does not know the configuration, or builds another class.
+        InputError: The installed transformers does not know the configuration, or builds another class.
     """
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
@@ -136,16 +136,6 @@ def _cannot_load(model_name: str, error: BaseException) -> InputError:
     )
 
 
-def _without_weights(model_name: str, config: Any, allow_random_init: bool) -> nn.Module:
-    if not allow_random_init:
-        raise InputError(
-            f"the folder {model_name} holds no weights, one of {', '.join(WEIGHT_FILES)} is needed; "
-            "--allow_random_init starts from random weights"
-        )
-    logger.warning("%s starts from random weights: the folder holds none", model_name)
-    return _from_config(config)
-
-
 def _from_config(config: Any) -> nn.Module:
     from transformers import AutoModelForImageClassification
 
@@ -185,7 +175,7 @@ def _check_complete(model_name: str, model: Any, info: Mapping[str, Any], allow_
     head_only = not any(name.startswith(f"{model.base_model_prefix}.") for name in random)
     fault = describe_mismatch(missing, unexpected, shapes)
     if head_only and not unexpected and allow_random_init:
-        logger.warning("the head of %s starts from random weights: %s", model_name, fault)
+        _log.warning("the head of %s starts from random weights: %s", model_name, fault)
         return
     remedy = (
         "--allow_random_init leaves the head at random" if head_only and not unexpected else "save the model again"

@@ -11,8 +11,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
 
 # Those that resize, then perhaps crop the centre, then normalise; the names may end in Fast or Pil.
 PLAIN_PROCESSORS = (
@@ -23,10 +22,8 @@ PLAIN_PROCESSORS = (
     "CLIPImageProcessor",
 )
 
-
 # From this edge on, the ConvNeXt processor squashes the whole image and crops nothing.
 CONVNEXT_SQUASH_EDGE = 384
-
 
 # What transformers raises for files that it cannot fetch, read or understand.
 LOADING_ERRORS = (
@@ -42,10 +39,10 @@ LOADING_ERRORS = (
 
 
 def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Preprocessing:
-    """The preprocessing of a folder or hub id, with the user's `overrides` (`None` keeps the model's own).
+    """Return the preprocessing of a folder or hub id, with the user's `overrides` (`None` keeps the model's own).
 
     Raises:
-        InputError: there is no readable image processor, and not all values are given in its place.
+        InputError: There is no readable image processor, and not all values are given in its place.
     """
     from transformers import AutoImageProcessor
 
@@ -66,10 +63,10 @@ def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Pr
 
 
 def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
-    """The `preprocessor_config.json` of a transformers image processor that does the same.
+    """Return the `preprocessor_config.json` of a transformers image processor that does the same.
 
     Raises:
-        InputError: no processor of transformers can: it pads the border, or takes greyscale.
+        InputError: No processor of transformers can: it pads the border, or takes greyscale.
     """
     height, width = preprocessing.img_size
     crop = preprocessing.crop_mode == "center"
@@ -96,12 +93,12 @@ def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
 
 
 def _from_processor(values: Mapping[str, Any]) -> Preprocessing:
-    """The same steps as the image processor's, in our words.
+    """Return the preprocessing with the same steps as the image processor's.
 
     Pixels agree with its PIL backend, but for centre crops with an odd margin, which may lie one pixel apart.
 
     Raises:
-        InputError: the processor does something that these words cannot say.
+        InputError: The processor does something that these words cannot say.
     """
     kind = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
     if kind == "ConvNextImageProcessor":
@@ -152,6 +149,6 @@ def _plain_geometry(values: Mapping[str, Any]) -> tuple[tuple[int, int], float, 
 
 
 def _crop_share(edge: int, resized: int) -> float:
-    """The share of the resized edge, such that floor(edge / share) gives exactly that edge again."""
+    """Return the share of the resized edge, such that floor(edge / share) gives exactly that edge again."""
     share = edge / resized
     return share if math.floor(edge / share) == resized else math.nextafter(share, 0.0)

@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 from torch import nn
 
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, Family, Library, ModelSource, check_takes_images
-from vbp.models.huggingface import build_huggingface, load_huggingface
-from vbp.models.timm_models import WeightFile, build_timm, load_timm
-from vbp.models.timm_names import hub_repository
-from vbp.models.weights import check_weight_file
-
-ModelType = Literal["vit", "convnext", "swin", "auto"]
+from vbp.models.classifier import Classifier, Library, ModelSource, ModelType, check_takes_images, hub_repository
+from vbp.models.weights import WeightFile, check_weight_file
 
 
 def load_classifier(
@@ -39,56 +33,64 @@ def load_classifier(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Classifier:
-    """A classifier in evaluation mode, float32, on the CPU, with every weight accounted for.
+    """Load a classifier in evaluation mode, float32, on the CPU, with every weight accounted for.
 
     Args:
-        model_name: a folder, a hub id or a timm name: see above.
-        model_type: the family that the model must belong to; `auto` checks nothing.
-        checkpoint: weights for a timm name; then nothing is downloaded. Its head sets the number of classes
+        model_name: A folder, a hub id or a timm name: see above.
+        model_type: The family that the model must belong to; `auto` checks nothing.
+        checkpoint: Weights for a timm name; then nothing is downloaded. Its head sets the number of classes
             unless `model_kwargs` does.
-        convnext_checkpoint: one of Facebook's original ConvNeXt files, for a timm ConvNeXt name.
-        allow_random_init: a timm model without file is built from random weights, and nothing is downloaded;
+        convnext_checkpoint: One of Facebook's original ConvNeXt files, for a timm ConvNeXt name.
+        allow_random_init: A timm model without file is built from random weights, and nothing is downloaded;
             in a Hugging Face model the head alone may be missing, or in a local folder all weights.
-        model_kwargs: further arguments of `timm.create_model`, of plain JSON types.
-        img_size: edge of the square input in pixels; a timm model of fixed input size is built for it.
-        crop_pct: in place of the model's own, as are the following.
-        interpolation: the resampling filter.
-        mean: one value for each input channel.
-        std: one value for each input channel.
+        model_kwargs: Further arguments of `timm.create_model`, of plain JSON types.
+        img_size: Edge of the square input in pixels; a timm model of fixed input size is built for it.
+        crop_pct: In place of the model's own, as are the following.
+        interpolation: The resampling filter.
+        mean: One value for each input channel.
+        std: One value for each input channel.
 
     Raises:
-        InputError: anything given does not exist, does not fit, or cannot be fetched.
+        InputError: Anything given does not exist, does not fit, or cannot be fetched.
+
+    Example:
+        >>> classifier = vbp.load_classifier("test_vit", allow_random_init=True)
     """
     kind = _check_model(model_name, model_type)
-    files = (None if one is None else Path(one) for one in (checkpoint, convnext_checkpoint))
+    files = (None if path is None else Path(path) for path in (checkpoint, convnext_checkpoint))
     file = _weight_file(model_name, kind, *files)
-    values = (_checked_size(img_size), crop_pct, interpolation, mean, std)
-    overrides = dict(zip(("img_size", "crop_pct", "interpolation", "mean", "std"), values, strict=True))
-    check = partial(_check_family, model_name, model_type)
+    _check_size(img_size)
+    overrides = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
     if kind == "timm":
-        classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, check)
+        from vbp.models.timm_models import load_timm
+
+        classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, model_type)
     else:
         _check_no_arguments(model_name, model_kwargs)
-        classifier = load_huggingface(model_name, allow_random_init, overrides, check)
+        from vbp.models.huggingface import load_huggingface
+
+        classifier = load_huggingface(model_name, allow_random_init, overrides, model_type)
     check_takes_images(classifier)
     return classifier
 
 
 def build_model(source: ModelSource) -> nn.Module:
-    """The dense architecture with random weights, in evaluation mode; needs no network.
+    """Build the dense architecture with random weights, in evaluation mode; needs no network.
 
     Raises:
-        InputError: the installed library cannot build it.
+        InputError: The installed library cannot build it.
+
+    Example:
+        >>> dense = vbp.build_model(vbp.ModelSource("timm", "test_vit", {"num_classes": 7}))
     """
-    return build_timm(source) if source.library == "timm" else build_huggingface(source)
+    # Either library takes seconds to import: only the one that is needed is.
+    if source.library == "timm":
+        from vbp.models.timm_models import build_timm
 
+        return build_timm(source)
+    from vbp.models.huggingface import build_huggingface
 
-def _check_family(model_name: str, model_type: ModelType, family: Family) -> None:
-    if model_type not in ("auto", family):
-        raise InputError(
-            f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
-            "model or its type"
-        )
+    return build_huggingface(source)
 
 
 def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None) -> None:
@@ -99,14 +101,13 @@ def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None)
         )
 
 
-def _checked_size(img_size: int | None) -> int | None:
+def _check_size(img_size: int | None) -> None:
     if img_size is not None and (isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1):
         raise InputError(f"img_size must be a positive whole number of pixels, got {img_size!r}")
-    return img_size
 
 
 def _check_model(model_name: str, model_type: str) -> Library:
-    """Which library builds the model."""
+    """Return the library that builds the model."""
     if model_type not in get_args(ModelType):
         raise InputError(f"model_type must be one of {', '.join(get_args(ModelType))}, got {model_type!r}")
     if not model_name.strip():

@@ -13,20 +13,19 @@ from vbp.errors import InputError
 from vbp.models.timm_names import check_known
 from vbp.models.weights import StateDict
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 IMAGENET_22K_CLASSES = 21841
 
 
 def with_facebook_tag(model_name: str, path: Path) -> str:
-    """The tag that holds the preprocessing of a Facebook file.
+    """Return the tag that holds the preprocessing of a Facebook file.
 
     The official names tell the training data (`22k_1k` or `1k`) and the size (`224` or `384`). At 224 both
     tags prepare images alike, so that a renamed file is not worse off. A tag that is given stays.
 
     Raises:
-        InputError: there are no such files for the model.
+        InputError: There are no such files for the model.
     """
     if "." in model_name:
         return model_name
@@ -38,7 +37,7 @@ def with_facebook_tag(model_name: str, path: Path) -> str:
     known = timm.list_models(f"{model_name}.*", include_tags=True)
     for tag in tags:
         if f"{model_name}.{tag}" in known:
-            logger.info("%s is prepared as timm's %s.%s", path, model_name, tag)
+            _log.info("%s is prepared as timm's %s.%s", path, model_name, tag)
             return f"{model_name}.{tag}"
     raise InputError(
         "--convnext_checkpoint takes Facebook's files for convnext_tiny, convnext_small, convnext_base and "
@@ -50,7 +49,7 @@ def check_facebook_layout(model: nn.Module, name: str, weights: StateDict, path:
     """Stop if a file cannot be one of Facebook's ConvNeXt classifiers for ImageNet-1k or a fine-tuned one.
 
     Raises:
-        InputError: the model is no ConvNeXt, or the file has another layout or the head of ImageNet-22k.
+        InputError: The model is no ConvNeXt, or the file has another layout or the head of ImageNet-22k.
     """
     if not isinstance(model, convnext.ConvNeXt):
         raise InputError(f"--convnext_checkpoint needs a ConvNeXt, got {name}; use --checkpoint")

@@ -5,68 +5,40 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import timm
 from safetensors import SafetensorError
 from timm.data.config import resolve_data_config
-from timm.models import (
-    convnext,
-    model_entrypoint,
-    swin_transformer,
-    swin_transformer_v2,
-    swin_transformer_v2_cr,
-    vision_transformer,
-)
+from timm.models import model_entrypoint
+from timm.models.convnext import ConvNeXt
+from timm.models.swin_transformer import SwinTransformer
+from timm.models.swin_transformer_v2 import SwinTransformerV2
+from timm.models.swin_transformer_v2_cr import SwinTransformerV2Cr
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from vbp.data.preprocessing import Preprocessing
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.models.class_names import timm_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource
+from vbp.models.classifier import Classifier, Family, ModelSource, ModelType, check_family
 from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
 from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
-from vbp.models.weights import Conversion, StateDict, convert, load_strictly_, one_line, read_weights
+from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
 
-logger = logging.getLogger(__name__)
+_log = logging.getLogger(__name__)
 
-
-FAMILIES: tuple[tuple[Family, tuple[type[nn.Module], ...]], ...] = (
-    ("vit", (vision_transformer.VisionTransformer,)),  # DeiT is one, distilled or not
-    ("convnext", (convnext.ConvNeXt,)),
-    (
-        "swin",
-        (
-            swin_transformer.SwinTransformer,
-            swin_transformer_v2.SwinTransformerV2,
-            swin_transformer_v2_cr.SwinTransformerV2Cr,
-        ),
-    ),
-)
-
+FAMILIES: dict[Family, tuple[type[nn.Module], ...]] = {
+    "vit": (VisionTransformer,),  # DeiT is one, distilled or not
+    "convnext": (ConvNeXt,),
+    "swin": (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr),
+}
 
 # What a constructor raises for arguments that it cannot use.
-BUILDING_ERRORS = (
-    ArithmeticError,
-    AssertionError,
-    AttributeError,
-    LookupError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """A file to load; `facebook` marks the original ConvNeXt layout."""
-
-    path: Path
-    facebook: bool = False
+BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def load_timm(
@@ -75,31 +47,30 @@ def load_timm(
     allow_random_init: bool,
     model_kwargs: Mapping[str, Any],
     overrides: Mapping[str, Any],
-    check_family: Callable[[Family], None],
+    model_type: ModelType,
 ) -> Classifier:
-    """A timm classifier; `check_family` is called before any weight is read or fetched.
+    """Load a timm classifier; its family is checked before any weight is read or fetched.
 
     Raises:
-        InputError: the name, an argument or the weight file is wrong, or the weights cannot be fetched.
+        InputError: The name, an argument or the weight file is wrong, or the weights cannot be fetched.
     """
-    if file is not None and file.facebook:
-        model_name = with_facebook_tag(model_name, file.path)
     without_network = file is not None or allow_random_init
-    architecture = resolve(model_name, model_kwargs, overrides["img_size"], without_network=without_network)
+    tagged = with_facebook_tag(model_name, file.path) if file is not None and file.facebook else model_name
+    architecture = resolve(tagged, model_kwargs, overrides["img_size"], without_network=without_network)
     preprocessing = _preprocessing(architecture).override(**overrides)
     model = _build(architecture.name, architecture.arguments)
-    family = family_of(model)
-    check_family(family)
+    family: Family = next((name for name, classes in FAMILIES.items() if isinstance(model, classes)), "other")
+    check_family(model_name, model_type, family)
     if file is not None:
         model, architecture = _from_file(model, architecture, file, fixed="num_classes" in model_kwargs)
     elif allow_random_init:
-        logger.warning("%s starts from random weights: nothing was loaded", architecture.name)
+        _log.warning("%s starts from random weights: nothing was loaded", architecture.name)
     else:
         model = _from_hub(model, architecture)
     num_classes = int(getattr(model, "num_classes", 0))
     if num_classes < 1:
         raise InputError(
-            f"{model_name} has no classifier head (num_classes {num_classes}); give a model fine-tuned for "
+            f"{tagged} has no classifier head (num_classes {num_classes}); give a model fine-tuned for "
             "classification, or num_classes in the model arguments with a checkpoint that has a head"
         )
     source = ModelSource("timm", architecture.name, {**architecture.arguments, "num_classes": num_classes})
@@ -110,18 +81,13 @@ def load_timm(
 
 
 def build_timm(source: ModelSource) -> nn.Module:
-    """The untrained architecture of `source`, in evaluation mode.
+    """Build the untrained architecture of `source`, in evaluation mode.
 
     Raises:
-        InputError: the installed timm does not know the name or the arguments.
+        InputError: The installed timm does not know the name or the arguments.
     """
     check_known(source.name)
     return _build(source.name, source.arguments).eval()
-
-
-def family_of(model: nn.Module) -> Family:
-    """The family that timm's class belongs to."""
-    return next((family for family, classes in FAMILIES if isinstance(model, classes)), "other")
 
 
 def _preprocessing(architecture: Architecture) -> Preprocessing:
@@ -182,7 +148,7 @@ def _from_file(
     converted = convert(weights, conversion, model, file.path)
     rows = _head_rows(converted, architecture.cfg)
     if not fixed and rows is not None and rows != getattr(model, "num_classes", rows):
-        logger.info("%s has a head of %d classes; the model is built with it", file.path, rows)
+        _log.info("%s has a head of %d classes; the model is built with it", file.path, rows)
         architecture = replace(architecture, arguments={**architecture.arguments, "num_classes": rows})
         model = _build(architecture.name, architecture.arguments)
         converted = convert(weights, conversion, model, file.path)
@@ -191,7 +157,7 @@ def _from_file(
 
 
 def _conversion(name: str) -> Conversion | None:
-    """The conversion that timm has for older and foreign files, and for another image size."""
+    """Return the conversion that timm has for older and foreign files, and for another image size."""
     module = sys.modules[model_entrypoint(name).__module__]
     conversion = getattr(module, "checkpoint_filter_fn", None)
     if conversion is None:

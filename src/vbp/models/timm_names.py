@@ -11,21 +11,11 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
-from vbp.errors import InputError
-from vbp.models.weights import one_line
+from vbp.errors import InputError, one_line
+from vbp.models.classifier import hub_repository
 
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
-
-
-# Set here or by the caller's other options: as model arguments they would go behind their back.
-RESERVED = (
-    "cache_dir",
-    "checkpoint_path",
-    "features_only",
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-)
+# Set here or by the caller's other options: as model arguments they would contradict those.
+RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
 
 
 @dataclass(frozen=True)
@@ -33,10 +23,10 @@ class Architecture:
     """A timm architecture and the weights that its name stands for.
 
     Attributes:
-        requested: the name as timm's factory takes it to find the pretrained weights.
-        name: the architecture's, without tag.
-        cfg: timm's record of the pretrained weights: sizes, normalisation, head.
-        arguments: of `create_model`, plain JSON types.
+        requested: The name as timm's factory takes it to find the pretrained weights.
+        name: The architecture's, without tag.
+        cfg: Timm's record of the pretrained weights: sizes, normalisation, head.
+        arguments: Of `create_model`, plain JSON types.
     """
 
     requested: str
@@ -45,21 +35,13 @@ class Architecture:
     arguments: dict[str, Any]
 
 
-def hub_repository(model_name: str) -> str | None:
-    """The hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
-    for prefix in HUB_PREFIXES:
-        if model_name.startswith(prefix):
-            return model_name.removeprefix(prefix)
-    return model_name if model_name.startswith("timm/") else None
-
-
 def resolve(
     model_name: str, model_kwargs: Mapping[str, Any], img_size: int | None, *, without_network: bool
 ) -> Architecture:
-    """What `model_name` stands for; a hub repository's configuration is fetched, unless `without_network`.
+    """Return what `model_name` stands for; a hub repository's configuration is fetched, unless `without_network`.
 
     Raises:
-        InputError: the name, its tag or an argument is wrong, or the configuration cannot be fetched.
+        InputError: The name, its tag or an argument is wrong, or the configuration cannot be fetched.
     """
     kwargs = _plain_arguments(model_kwargs)
     repository = hub_repository(model_name)
@@ -105,7 +87,7 @@ def check_known(name: str) -> None:
     """Stop if timm has no architecture `name` (without tag).
 
     Raises:
-        InputError: it has none; close names are listed.
+        InputError: It has none; close names are listed.
     """
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=5)
@@ -126,7 +108,7 @@ def _registered_cfg(requested: str, name: str) -> dict[str, Any]:
 
 
 def cannot_fetch(model_name: str, error: BaseException) -> InputError:
-    """The error for weights or a configuration that the hub does not give."""
+    """Return the error for weights or a configuration that the hub does not give."""
     return InputError(
         f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); "
         "check the name and the connection, or give --checkpoint FILE with a timm model name, or a local "

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import logging
 import pickle
-import textwrap
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +15,44 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 
-logger = logging.getLogger(__name__)
-
+_log = logging.getLogger(__name__)
 
 SUFFIXES = (".safetensors", ".pth", ".pt")
-
 
 # Where training scripts put the weights in a larger file, in the order tried: averaged weights come first,
 # for they are the ones whose accuracy is reported.
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
 
-
 # Put before each name by DistributedDataParallel and torch.compile.
 PREFIXES = ("module.", "_orig_mod.")
-
 
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
-
+# What torch raises on damaged and foreign files.
+READING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
-
-
 LISTED = 5
-
-
 StateDict = dict[str, Tensor]
-
-
 Conversion = Callable[[StateDict, nn.Module], StateDict]
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """A file to load; `facebook` marks the original ConvNeXt layout."""
+
+    path: Path
+    facebook: bool = False
 
 
 def check_weight_file(path: Path) -> None:
     """Stop before any work if `path` cannot be a weight file.
 
     Raises:
-        InputError: there is no such file, or its name does not end as a weight file's does.
+        InputError: There is no such file, or its name does not end as a weight file's does.
     """
     if not path.is_file():
         raise InputError(f"the checkpoint must be an existing file, got {path}; check the path")
@@ -64,12 +63,12 @@ def check_weight_file(path: Path) -> None:
 
 
 def read_weights(path: Path) -> StateDict:
-    """The tensors of a weight file on the CPU, without the wrappers that training scripts add.
+    """Read the tensors of a weight file to the CPU, without the wrappers that training scripts add.
 
     A `.pth` or `.pt` file is read by `torch.load(weights_only=True)`: nothing in it is run.
 
     Raises:
-        InputError: the file is missing, damaged, needs code to be run, or holds no state dict.
+        InputError: The file is missing, damaged, needs code to be run, or holds no state dict.
     """
     check_weight_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -81,10 +80,10 @@ def read_weights(path: Path) -> StateDict:
 
 
 def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module, path: Path) -> StateDict:
-    """The weights under the names of `model`, every tensor of the file accounted for.
+    """Return the weights under the names of `model`, every tensor of the file accounted for.
 
     Raises:
-        InputError: the conversion does not know the file's layout, or drops a tensor without using it.
+        InputError: The conversion does not know the file's layout, or drops a tensor without using it.
     """
     if conversion is None:
         return weights
@@ -96,7 +95,7 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
         raise InputError(_does_not_fit(path, fault)) from error
     resized = [name for name in converted if name in weights and converted[name].shape != weights[name].shape]
     if resized:
-        logger.warning("%s: resampled to the model's image size: %s", path, _first(resized))
+        _log.warning("%s: resampled to the model's image size: %s", path, _first(resized))
     used = {tensor.data_ptr() for tensor in converted.values()}
     dropped = [
         name
@@ -112,16 +111,16 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
 
 
 def _convertible(weights: StateDict, conversion: Conversion, model: nn.Module) -> StateDict:
-    """What a conversion makes of a file that it trips over: the tensors it cannot take keep their names."""
-    stumbling = {}
+    """Return what a conversion makes of a file on which it fails: tensors that it cannot take keep their names."""
+    refused = {}
     for name, tensor in weights.items():
         try:
             conversion({name: tensor}, model)
         except CONVERSION_ERRORS:
-            stumbling[name] = tensor
+            refused[name] = tensor
     try:
-        rest = {name: tensor for name, tensor in weights.items() if name not in stumbling}
-        return {**conversion(rest, model), **stumbling}
+        rest = {name: tensor for name, tensor in weights.items() if name not in refused}
+        return {**conversion(rest, model), **refused}
     except CONVERSION_ERRORS:
         return weights
 
@@ -130,7 +129,7 @@ def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
     """Copy `weights` into `model`; each tensor of either side must have its counterpart.
 
     Raises:
-        InputError: a tensor is missing, too much, or of another shape; the model is unchanged.
+        InputError: A tensor is missing, too much, or of another shape; the model is unchanged.
     """
     fault = mismatch(model.state_dict(), weights)
     if fault is not None:
@@ -139,7 +138,7 @@ def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
 
 
 def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:
-    """What is missing, too much or of another shape; `None` if the two fit."""
+    """Return what is missing, too much or of another shape; None if the two fit."""
     shapes = [
         (name, tuple(given[name].shape), tuple(tensor.shape))
         for name, tensor in expected.items()
@@ -151,17 +150,11 @@ def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str
 
 
 def describe_mismatch(
-    missing: Iterable[str],
-    unexpected: Iterable[str],
-    shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]],
+    missing: Iterable[str], unexpected: Iterable[str], shapes: Iterable[tuple[str, Iterable[int], Iterable[int]]]
 ) -> str:
-    """One text for tensors missing, too many, and of another shape (name, in the file, in the model)."""
+    """Describe tensors missing, too many, and of another shape (name, in the file, in the model)."""
     named_shapes = [f"{name}: file {list(given)}, model {list(own)}" for name, given, own in shapes]
-    kinds = (
-        ("missing", list(missing)),
-        ("too much", list(unexpected)),
-        ("of another shape", named_shapes),
-    )
+    kinds = (("missing", list(missing)), ("too much", list(unexpected)), ("of another shape", named_shapes))
     return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names)
 
 
@@ -191,7 +184,7 @@ def _read_pickle(path: Path) -> Any:
         # timm's training script stores its command line as a Namespace: plain data, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except READING_ERRORS as error:
         unsafe = _unsafe_globals(path)
         if unsafe:
             raise InputError(
@@ -206,15 +199,10 @@ def _read_pickle(path: Path) -> Any:
 
 def _unsafe_globals(path: Path) -> list[str]:
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError):
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except READING_ERRORS:
         return []  # too damaged, or too old a format, to say
-    return sorted(name for name in found if name != "argparse.Namespace")
-
-
-def one_line(error: BaseException) -> str:
-    """A library's error as part of a sentence: without line breaks, and not without end."""
-    return textwrap.shorten(str(error), width=400, placeholder=" ...").rstrip(".") or type(error).__name__
+    return sorted(name for name in names if name != "argparse.Namespace")
 
 
 def _unwrap(content: object, path: Path) -> StateDict:
@@ -223,12 +211,12 @@ def _unwrap(content: object, path: Path) -> StateDict:
         inner: Mapping[Any, Any] = content if wrapper is None else content[wrapper]
         if inner and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in inner.items()):
             if wrapper is not None:
-                logger.info("weights taken from %r in %s", wrapper, path)
+                _log.info("weights taken from %r in %s", wrapper, path)
             return dict(inner)
-        found = _first([str(name) for name in content]) or "nothing"
+        got = _first([str(name) for name in content]) or "nothing"
     else:
-        found = type(content).__name__
+        got = type(content).__name__
     raise InputError(
         f"{path} must hold a state dict (names and tensors), bare or under one of {', '.join(WRAPPERS)}, got "
-        f"{found}; save it as torch.save(model.state_dict(), FILE)"
+        f"{got}; save it as torch.save(model.state_dict(), FILE)"
     )

@@ -149,7 +149,7 @@ def auto_plan(
     orders: Mapping[str, Elimination] | None = None,
     progress: Callable[[str], None] | None = None,
 ) -> PlanChoice:
-    """Choose the plan whose pruned, refitted model answers most like the dense one.
+    """Choose the plan whose pruned, refitted model predicts most like the dense one.
 
     Deterministic, and the same on all processes of `reference`, which must all call it.
 
@@ -169,6 +169,10 @@ def auto_plan(
 
     Raises:
         InputError: A number is out of range, or statistics are missing or unfit.
+
+    Example:
+        >>> choice = vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5)
+        >>> errors = vbp.prune_(model, choice.plan, choice.means, choice.covariances)
     """
     rules = PlanRules("equal" if equal_widths else "global", round_to, min_keep_ratio, attn_keep_ratio)
     if orders is None:
@@ -231,7 +235,7 @@ class _Search:
     def _improve(self, costs: Scores) -> Scores:
         """Update the prices in rounds: the mean of what all rounds asked for, each measured on the plan before.
 
-        What one round asks for is noisy, and answers what the plan before had wrong: alone it swings.
+        What one round asks for is noisy and depends on the plan before: by itself it oscillates.
         """
         assert self.best is not None
         latest, price, asked = self.best, dict.fromkeys(costs, 1.0), []

@@ -42,6 +42,10 @@ class PlanChoice:
         tried: The candidates of the criterion auto, in the order in which they were tried.
         plan_for: Keep ratio -> plan, by the same scores and scope: other sizes without a search, for a budget that is
             not counted in channels.
+
+    Example:
+        >>> vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5).plan.kept
+        128
     """
 
     plan: PruningPlan

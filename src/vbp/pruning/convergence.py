@@ -104,7 +104,7 @@ def merge_across(statistics: Statistics | None, processes: Processes) -> Statist
     Raises:
         InputError: No process had an image, or they observed different models.
     """
-    found = [seen for seen in processes.gather(statistics) if seen is not None]
+    found = [seen for seen in processes.all_gather(statistics) if seen is not None]
     if not found:
         raise InputError("calibration needs at least one image, got none on any process; check the training images")
     return reduce(Statistics.merge, found)
@@ -165,7 +165,7 @@ def calibrate(
         statistics = new if statistics is None else statistics.merge(new)
         before, plan, start = plan, plan_of(statistics), end
         # The value of the first process, so that all stop together even if their last bits differ.
-        changed = processes.gather(None if before is None else changed_share(before, plan))[0]
+        changed = processes.all_gather(None if before is None else changed_share(before, plan))[0]
         stages.append(Stage(statistics.images, changed))
         told = "first plan" if changed is None else f"{_percent(changed)} of the channels changed since half of them"
         _log.info("calibration: %s of %s images; %s", f"{end:,}", f"{total:,}", told)

@@ -36,6 +36,9 @@ def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> 
         Site name -> score of each channel.
 
     Source: VBP paper, section 3.2.
+
+    Example:
+        >>> scores = vbp.variance_scores(statistics)  # site name -> score of each channel
     """
     moments = statistics.moments
     scores = {}
@@ -62,6 +65,9 @@ def output_variance_scores(
         model: The dense model.
         sites: From `find_sites`.
         statistics: Of this model.
+
+    Example:
+        >>> scores = vbp.output_variance_scores(model, sites, statistics)
     """
     scores = variance_scores(statistics)
     for site in sites:
@@ -147,6 +153,9 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
 
     Raises:
         InputError: The name is unknown or that of no score, or something that it needs is missing.
+
+    Example:
+        >>> scores = vbp.criterion_scores("elimination", model, sites, evidence)
     """
     rule = _rule(criterion)
     if rule.scores is None:

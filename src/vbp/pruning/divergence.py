@@ -42,6 +42,10 @@ class DenseReference:
         session: Whose images count together.
         images: Images of all processes, views included.
         log_probabilities: Of each batch, "images classes", on the model's device.
+
+    Example:
+        >>> vbp.DenseReference(model, [images]).divergence(model)
+        0.0
     """
 
     def __init__(
@@ -73,7 +77,7 @@ class DenseReference:
         count = torch.tensor(
             [sum(len(one) for one in self.log_probabilities)], dtype=torch.float64, device=self._device
         )
-        self.images = int(session.processes.sum_(count))
+        self.images = int(session.processes.all_reduce_sum_(count))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
@@ -92,7 +96,7 @@ class DenseReference:
     def example(self) -> Tensor:
         """Return one image, the same to all processes, where the model is."""
         mine = next((batch[:1].cpu() for batch in self.batches if len(batch)), None)
-        return next(one for one in self.session.processes.gather(mine) if one is not None).to(self._device)
+        return next(one for one in self.session.processes.all_gather(mine) if one is not None).to(self._device)
 
     def divergence(self, pruned: nn.Module) -> float:
         """Return the mean of KL(dense || pruned) over the images of all processes, in nats."""
@@ -100,7 +104,7 @@ class DenseReference:
         with evaluation_mode(pruned), torch.no_grad():
             for batch, expected in zip(self.batches, self.log_probabilities, strict=True):
                 total += self._loss(pruned, batch, expected).double()
-        return float(self.session.processes.sum_(total)) / self.images
+        return float(self.session.processes.all_reduce_sum_(total)) / self.images
 
     def site_contributions(self, pruned: nn.Module, plan: PruningPlan) -> dict[str, float]:
         """Return what each MLP site adds to the divergence, its interaction with the others included.
@@ -128,7 +132,7 @@ class DenseReference:
                 loss = self._loss(self.model, batch, expected)
                 (gradient,) = torch.autograd.grad(loss, amplitudes)
                 total += gradient.double()
-        found = (self.session.processes.sum_(total) / (2 * self.images)).tolist()
+        found = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
         return {entry.site.name: share for entry, share in zip(entries, found, strict=True)}
 
     def _loss(self, model: nn.Module, batch: Tensor, expected: Tensor) -> Tensor:
@@ -144,7 +148,7 @@ class DenseReference:
 def _errors_added(
     dense: nn.Module, pruned: nn.Module, entries: Sequence[SitePlan], amplitudes: Float[Tensor, "sites"]
 ) -> Iterator[None]:
-    """Let the dense model's consumers predict as the pruned model's would, as far as the amplitudes say."""
+    """Add to the dense model's consumers the errors of the pruned model's, times the amplitudes."""
 
     def add(
         small: nn.Module, keep: Tensor, amplitude: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor

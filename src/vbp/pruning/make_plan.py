@@ -84,6 +84,10 @@ def make_plan(
         InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
 
     Source: VBP paper, section 3.2.
+
+    Example:
+        >>> vbp.make_plan(sites, vbp.variance_scores(statistics), keep_ratio=0.5).kept
+        128
     """
     check_ratios(keep_ratio, min_keep_ratio, round_to, attn_keep_ratio)
     if scope not in get_args(Scope):

@@ -24,7 +24,12 @@ Scope = Literal["global", "per_layer", "equal"]
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What stays of one site: the indices of the kept channels, ascending."""
+    """What stays of one site: the indices of the kept channels, ascending.
+
+    Example:
+        >>> len(plan.sites[0].keep), len(plan.sites[0].removed)
+        (65, 63)
+    """
 
     site: Site
     keep: tuple[int, ...]
@@ -48,6 +53,10 @@ class PruningPlan:
         round_to: Channels of a site (of a head, in attention) come in multiples of this.
         min_keep_ratio: No site keeps a smaller share than this.
         attn_keep_ratio: The share of every head's channels that was asked for; None without attention sites.
+
+    Example:
+        >>> plan.kept, plan.total
+        (128, 256)
     """
 
     sites: tuple[SitePlan, ...]

@@ -51,6 +51,11 @@ def prune_(
             untouched.
 
     Source: VBP paper, sections 3.2 and 3.3; `vbp.refit`.
+
+    Example:
+        >>> errors = vbp.prune_(model, plan, statistics.means, statistics.covariances)
+        >>> model.blocks[0].mlp.fc1.out_features
+        65
     """
     _check_fits(model, plan, means, covariances)
     check_ridge(ridge)

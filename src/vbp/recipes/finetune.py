@@ -30,9 +30,9 @@ from vbp.training.checkpoints import save_checkpoint
 from vbp.training.losses import DistillationLoss
 from vbp.training.memory import dry_step
 from vbp.training.meters import EpochResult, steps_per_epoch
-from vbp.training.mixup import Mixing
+from vbp.training.mixup import Mixup
 from vbp.training.tensorboard import Tracker
-from vbp.training.trainer import Trainer
+from vbp.training.trainer import Trainer, TrainerSettings
 
 _log = logging.getLogger(__name__)
 
@@ -78,8 +78,8 @@ class _Progress:
     def checkpoint(self, trainer: Trainer) -> None:
         """Write what is needed to go on, in such a way that it makes no difference."""
         processes = self.job.session.processes
-        own = processes.gather(trainer.process_state())
-        if not processes.main:
+        own = processes.all_gather(trainer.process_state())
+        if not processes.is_main:
             return
         content = {
             "settings": self.job.settings,
@@ -97,14 +97,14 @@ class _Progress:
 
     def write_rows(self) -> None:
         """Write a line for each epoch."""
-        if self.job.session.processes.main:
+        if self.job.session.processes.is_main:
             lines = "".join(json.dumps(row) + "\n" for row in self.rows)
             write_bytes(self.job.config.save_dir / METRICS, lines.encode())
 
     def save(self, name: str, measured: Measured, weights: Mapping[str, Tensor]) -> None:
         """Write a model that can be loaded anywhere."""
         classifier = self.job.classifier
-        if self.job.session.processes.main:
+        if self.job.session.processes.is_main:
             save_pruned(
                 weights,
                 self.job.config.save_dir / name,
@@ -143,7 +143,7 @@ def finetune(
         if job.resumed is not None:
             state = job.resumed.state
             trainer.load_state_dict(state["trainer"], state["processes"][job.session.processes.rank])
-        log_dir = job.config.log_dir if job.session.processes.main else None
+        log_dir = job.config.log_dir if job.session.processes.is_main else None
         with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
             tracker.sites(plan.widths)
             _epochs(job, progress, loader, trainer, interruption, tracker)
@@ -215,31 +215,30 @@ def _announced(job: Job, loader: ImageLoader) -> int:
 
 def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None, *, compiled: bool) -> Trainer:
     config = job.config
-    return Trainer.of(
-        student,
+    settings = TrainerSettings(
         steps=config.epochs_ft * steps,
-        warmup_steps=math.ceil(config.warmup_epochs * steps),
         learning_rate=config.lr_ft,
         weight_decay=config.weight_decay,
-        device=job.session.device,
-        teacher=teacher,
+        warmup_steps=math.ceil(config.warmup_epochs * steps),
         loss=DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, label_smoothing=config.label_smoothing),
-        processes=job.session.processes,
         accumulate=config.grad_accum,
         clip_grad=config.clip_grad,
         ema_decay=config.ema_decay if config.ema else None,
-        precision=job.session.precision,
         compile=compiled,
-        mixing=_mixing(job),
+        mixup=_mixup(job),
         measure_gradients=config.log_dir is not None,
     )
+    return Trainer(
+        student, settings, device=job.session.device, teacher=teacher, precision=job.session.precision,
+        processes=job.session.processes,
+    )  # fmt: skip
 
 
-def _mixing(job: Job) -> Mixing | None:
+def _mixup(job: Job) -> Mixup | None:
     config = job.config
     if config.mixup == 0 and config.cutmix == 0:
         return None
-    return Mixing(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
+    return Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
 
 
 def _epochs(
@@ -269,12 +268,12 @@ def _after_step(
 ) -> None:
     """Write a checkpoint where it is time: at the end of an epoch, every so many minutes, or when told to stop."""
     wish, processes = _GO_ON, job.session.processes
-    if trainer.batches_done == batches or (processes.main and interruption.due(job.config.checkpoint_minutes)):
+    if trainer.batches_done == batches or (processes.is_main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE
     if interruption.signal is not None:
         wish = _STOP
     # A signal may reach one process a step before another: all must do the same.
-    wish = processes.most(wish)
+    wish = processes.all_reduce_max(wish)
     if wish != _GO_ON:
         save()
     if wish == _STOP:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import nn
 
 from vbp.cost.macs import count_macs, count_parameters
-from vbp.cost.timing import measure_latency_ms
-from vbp.recipes.setup import Job, latency_batch
+from vbp.cost.timing import compare_models
+from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.tables import format_count
@@ -21,8 +21,8 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
             model, session.progress(job.val, label), session.device,
             precision=session.precision, processes=processes,
         )  # fmt: skip
-    unreadable = processes.gather(dict(job.val.unreadable))
-    if processes.main:  # whose log is kept
+    unreadable = processes.all_gather(dict(job.val.unreadable))
+    if processes.is_main:  # whose log is kept
         for found in unreadable:
             job.val.take_over(found)
     return Measured(
@@ -42,11 +42,11 @@ def describe(model: Measured) -> str:
     )
 
 
-def latencies(job: Job, models: dict[str, nn.Module]) -> tuple[dict[str, float], int]:
-    """Time the models side by side on the main process, and give milliseconds a batch and the batch's images."""
-    batch = latency_batch(job.config, job.dense, job.example)
-    times = {}
-    if job.session.processes.main:
-        with job.session.precision.autocast():
-            times = measure_latency_ms(models, batch)
-    return job.session.processes.gather(times)[0], len(batch)
+def latencies(job: Job, dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
+    """Return the milliseconds of a batch of each model; both take turns on the main process."""
+    timed, processes = None, job.session.processes
+    if processes.is_main:
+        timed = compare_models(dense, pruned, job.latency_images, precision=job.session.precision)
+    timed = processes.all_gather(timed)[0]
+    assert timed is not None
+    return timed.dense_ms.median, timed.pruned_ms.median

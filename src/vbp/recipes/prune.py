@@ -9,16 +9,17 @@ from dataclasses import replace
 from torch import Tensor
 
 from vbp.cost.budget import BudgetResult
-from vbp.cost.latency_search import Comparison, compare_in_turns
+from vbp.cost.latency_search import compare_in_turns
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
+from vbp.cost.timing import LatencyComparison
 from vbp.pruning.auto import AutoSearch
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PruningPlan
-from vbp.recipes.setup import Job, latency_batch
+from vbp.recipes.setup import Job
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.statistics.evidence import Evidence, EvidenceReader
@@ -54,7 +55,7 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
-    if session.processes.main:
+    if session.processes.is_main:
         statistics.save(config.save_dir / STATISTICS)
     return Evidence(statistics, gradients, config.seed, config.ridge), convergence
 
@@ -81,7 +82,7 @@ def keep_plan(job: Job, plan: PruningPlan) -> None:
         InputError: It is not.
     """
     job.session.processes.check_same("plan", json_fingerprint(plan.to_dict()))
-    if job.session.processes.main:
+    if job.session.processes.is_main:
         plan.save(job.config.save_dir / PLAN)
 
 
@@ -120,13 +121,12 @@ def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResu
 def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
     processes = job.session.processes
 
-    def compare(plan: PruningPlan) -> Comparison:
+    def compare(plan: PruningPlan) -> LatencyComparison:
         """Time on the main process, for all."""
         found = None
-        if processes.main:
-            batch = latency_batch(job.config, job.dense, job.example)
-            found = compare_in_turns(job.dense, plan, batch, precision=job.session.precision)
-        measured = processes.gather(found)[0]
+        if processes.is_main:
+            found = compare_in_turns(job.dense, plan, job.latency_images, precision=job.session.precision)
+        measured = processes.all_gather(found)[0]
         assert measured is not None
         return measured
 

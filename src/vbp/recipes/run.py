@@ -49,10 +49,14 @@ def run(config: RunConfig) -> RunReport:
         Interrupted: The run was told to stop during fine-tuning, and wrote a checkpoint.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
+
+    Example:
+        >>> vbp.run(config).keep_ratio
+        0.5
     """
     check_config(config)
     with run_log() as log, open_session(config) as session:
-        if session.processes.main:
+        if session.processes.is_main:
             check_shipping(config)
         job = prepare(config, session)  # model, sites, images, budget: all checked, nothing written
         check_given(job, config.needs)
@@ -66,11 +70,11 @@ def run(config: RunConfig) -> RunReport:
             pruned, plan, report = _restore(job, job.resumed.state)
         report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
         report = replace(report, **_circumstances(job))
-        if session.processes.main:
+        if session.processes.is_main:
             _write_results(config, report)
         _log.info("results in %s\n%s", config.save_dir, report.table())
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if session.processes.main and config.push_to_hub is not None:
+        if session.processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
     return report
 
@@ -92,12 +96,12 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
             refitted = refits.refit_(pruned)
     small = measure(job, pruned)
     _log.info("pruned: %s", describe(small))
-    latency, batch = latencies(job, {"base": job.dense, "pruned": pruned})
+    dense_ms, pruned_ms = latencies(job, job.dense, pruned)
     assert evidence.statistics is not None
     report = RunReport.of(
         choice.plan,
-        replace(dense, latency_ms=latency["base"]),
-        replace(small, latency_ms=latency["pruned"], epoch=0),
+        replace(dense, latency_ms=dense_ms),
+        replace(small, latency_ms=pruned_ms, epoch=0),
         budget=budget,
         candidates=choice.tried,
         errors=errors,
@@ -105,7 +109,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
         convergence=None if convergence is None else convergence.to_dict(),
         calibration_images=evidence.statistics.images,
         uncompensated=uncompensated,
-        latency_batch=batch,
+        latency_batch=job.latency_batch,
         **_circumstances(job),
     )
     return pruned, choice.plan, report
@@ -148,7 +152,7 @@ def _circumstances(job: Job) -> dict[str, Any]:
 
 def _open_folder(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
-    if not job.session.processes.main:
+    if not job.session.processes.is_main:
         return
     folder = job.config.save_dir
     if job.resumed is None:

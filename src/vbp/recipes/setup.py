@@ -12,11 +12,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.layer_table import LayerTimes
 from vbp.cost.layer_timing import measure_layer_times
-from vbp.cost.macs import count_macs
-from vbp.cost.rounding import recommended_round_to
-from vbp.cost.target import Target
+from vbp.cost.target import BudgetTarget
+from vbp.cost.timing import latency_batch
+from vbp.cost.widths import LayerTimes, recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
@@ -48,9 +47,6 @@ from vbp.training.tensorboard import check_tracking
 _log = logging.getLogger(__name__)
 
 
-_CPU_LATENCY_MACS = 20_000_000_000
-
-
 # Every report has these, also where they took no time.
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
 
@@ -72,10 +68,11 @@ def find_target(
     model: nn.Module,
     sites: Sequence[Site],
     example: Tensor,
+    batch: int,
     rules: PlanRules,
     *,
     planned: bool = False,
-) -> Target:
+) -> BudgetTarget:
     """See whether the model can meet the budget; one of time is measured, by the main process for all.
 
     Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
@@ -85,35 +82,25 @@ def find_target(
     """
     budget, times, processes = config.budget, None, session.processes
     if budget.timed and not planned:
-        times = processes.gather(
-            _layer_times(config, session, model, sites, example, rules.round_to) if processes.main else None
+        images = example.repeat(batch, 1, 1, 1)
+        times = processes.all_gather(
+            _layer_times(session, model, sites, images, rules.round_to) if processes.is_main else None
         )[0]
-    target = Target.of(budget, model, sites, example, rules, times)
+    target = BudgetTarget.of(budget, model, sites, example, rules, times)
     _check_removes(config, sites, target, rules)
     return target
 
 
 def _layer_times(
-    config: RunConfig, session: Session, model: nn.Module, sites: Sequence[Site], example: Tensor, round_to: int
+    session: Session, model: nn.Module, sites: Sequence[Site], batch: Tensor, round_to: int
 ) -> LayerTimes:
-    batch = latency_batch(config, model, example)
     _log.info("timing the layers at several widths, batch %d", len(batch))
     times = measure_layer_times(model, sites, batch, precision=session.precision, round_to=round_to)
     _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, len(batch))
     return times
 
 
-def latency_batch(config: RunConfig, model: nn.Module, example: Tensor) -> Tensor:
-    """Return the batch to time: an evaluation batch on a GPU; on a CPU as many images as take about a second."""
-    size = config.val_batch_size
-    if config.latency_batch is not None:
-        size = config.latency_batch
-    elif example.device.type == "cpu":
-        size = min(size, 32, max(1, _CPU_LATENCY_MACS // count_macs(model, example)))
-    return example.repeat(size, 1, 1, 1)
-
-
-def _check_removes(config: RunConfig, sites: Sequence[Site], target: Target, rules: PlanRules) -> None:
+def _check_removes(config: RunConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
     plan = rules.neutral(sites, target.keep_ratio)
     asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
@@ -141,6 +128,8 @@ class Job:
         plan_rules: Of all plans.
         target: The budget, and about which share of the channels meets it.
         calibration: Images for statistics and refits.
+        latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
+            model.
         given_statistics: From a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
         resumed: The checkpoint that this run goes on from.
@@ -151,11 +140,12 @@ class Job:
     classifier: Classifier
     sites: tuple[Site, ...]
     plan_rules: PlanRules
-    target: Target
+    target: BudgetTarget
     calibration: CalibrationImages
     train: Images
     val: ImageLoader
     example: Tensor
+    latency_batch: int
     given_statistics: Statistics | None
     settings: Mapping[str, Any]
     resumed: Resumed | None
@@ -163,6 +153,11 @@ class Job:
     @property
     def dense(self) -> nn.Module:
         return self.classifier.model
+
+    @property
+    def latency_images(self) -> Tensor:
+        """Return the batch that is timed."""
+        return self.example.repeat(self.latency_batch, 1, 1, 1)
 
 
 @contextmanager
@@ -183,7 +178,7 @@ def prepare(config: RunConfig, session: Session) -> Job:
     check_data_path(config.data_path)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     resumed = _resumed(config, processes)
-    with processes.one_per_node_first():
+    with processes.local_main_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
         classifier = _named(classifier, config.data_path)
@@ -202,7 +197,8 @@ def prepare(config: RunConfig, session: Session) -> Job:
         given.check_holds(sites, config.stats_path)
     check_prunable(model, sites, example)
     rules = plan_rules(config, session, sites)
-    target = find_target(config, session, model, sites, example, rules, planned=resumed is not None)
+    batch = latency_batch(model, example, at_most=config.val_batch_size, size=config.latency_batch)
+    target = find_target(config, session, model, sites, example, batch, rules, planned=resumed is not None)
     if config.grad_checkpointing:
         enable_gradient_checkpointing_(model)
     val_loader = make_loader(
@@ -214,8 +210,8 @@ def prepare(config: RunConfig, session: Session) -> Job:
         **loader_options(config),
     )
     return Job(
-        config, session, classifier, sites, rules, target, calibration, train, val_loader, example, given, settings,
-        resumed,
+        config, session, classifier, sites, rules, target, calibration, train, val_loader, example, batch, given,
+        settings, resumed,
     )  # fmt: skip
 
 
@@ -275,11 +271,11 @@ def loader_options(config: RunConfig) -> dict[str, Any]:
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
     path = None
-    if processes.main:
+    if processes.is_main:
         path = find_checkpoint(
             config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
         )
-    path = processes.gather(path)[0]
+    path = processes.all_gather(path)[0]
     if path is None:
         return None
     _log.info("going on from %s", path)
@@ -288,7 +284,7 @@ def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
     """See that the disk holds what a run writes at most."""
-    if not processes.main:
+    if not processes.is_main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the

@@ -166,7 +166,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
     check_sweep(config)
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
-        begun = processes.gather(read_begun(config) if processes.main else None)[0]
+        begun = processes.all_gather(read_begun(config) if processes.is_main else None)[0]
         job = prepare(config.run_config(), session)
         settings = deciding_settings(config, job)
         check_may_go_on(begun, settings, config.save_dir)
@@ -174,7 +174,7 @@ def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) ->
         refits = make_refits(job)
         _open(config, job, log, settings, fresh=begun is None)
         report = _sweep(config, job, refits, begun, settings)
-        if processes.main:
+        if processes.is_main:
             _write(config.save_dir, report, settings, references)
         _log.info("results in %s\n%s", config.save_dir, report.table())
     return report
@@ -190,12 +190,11 @@ def _sweep(
         _log.info("%d of %d models were measured before", len(config.settings) - len(missing), len(config.settings))
 
     def keep(report: SweepReport) -> None:
-        if job.session.processes.main:
+        if job.session.processes.is_main:
             write_state(config.save_dir, settings, report.to_dict())
 
     def timed(pruned: nn.Module) -> tuple[float, float]:
-        times, _ = latencies(job, {"dense": job.dense, "pruned": pruned})
-        return times["dense"], times["pruned"]
+        return latencies(job, job.dense, pruned)
 
     evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(
@@ -235,7 +234,7 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
         share = reader.read(range(len(job.calibration)))
         if missing & FROM_STATISTICS:
             statistics = merge_across(share, processes)
-            if processes.main:
+            if processes.is_main:
                 statistics.save(config.save_dir / STATISTICS)
         gradients = reader.gradients()
     return Evidence(statistics, gradients, config.seed, config.ridge)
@@ -255,14 +254,14 @@ def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics 
     """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
     processes = job.session.processes
     if job.given_statistics is not None:
-        if processes.main:
+        if processes.is_main:
             job.given_statistics.save(config.save_dir / STATISTICS)
         return job.given_statistics
     path = config.save_dir / STATISTICS
     # The main process's word: the folder may not be on every node.
-    if not processes.gather(path.is_file())[0]:
+    if not processes.all_gather(path.is_file())[0]:
         return None
-    statistics = processes.gather(Statistics.load(path) if processes.main else None)[0]
+    statistics = processes.all_gather(Statistics.load(path) if processes.is_main else None)[0]
     assert statistics is not None
     statistics.check_made_for(job.settings["model"], job.calibration.fingerprint, path)
     for need, held in (("covariance", statistics.covariances), ("sensitivity", statistics.sensitivities)):
@@ -275,7 +274,7 @@ def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics 
 
 def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any], *, fresh: bool) -> None:
     """Begin to write: from here on the folder is this sweep's."""
-    if not job.session.processes.main:
+    if not job.session.processes.is_main:
         return
     folder = config.save_dir
     needed = evidence_bytes(job.dense, job.sites, sweep_needs(config.settings))

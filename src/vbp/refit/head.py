@@ -1,11 +1,11 @@
-"""Refit the last linear layer of a pruned model to the dense model's answers: convex, label-free, no backward pass.
+"""Refit the last linear layer of a pruned model to the dense model's predictions: convex, without labels.
 
 What the sites' own refits leave adds up on its way to the classifier. There the errors of all sites are seen
 together, and the divergence is a convex function of the last layer's weight. `vbp.method.head_fit` has the problem,
 whose one solution is folded into the layer. One forward pass of each model gives all that it needs.
 
-Few images say little of so many coefficients, so cross-validation has the last word: if the fit does not help, one
-ten times stiffer is tried, and if that does not help either, the layer stays as it is.
+Few images say little of so many coefficients, so cross-validation decides: if the fit does not help, one
+with ten times the penalty is tried, and if that does not help either, the layer stays as it is.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ class HeadRefit:
         if not math.isfinite(self.strength):
             return f"the last layer, {self.layer}, stays as it is: no refit to {self.images} images helped"
         return (
-            f"the last layer, {self.layer}, is refitted to {self.images} images: mean KL of the answers from the "
+            f"the last layer, {self.layer}, is refitted to {self.images} images: mean KL of the predictions from the "
             f"dense model's {self.before:.4f} -> {self.after:.4f} (cross-validated)"
         )
 
 
 def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
-    """Let the last linear layer predict like the dense model, as far as the images bear it out.
+    """Refit the last linear layer to the dense model's predictions, if cross-validation says that it helps.
 
     Same result on all processes of `reference`, which must all call it.
 
@@ -102,7 +102,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     if not after < before:
         return HeadRefit(name, len(features), float("inf"), before, before)
     # Sums in another order could differ by a bit: all take what the first process found.
-    weight, bias = session.processes.gather(problem.fold_into_weight(problem.fit(strength)))[0]
+    weight, bias = session.processes.all_gather(problem.fold_into_weight(problem.fit(strength)))[0]
     with torch.no_grad():
         layer.weight.copy_(weight)
         if layer.bias is None:
@@ -123,7 +123,7 @@ def check_images(images: int) -> None:
 
 
 def last_linear(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the linear layer whose output a model's answer is.
+    """Return the name of the linear layer whose output the model's logits are.
 
     Raises:
         InputError: There is none.
@@ -132,10 +132,10 @@ def last_linear(model: nn.Module, example: Tensor) -> str:
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:
-    """Run a batch; give the name of the linear layer whose output the answer is, what it read, and the logits.
+    """Run a batch; give the name of the linear layer whose output the logits are, what it read, and the logits.
 
     Raises:
-        InputError: The answer comes from no such layer.
+        InputError: The logits come from no such layer.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -148,21 +148,21 @@ def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tupl
         logits = logits_of(model(batch.to(device, non_blocking=True)))
     if not calls or calls[0][2] is not logits or calls[0][1].ndim != 2:
         raise InputError(
-            f"the refit of the head needs a model whose answer is the output of one last Linear layer, got "
-            f"{type(model).__name__}, whose answer is not; leave the head as it is"
+            f"the refit of the head needs a model whose logits are the output of one last Linear layer, got "
+            f"{type(model).__name__}, whose logits are not; leave the head as it is"
         )
     return calls[0][0], in_float32(calls[0][1]), in_float32(logits)
 
 
 def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "images width"]:
     """Return the rows of all processes, on the CPU, in the order in which one process would have them."""
-    shares = processes.gather([one.cpu() for one in rows])
+    shares = processes.all_gather([one.cpu() for one in rows])
     return torch.cat([one for batches in zip_longest(*shares) for one in batches if one is not None])
 
 
 def _agreed(names: Sequence[str], processes: Processes) -> str:
     """Return the one name that all batches of all processes found; a process without images has none."""
-    found = {name for one in processes.gather(sorted(set(names))) for name in one}
+    found = {name for one in processes.all_gather(sorted(set(names))) for name in one}
     if len(found) != 1:
         raise InputError(f"all images must end in one layer, got {', '.join(sorted(found)) or 'none'}")
     return found.pop()

@@ -3,11 +3,11 @@
 The refit of a site changes the consumer alone: it predicts what is gone from what stays. The producer can do its
 share, for its rows were made for a layer in which all channels took part. Site by site, both layers take one
 Gauss-Newton step towards what the dense MLP gives (`vbp.method.gauss_newton`), at the positions that matter to the
-answer (`vbp.statistics.mlp_samples`): many positions for few numbers, without labels.
+predictions (`vbp.statistics.mlp_samples`): many positions for few numbers, without labels.
 
 An eighth of the images takes no part and judges, site by site, which of two steps is taken, one bold and one
-cautious, or none. The answers do not judge here: statistics and plan have usually seen the images that could, and
-look better on them than anything that has not.
+cautious, or none. Predictions are not compared here: statistics and plan have usually seen the images that
+could, and look better on them than on new ones.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class ProducerRefit:
     Attributes:
         images: Images of the samples, of which an eighth judged.
         errors: Site name -> error of its MLP's output on those that judged, before and after, as a share of the
-            output's variance, each position and direction counting for as much as the answer depends on it.
+            output's variance, each position and direction weighted by how much the predictions depend on it.
     """
 
     images: int
@@ -88,7 +88,7 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> 
         for place, mlp in enumerate(mlps)
         if place % processes.world == processes.rank
     }
-    merged = {place: step for part in processes.gather(mine) for place, step in part.items()}
+    merged = {place: step for part in processes.all_gather(mine) for place, step in part.items()}
     return [merged[place] for place in range(len(mlps))]
 
 

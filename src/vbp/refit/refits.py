@@ -168,6 +168,10 @@ def refit_(
 
     Raises:
         InputError: `batches` is an iterator or empty, or a value is not finite.
+
+    Example:
+        >>> vbp.refit_(pruned, model, sites, [images]).stream.images
+        6
     """
     images = batches if isinstance(batches, ImageSource) else GivenImages(batches)
     device = next(dense.parameters()).device

@@ -1,4 +1,4 @@
-"""Bring the residual stream of a pruned model back to where the dense model's runs, at a few depths.
+"""Bring the residual stream of a pruned model closer to the dense model's, at a few depths.
 
 A site's own refit makes up for that site's channels, from what the dense model reads there. What it leaves adds up
 along the residual stream, and the layers behind read it. So at a few depths one MLP gets a second task: from what it
@@ -6,11 +6,11 @@ reads in the pruned model, it gives what the stream after it lacks as well,
 
     y = what it gives + (stream of the dense model - stream of the pruned model),
 
-by one step of `vbp.method.gauss_newton` at random positions of all images, strongly held back, without labels and
+by one step of `vbp.method.gauss_newton` at random positions of all images, strongly regularised, without labels and
 without a backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one
 after the other, since each changes what those behind it read.
 
-Few images say little of so many coefficients. So other images have the last word: if the answers there do not come
+Few images say little of so many coefficients. So other images decide: if the predictions on them do not come
 closer to the dense model's, the model stays as it is.
 """
 
@@ -55,9 +55,9 @@ class StreamRefit:
     """What bringing the stream back did, on images that it was not fitted to.
 
     Attributes:
-        sites: Whose layers changed; none if the answers did not come closer.
+        sites: Whose layers changed; none if the predictions did not come closer.
         images: Images fitted to, of all processes.
-        judged: Other images, by which the answers were compared.
+        judged: Other images, on which the predictions were compared.
         before: Mean KL(dense || pruned) on these without it, in nats.
         after: The same with it.
     """
@@ -78,7 +78,7 @@ class StreamRefit:
             return f"the residual stream stays as it is: no refit to {self.images} images helped"
         return (
             f"the residual stream is refitted to {self.images} images at {', '.join(self.sites)}: mean KL of the "
-            f"answers from the dense model's {self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
+            f"predictions from the dense model's {self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
         )
 
 
@@ -90,7 +90,7 @@ def refit_stream_(
     *,
     draws: Draws = _FIRST,
 ) -> StreamRefit:
-    """Let the pruned model's residual stream run where the dense model's does, as far as other images bear it out.
+    """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
     Same result on all processes of `judge`, which must all call it.
 
@@ -121,7 +121,7 @@ def refit_stream_(
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
                 step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
-                step = session.processes.gather(step)[0]
+                step = session.processes.all_gather(step)[0]
                 if step.better:
                     add_step_(pruned, join.site, step)
                     changed.append(join.site.name)
@@ -194,7 +194,7 @@ class _Work:
             target = given + (wanted - found) / gain.to(given)
             parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
             images += len(batch)
-        total = sum(self.session.processes.gather(images))
+        total = sum(self.session.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
         return gather_sample(join.site.name, parts, metric, self.session.processes), total

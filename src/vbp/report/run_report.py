@@ -99,6 +99,10 @@ class RunReport:
         producers: What the refit of the producers did: the data of `ProducerRefit`, and a `sentence`; None without.
         stream: The same of the refit of the residual stream, `StreamRefit`.
         head: The same of the refit of the last layer, `HeadRefit`.
+
+    Example:
+        >>> vbp.run(config).sites
+        {'blocks.0.mlp.fc1': (64, 128), 'blocks.1.mlp.fc1': (64, 128)}
     """
 
     base: Measured

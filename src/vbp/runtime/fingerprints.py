@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +18,14 @@ def model_fingerprint(model: nn.Module) -> str:
         value = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
         digest.update(value.flatten().view(torch.uint8).numpy() if value.numel() else b"")
+    return digest.hexdigest()
+
+
+def text_fingerprint(parts: Iterable[str]) -> str:
+    """Return the SHA-256 of texts one after the other; those of file names may hold bytes that are no UTF-8."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode(errors="surrogateescape"))
     return digest.hexdigest()
 
 

@@ -24,13 +24,14 @@ class _LogFile(logging.FileHandler):
 
 
 class RunLog:
-    """Collects the program's log records, first in memory, then in a file."""
+    """Collects the program's log records from now on, first in memory, then in a file."""
 
     def __init__(self) -> None:
         # Never flushed by itself: until `open`, a run that is refused must leave earlier results untouched.
         self._memory = MemoryHandler(capacity=1_000_000, flushLevel=logging.CRITICAL + 1, flushOnClose=False)
         self._file: logging.FileHandler | None = None
         self._logger = logging.getLogger("vbp")
+        self._logger.addHandler(self._memory)
 
     def open(self, path: Path, *, append: bool = False) -> None:
         """Write what was collected to a file, and all that follows.
@@ -52,10 +53,6 @@ class RunLog:
         self._logger.removeHandler(self._memory)
         self._logger.addHandler(self._file)
 
-    def start(self) -> None:
-        """Begin to collect."""
-        self._logger.addHandler(self._memory)
-
     def close(self) -> None:
         """Stop collecting and close the file."""
         self._logger.removeHandler(self._memory)
@@ -71,7 +68,6 @@ def run_log() -> Iterator[RunLog]:
     level = logger.level
     logger.setLevel(logging.INFO)
     log = RunLog()
-    log.start()
     try:
         yield log
     except BaseException as error:

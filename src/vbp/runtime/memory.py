@@ -12,7 +12,6 @@ from vbp.errors import InputError
 # How CPUs and the libraries of GPUs say that memory is at its end, in errors of no type of their own.
 _SIGNS = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED", "CUDA out of memory")
 
-
 _REMEDIES = {
     "fine-tuning": (
         "lower --train_batch_size and raise --grad_accum by as much, add --grad_checkpointing or --amp bf16, or "
@@ -50,8 +49,9 @@ def _figures() -> str:
         return ""
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
-    return f" ({_gib(peak)} in use at most, {_gib(free)} of {_gib(total)} free)"
+    return f" ({gib(peak)} in use at most, {gib(free)} of {gib(total)} free)"
 
 
-def _gib(size: int) -> str:
+def gib(size: int) -> str:
+    """Return a size in bytes as text."""
     return f"{size / 2**30:.2f} GiB"

@@ -13,8 +13,6 @@ from torch.amp.grad_scaler import GradScaler
 from vbp.errors import InputError
 
 Amp = Literal["auto", "off", "bf16", "fp16"]
-
-
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

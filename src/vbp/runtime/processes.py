@@ -1,4 +1,4 @@
-"""The processes of a job: how it was launched, what they tell each other, and how one that fails ends all."""
+"""The processes of a job: how it was launched, what they exchange, and how one that fails ends all."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from vbp.errors import InputError, Interrupted, PeerError
+from vbp.errors import InputError, Interrupted, PeerError, first_line
 
 _T = TypeVar("_T")
-
 
 # Signs in the message of a collective whose other end went away.
 _LOST_PEER = ("gloo", "nccl", "connection", "peer", "store", "timed out", "timeout")
@@ -36,7 +35,7 @@ class Processes:
         local_rank: Place among those of this node.
         local_world: Number of processes on this node.
         control: Group for small messages on the CPU, whatever device the tensors of the job are on.
-        store: Where a process leaves word before it fails.
+        store: Where a process that fails writes its error for the others.
     """
 
     rank: int = 0
@@ -47,11 +46,11 @@ class Processes:
     store: Store | None = None
 
     @property
-    def main(self) -> bool:
-        """Whether this is the process that writes."""
+    def is_main(self) -> bool:
+        """Return whether this is the process that writes."""
         return self.rank == 0
 
-    def gather(self, value: _T) -> list[_T]:
+    def all_gather(self, value: _T) -> list[_T]:
         """Return everyone's value to everyone, in the order of ranks; plain data or tensors on the CPU."""
         if self.world == 1:
             return [value]
@@ -59,34 +58,34 @@ class Processes:
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
 
-    def sum_(self, values: Tensor) -> Tensor:
+    def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, on the device where it lies."""
         if self.world > 1:
             dist.all_reduce(values)
         return values
 
-    def most(self, value: int) -> int:
+    def all_reduce_max(self, value: int) -> int:
         """Return the largest of everyone's small whole numbers; cheap enough for every step."""
         if self.world == 1:
             return value
-        found = torch.tensor([value])
-        dist.all_reduce(found, dist.ReduceOp.MAX, group=self.control)
-        return int(found)
+        largest = torch.tensor([value])
+        dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.control)
+        return int(largest)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
     @contextmanager
-    def one_per_node_first(self) -> Iterator[None]:
+    def local_main_first(self) -> Iterator[None]:
         """Let one process of each node do the block first: the others find the files in place and in memory."""
         if self.local_rank != 0:
-            self.wait()
+            self.barrier()
         yield
         if self.local_rank == 0:
-            self.wait()
-        self.wait()
+            self.barrier()
+        self.barrier()
 
     def check_same(self, what: str, value: str) -> None:
         """Stop all processes if they do not hold the same.
@@ -94,7 +93,7 @@ class Processes:
         Raises:
             InputError: They differ.
         """
-        values = self.gather(value)
+        values = self.all_gather(value)
         if len(set(values)) > 1:
             listed = ", ".join(f"{rank}: {value[:12]}" for rank, value in enumerate(values))
             raise InputError(
@@ -111,7 +110,7 @@ def launched() -> Processes:
     """
     if "WORLD_SIZE" not in os.environ:
         return Processes()
-    found = []
+    numbers = []
     rank = "0" if os.environ["WORLD_SIZE"] == "1" else None
     for name, default in (("RANK", rank), ("WORLD_SIZE", None), ("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")):
         value = os.environ.get(name, default)
@@ -119,8 +118,8 @@ def launched() -> Processes:
             raise InputError(
                 f"{name} must be a whole number, got {value!r}; start with torchrun, or unset WORLD_SIZE"
             )
-        found.append(int(value))
-    processes = Processes(found[0], found[1], found[2], found[3])
+        numbers.append(int(value))
+    processes = Processes(numbers[0], numbers[1], numbers[2], numbers[3])
     if not processes.rank < processes.world:
         raise InputError(
             f"RANK must be below WORLD_SIZE, got {processes.rank} and {processes.world}; start with torchrun"
@@ -196,8 +195,8 @@ def device_of(name: str, processes: Processes) -> torch.device:
 def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Processes, torch.device]]:
     """Join the processes of this job; NCCL on GPUs, gloo on CPUs.
 
-    An error of one process ends all: it leaves word of its error, and whoever waits for it hears of it, at the
-    latest after the time-out.
+    An error of one process ends all: it writes the error into the store, and the others read it there when they are
+    told to stop, lose the connection, or have waited for the time-out.
 
     Args:
         device: As for `device_of`.
@@ -206,10 +205,10 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
     Raises:
         PeerError: Another process failed.
     """
-    found = launched()
-    place = device_of(device, found)
-    if found.world == 1:
-        yield found, place
+    launch = launched()
+    place = device_of(device, launch)
+    if launch.world == 1:
+        yield launch, place
         return
     timeout = timedelta(minutes=timeout_minutes)
     common, rank, world = next(rendezvous("env://", timeout=timeout))
@@ -221,55 +220,44 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
         device_id=place if place.type == "cuda" else None,
     )  # fmt: skip
     control = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=timeout))
-    processes = Processes(rank, world, found.local_rank, found.local_world, control, PrefixStore("word", store))
+    processes = Processes(rank, world, launch.local_rank, launch.local_world, control, PrefixStore("failures", store))
+
+    def end(number: int, frame: FrameType | None) -> None:
+        failure = _first_failure(processes, "")
+        raise (
+            PeerError(failure) if failure else Interrupted(number, "stopped by SIGTERM before there was a checkpoint")
+        )
+
+    # torchrun sends SIGTERM to the others when one process has failed.
+    before = signal.signal(signal.SIGTERM, end)
     try:
-        with _termination_heard(processes):
-            yield processes, place
+        yield processes, place
     except BaseException as error:
+        # This process is about to end, and has still to say why.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The group is left as it is: closing it could wait for processes that are gone.
-        raise _told(processes, error) from error
+        raise _root_cause(processes, error) from error
+    signal.signal(signal.SIGTERM, before)
     dist.destroy_process_group()
 
 
-@contextmanager
-def _termination_heard(processes: Processes) -> Iterator[None]:
-    """Let SIGTERM end this process with a word: torchrun sends it to the others when one of them has failed."""
-
-    def end(number: int, frame: FrameType | None) -> None:
-        word = _word(processes, "")
-        raise PeerError(word) if word else Interrupted(number, "stopped by SIGTERM before there was a checkpoint")
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    except BaseException:
-        # The process is about to end, and has still to say why.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise
-    signal.signal(signal.SIGTERM, before)
-
-
-def _told(processes: Processes, error: BaseException) -> BaseException:
-    """Leave word of an error for the others, or take up the word of the one that failed first."""
+def _root_cause(processes: Processes, error: BaseException) -> BaseException:
+    """Return the error of the process that failed first; if it is this one, the others can read it from now on."""
     if isinstance(error, KeyboardInterrupt | PeerError):
-        return error  # all processes were told to stop, or the word is out
-    text = _first_line(error)
+        return error  # all processes were told to stop, or the first error is known
+    text = first_line(error)
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST_PEER):
-        word = _word(processes, "")
-        return PeerError(word or f"another process ended without a word, seen by process {processes.rank}: {text}")
+        failure = _first_failure(processes, "")
+        return PeerError(failure or f"another process ended without a word, seen by process {processes.rank}: {text}")
     mine = f"process {processes.rank} of {processes.world} failed: {text}"
-    first = _word(processes, mine)
+    first = _first_failure(processes, mine)
     return error if first == mine else PeerError(first)
 
 
-def _word(processes: Processes, mine: str) -> str:
-    """Return the word of the process that failed first; it is ours if there was none."""
+def _first_failure(processes: Processes, mine: str) -> str:
+    """Return what the process that failed first has written; `mine`, which is written then, if none has."""
     assert processes.store is not None
     try:
         return str(processes.store.compare_set("failure", "", mine).decode())
     except RuntimeError:
         return mine  # the process that held the store is gone
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).strip().splitlines()[0]

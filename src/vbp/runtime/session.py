@@ -56,7 +56,7 @@ class Session:
     @property
     def _hidden(self) -> bool | None:
         """Hide the bar on other processes; None leaves it to whether the output is a terminal."""
-        return None if self.processes.main else True
+        return None if self.processes.is_main else True
 
 
 # For calls that belong to no job.

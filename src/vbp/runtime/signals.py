@@ -11,7 +11,6 @@ from typing import Any
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
-
 # One request to stop can arrive several times: SLURM signals each process of a job, and torchrun, signalled too,
 # passes it on to its workers. Only a signal that comes later than this is a second request.
 _SAME_REQUEST_SECONDS = 2.0

@@ -41,6 +41,10 @@ class Site:
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
 
     Source: VBP paper (arXiv 2507.12988), section 3.
+
+    Example:
+        >>> sites[0].producers, sites[0].consumer, sites[0].hidden
+        (('blocks.0.mlp.fc1',), 'blocks.0.mlp.fc2', 128)
     """
 
     producers: tuple[str, ...]
@@ -91,6 +95,10 @@ def find_sites(
 
     Raises:
         InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
+
+    Example:
+        >>> [site.name for site in vbp.find_sites(model, example)]
+        ['blocks.0.mlp.fc1', 'blocks.1.mlp.fc1']
     """
     finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
     sites = list(finder.mlps())

@@ -106,6 +106,9 @@ def collect_statistics(
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
+
+    Example:
+        >>> statistics = vbp.collect_statistics(model, sites, [images])
     """
     target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens

@@ -102,7 +102,7 @@ class EvidenceReader:
             kept until `gradients` is called.
 
         Raises:
-            InputError: Images cannot be read, or the model's answers are not finite.
+            InputError: Images cannot be read, or the model's predictions are not finite.
         """
         images = self._images
         with out_of_memory("calibration"):

@@ -68,10 +68,10 @@ class GradientSum:
         Raises:
             InputError: No image came, to any process, or a gradient is not finite.
         """
-        images = int(processes.sum_(torch.tensor([self._images], device=self._device)))
+        images = int(processes.all_reduce_sum_(torch.tensor([self._images], device=self._device)))
         if images == 0:
             raise InputError("gradients need at least one labelled image, got none; check the training images")
-        gradients = {name: (processes.sum_(value) / images).cpu() for name, value in self._sums.items()}
+        gradients = {name: (processes.all_reduce_sum_(value) / images).cpu() for name, value in self._sums.items()}
         for name, gradient in gradients.items():
             if bad := int((~gradient.isfinite()).sum()):
                 raise InputError(

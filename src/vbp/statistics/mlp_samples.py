@@ -1,7 +1,7 @@
-"""What MLPs of the dense model read and give, at the positions that matter to its answer.
+"""Inputs and outputs of the dense model's MLPs, at the positions that matter to its predictions.
 
-A position matters as much as the answer's slope is long there. Where a token alone leads to the answer, it so counts
-for as much as a hundred others, and no one has to say which token that is.
+A position matters by the norm of the gradient of the predictions there. A token that alone decides the prediction,
+as a class token does, counts for as much as a hundred others, without anyone naming it.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 POSITIONS = 32
 
 
-# Share of a position's size that is that of the image's mean position: the answer's slope is no more than one draw.
+# Share of a position's size that is that of the image's mean position: the gradient comes from one random probe.
 _EVEN = 0.25
 
 
@@ -92,7 +92,7 @@ class MLPSamples:
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
                     parts[name].append(sample_positions(read, given, _sizes(slopes), draws, images))
                 images += len(batch)
-        self.images = sum(processes.gather(images))
+        self.images = sum(processes.all_gather(images))
         if not self.images:
             raise InputError("the refit of the producers needs at least one image, got none on any process")
         self.samples = {name: gather_sample(name, part, metrics.get(name), processes) for name, part in parts.items()}
@@ -123,7 +123,7 @@ class MLPSamples:
         )
 
     def _seen(self, dense: nn.Module, pixels: Tensor, start: int) -> list[tuple[str, Tensor, Tensor, Tensor]]:
-        """Return what each hidden layer reads, what its consumer gives, and the slopes of the answer there.
+        """Return what each hidden layer reads, what its consumer returns, and the gradients there.
 
         All are "images positions channels".
         """
@@ -203,13 +203,13 @@ def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, 
     Raises:
         InputError: A value is not finite.
     """
-    batches = [part for mine in processes.gather(list(parts)) for part in mine]
+    batches = [part for mine in processes.all_gather(list(parts)) for part in mine]
     order = torch.tensor([number for part in batches for number in part.numbers]).argsort(stable=True)
     inputs, outputs, weights = (
         torch.cat([getattr(part, what) for part in batches])[order].flatten(0, 1)
         for what in ("inputs", "outputs", "weights")
     )
-    total = torch.stack([one.cpu() for one in processes.gather(metric) if one is not None]).sum(0)
+    total = torch.stack([one.cpu() for one in processes.all_gather(metric) if one is not None]).sum(0)
     if not all(bool(one.isfinite().all()) for one in (inputs, outputs, weights, total)):
         raise InputError(
             f"what site {name} reads and gives, and the slopes there, must be finite, got NaN or infinity; check the "

@@ -42,6 +42,10 @@ class Statistics:
             the tokens; empty if they were not collected.
         token_fraction: That share.
         sensitivities: Name of an MLP site -> how much the predictions depend on its consumer; empty if not collected.
+
+    Example:
+        >>> statistics.means["blocks.0.mlp.fc1"].shape
+        torch.Size([128])
     """
 
     moments: Mapping[str, ChannelMoments]

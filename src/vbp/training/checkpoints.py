@@ -14,32 +14,20 @@ from typing import IO, Any
 
 import torch
 
-from vbp.errors import InputError, OutputError
-from vbp.runtime.files import write_atomically
+from vbp.errors import InputError, OutputError, first_line
+from vbp.runtime.files import clear_folder, write_atomically
 
 _log = logging.getLogger(__name__)
 
-
 CHECKPOINTS = "checkpoints"
-
-
-_FORMAT = "vbp-checkpoint/1"
-
-
+FORMAT = "vbp-checkpoint/1"
 _KEPT = 2
-
-
 _NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
-
 
 # The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:
 # torch.load reads the archive as ever, but looks at no check sum itself and takes flipped bits for weights.
 _SEAL = re.compile(rb"(vbp-checkpoint/\d+) sha256:([0-9a-f]{64})\Z")
-
-
-_SEAL_SIZE = len(f"{_FORMAT} sha256:") + 64
-
-
+_SEAL_SIZE = len(f"{FORMAT} sha256:") + 64
 _PIECE = 2**20
 
 
@@ -65,16 +53,16 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
-    _clear_halves(folder)
-    write_atomically(path, lambda file: _write(file, {"format": _FORMAT, "state": dict(state)}))
+    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
+    write_atomically(path, lambda file: write_sealed(file, {"format": FORMAT, "state": dict(state)}))
     whole = 0
     for other in reversed([file for file in _files(folder) if _position(file) is not None]):
         if _place(other) > _place(path):
             _log.warning("%s is removed: training went on from before it", other)
-            _remove(other)
+            clear_folder(folder, [other.name])
         elif whole >= _KEPT:
-            _remove(other)
-        elif other == path or _fault(other) is None:
+            clear_folder(folder, [other.name])
+        elif other == path or checkpoint_fault(other) is None:
             whole += 1
     return path
 
@@ -85,14 +73,15 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         InputError: The file is missing, torn, damaged, something else, or of another format.
     """
-    fault = _fault(path)
+    fault = checkpoint_fault(path)
     if fault is not None:
         raise InputError(f"{path} is no checkpoint that can be continued: {fault}")
     try:
         state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["state"]
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
-        text = (str(error) or type(error).__name__).splitlines()[0]
-        raise InputError(f"{path} is no checkpoint that can be continued: it cannot be read ({text})") from error
+        raise InputError(
+            f"{path} is no checkpoint that can be continued: it cannot be read ({first_line(error)})"
+        ) from error
     return state
 
 
@@ -143,17 +132,22 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
     folder = save_dir / CHECKPOINTS
     for path in _files(folder):
         if _position(path) is not None and (after is None or _place(path) > _place(after)):
-            _remove(path)
-    _clear_halves(folder)
+            clear_folder(folder, [path.name])
+    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
 
 
-def _write(file: IO[bytes], content: dict[str, Any]) -> None:
+def write_sealed(file: IO[bytes], content: dict[str, Any]) -> None:
+    """Write a file that torch.load reads, with a digest of all that stands before it as its end.
+
+    Raises:
+        TypeError: The content holds something that could not be read back.
+    """
     torch.save(content, file)
     # The archive's last field is the length of its comment.
     file.seek(-2, os.SEEK_END)
     file.write(struct.pack("<H", _SEAL_SIZE))
     digest = _digest(file, file.tell())
-    file.write(f"{_FORMAT} sha256:{digest}".encode())
+    file.write(f"{FORMAT} sha256:{digest}".encode())
     file.flush()
     try:
         # Mapped, so that no tensor is read: this asks only whether all types are plain.
@@ -164,7 +158,7 @@ def _write(file: IO[bytes], content: dict[str, Any]) -> None:
         ) from error
 
 
-def _fault(path: Path) -> str | None:
+def checkpoint_fault(path: Path) -> str | None:
     """Return what is wrong with a file, without loading it; None if it is whole and ours."""
     if not path.is_file():
         return "there is no such file; check the path"
@@ -176,8 +170,8 @@ def _fault(path: Path) -> str | None:
             if seal is None:
                 return "it was cut off, or is another kind of file; copy it again or give another"
             written = seal[1].decode()
-            if written != _FORMAT:
-                return f"it has format {written}, allowed is {_FORMAT}; use the vbp version that wrote it"
+            if written != FORMAT:
+                return f"it has format {written}, allowed is {FORMAT}; use the vbp version that wrote it"
             if _digest(file, size - len(seal[0])) != seal[2].decode():
                 return "it is damaged (its content does not match its digest); copy it again or give another"
     except OSError as error:
@@ -189,10 +183,7 @@ def _digest(file: IO[bytes], size: int) -> str:
     """Return the SHA-256 of the first bytes of a file, which stands behind them afterwards."""
     digest = hashlib.sha256()
     file.seek(0)
-    while size > 0:
-        piece = file.read(min(size, _PIECE))
-        if not piece:
-            break  # shorter than it was: the digest will not match
+    while size > 0 and (piece := file.read(min(size, _PIECE))):
         digest.update(piece)
         size -= len(piece)
     return digest.hexdigest()
@@ -213,15 +204,3 @@ def _position(path: Path) -> tuple[int, int] | None:
 
 def _place(path: Path) -> tuple[tuple[int, int], str]:
     return _position(path) or (-1, -1), path.name
-
-
-def _clear_halves(folder: Path) -> None:
-    for half in folder.glob(".*.part"):
-        _remove(half)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise OutputError(f"{path} could not be removed ({error}); see to the folder") from error

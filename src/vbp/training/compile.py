@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 
 
 class Compiled(nn.Module):
@@ -52,8 +52,8 @@ def compile_errors() -> Iterator[None]:
     except TorchDynamoException as error:
         # The cause says what is wrong; what is wrapped around it says where in the compiler.
         cause = getattr(error, "inner_exception", None) or error
-        reason = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         raise InputError(
-            f"compile needs a model that torch.compile can compile here, got {type(cause).__name__}: {reason}; "
+            "compile needs a model that torch.compile can compile here, got "
+            f"{type(cause).__name__}: {first_line(cause)}; "
             "leave --compile out, or install what it lacks (a C++ compiler, on a GPU Triton)"
         ) from error

@@ -18,7 +18,12 @@ _OFF, _ALONE = Precision(), Processes()
 
 @dataclass(frozen=True)
 class Accuracy:
-    """How many of `images` had the right class first, and among the first five."""
+    """How many of `images` had the right class first, and among the first five.
+
+    Example:
+        >>> vbp.Accuracy(correct1=6, correct5=8, images=8).top1
+        75.0
+    """
 
     correct1: int
     correct5: int
@@ -54,6 +59,10 @@ def evaluate(
 
     Raises:
         InputError: No image came, to any process.
+
+    Example:
+        >>> vbp.evaluate(model, [(images, labels)], "cpu").images
+        8
     """
     hits = torch.zeros(2, dtype=torch.int64, device=device)
     images = 0
@@ -66,7 +75,7 @@ def evaluate(
             hits += torch.stack((right[:, 0].sum(), right.sum()))
             images += labels.shape[0]
     counts = torch.cat((hits, hits.new_tensor([images])))
-    first, among_five, total = processes.sum_(counts).tolist()
+    first, among_five, total = processes.all_reduce_sum_(counts).tolist()
     if total == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
     return Accuracy(first, among_five, total)

@@ -23,6 +23,9 @@ class DistillationLoss:
         label_smoothing: Share of each label that is spread over all classes.
 
     Source: VBP paper, section 4.1; Hinton, Vinyals, Dean (2015).
+
+    Example:
+        >>> loss = vbp.DistillationLoss(temperature=4.0)(pruned(images), model(images), labels)
     """
 
     alpha: float = 0.7
@@ -59,9 +62,7 @@ class DistillationLoss:
         return self.alpha * self.cross_entropy(student, labels) + self.beta * self.temperature**2 * divergence
 
     def cross_entropy(
-        self,
-        student: Float[Tensor, "batch classes"],
-        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+        self, student: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"]
     ) -> Float[Tensor, ""]:
         """Return the cross-entropy alone, averaged over the batch.
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.runtime.memory import _gib, out_of_memory
+from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.memory import gib, out_of_memory
 from vbp.training.evaluate import evaluate
 from vbp.training.trainer import Trainer
 
@@ -61,7 +62,7 @@ class MemoryUse:
         """Return one line for the log."""
         if self.peak is None or self.total is None:
             return "a step and an evaluation batch fit into memory"
-        return f"a step and an evaluation batch take {_gib(self.peak)} of {_gib(self.total)}"
+        return f"a step and an evaluation batch take {gib(self.peak)} of {gib(self.total)}"
 
 
 def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_batch_size: int) -> MemoryUse:
@@ -81,11 +82,11 @@ def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_b
     """
     cuda = trainer.device.type == "cuda"
     shared, own = (_copied(state) for state in (trainer.state_dict(), trainer.process_state()))
-    modes = {module: module.training for module in trainer.student.modules()}
     if cuda:
         torch.cuda.reset_peak_memory_stats(trainer.device)
     try:
-        with out_of_memory("fine-tuning"):
+        # Training chooses its own mode; this one puts each module's back.
+        with evaluation_mode(trainer.student), out_of_memory("fine-tuning"):
             trainer.train_epoch(_Blank(trainer, image, batch_size), epoch=1)
         with out_of_memory("evaluation"):
             blank = torch.zeros(val_batch_size, *image), torch.zeros(val_batch_size, dtype=torch.int64)
@@ -93,8 +94,6 @@ def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_b
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.load_state_dict(shared, own)
-        for module, mode in modes.items():
-            module.training = mode
     if not cuda:
         return MemoryUse()
     return MemoryUse(torch.cuda.max_memory_allocated(trainer.device), torch.cuda.mem_get_info(trainer.device)[1])
@@ -105,7 +104,7 @@ class _Blank:
 
     def __init__(self, trainer: Trainer, image: tuple[int, ...], batch_size: int) -> None:
         self.batch = torch.zeros(batch_size, *image), torch.zeros(batch_size, dtype=torch.int64)
-        self.batches = min(2, trainer.accumulate)
+        self.batches = min(2, trainer.settings.accumulate)
         self.world = trainer.processes.world
 
     def __len__(self) -> int:
@@ -122,7 +121,7 @@ class _Blank:
 
 
 def _copied(state: Any) -> Any:
-    """Copy a state to the CPU, where it is in nobody's way."""
+    """Copy a state to the CPU, so that it takes no memory of the device."""
     if isinstance(state, Tensor):
         return state.detach().cpu().clone()
     if isinstance(state, Mapping):

@@ -47,7 +47,7 @@ def steps_per_epoch(batches: int, accumulate: int = 1) -> int:
     return math.ceil(batches / accumulate)
 
 
-class EpochSums:
+class EpochMeter:
     """Sums over the images and steps of this process; reading them in the loop would make a GPU wait.
 
     Attributes:
@@ -85,7 +85,7 @@ class EpochSums:
         Raises:
             InputError: There was no image, or the loss is no finite number; on every process alike.
         """
-        loss, correct, images, norm, norms = processes.sum_(self._values.clone()).tolist()
+        loss, correct, images, norm, norms = processes.all_reduce_sum_(self._values.clone()).tolist()
         if images == 0:
             raise InputError("fine-tuning needs at least one image, got none; check the training images")
         if not math.isfinite(loss):
@@ -106,11 +106,7 @@ class EpochSums:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what `load_state_dict` reads."""
-        return {
-            "sums": self._values.cpu().clone(),
-            "seconds": self.seconds,
-            "learning_rate": self.learning_rate,
-        }
+        return {"sums": self._values.cpu().clone(), "seconds": self.seconds, "learning_rate": self.learning_rate}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from where the state was taken."""

@@ -10,20 +10,19 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from timm.data.mixup import Mixup
 from torch import Tensor
 
 from vbp.errors import InputError
 
 
 @dataclass(frozen=True)
-class Mixing:
+class Mixup:
     """Mixes each image of a batch with the one at the same place from the end.
 
     What is drawn depends on the seed, the epoch, the batch and the process alone.
 
     Attributes:
-        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two, as a coin falls.
+        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two at random.
         cutmix: Alpha of CutMix; 0 leaves it out.
         label_smoothing: Share of each label that is spread over all classes.
         num_classes: Of the model.
@@ -59,12 +58,14 @@ class Mixing:
         rank: int = 0,
     ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
         """Return mixed images and their shares of all classes; the images that came in stay as they are."""
+        from timm.data.mixup import Mixup as TimmMixup  # timm takes seconds to import
+
         half, odd = (len(labels) + 1) // 2, len(labels) % 2 == 1
         # timm takes even batches. In an odd one the image in the middle is its own partner and stays as it is: it
         # stands there twice while the others are mixed.
         if odd:
             pixels, labels = (torch.cat((both[:half], both[half - 1 :])) for both in (pixels, labels))
-        mix = Mixup(  # type: ignore[no-untyped-call]
+        mix = TimmMixup(  # type: ignore[no-untyped-call]
             self.mixup, self.cutmix, label_smoothing=self.label_smoothing, num_classes=self.num_classes
         )
         with _numpy_seeded(self.seed, epoch, batch, rank):

@@ -13,7 +13,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from vbp.errors import InputError
 
 
-def average_of(model: nn.Module, decay: float) -> AveragedModel:
+def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Set up an exponential moving average of weights and running statistics; it begins after the first step.
 
     Args:

@@ -45,7 +45,7 @@ class Tracker:
             self._writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
 
     def __enter__(self) -> Self:
-        """Begin."""
+        """Return the tracker."""
         return self
 
     def __exit__(

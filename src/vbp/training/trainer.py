@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sized
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -15,9 +16,7 @@ from torch import Tensor, nn
 from torch.amp.grad_scaler import GradScaler
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
-from torch.optim import AdamW, Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
+from torch.optim import AdamW
 
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
@@ -26,14 +25,14 @@ from vbp.runtime.processes import Processes
 from vbp.runtime.random_state import random_state, set_random_state_
 from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
-from vbp.training.meters import EpochResult, EpochSums
-from vbp.training.mixup import Mixing
-from vbp.training.optim import average_of, make_schedule
+from vbp.training.meters import EpochMeter, EpochResult
+from vbp.training.mixup import Mixup
+from vbp.training.optim import make_ema, make_schedule
 
 _OFF, _ALONE = Precision(), Processes()
 
 
-class Batches(Sized, Protocol):
+class TrainingLoader(Sized, Protocol):
     """A training loader: each process gets as many batches, in an order that depends on the epoch."""
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
@@ -46,145 +45,128 @@ class Batches(Sized, Protocol):
         """Return the batches of the epoch."""
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True)
+class TrainerSettings:
+    """How a student is trained: AdamW, and a cosine over all `steps` down to 0 after a linear warm-up.
+
+    Attributes:
+        steps: Of the optimizer, in all epochs.
+        learning_rate: The peak, used as it is, however many processes and batches make a step.
+        weight_decay: Of all parameters.
+        warmup_steps: Of the `steps`.
+        loss: With a teacher; without one the loss is the cross-entropy alone, with the same label smoothing.
+        accumulate: Batches whose gradients make one step.
+        clip_grad: Largest norm of the gradient of a step.
+        ema_decay: What remains of the moving average at each step; None keeps none.
+        compile: Call student and teacher through torch.compile.
+        mixup: Mixes the images of each batch, for student and teacher alike.
+        measure_gradients: Report the norm of the gradients.
+
+    Raises:
+        InputError: A value is out of range.
+
+    Source: VBP paper, section 4.1.
+    """
+
+    steps: int
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup_steps: int = 0
+    loss: DistillationLoss = field(default_factory=DistillationLoss)
+    accumulate: int = 1
+    clip_grad: float | None = None
+    ema_decay: float | None = None
+    compile: bool = False
+    mixup: Mixup | None = None
+    measure_gradients: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the values that nothing else checks."""
+        if self.accumulate < 1:
+            raise InputError(
+                f"grad_accum must be at least 1, got {self.accumulate}; leave it out for one batch a step"
+            )
+        if self.clip_grad is not None and not 0 < self.clip_grad < math.inf:
+            raise InputError(f"clip_grad must be above 0 and finite, got {self.clip_grad}; leave it out not to clip")
+
+
 class Trainer:
     """A student, its optimizer and schedule; the teacher, if there is one, teaches on the same batches.
 
     Attributes:
         student: As its user knows it; training may call it through DDP and the compiler.
-        loss: With a teacher; without one the loss is the cross-entropy alone.
         average: Moving average of the student's weights and buffers.
         epoch: Number of the epoch that was begun last; 0 before the first.
         batches_done: Of that epoch, on this process.
         steps_done: Of the optimizer, in all.
+
+    Example:
+        >>> trainer = vbp.Trainer.of(pruned, steps=8, learning_rate=1e-4, device=images.device, teacher=model)
     """
 
-    student: nn.Module
-    optimizer: Optimizer
-    scheduler: LRScheduler
-    device: torch.device
-    teacher: nn.Module | None = None
-    loss: DistillationLoss = field(default_factory=DistillationLoss)
-    processes: Processes = _ALONE
-    accumulate: int = 1
-    clip_grad: float | None = None
-    average: AveragedModel | None = None
-    precision: Precision = _OFF
-    compile: bool = False
-    mixing: Mixing | None = None
-    measure_gradients: bool = False
-    epoch: int = field(default=0, init=False)
-    batches_done: int = field(default=0, init=False)
-    steps_done: int = field(default=0, init=False)
-
-    @staticmethod
-    def of(
+    def __init__(
+        self,
         student: nn.Module,
+        settings: TrainerSettings,
         *,
-        steps: int,
-        learning_rate: float,
         device: torch.device,
         teacher: nn.Module | None = None,
-        loss: DistillationLoss | None = None,
-        weight_decay: float = 0.01,
-        warmup_steps: int = 0,
-        processes: Processes = _ALONE,
-        accumulate: int = 1,
-        clip_grad: float | None = None,
-        ema_decay: float | None = None,
         precision: Precision = _OFF,
-        compile: bool = False,
-        mixing: Mixing | None = None,
-        measure_gradients: bool = False,
-    ) -> Trainer:
-        """Set up AdamW, and a cosine over all `steps` down to 0 after a linear warm-up.
+        processes: Processes = _ALONE,
+    ) -> None:
+        """Set up the optimizer, and what is called: the student under DDP, both models under the compiler.
 
         Args:
             student: Trained in place.
-            steps: Of the optimizer, in all epochs.
-            learning_rate: The peak, used as it is, however many processes and batches make a step.
+            settings: How.
             device: Where student and teacher are brought.
             teacher: Frozen, in evaluation mode.
-            loss: Its label smoothing counts without a teacher too.
-            weight_decay: Of all parameters.
-            warmup_steps: Of the `steps`.
-            processes: Each trains on its share of a batch.
-            accumulate: Batches whose gradients make one step.
-            clip_grad: Largest norm of the gradient of a step.
-            ema_decay: What remains of the moving average at each step; None keeps none.
             precision: Of the forward passes of student and teacher.
-            compile: Call both through torch.compile.
-            mixing: Mixes the images of each batch, for student and teacher alike.
-            measure_gradients: Report the norm of the gradients.
+            processes: Each trains on its share of a batch.
 
         Raises:
             InputError: A value is out of range.
-
-        Source: VBP paper, section 4.1.
         """
-        if accumulate < 1:
-            raise InputError(f"grad_accum must be at least 1, got {accumulate}; leave it out for one batch a step")
-        if clip_grad is not None and not 0 < clip_grad < math.inf:
-            raise InputError(f"clip_grad must be above 0 and finite, got {clip_grad}; leave it out not to clip")
-        move_(student, device)
+        self.student, self.teacher = move_(student, device), teacher
         if teacher is not None:
             move_(teacher, device).eval().requires_grad_(False)
-        optimizer = AdamW(
+        self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
+        self.optimizer = AdamW(
             student.parameters(),
-            lr=learning_rate,
-            weight_decay=weight_decay,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
             fused=True if device.type == "cuda" else None,
         )
-        return Trainer(
-            student,
-            optimizer,
-            make_schedule(optimizer, steps, warmup_steps),
-            device,
-            teacher,
-            loss or DistillationLoss(),
-            processes,
-            accumulate,
-            clip_grad,
-            None if ema_decay is None else average_of(student, ema_decay),
-            precision,
-            compile,
-            mixing,
-            measure_gradients,
-        )
-
-    def __post_init__(self) -> None:
-        """Set up what is called: the student under DDP, both under the compiler; their state stays their own."""
+        self.scheduler = make_schedule(self.optimizer, settings.steps, settings.warmup_steps)
+        self.average = None if settings.ema_decay is None else make_ema(student, settings.ema_decay)
+        self.epoch = self.batches_done = self.steps_done = 0
         self._ddp: DistributedDataParallel | None = None
-        if self.processes.world > 1:
-            places = [self.device] if self.device.type == "cuda" else None
-            self._ddp = DistributedDataParallel(self.student, device_ids=places, gradient_as_bucket_view=True)
-        student = self._ddp or self.student
-        self._student = Compiled(student) if self.compile else student
-        self._teacher = Compiled(self.teacher) if self.compile and self.teacher is not None else self.teacher
-        self._scaler: GradScaler = self.precision.scaler()
-        self._sums = EpochSums(self.device)
+        if processes.world > 1:
+            devices = [device] if device.type == "cuda" else None
+            self._ddp = DistributedDataParallel(student, device_ids=devices, gradient_as_bucket_view=True)
+        called = self._ddp or student
+        self._student = Compiled(called) if settings.compile else called
+        self._teacher = Compiled(teacher) if settings.compile and teacher is not None else teacher
+        self._scaler: GradScaler = precision.scaler()
+        self._meter = EpochMeter(device)
 
     @property
     def evaluated(self) -> nn.Module:
         """Return the model to evaluate and to save: the moving average if there is one, else the student."""
         return self.student if self.average is None else self.average.module
 
-    @property
+    @cached_property
     def predictor(self) -> nn.Module:
         """Return `evaluated` as it is called fastest: compiled if asked for."""
-        if not self.compile:
+        if not self.settings.compile:
             return self.evaluated
-        if self._ddp is None and self.average is None:
-            return self._student
-        if not hasattr(self, "_predictor"):
-            self._predictor = Compiled(self.evaluated)
-        return self._predictor
+        return self._student if self._ddp is None and self.average is None else Compiled(self.evaluated)
 
     def train_epoch(
         self,
-        loader: Batches,
+        loader: TrainingLoader,
         epoch: int,
-        progress: Callable[[Batches], Iterable[tuple[Tensor, Tensor]]] = iter,  # type: ignore[assignment]
+        progress: Callable[[TrainingLoader], Iterable[tuple[Tensor, Tensor]]] = iter,  # type: ignore[assignment]
         after_step: Callable[[], None] | None = None,
     ) -> EpochResult:
         """Train on every batch once, or on what is left of the epoch that a loaded state had begun.
@@ -201,50 +183,52 @@ class Trainer:
         """
         if epoch != self.epoch:
             self.epoch, self.batches_done = epoch, 0
-            self._sums.begin(float(self.scheduler.get_last_lr()[0]))
+            self._meter.begin(float(self.scheduler.get_last_lr()[0]))
         self._student.train()
-        start = time.perf_counter() - self._sums.seconds
+        start = time.perf_counter() - self._meter.seconds
         if self.batches_done < len(loader):
             loader.set_epoch(epoch, start=self.batches_done)
             for number, (pixels, labels) in enumerate(progress(loader), start=self.batches_done):
-                ends_step = (number + 1) % self.accumulate == 0 or number + 1 == len(loader)
+                ends_step = (number + 1) % self.settings.accumulate == 0 or number + 1 == len(loader)
                 self._learn(pixels, labels, number, self._weight(loader, number, len(labels)), ends_step)
                 if ends_step:
                     self._step()
                     self.batches_done = number + 1
-                    self._sums.seconds = time.perf_counter() - start
+                    self._meter.seconds = time.perf_counter() - start
                     if after_step is not None:
                         after_step()
         self._share_buffers()
         applied = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
-        return self._sums.result(epoch, self.processes, skipped_steps=self.steps_done - applied)
+        return self._meter.result(epoch, self.processes, skipped_steps=self.steps_done - applied)
 
-    def _weight(self, loader: Batches, number: int, count: int) -> float:
+    def _weight(self, loader: TrainingLoader, number: int, count: int) -> float:
         """Return what the mean over this batch counts in the mean over all images of the step.
 
         DDP takes the mean of the processes' gradients, whatever the number of their images.
         """
-        if self.accumulate == self.processes.world == 1:
+        if self.settings.accumulate == self.processes.world == 1:
             return 1.0
-        first = number - number % self.accumulate
-        group = range(first, min(first + self.accumulate, len(loader)))
+        first = number - number % self.settings.accumulate
+        group = range(first, min(first + self.settings.accumulate, len(loader)))
         return count * self.processes.world / sum(loader.global_size(batch) for batch in group)
 
     def _learn(self, pixels: Tensor, labels: Tensor, number: int, weight: float, ends_step: bool) -> None:
         """Add the gradient of one batch; processes exchange theirs once a step."""
         pixels, labels = (each.to(self.device, non_blocking=True) for each in (pixels, labels))
-        if self.mixing is not None:
-            pixels, labels = self.mixing(pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank)
-        if number % self.accumulate == 0:
+        if self.settings.mixup is not None:
+            pixels, labels = self.settings.mixup(
+                pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank
+            )
+        if number % self.settings.accumulate == 0:
             self.optimizer.zero_grad(set_to_none=True)
         exchange: AbstractContextManager[None] = nullcontext()
         if self._ddp is not None and not ends_step:
             exchange = self._ddp.no_sync()
-        with exchange, compile_errors() if self.compile else nullcontext():
+        with exchange, compile_errors() if self.settings.compile else nullcontext():
             logits, loss = self._loss(pixels, labels)
             weighted = loss if weight == 1 else loss * weight
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
-        self._sums.add(loss, logits, labels)
+        self._meter.add(loss, logits, labels)
 
     def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         with self.precision.autocast():
@@ -254,18 +238,18 @@ class Trainer:
                     target = logits_of(self._teacher(pixels))
         logits = in_float32(logits)
         if self._teacher is None:
-            return logits, self.loss.cross_entropy(logits, labels)
-        return logits, self.loss(logits, in_float32(target), labels)
+            return logits, self.settings.loss.cross_entropy(logits, labels)
+        return logits, self.settings.loss(logits, in_float32(target), labels)
 
     def _step(self) -> None:
-        if self.clip_grad is not None or self.measure_gradients:
+        if self.settings.clip_grad is not None or self.settings.measure_gradients:
             self._scaler.unscale_(self.optimizer)
             parameters = [parameter for parameter in self.student.parameters() if parameter.grad is not None]
             norm = get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
-            if self.measure_gradients:
-                self._sums.add_norm(norm)
-            if self.clip_grad is not None:
-                clip_grads_with_norm_(parameters, self.clip_grad, norm)
+            if self.settings.measure_gradients:
+                self._meter.add_norm(norm)
+            if self.settings.clip_grad is not None:
+                clip_grads_with_norm_(parameters, self.settings.clip_grad, norm)
         self._scaler.step(self.optimizer)
         self._scaler.update()
         # The rate follows the steps that were asked for: how many were left out is known to the GPU alone.
@@ -301,7 +285,7 @@ class Trainer:
 
     def process_state(self) -> dict[str, Any]:
         """Return what this process has for itself: its random numbers, and its sums of the epoch."""
-        return self._sums.state_dict() | {"random": random_state(self.device)}
+        return self._meter.state_dict() | {"random": random_state(self.device)}
 
     def load_state_dict(self, shared: Mapping[str, Any], own: Mapping[str, Any]) -> None:
         """Go on from where both states were taken, by a trainer with the same settings.
@@ -320,5 +304,5 @@ class Trainer:
         self.epoch, self.batches_done, self.steps_done = (
             int(shared[name]) for name in ("epoch", "batches_done", "steps_done")
         )
-        self._sums.load_state_dict(own)
+        self._meter.load_state_dict(own)
         set_random_state_(own["random"], self.device)

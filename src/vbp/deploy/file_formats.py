@@ -1,8 +1,9 @@
-"""ONNX files: written by torch's exporter, quantised and run by onnxruntime."""
+"""Files of classifiers that run without vbp: ONNX by onnxruntime, `.pt2` of torch.export by torch alone."""
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib
 import logging
 from collections.abc import Iterable, Iterator
@@ -13,14 +14,39 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.deploy.torch_export import Portable, tracing_example
 from vbp.errors import InputError
+from vbp.runtime.forward import logits_of
 
 _log = logging.getLogger(__name__)
 
 
 # A protobuf holds two GiB; the graph beside the weights takes little.
 _MOST_BYTES = 2_000_000_000
+
+
+class Portable(nn.Module):
+    """A classifier whose file is used alike for every model and precision.
+
+    Args:
+        model: Copied, in evaluation mode on the CPU; left as it was.
+        dtype: Of the weights and of all that is computed.
+    """
+
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.model = copy.deepcopy(model).cpu().to(dtype)
+        self.dtype = dtype
+        self.requires_grad_(False)
+        self.eval()
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of a batch."""
+        return logits_of(self.model(images.to(self.dtype))).float()
+
+
+def tracing_example(images: Tensor) -> Tensor:
+    """Return a batch to trace with: a batch of one would be taken for a constant."""
+    return images[:1].repeat(2, *(1 for _ in images.shape[1:]))
 
 
 def require_onnx() -> None:
@@ -139,3 +165,32 @@ class OnnxClassifier(nn.Module):
         """Return the logits of a batch."""
         (logits,) = self.session.run(None, {"images": images.float().cpu().numpy()})
         return torch.from_numpy(logits)
+
+
+def write_program(model: Portable, images: Tensor, path: Path) -> None:
+    """Write a `.pt2` file with a free batch dimension."""
+    example = (tracing_example(images),)
+    program = torch.export.export(model, example, dynamic_shapes=({0: torch.export.Dim("batch")},))
+    torch.export.save(program, path)
+
+
+class ProgramClassifier(nn.Module):
+    """A file of `write_program`, run by torch on the CPU.
+
+    Raises:
+        InputError: The file is damaged or something else.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        try:
+            program = torch.export.load(path).module()
+        except (RuntimeError, ValueError, KeyError, OSError, AssertionError) as error:
+            raise InputError(f"{path} is damaged or no file of torch.export ({error}); export it again") from error
+        # Not as a submodule: a program refuses eval() and train(), for it has no mode.
+        self.program = (program,)
+
+    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
+        """Return the logits of a batch."""
+        logits: Tensor = self.program[0](images)
+        return logits

@@ -14,7 +14,6 @@ from vbp.runtime.tables import format_count
 
 PlanFor = Callable[[float], PruningPlan]
 
-
 # A count on a copy may differ from the computed one by what `WidthCosts` says; once is enough for that.
 _CORRECTIONS = 4
 

@@ -25,11 +25,8 @@ from vbp.runtime.precision import Precision
 # caches.
 TURN_S = 0.1
 
-
 # Multiply-accumulates that a CPU computes in about a second.
 CPU_BATCH_MACS = 20_000_000_000
-
-
 Clock = Literal["wall", "processor"]
 
 

@@ -21,11 +21,9 @@ from vbp.sites.site import Site
 # (docs/export.md).
 _CPU = 8
 
-
 # Tensor cores work best on multiples of 128 bytes: 64 channels in half precision, 32 in TF32 (of float32).
 # Source: NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to use Tensor Cores".
 _LINE_BYTES = 128
-
 
 # A site that can choose among fewer widths than this is pruned too coarsely.
 _CHOICES = 8

@@ -21,15 +21,10 @@ from vbp.models.weights import PREFIXES
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
-
-
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
-
 
 # Lists of numbers that `json.dumps` spreads over one line each; no text can hold these line breaks.
 _NUMBERS = re.compile(r"\[\n\s*(?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+\n\s*\]")
-
-
 State = dict[str, Tensor]
 
 

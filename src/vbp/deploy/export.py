@@ -35,7 +35,6 @@ from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
 
-
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
 

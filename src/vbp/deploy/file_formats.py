@@ -19,7 +19,6 @@ from vbp.runtime.forward import logits_of
 
 _log = logging.getLogger(__name__)
 
-
 # A protobuf holds two GiB; the graph beside the weights takes little.
 _MOST_BYTES = 2_000_000_000
 

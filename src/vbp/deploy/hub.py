@@ -25,11 +25,8 @@ from vbp.errors import InputError, OutputError, one_line
 # A `Path` of `hf://USER/REPO` has one slash less.
 _REFERENCE = re.compile(r"hf://?(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 
-
 # The first base is what all errors of the client's own HTTP library are; which one that is depends on its version.
 _CLIENT_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-
-
 _NETWORK_ERRORS = (_CLIENT_ERROR, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
 
 

@@ -6,11 +6,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 ExportFormat = Literal["onnx", "pt2"]
-
 ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
-
 Backend = Literal["torch", "onnxruntime"]
-
 LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
 
 

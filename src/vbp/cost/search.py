@@ -19,15 +19,12 @@ _CORRECTIONS = 4
 
 
 class PlanSearch:
-    """The plans of all keep ratios, from the floor to the dense model, each made once.
+    """The plans of all keep ratios, from the floor (the fewest channels) to the whole dense model, each made once.
 
-    Attributes:
-        whole: The plan that keeps all MLP channels.
-        floor: The plan that keeps the fewest.
+    The function of the keep ratio that makes them must be deterministic.
     """
 
     def __init__(self, plan_for: PlanFor) -> None:
-        """Take a function of the keep ratio: the same one for the whole search, deterministic."""
         self._plan_for, self._plans = plan_for, dict[int, PruningPlan]()
         self.whole = plan_for(1.0)
         self._lowest = self.whole.min_keep_ratio
@@ -95,13 +92,8 @@ def meet_count(
 ) -> BudgetResult:
     """Find the largest keep ratio whose plan meets a budget of MACs, parameters or channels.
 
-    Args:
-        budget: Of a keep ratio (the nearest reachable plan is taken), MACs or parameters.
-        plan_for: Keep ratio -> plan, by the scores and rules of the run; deterministic. It also says what becomes of
-            attention.
-        costs: Of the dense model.
-        exact: `plan_cost` of the dense model: what decides in the end.
-        compensated: Whether consumers without bias will gain one, which counts as parameters.
+    Of a keep ratio the nearest reachable plan is taken. The counts of `exact` (`plan_cost` of the dense model) decide
+    in the end; where consumers without bias will gain one (`compensated`), these count as parameters.
 
     Raises:
         InputError: No plan meets it, or the dense model does: the reachable range is named.
@@ -123,7 +115,7 @@ def meet_count(
 
 
 def _counted(budget: Budget, costs: WidthCosts, *, compensated: bool) -> tuple[Callable[[PruningPlan], float], int]:
-    """Return what a plan costs of the budget's quantity, and what the dense model costs."""
+    """Return the function from a plan to its cost in the budget's quantity, and the cost of the dense model."""
     if budget.quantity == "macs":
         return costs.macs_of, costs.macs
     return lambda plan: costs.params_of(plan, compensated=compensated), costs.params

@@ -1,4 +1,4 @@
-"""The Hugging Face hub, through its own client: fetch the files of a model, and publish them."""
+"""Fetch the files of a model from the Hugging Face hub, and publish them, through the hub's own client."""
 
 from __future__ import annotations
 
@@ -69,11 +69,7 @@ def fetch(reference: str, files: Sequence[str]) -> Path:
 
 
 def check_repository(repository: str) -> None:
-    """Check that a text can be the name of a repository.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Raise InputError for a text that cannot be the name of a repository."""
     try:
         validate_repo_id(repository)
         fault = None if repository.count("/") == 1 else "it has no owner"
@@ -84,18 +80,14 @@ def check_repository(repository: str) -> None:
 
 
 def check_login(repository: str) -> None:
-    """Find out, without writing anything, whether somebody is logged in who may write to a repository.
-
-    Raises:
-        InputError: Nobody is, or the hub cannot be reached.
-    """
+    """Raise InputError if nobody is logged in who may write to a repository; nothing is written."""
     remedy = "run `hf auth login` with a token that can write, or set HF_TOKEN"
     try:
         known = HfApi().whoami()
     except LocalTokenNotFoundError as error:
         raise InputError(f"nobody is logged in who could write to {repository}; {remedy}") from error
     except _NETWORK_ERRORS as error:
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
+        if _status(error) == 401:
             raise InputError(f"the hub does not know the token that is to write to {repository}; {remedy}") from error
         raise InputError(
             f"the hub cannot be reached, so {repository} could not be written ({one_line(error)}); check the "
@@ -116,7 +108,7 @@ def check_login(repository: str) -> None:
 def publish(
     files: Mapping[str, Path | bytes], repository: str, *, private: bool, revision: str | None, message: str
 ) -> str:
-    """Upload files in one commit, and give its address. The repository is made if it is not there.
+    """Upload files in one commit, and return its address. The repository is made if it is not there.
 
     Raises:
         InputError: The name is none, or nobody is logged in who may write there.
@@ -132,8 +124,7 @@ def publish(
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise InputError(f"{repository} has no branch {revision}; make it, or leave the revision out") from error
     except _NETWORK_ERRORS as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
+        if _status(error) in (401, 403, 404):
             raise InputError(
                 f"nobody who may write to {repository} is logged in ({one_line(error)}); run `hf auth login` with a "
                 "token that can write, or set HF_TOKEN"
@@ -142,3 +133,7 @@ def publish(
             f"{repository} could not be written ({one_line(error)}); check the connection and try again"
         ) from error
     return str(commit.commit_url)
+
+
+def _status(error: Exception) -> object:
+    return getattr(getattr(error, "response", None), "status_code", None)

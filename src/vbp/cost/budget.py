@@ -1,4 +1,4 @@
-"""Budgets: what a pruned model may cost, and the plan that was found for it."""
+"""Budgets: limits on the cost of a pruned model, and the plan that was found for one."""
 
 from __future__ import annotations
 
@@ -169,7 +169,7 @@ class BudgetResult:
         return {**to_json(values), "miss": self.miss, **counts, "sentence": self.sentence()}
 
     def sentence(self) -> str:
-        """Say in words what was asked for, what was reached, and by how much and why the budget is missed."""
+        """Return in words what was asked for, what was reached, and by how much and why the budget is missed."""
         show = partial(_shown, self.budget.quantity)
         asked = f"budget {self.budget.flag} {show(self.target)} (dense {show(self.dense)}): {show(self.reached)}"
         if self.spread is not None:

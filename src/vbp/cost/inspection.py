@@ -95,10 +95,9 @@ def inspect_model(
         8320
     """
     costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
-    dense: dict[str, int] = {}
-    for plan in (plans,) if isinstance(plans, PruningPlan) else plans:
-        for entry in plan.sites:
-            dense.setdefault(entry.site.name, entry.site.hidden)
+    applied = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
+    # The first plan that a site is in says its dense width.
+    dense = {entry.site.name: entry.site.hidden for plan in reversed(applied) for entry in plan.sites}
     sites = tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
     return Inspection(type(model).__name__, costs.macs, costs.params, sites)
 

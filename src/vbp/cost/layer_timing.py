@@ -32,12 +32,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    @property
-    def shapes(self) -> list[Any]:
-        """Return the shapes of its tensors, and the types of the rest."""
-        values = [*self.args, *self.kwargs.values()]
-        return [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
-
 
 @dataclass(frozen=True)
 class Unit:
@@ -144,11 +138,12 @@ def _shape_of(model: nn.Module, unit: Unit) -> str:
     """Return a fingerprint of all that a unit's time depends on."""
     home = model.get_submodule(unit.home)
     inside = len(unit.home) + 1 if unit.home else 0
+    values = [*unit.call.args, *unit.call.kwargs.values()]
     return json_fingerprint([
         [[site.kind, site.hidden, site.heads, [name[inside:] for name in site.producers]] for site in unit.sites],
         [[name, type(module).__name__] for name, module in home.named_modules()],
         [[name, list(value.shape)] for name, value in home.named_parameters()],
-        unit.call.shapes,
+        [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values],
     ])  # fmt: skip
 
 

@@ -38,7 +38,7 @@ class PlanSearch:
         """Return the plan that keeps most among those that cost no more than `limit`; None if the floor costs more.
 
         Bisection: a plan that keeps more costs more. Rounding makes exceptions over a few channels, where one site
-        gives way to another that costs more; so the next plans above the first that costs too much are tried, too.
+        is exchanged for another that costs more; so the next plans above the first that costs too much are tried.
         """
         low, high = self._first, self._total
         if cost(self.floor) > limit:
@@ -62,7 +62,7 @@ class PlanSearch:
         return self._plans[number]
 
     def _exact_request(self, plan: PruningPlan) -> PruningPlan:
-        """Ask for the number of channels that a plan keeps, where rounding gave it another than was asked for."""
+        """Return the plan of a request for the channels that a plan keeps, where rounding changed their number."""
         if not plan.total or plan.kept == plan.requested:
             return plan
         again = self._plan(max(plan.kept, self._first))

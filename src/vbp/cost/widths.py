@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -224,7 +223,4 @@ def _layer(model: nn.Module, name: str, macs: Mapping[str, int]) -> LayerCost:
 
 
 def _removed(plan: PruningPlan) -> dict[str, int]:
-    removed: dict[str, int] = defaultdict(int)
-    for entry in plan.sites:
-        removed[entry.site.name] += entry.site.hidden - len(entry.keep)
-    return removed
+    return {entry.site.name: entry.site.hidden - len(entry.keep) for entry in plan.sites}

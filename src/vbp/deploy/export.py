@@ -83,15 +83,8 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         top1 = None if self.top1 is None else {"model": self.top1[0], "file": self.top1[1]}
-        return {
-            "file": str(self.file),
-            "to": self.to,
-            "dtype": self.dtype,
-            "bytes": self.size,
-            **asdict(self.parity),
-            "tolerance": self.tolerance,
-            "top1": top1,
-        }
+        written = {"file": str(self.file), "to": self.to, "dtype": self.dtype, "bytes": self.size}
+        return {**written, **asdict(self.parity), "tolerance": self.tolerance, "top1": top1}
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""

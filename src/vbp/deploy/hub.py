@@ -28,6 +28,7 @@ _REFERENCE = re.compile(r"hf://?(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 # The first base is what all errors of the client's own HTTP library are; which one that is depends on its version.
 _CLIENT_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
 _NETWORK_ERRORS = (_CLIENT_ERROR, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
+_LOG_IN = "run `hf auth login` with a token that can write, or set HF_TOKEN"
 
 
 def is_reference(path: Path | str) -> bool:
@@ -81,14 +82,15 @@ def check_repository(repository: str) -> None:
 
 def check_login(repository: str) -> None:
     """Raise InputError if nobody is logged in who may write to a repository; nothing is written."""
-    remedy = "run `hf auth login` with a token that can write, or set HF_TOKEN"
     try:
         known = HfApi().whoami()
     except LocalTokenNotFoundError as error:
-        raise InputError(f"nobody is logged in who could write to {repository}; {remedy}") from error
+        raise InputError(f"nobody is logged in who could write to {repository}; {_LOG_IN}") from error
     except _NETWORK_ERRORS as error:
         if _status(error) == 401:
-            raise InputError(f"the hub does not know the token that is to write to {repository}; {remedy}") from error
+            raise InputError(
+                f"the hub does not know the token that is to write to {repository}; {_LOG_IN}"
+            ) from error
         raise InputError(
             f"the hub cannot be reached, so {repository} could not be written ({one_line(error)}); check the "
             "connection, or upload later"
@@ -96,12 +98,12 @@ def check_login(repository: str) -> None:
     owner, role = repository.partition("/")[0], ((known.get("auth") or {}).get("accessToken") or {}).get("role")
     owners = [known.get("name", ""), *(entry.get("name", "") for entry in known.get("orgs") or ())]
     if role == "read":
-        raise InputError(f"the token of {owners[0]} can read alone, and {repository} is to be written; {remedy}")
+        raise InputError(f"the token of {owners[0]} can read alone, and {repository} is to be written; {_LOG_IN}")
     # What a fine-grained token may do, and where, is for the upload to find out.
     if role == "write" and owner.casefold() not in map(str.casefold, owners):
         raise InputError(
             f"{owners[0]} is logged in and may write to {', '.join(owners)}, got {repository}; give another "
-            f"owner, or {remedy}"
+            f"owner, or {_LOG_IN}"
         )
 
 
@@ -126,8 +128,7 @@ def publish(
     except _NETWORK_ERRORS as error:
         if _status(error) in (401, 403, 404):
             raise InputError(
-                f"nobody who may write to {repository} is logged in ({one_line(error)}); run `hf auth login` with a "
-                "token that can write, or set HF_TOKEN"
+                f"nobody who may write to {repository} is logged in ({one_line(error)}); {_LOG_IN}"
             ) from error
         raise OutputError(
             f"{repository} could not be written ({one_line(error)}); check the connection and try again"

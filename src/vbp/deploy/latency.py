@@ -113,19 +113,13 @@ def compare_latency(
         torch.inference_mode(),
         tempfile.TemporaryDirectory(prefix="vbp-latency-") as folder,
     ):
-        runners = {
-            name: _runner_of(model, example, chosen, Path(folder) / f"{name}.onnx")
-            for name, model in (("dense", dense), ("pruned", pruned))
-        }
+        run_dense = _runner_of(dense, example, chosen, Path(folder) / "dense.onnx")
+        run_pruned = _runner_of(pruned, example, chosen, Path(folder) / "pruned.onnx")
         for batch in batch_sizes:
             images = _batch_for(example, batch, chosen)
+            passes = partial(run_dense, images), partial(run_pruned, images)
             timed = compare_passes(
-                partial(runners["dense"], images),
-                partial(runners["pruned"], images),
-                device,
-                rounds=chosen.rounds,
-                warmup=chosen.warmup,
-                budget_s=chosen.budget_s,
+                *passes, device, rounds=chosen.rounds, warmup=chosen.warmup, budget_s=chosen.budget_s
             )
             spreads = timed.dense_ms, timed.pruned_ms, timed.speedup, timed.cpu_speedup
             rows.append(LatencyRow(batch, *spreads, ideal, timed.rounds))

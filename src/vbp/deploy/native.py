@@ -109,16 +109,9 @@ class NativeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {
-            "folder": str(self.folder),
-            "to": "native",
-            "library": self.library,
-            "arguments": dict(self.arguments),
-            "loads_by": self.loads_by,
-            "bytes": self.size,
-            **asdict(self.parity),
-            "tolerance": self.tolerance,
-        }
+        written = {"folder": str(self.folder), "to": "native", "library": self.library, "bytes": self.size}
+        loading = {"arguments": dict(self.arguments), "loads_by": self.loads_by}
+        return {**written, **loading, **asdict(self.parity), "tolerance": self.tolerance}
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""

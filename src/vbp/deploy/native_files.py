@@ -21,7 +21,7 @@ from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then put it in the place of `folder`; if that fails, nothing is left."""
+    """Fill a temporary folder by `write`, then put it in the place of `folder`; if that fails, nothing is left."""
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

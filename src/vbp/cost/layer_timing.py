@@ -25,6 +25,15 @@ from vbp.runtime.precision import Precision
 from vbp.sites.site import Site
 
 
+_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+
+# Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.
+_BLOCKS = 4
+
+# A pass of this many seconds flushes the caches by itself.
+_SLOW_S = 1.0
+
+
 @dataclass(frozen=True)
 class Call:
     """Arguments of a module's call."""
@@ -145,15 +154,6 @@ def _shape_of(model: nn.Module, unit: Unit) -> str:
         [[name, list(value.shape)] for name, value in home.named_parameters()],
         [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values],
     ])  # fmt: skip
-
-
-_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-
-# Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.
-_BLOCKS = 4
-
-# A pass of this many seconds flushes the caches by itself.
-_SLOW_S = 1.0
 
 
 def timing_conditions(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.macs import PlanCost
@@ -79,7 +80,7 @@ def check_reachable(budget: Budget, plan_for: PlanFor, costs: WidthCosts) -> Non
         InputError: The reachable range is named.
     """
     if budget.quantity in ("macs", "params"):
-        _check_range(budget, PlanSearch(plan_for), *_counted(budget, costs, compensated=True))
+        _check_range(budget, PlanSearch(plan_for), *counted(budget, costs, compensated=True))
 
 
 def meet_count(
@@ -101,7 +102,7 @@ def meet_count(
     if budget.quantity == "keep_ratio":
         return _by_channels(budget, plan_for(budget.amount))
     search = PlanSearch(plan_for)
-    cost, dense = _counted(budget, costs, compensated=compensated)
+    cost, dense = counted(budget, costs, compensated=compensated)
     _check_range(budget, search, cost, dense)
     target = limit = budget.limit(dense)
     for _ in range(_CORRECTIONS):
@@ -114,11 +115,13 @@ def meet_count(
     return BudgetResult(budget, plan, target, dense, reached, reached <= target, why)
 
 
-def _counted(budget: Budget, costs: WidthCosts, *, compensated: bool) -> tuple[Callable[[PruningPlan], float], int]:
+def counted(
+    budget: Budget, costs: WidthCosts, *, compensated: bool = False
+) -> tuple[Callable[[PruningPlan], float], int]:
     """Return the function from a plan to its cost in the budget's quantity, and the cost of the dense model."""
     if budget.quantity == "macs":
         return costs.macs_of, costs.macs
-    return lambda plan: costs.params_of(plan, compensated=compensated), costs.params
+    return partial(costs.params_of, compensated=compensated), costs.params
 
 
 def _exact(budget: Budget, counted: PlanCost, costs: WidthCosts, plan: PruningPlan, *, compensated: bool) -> int:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
 from vbp.cost.macs import plan_cost
-from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
+from vbp.cost.search import PlanFor, PlanSearch, check_reachable, counted, meet_count
 from vbp.cost.timing import LatencyComparison
 from vbp.cost.widths import LayerTimes, WidthCosts
 from vbp.pruning.make_plan import PlanRules
@@ -58,10 +58,8 @@ class BudgetTarget:
             plan = search.largest(times.share, allowed_share(budget, times.dense_ms))
         else:
             check_reachable(budget, equal_shares, costs)
-            macs = budget.quantity == "macs"
-            plan = search.largest(
-                costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
-            )
+            cost, dense = counted(budget, costs)
+            plan = search.largest(cost, budget.limit(dense))
         return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
     def meet(

@@ -96,16 +96,10 @@ def _run(config: RunConfig) -> None:
 def _sweep(arguments: Sequence[str]) -> None:
     from vbp.recipes.sweep import run_sweep
     from vbp.recipes.sweep_config import SweepConfig
-    from vbp.report.published import SOURCE, points_of
-    from vbp.report.sweep_figure import ReferencePoint
+    from vbp.report.published import points_of
 
     config = _parsed(SweepConfig, arguments, "vbp sweep")
-    published = [
-        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
-        for point in points_of(config.model_name)
-        if point.pruned is not None
-    ]
-    run_sweep(config, published)
+    run_sweep(config, points_of(config.model_name))
 
 
 def _inspect(arguments: Sequence[str]) -> None:

@@ -26,8 +26,10 @@ from vbp.recipes.setup import Job, prepare
 from vbp.recipes.sweep_config import SweepConfig, check_sweep, sweep_needs
 from vbp.recipes.sweep_state import JSON, Begun, check_may_go_on, deciding_settings, read_begun, write_state
 from vbp.refit.refits import AfterSurgery, check_refits
+from vbp.report.published import PublishedPoint
 from vbp.report.run_report import Measured
-from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
+from vbp.report.style import render
+from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Compensation, Setting, SweepReport, SweepRow
 from vbp.runtime.files import check_folder, clear_folder, write_bytes
 from vbp.runtime.log_file import RunLog, run_log
@@ -192,7 +194,7 @@ LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
 STATISTICS: Final = "statistics.safetensors"
 
 
-def run_sweep(config: SweepConfig, references: Sequence[ReferencePoint] = ()) -> SweepReport:
+def run_sweep(config: SweepConfig, references: Sequence[PublishedPoint] = ()) -> SweepReport:
     """Prune a model in many ways, and leave table, figure, statistics and log in `config.save_dir`.
 
     A sweep that was stopped goes on where it was, and one that is asked for more measures only that. Under torchrun
@@ -331,10 +333,10 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
 
 
 def _write(
-    folder: Path, report: SweepReport, settings: Mapping[str, Any], references: Sequence[ReferencePoint]
+    folder: Path, report: SweepReport, settings: Mapping[str, Any], references: Sequence[PublishedPoint]
 ) -> None:
     write_state(folder, settings, report.to_dict())
     write_bytes(folder / CSV, report.csv().encode())
-    svg, png = render_sweep(draw_sweep(report, references))
+    svg, png = render(draw_sweep(report, references), "sweep")
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)

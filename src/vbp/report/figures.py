@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vbp.report.published import PAPER_POINTS, SOURCE
@@ -22,9 +21,20 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
     tuned = [row for row in epochs if row["epoch"] > 0]
     if not tuned:
         return None
-    with canvas(4.0) as (figure, _):
-        _curves(figure, run.base.top1, epochs, tuned)
-        svg, png = render(figure)
+    with canvas(4.0, nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (above, below)):
+        above.axhline(run.base.top1, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
+        for axes, rows, name, marker, colour, label in (
+            (above, epochs, "top1", "o-", GREEN, "validation"),
+            (above, tuned, "train_top1", "s:", ORANGE, "training"),
+            (below, tuned, "train_loss", "s-", ORANGE, "training loss"),
+        ):
+            values = [row.get(name, float("nan")) for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
+        figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        above.set_ylabel("top-1 (%)")
+        below.set_ylabel("training loss")
+        below.set_xlabel("epoch")
+        below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     best = run.best
     return Drawing(
         "training",
@@ -40,29 +50,8 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
              f"{row['train_loss']:.4f}" if "train_loss" in row else "", f"{row['lr']:.3g}" if "lr" in row else "")
             for row in epochs
         ),
-        svg,
-        png,
+        *render(figure, "training"),
     )  # fmt: skip
-
-
-def _curves(
-    figure: Figure, dense: float, epochs: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]
-) -> None:
-    figure.clear()
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    above.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
-    for axes, rows, name, marker, colour, label in (
-        (above, epochs, "top1", "o-", GREEN, "validation"),
-        (above, tuned, "train_top1", "s:", ORANGE, "training"),
-        (below, tuned, "train_loss", "s-", ORANGE, "training loss"),
-    ):
-        values = [row.get(name, float("nan")) for row in rows]
-        axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    above.set_ylabel("top-1 (%)")
-    below.set_ylabel("training loss")
-    below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
 
 
 def plan_convergence(run: RunReport) -> Drawing | None:
@@ -86,7 +75,6 @@ def plan_convergence(run: RunReport) -> Drawing | None:
             )  # fmt: skip
         axes.set_xlabel("calibration images")
         axes.set_ylabel("channels that changed (%)")
-        svg, png = render(figure)
     said = "The plan did not settle." if settled is None else f"The plan settled at {settled:,} images."
     return Drawing(
         "convergence",
@@ -96,8 +84,7 @@ def plan_convergence(run: RunReport) -> Drawing | None:
         f"{said} The last doubling, to {changes[-1][0]:,} images, changed {changes[-1][1]:.2f} % of the channels.",
         ("Images", "Channels that changed (%)"),
         tuple((f"{images:,}", f"{changed:.2f}") for images, changed in changes),
-        svg,
-        png,
+        *render(figure, "convergence"),
     )
 
 
@@ -117,7 +104,6 @@ def accuracy_steps(run: RunReport) -> Drawing:
         labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts)
         axes.set_xlabel("top-1 accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        svg, png = render(figure)
     return Drawing(
         "accuracy",
         "Accuracy step by step",
@@ -129,8 +115,7 @@ def accuracy_steps(run: RunReport) -> Drawing:
             (label, f"{model.top1:.2f}", f"{model.top5:.2f}", f"{model.top1 - run.base.top1:+.2f}")
             for label, model in steps
         ),
-        svg,
-        png,
+        *render(figure, "accuracy"),
     )
 
 
@@ -149,7 +134,6 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
         axes.set_xlabel("MACs left (% of dense)")
         axes.set_ylabel("top-1 left (% of dense)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        svg, png = render(figure)
     rows = [
         ("this run", f"{100 * (1 - run.keep_ratio):.0f}", f"{pruned[0]:.1f}", f"{pruned[1]:.1f}", f"{best[1]:.1f}")
     ]
@@ -168,8 +152,7 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
         f"pruning and {best[1]:.1f} % at best; the published points of the paper lie beside it.",
         ("Model", "Removed (%)", "MACs left (%)", "Top-1 left, pruned (%)", "Top-1 left, best (%)"),
         tuple(rows),
-        svg,
-        png,
+        *render(figure, "accuracy_macs"),
     )
 
 
@@ -209,7 +192,6 @@ def latency_bars(run: RunReport) -> Drawing | None:
             [colour for _, _, colour in rows], [f"{value:.2f} ms" for _, value, _ in rows],
         )  # fmt: skip
         axes.set_xlabel("milliseconds a batch (median)")
-        svg, png = render(figure)
     speedup = base.latency_ms / pruned.latency_ms
     return Drawing(
         "latency",
@@ -220,8 +202,7 @@ def latency_bars(run: RunReport) -> Drawing | None:
         f"MACs would allow {base.macs / pruned.macs:.2f} times.",
         ("Model", "Latency (ms)", "Speed-up"),
         tuple((label, f"{value:.2f}", f"{base.latency_ms / value:.2f}x") for label, value, _ in rows),
-        svg,
-        png,
+        *render(figure, "latency"),
     )
 
 
@@ -255,7 +236,6 @@ def kept_channels(run: RunReport) -> Drawing | None:
         axes.set_xlabel("hidden channels")
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], names[::-1], loc="outside upper center", ncols=2)
-        svg, png = render(figure)
     least, most = min(sites, key=lambda site: site[1] / site[2]), max(sites, key=lambda site: site[1] / site[2])
     return Drawing(
         "kept_channels",
@@ -265,8 +245,7 @@ def kept_channels(run: RunReport) -> Drawing | None:
         f"{most[1]} of {most[2]}.",
         ("Site", "Kept", "Of", "Share"),
         tuple((name, str(kept), str(total), f"{kept / total:.1%}") for name, kept, total in sites),
-        svg,
-        png,
+        *render(figure, "kept_channels"),
     )
 
 
@@ -290,7 +269,6 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
         axes.set_xlim(0, max(1e-3, *(100 * error.before for error in errors)) * 1.05)
         axes.set_xlabel("squared error (% of the variance)")
         figure.legend(loc="outside upper center", ncols=2)
-        svg, png = render(figure)
     worst = max(errors, key=lambda error: error.before if error.refit is None else error.refit)
     caption = (
         "Variance of the error at the output of the layer that reads the channels, as a share of that output's own "
@@ -315,8 +293,7 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
             )
             for error in errors
         ),
-        svg,
-        png,
+        *render(figure, "reconstruction"),
     )
 
 

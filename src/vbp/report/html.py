@@ -68,7 +68,7 @@ def write_report(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"{folder / FIGURES} could not be made ({error}); choose another folder") from error
     for drawing in drawings.values():
-        write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
+        write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
     write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
     write_bytes(folder / REPORT, page.encode())

@@ -145,7 +145,6 @@ def variance_spectra(run: FinishedRun) -> Drawing | None:
     with canvas(0.7 + rows * (1.35 if columns < 3 else 1.05 if columns == 3 else 0.92)) as (figure, axes):
         _panels(axes, found, columns, low, high)
         figure.legend(loc="outside upper center", ncols=3)
-        svg, png = render(figure)
     query_key = any(entry.site.kind == "query_key" for entry in (run.plan.sites if run.plan else ()))
     return Drawing(
         "spectrum",
@@ -157,8 +156,7 @@ def variance_spectra(run: FinishedRun) -> Drawing | None:
         "what lies right of its cut was removed.",
         ("Site", "Channels", "Kept", "Largest", "Median", "Smallest", "Smallest kept", "Largest removed"),
         tuple(_spectrum_row(spectrum) for spectrum in found),
-        svg,
-        png,
+        *render(figure, "spectrum"),
         wide=True,
     )
 

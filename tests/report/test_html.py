@@ -19,7 +19,10 @@ import pytest
 from PIL import Image
 from runs import sites, write_run
 
-from vbp import HeadRefit, InputError, ProducerRefit, Site, StreamRefit
+from vbp import InputError, Site
+from vbp.refit.head import HeadRefit
+from vbp.refit.producers import ProducerRefit
+from vbp.refit.stream import StreamRefit
 from vbp.report.html import clear_report, summary_row, write_report
 from vbp.report.run_report import read_run
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from vbp.report.comparison import Comparison, compare
+from vbp.report.comparison import RunComparison, compare
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CompareConfig:
     json: Annotated[bool, tyro.conf.arg(help="Print JSON in the place of a table.")] = False
 
 
-def run_compare(config: CompareConfig) -> Comparison:
+def run_compare(config: CompareConfig) -> RunComparison:
     """Do what the configuration says.
 
     Raises:

@@ -55,30 +55,30 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
 
 
 def plan_convergence(run: RunReport) -> Drawing | None:
-    """Draw how the plan settled as the calibration images doubled; None with fewer than two stages."""
+    """Draw how the plan converged as the calibration images doubled; None with fewer than two stages."""
     stages = [] if run.convergence is None else run.convergence["stages"]
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
     if run.convergence is None or not changes:
         return None
-    settled = run.convergence["settled"]
+    converged = run.convergence["settled"]
     with canvas(2.8) as (figure, axes):
         axes.plot(*zip(*changes, strict=True), "o-", color=BLUE, markersize=5)
         axes.set_xscale("log", base=2)
         axes.set_xticks([images for images, _ in changes], [f"{images:,}" for images, _ in changes])
         axes.minorticks_off()
         axes.set_ylim(0, max(0.1, *(changed for _, changed in changes)) * 1.15)
-        if settled is not None:
-            axes.axvline(settled, color=GREEN, linestyle="--", linewidth=1.2)
+        if converged is not None:
+            axes.axvline(converged, color=GREEN, linestyle="--", linewidth=1.2)
             axes.annotate(
-                "settled", (settled, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                "converged", (converged, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
                 color=GREEN, fontsize=9, rotation=90, ha="right", va="top",
             )  # fmt: skip
         axes.set_xlabel("calibration images")
         axes.set_ylabel("channels that changed (%)")
-    said = "The plan did not settle." if settled is None else f"The plan settled at {settled:,} images."
+    said = "The plan did not converge." if converged is None else f"The plan converged at {converged:,} images."
     return Drawing(
         "convergence",
-        "How the plan settled",
+        "Convergence of the plan",
         "Share of all channels that the plan kept with half the images, and did not keep any more with this many. "
         "Where it is small, more calibration images would change little.",
         f"{said} The last doubling, to {changes[-1][0]:,} images, changed {changes[-1][1]:.2f} % of the channels.",
@@ -251,11 +251,11 @@ def kept_channels(run: RunReport) -> Drawing | None:
 
 def reconstruction_errors(run: FinishedRun) -> Drawing | None:
     """Draw the error that is left at each site; None where nothing tells it."""
-    found = site_errors(run)
-    if found is None:
+    errors_of_sites = site_errors(run)
+    if errors_of_sites is None:
         return None
-    errors = found.errors
-    compensated = run.report.config["compensation"] != "none" or found.at == "output"
+    errors = errors_of_sites.errors
+    compensated = run.report.config["compensation"] != "none" or errors_of_sites.at == "output"
     before = "mean shift" if compensated else "no compensation"
     refit = any(error.refit is not None for error in errors)
     with canvas(_height(len(errors))) as (figure, axes):
@@ -273,7 +273,7 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
     caption = (
         "Variance of the error at the output of the layer that reads the channels, as a share of that output's own "
         "variance, before fine-tuning."
-        if found.at == "output"
+        if errors_of_sites.at == "output"
         else "Mean squared error of the hidden channels that were removed, as a share of the variance of all "
         "channels of the site, before fine-tuning. It comes from the statistics; what the next layer makes of "
         "it may differ."

@@ -166,9 +166,9 @@ class RunReport:
             reconstruction={
                 one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
             },
-            producers=_told(refits.producers),
-            stream=_told(refits.stream),
-            head=_told(refits.head),
+            producers=_refit_data(refits.producers),
+            stream=_refit_data(refits.stream),
+            head=_refit_data(refits.head),
             **rest,
         )
 
@@ -202,7 +202,7 @@ class RunReport:
     @property
     def refits(self) -> tuple[str, ...]:
         """Return what each refit after surgery did, in words."""
-        return tuple(found["sentence"] for found in (self.producers, self.stream, self.head) if found is not None)
+        return tuple(refit["sentence"] for refit in (self.producers, self.stream, self.head) if refit is not None)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out."""
@@ -227,7 +227,7 @@ class RunReport:
         try:
             details = {
                 "compensation": report.config["compensation"],
-                "stages": [] if report.convergence is None else report.convergence["stages"],
+                "convergence": report.convergence,
                 "candidates": report.candidates,
                 "reconstruction": [{"site": site, **errors} for site, errors in report.reconstruction.items()],
                 "sentences": [part["sentence"] for part in parts],
@@ -272,8 +272,14 @@ class RunReport:
         return "\n".join(lines)
 
 
-def _told(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
+def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
     return None if refit is None else {**refit.to_dict(), "sentence": refit.sentence()}
+
+
+@dataclass(frozen=True)
+class _Convergence:
+    stages: tuple[Stage, ...]
+    settled: int | None
 
 
 @dataclass(frozen=True)
@@ -288,7 +294,7 @@ class _Details:
     """What the plain data inside a report must be."""
 
     compensation: str
-    stages: tuple[Stage, ...]
+    convergence: _Convergence | None
     candidates: tuple[_Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]

@@ -59,14 +59,14 @@ def draw_sweep(report: SweepReport, references: Sequence[PublishedPoint] = ()) -
 
 def _lines(report: SweepReport) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return for each cost the points of each method, the cheapest model first."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {cost: {} for cost in _PANELS}
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {cost: {} for cost in _PANELS}
     for row in report.rows:
         share = report.share(row)
-        for cost, methods in found.items():
+        for cost, by_method in lines.items():
             left, top1 = share[cost], share["top1"]
             if left is not None and top1 is not None:
-                methods.setdefault(row.setting.method, []).append((100 * left, 100 * top1))
-    return {cost: {method: sorted(points) for method, points in methods.items()} for cost, methods in found.items()}
+                by_method.setdefault(row.setting.method, []).append((100 * left, 100 * top1))
+    return {cost: {method: sorted(points) for method, points in methods.items()} for cost, methods in lines.items()}
 
 
 def _references(axes: Axes, references: Sequence[PublishedPoint]) -> None:

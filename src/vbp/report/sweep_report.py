@@ -1,4 +1,4 @@
-"""What a sweep found: plain data, a table, CSV and JSON."""
+"""What a sweep measured: plain data, a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -166,10 +166,10 @@ class SweepReport:
 
     def _by_ratio(self) -> list[list[str]]:
         ratios = sorted({row.setting.keep_ratio for row in self.rows}, reverse=True)
-        found: dict[str, dict[float, str]] = {}
+        methods: dict[str, dict[float, str]] = {}
         for row in self.rows:
-            found.setdefault(row.setting.method, {})[row.setting.keep_ratio] = _text(self.share(row)["top1"])
-        rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in found.items()]
+            methods.setdefault(row.setting.method, {})[row.setting.keep_ratio] = _text(self.share(row)["top1"])
+        rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in methods.items()]
         return [["method", *(f"{ratio:g}" for ratio in ratios)], *rows]
 
 

@@ -35,7 +35,8 @@ def to_json(value: Any) -> Any:
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
-    return str(value) if isinstance(value, Path) else value
+    # A version is a kind of text of its own, which safe unpickling refuses.
+    return str(value) if isinstance(value, Path | str) else value
 
 
 def from_json(

@@ -18,7 +18,6 @@ from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/1"
 
-
 Scope = Literal["global", "per_layer", "equal"]
 
 

@@ -15,7 +15,6 @@ from vbp.runtime.tables import format_count, text_table
 # These name a run, or are about how it was started: they differ without being a reason for other results.
 _INCIDENTAL: Final = frozenset({"save_dir", "overwrite", "resume", "log_dir", "local_rank", "push_to_hub"})
 
-
 _MODELS: Final = {
     "base": "top-1 dense",
     "uncompensated": "top-1 pruned, no compensation",
@@ -23,7 +22,6 @@ _MODELS: Final = {
     "best": "top-1 best",
     "final": "top-1 final",
 }
-
 
 _GAP, _LONGEST = 2, 32
 

@@ -90,7 +90,6 @@ def plan_convergence(run: RunReport) -> Drawing | None:
 
 _COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
 
-
 _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 

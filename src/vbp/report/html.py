@@ -29,7 +29,6 @@ from vbp.runtime.tables import format_count, markdown_table
 
 REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
-
 # Figures that a run may lack, all but the accuracy.
 _MISSING: Final = {
     "accuracy_macs": "Accuracy against MACs: the dense model has no accuracy or no MACs to compare with.",

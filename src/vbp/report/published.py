@@ -64,7 +64,6 @@ PAPER_POINTS: Final[tuple[PublishedPoint, ...]] = (
     _relative("ConvNeXt-T", 50, 16.80, 81.30, 2.96, 82.90, 4.47),
 )
 
-
 _PAPER_NAMES: Final = {
     "deit_tiny": "DeiT-T",
     "deit_small": "DeiT-S",

@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
-
 # How tables call the pruned model, by its compensation.
 PRUNED_LABELS: Final[Mapping[str, str]] = {
     "none": "pruned, no compensation",
     "mean": "pruned, mean shift",
     "refit": "pruned, refit",
 }
-
 
 _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 

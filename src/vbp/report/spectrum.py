@@ -125,7 +125,6 @@ def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 # Drawn over as many decades as the largest values need; what lies below is drawn at the bottom.
 _DECADES: Final = 8
 
-
 _GAP: Final = (0.12, 0.55)
 
 

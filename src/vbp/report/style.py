@@ -20,15 +20,11 @@ from matplotlib.figure import Figure
 # Okabe and Ito's colours, which all kinds of colour vision tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 
-
 INK, GREY, FAINT, PAPER = "#1f2329", "#76808a", "#d9dde2", "#ffffff"
-
 
 WIDTH: Final = 4.6
 
-
 _DPI: Final = 160
-
 
 # What stands in an SVG file, and what stands for it on the page, which has a style sheet.
 _ON_PAGE: Final = {
@@ -36,9 +32,7 @@ _ON_PAGE: Final = {
     ORANGE: "var(--orange)", GREEN: "var(--green)", PINK: "var(--pink)", "'DejaVu Sans'": "system-ui",
 }  # fmt: skip
 
-
 _NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-
 
 _STYLE: Final[dict[Any, Any]] = {
     "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.5, "axes.titlesize": 10,

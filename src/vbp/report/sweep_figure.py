@@ -15,9 +15,7 @@ from vbp.report.sweep_report import SweepReport
 # All kinds of colour vision tell them apart; the markers go on where they are used up.
 _COLOURS: Final = (BLUE, ORANGE, GREEN, PINK, SKY, RED, INK)
 
-
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
-
 
 _PANELS: Final = {"macs": "MACs left (%)", "params": "parameters left (%)", "latency": "latency left (%)"}
 

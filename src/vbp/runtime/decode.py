@@ -15,7 +15,6 @@ from vbp.errors import InputError
 
 T = TypeVar("T")
 
-
 _PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
 
 

@@ -15,6 +15,11 @@ from vbp.report.spectrum import short_names, site_errors
 from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
 from vbp.runtime.tables import format_count
 
+# Columns of the table of epochs, each with its format.
+_CURVES: Final = {"top1": ".2f", "top5": ".2f", "train_top1": ".2f", "train_loss": ".4f", "lr": ".3g"}
+_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
+_MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
+
 
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
@@ -45,13 +50,11 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
         f"epochs; the best is {best.top1:.2f} % after epoch {best.epoch}.",
         ("Epoch", "Top-1 (%)", "Top-5 (%)", "Training top-1 (%)", "Training loss", "Learning rate"),
         tuple(
-            (str(row["epoch"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}" if "top5" in row else "",
-             f"{row['train_top1']:.2f}" if "train_top1" in row else "",
-             f"{row['train_loss']:.4f}" if "train_loss" in row else "", f"{row['lr']:.3g}" if "lr" in row else "")
+            (str(row["epoch"]), *(f"{row[name]:{form}}" if name in row else "" for name, form in _CURVES.items()))
             for row in epochs
         ),
         *render(figure, "training"),
-    )  # fmt: skip
+    )
 
 
 def plan_convergence(run: RunReport) -> Drawing | None:
@@ -86,11 +89,6 @@ def plan_convergence(run: RunReport) -> Drawing | None:
         tuple((f"{images:,}", f"{changed:.2f}") for images, changed in changes),
         *render(figure, "convergence"),
     )
-
-
-_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
-
-_MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 
 def accuracy_steps(run: RunReport) -> Drawing:
@@ -256,19 +254,17 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
     errors = errors_of_sites.errors
     compensated = run.report.config["compensation"] != "none" or errors_of_sites.at == "output"
     before = "mean shift" if compensated else "no compensation"
-    refit = any(error.refit is not None for error in errors)
+    refit = errors[0].refit is not None
     with canvas(_height(len(errors))) as (figure, axes):
         places = np.arange(len(errors))
         axes.barh(places, [100 * error.before for error in errors], color=ORANGE, height=0.72, label=before)
         if refit:
-            axes.barh(
-                places, [100 * (error.refit or 0.0) for error in errors], color=BLUE, height=0.36, label="refit"
-            )
+            axes.barh(places, [100 * error.left for error in errors], color=BLUE, height=0.36, label="refit")
         _site_axis(axes, [error.site for error in errors])
         axes.set_xlim(0, max(1e-3, *(100 * error.before for error in errors)) * 1.05)
         axes.set_xlabel("squared error (% of the variance)")
         figure.legend(loc="outside upper center", ncols=2)
-    worst = max(errors, key=lambda error: error.before if error.refit is None else error.refit)
+    worst = max(errors, key=lambda error: error.left)
     caption = (
         "Variance of the error at the output of the layer that reads the channels, as a share of that output's own "
         "variance, before fine-tuning."
@@ -281,15 +277,10 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
         "reconstruction",
         "Reconstruction error",
         caption,
-        f"The largest error is left at {worst.site}: "
-        f"{100 * (worst.before if worst.refit is None else worst.refit):.1f} % of the variance.",
+        f"The largest error is left at {worst.site}: {100 * worst.left:.1f} % of the variance.",
         ("Site", f"Error with {before} (%)", *(("Error with refit (%)",) if refit else ())),
         tuple(
-            (
-                error.site,
-                f"{100 * error.before:.2f}",
-                *(("" if error.refit is None else f"{100 * error.refit:.2f}",) if refit else ()),
-            )
+            (error.site, f"{100 * error.before:.2f}", *((f"{100 * error.left:.2f}",) if refit else ()))
             for error in errors
         ),
         *render(figure, "reconstruction"),

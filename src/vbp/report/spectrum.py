@@ -60,6 +60,11 @@ class SiteError:
     before: float
     refit: float | None = None
 
+    @property
+    def left(self) -> float:
+        """Return the error that is left."""
+        return self.before if self.refit is None else self.refit
+
 
 @dataclass(frozen=True)
 class SiteErrors:

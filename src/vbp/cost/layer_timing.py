@@ -24,7 +24,6 @@ from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import Precision
 from vbp.sites.site import Site
 
-
 _SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
 # Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.

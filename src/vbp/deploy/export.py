@@ -37,8 +37,6 @@ _log = logging.getLogger(__name__)
 
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
-
-
 _NO_CALIBRATION = "dtype int8 needs calibration images, got none; give prepared training images, 128 or more"
 
 

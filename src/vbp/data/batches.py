@@ -19,11 +19,7 @@ class PlannedBatches:
     In order, the batches are those of a single process, dealt out in turn. Shuffled, `world` processes share
     out each batch of `batch_size * world` images, so that all take the same number of steps.
 
-    Attributes:
-        count: Images in all.
-        batch_size: Of one process.
-        epoch: Which order; an iteration under way keeps its own.
-        start: Batches of the epoch that are left out at its beginning.
+    The `count` images are ordered by `seed` and `epoch`; the first `start` batches of an epoch are left out.
     """
 
     count: int
@@ -44,9 +40,9 @@ class PlannedBatches:
         return whole + (rest >= self.world if self.shuffle else rest > 0)
 
     def __len__(self) -> int:
-        if self.shuffle:
-            return self.steps
-        return len(range(self.rank, math.ceil(self.count / self.batch_size), self.world))
+        return (
+            self.steps if self.shuffle else len(range(self.rank, math.ceil(self.count / self.batch_size), self.world))
+        )
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         epoch = self.epoch  # an epoch under way keeps its number
@@ -64,11 +60,7 @@ class PlannedBatches:
             yield [(epoch, index) for index in share]
 
     def global_size(self, batch: int) -> int:
-        """Return how many images batch number `batch` has over all processes.
-
-        Raises:
-            InputError: No process has such a batch.
-        """
+        """Return how many images batch number `batch`, counted from 0, has over all processes."""
         if not 0 <= batch < self.steps:
             raise InputError(f"batch must be a number from 0 to {self.steps - 1}, got {batch}")
         together = self.batch_size * self.world

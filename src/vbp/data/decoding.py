@@ -1,4 +1,4 @@
-"""From an encoded image to a tensor, in whichever process: what a worker of the loader does."""
+"""Decode images and transform them to tensors, in a worker of the loader or in the main process."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What came of one batch's keys."""
+    """Images and labels of one batch, and those that could not be read."""
 
     images: Tensor | None
     labels: Tensor
@@ -50,11 +50,8 @@ class Batch(NamedTuple):
 class DecodedImages(Dataset[Sample]):
     """Samples by `(epoch, index)`: a worker that serves several epochs gets its whole state from the key.
 
-    Attributes:
-        images: What to read.
-        transform: Draws from torch's default generator, which is seeded for each image.
-        seed: With the epoch and the index, it decides what `transform` draws.
-        attempts: How many images to try, from the index on and around the list's end, until one can be read.
+    The seed, the epoch and the index decide what `transform` draws from torch's default generator. As many images
+    are tried as there are `attempts`, from the index on and around the list's end, until one can be read.
     """
 
     images: Images

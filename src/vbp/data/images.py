@@ -1,4 +1,4 @@
-"""What the loader knows of a source of images, and which of them to take if not all are: evenly from every class."""
+"""Describe a source of images to the loader, and take a part of them: evenly from every class."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from vbp.data.batches import PlannedBatches
 from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 from vbp.runtime.signals import leave_signals_to_parent
 
 _log = logging.getLogger(__name__)
@@ -93,10 +93,7 @@ def make_loader(
 class ImageLoader:
     """Iterates over `(images, labels)` batches; made by `make_loader`.
 
-    Attributes:
-        images: What is loaded, by all processes together.
-        batch_size: Images in a full batch of this process.
-        unreadable: Name to reason, for each image that this process could not read so far.
+    `unreadable` holds name and reason of each image that this process could not read so far.
     """
 
     def __init__(self, images: Images, loader: DataLoader[Sample], batches: PlannedBatches, allowed: int) -> None:
@@ -110,12 +107,7 @@ class ImageLoader:
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order and the random transforms of the iterations to come; they start at epoch 0.
 
-        Args:
-            epoch: Its number.
-            start: Batches of the epoch that were done before: left out, without being read.
-
-        Raises:
-            InputError: The epoch has fewer batches than `start`.
+        The first `start` batches of the epoch are left out, without being read.
         """
         if not 0 <= start <= len(self):
             raise InputError(f"start must be a number of batches from 0 to {len(self)}, got {start}")
@@ -126,9 +118,6 @@ class ImageLoader:
         """Return how many images batch number `batch` of an epoch, counted from 0, has over all processes.
 
         Exact with `shuffle`; without it, images that cannot be read are counted too.
-
-        Raises:
-            InputError: No process has such a batch.
         """
         return self._batches.global_size(batch)
 
@@ -137,11 +126,7 @@ class ImageLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
-        """Yield one epoch, from the batch on that `set_epoch` chose.
-
-        Raises:
-            InputError: Too many images cannot be read.
-        """
+        """Yield one epoch, from the batch on that `set_epoch` chose; stop if too many images cannot be read."""
         # A share of the images may be unreadable as a whole, if it is small; the list may not.
         whole = self._batches.world == 1 and self._batches.start == 0
         empty = True
@@ -153,14 +138,10 @@ class ImageLoader:
                 empty = False
                 yield batch.images, batch.labels
         if empty and (whole or len(self.unreadable) == len(self.images)):
-            raise InputError(f"no image of {self.images.root} could be read: {self._first_few()}")
+            raise InputError(f"no image of {self.images.root} could be read: {some_of([*self.unreadable], 3)}")
 
     def take_over(self, unreadable: Mapping[str, str]) -> None:
-        """Count what another process could not read, as if it had been this one.
-
-        Raises:
-            InputError: Too many images cannot be read.
-        """
+        """Count what another process could not read, as if it had been this one."""
         for name, reason in unreadable.items():
             self._note(Failure(name, reason))
 
@@ -174,11 +155,9 @@ class ImageLoader:
         if count > self._allowed:
             raise InputError(
                 f"at most {self._allowed} of {total} images may be unreadable, got {count} so far "
-                f"({count / total:.1%}): {self._first_few()}; repair or remove them, or raise max_unreadable"
+                f"({count / total:.1%}): {some_of([*self.unreadable], 3)}; repair or remove them, "
+                "or raise max_unreadable"
             )
-
-    def _first_few(self) -> str:
-        return ", ".join(list(self.unreadable)[:3]) + (", ..." if len(self.unreadable) > 3 else "")
 
 
 def _check_options(

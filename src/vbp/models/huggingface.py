@@ -43,12 +43,7 @@ WEIGHT_FILES = (
 def load_huggingface(
     model_name: str, allow_random_init: bool, overrides: Mapping[str, Any], model_type: ModelType
 ) -> Classifier:
-    """Load a transformers classifier; its family is checked before any weight is read or fetched.
-
-    Raises:
-        InputError: The folder or the id is wrong, a weight or the preprocessing is missing, or the files
-            cannot be fetched.
-    """
+    """Load a transformers classifier; its family is checked before any weight is read or fetched."""
     config = _config(model_name)
     family = FAMILIES.get(config.model_type, "other")
     check_family(model_name, model_type, family)
@@ -70,11 +65,7 @@ def load_huggingface(
 
 
 def build_huggingface(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode and float32.
-
-    Raises:
-        InputError: The installed transformers does not know the configuration, or builds another class.
-    """
+    """Build the untrained architecture of `source`, in evaluation mode and float32."""
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
     try:

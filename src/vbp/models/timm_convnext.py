@@ -14,7 +14,6 @@ from vbp.models.timm_names import check_known
 from vbp.models.weights import StateDict
 
 _log = logging.getLogger(__name__)
-
 IMAGENET_22K_CLASSES = 21841
 
 

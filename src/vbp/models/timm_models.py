@@ -50,11 +50,7 @@ def load_timm(
     overrides: Mapping[str, Any],
     model_type: ModelType,
 ) -> Classifier:
-    """Load a timm classifier; its family is checked before any weight is read or fetched.
-
-    Raises:
-        InputError: The name, an argument or the weight file is wrong, or the weights cannot be fetched.
-    """
+    """Load a timm classifier; its family is checked before any weight is read or fetched."""
     without_network = file is not None or allow_random_init
     tagged = with_facebook_tag(model_name, file.path) if file is not None and file.facebook else model_name
     architecture = resolve(tagged, model_kwargs, overrides["img_size"], without_network=without_network)
@@ -82,11 +78,7 @@ def load_timm(
 
 
 def build_timm(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode.
-
-    Raises:
-        InputError: The installed timm does not know the name or the arguments.
-    """
+    """Build the untrained architecture of `source`, in evaluation mode."""
     check_known(source.name)
     return _build(source.name, source.arguments).eval()
 

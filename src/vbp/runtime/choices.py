@@ -11,12 +11,9 @@ Criterion = Literal[
 ]  # fmt: skip
 
 Scope = Literal["global", "per_layer", "equal"]
-
 Compensation = Literal["none", "mean", "refit"]
 
 # Whether something is done: where it is possible, always (an error where it is not), or never.
 Toggle = Literal["auto", "on", "off"]
-
 Amp = Literal["auto", "off", "bf16", "fp16"]
-
 MatmulPrecision = Literal["highest", "high"]

@@ -1,4 +1,4 @@
-"""One process of a job: its ranks, device and precision, its progress bars, and the seconds of each stage."""
+"""Keep together what one process of a job needs: ranks, device, precision, progress bars, seconds of each stage."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from vbp.runtime.processes import Processes
 class Session:
     """How this process takes part in a job. The default is a job of one process, on the CPU, in float32.
 
-    Attributes:
-        processes: The processes whose images count together.
-        device: Where the models are.
-        precision: Of all forward passes.
-        seconds: Stage -> seconds spent in it so far.
+    `precision` is that of all forward passes; `seconds` has the time spent in each stage so far.
     """
 
     processes: Processes = field(default_factory=Processes)

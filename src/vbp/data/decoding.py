@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import warnings
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vbp.data.batches import mixed_seed
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 
@@ -98,3 +98,9 @@ def _reason(error: BaseException) -> str:
     # Pillow's own text names the object in memory, not the image.
     text = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
     return f"{type(error).__name__}: {text}"
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return one seed from several numbers: a sum would give one image in one epoch its neighbour's in the next."""
+    text = ",".join(map(str, numbers))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

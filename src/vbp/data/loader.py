@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vbp.data.batches import PlannedBatches
-from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate
+from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate, mixed_seed
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 from vbp.errors import InputError, some_of
@@ -88,6 +88,61 @@ def make_loader(
         generator=torch.Generator().manual_seed(0),
     )
     return ImageLoader(images, loader, batches, allowed)
+
+
+@dataclass(eq=False)
+class PlannedBatches:
+    """The `(epoch, index)` keys of each batch of one process.
+
+    In order, the batches are those of a single process, dealt out in turn. Shuffled, `world` processes share
+    out each batch of `batch_size * world` images, so that all take the same number of steps.
+
+    The `count` images are ordered by `seed` and `epoch`; the first `start` batches of an epoch are left out.
+    """
+
+    count: int
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Return how many batches the process with most has."""
+        whole, rest = divmod(self.count, self.batch_size * self.world)
+        # A process without an image would wait for the others in vain: a rest too small for all is left out.
+        return whole + (rest >= self.world if self.shuffle else rest > 0)
+
+    def __len__(self) -> int:
+        return (
+            self.steps if self.shuffle else len(range(self.rank, math.ceil(self.count / self.batch_size), self.world))
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch  # an epoch under way keeps its number
+        batches = range(self.start, len(self))
+        if not self.shuffle:
+            for batch in batches:
+                first = (batch * self.world + self.rank) * self.batch_size
+                yield [(epoch, index) for index in range(first, min(first + self.batch_size, self.count))]
+            return
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+        order = torch.randperm(self.count, generator=generator)
+        together = self.batch_size * self.world
+        for batch in batches:
+            share: Sequence[int] = order[batch * together : (batch + 1) * together][self.rank :: self.world].tolist()
+            yield [(epoch, index) for index in share]
+
+    def global_size(self, batch: int) -> int:
+        """Return how many images batch number `batch`, counted from 0, has over all processes."""
+        if not 0 <= batch < self.steps:
+            raise InputError(f"batch must be a number from 0 to {self.steps - 1}, got {batch}")
+        together = self.batch_size * self.world
+        return min(together, self.count - batch * together)
 
 
 class ImageLoader:

@@ -86,6 +86,15 @@ def hub_repository(model_name: str) -> str | None:
     return model_name if model_name.startswith("timm/") else None
 
 
+def cannot_fetch(model_name: str, error: BaseException) -> InputError:
+    """Return the error for weights or a configuration that cannot be fetched from the hub."""
+    return InputError(
+        f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); check the "
+        "name (no local folder has it) and the connection, or give --checkpoint FILE with a timm model name, or a "
+        "local Hugging Face folder"
+    )
+
+
 def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
     """Refuse a model of another family than it was said to be."""
     if model_type not in ("auto", family):

@@ -25,7 +25,8 @@ PLAIN_PROCESSORS = (
 # From this edge on, the ConvNeXt processor squashes the whole image and crops nothing.
 CONVNEXT_SQUASH_EDGE = 384
 
-# What transformers raises for files that it cannot fetch, read or understand.
+# What transformers raises for files that it cannot fetch, read or understand; the last one for a value of the wrong
+# type in a configuration.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -34,7 +35,7 @@ LOADING_ERRORS = (
     TypeError,
     AttributeError,
     SafetensorError,
-    StrictDataclassError,  # a configuration with a value of the wrong type
+    StrictDataclassError,
 )
 
 

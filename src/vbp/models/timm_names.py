@@ -11,8 +11,8 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
-from vbp.errors import InputError, one_line
-from vbp.models.classifier import hub_repository
+from vbp.errors import InputError
+from vbp.models.classifier import cannot_fetch, hub_repository
 
 # Set here or by the caller's other options: as model arguments they would contradict those.
 RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -94,12 +94,3 @@ def _registered_cfg(requested: str, name: str) -> dict[str, Any]:
         tags = ", ".join(timm.list_models(f"{name}.*", include_tags=True)) or "none"
         raise InputError(f"unknown tag in the model name {requested!r}; timm has {tags}") from error
     return {} if cfg is None else dict(cfg.to_dict())
-
-
-def cannot_fetch(model_name: str, error: BaseException) -> InputError:
-    """Return the error for weights or a configuration that cannot be fetched from the hub."""
-    return InputError(
-        f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); "
-        "check the name and the connection, or give --checkpoint FILE with a timm model name, or a local "
-        "Hugging Face folder"
-    )

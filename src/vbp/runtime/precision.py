@@ -26,11 +26,6 @@ class Precision:
     device_type: str = "cpu"
 
     @staticmethod
-    def off() -> Precision:
-        """Compute in the type of the weights."""
-        return Precision()
-
-    @staticmethod
     def choose(amp: Amp, device: torch.device) -> Precision:
         """Return what a user asked for, or for `auto` bf16 where the GPU computes in it and nothing elsewhere."""
         if amp == "auto":

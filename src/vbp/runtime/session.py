@@ -33,7 +33,7 @@ class Session:
 
     @contextmanager
     def progress_steps(self, label: str, unit: str) -> Iterator[Callable[[str], None]]:
-        """Draw progress over steps whose number nobody knows: call what is returned with each step's name."""
+        """Draw progress over an unknown number of steps: call what is returned with each step's name."""
         with tqdm(desc=label, unit=f" {unit}", leave=False, disable=self._hidden, dynamic_ncols=True) as drawn:
 
             def tell(name: str) -> None:

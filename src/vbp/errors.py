@@ -1,4 +1,4 @@
-"""The errors that a user can mend: shown as one line by the commands, without a traceback."""
+"""Define the errors that a user can fix: the commands show them as one line, without a traceback."""
 
 from __future__ import annotations
 

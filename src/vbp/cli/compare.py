@@ -10,10 +10,10 @@ from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
 
 if TYPE_CHECKING:
-    from vbp.report.comparison import Comparison
+    from vbp.report.comparison import RunComparison
 
 
-def run_compare(config: CompareConfig) -> Comparison:
+def run_compare(config: CompareConfig) -> RunComparison:
     """Do what the configuration says; fewer than two runs are a usage error, exit code 2.
 
     Raises:

@@ -1,4 +1,4 @@
-"""The grammar of `data_path` and the images behind it: a folder, `hfds/...` or `wds/...` (options after a `?`)."""
+"""Read a `data_path` and list its images: a folder, `hfds/...` or `wds/...` (options after a `?`)."""
 
 from __future__ import annotations
 

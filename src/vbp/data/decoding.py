@@ -67,7 +67,7 @@ class DecodedImages(Dataset[Sample]):
             try:
                 image = _read_rgb(self.images, index)
             except _DECODING_ERRORS as error:
-                # Told by the main process: a worker's log may go nowhere.
+                # Logged by the main process: a worker's log may go nowhere.
                 failures.append(Failure(self.images.name(index), _reason(error)))
                 continue
             with torch.random.fork_rng(devices=[]):

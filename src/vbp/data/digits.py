@@ -1,4 +1,4 @@
-"""The demo's data and model: scikit-learn's handwritten digits on disk, and a small trained ViT for them."""
+"""Write the demo's data, scikit-learn's handwritten digits, and describe the small trained ViT for them."""
 
 from __future__ import annotations
 

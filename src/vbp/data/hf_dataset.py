@@ -1,4 +1,4 @@
-"""Images of a Hugging Face dataset, read by timm: from the hub, or from a local folder of parquet files."""
+"""List and read images of a Hugging Face dataset, from the hub or from a local folder of parquet files."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: i
 
     Options name its splits and columns where they are not `train`, `validation`, `image` and `label`.
     """
-    # Slow to import, and an extra: only who asks for such data pays for it.
+    # Slow to import, and installed only with the extra `data`.
     import datasets
 
     name, split_name = _dataset_name(place), options.get(split, _SPLIT_NAMES[split])

@@ -50,7 +50,7 @@ def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> li
         )
     if num_classes == IMAGENET_CLASSES:
         for label, name in enumerate(class_names):
-            # A name that the head knows must stand in its place; of names that it does not know nothing is known.
+            # A name that the head knows must stand in its place; other names cannot be checked.
             places = _described().get(name.lower(), {label})
             if label not in places:
                 raise InputError(

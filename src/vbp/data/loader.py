@@ -1,4 +1,4 @@
-"""Batches of images: the same ones whatever the number of workers and processes, and whatever else is drawn."""
+"""Load batches of images: the same ones whatever the number of workers and processes, and whatever else is drawn."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ class PlannedBatches:
     def steps(self) -> int:
         """Return how many batches the process with most has."""
         whole, rest = divmod(self.count, self.batch_size * self.world)
-        # A process without an image would wait for the others in vain: a rest too small for all is left out.
+        # A process without an image would block the others: a rest too small for all is left out.
         return whole + (rest >= self.world if self.shuffle else rest > 0)
 
     def __len__(self) -> int:
@@ -182,7 +182,7 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
         """Yield one epoch, from the batch on that `set_epoch` chose; stop if too many images cannot be read."""
-        # A share of the images may be unreadable as a whole, if it is small; the list may not.
+        # All images of a small share may be unreadable, those of the whole list may not.
         whole = self._batches.world == 1 and self._batches.start == 0
         empty = True
         batch: Batch

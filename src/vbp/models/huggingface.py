@@ -1,4 +1,4 @@
-"""Classifiers built by transformers, from a local folder or the Hugging Face hub."""
+"""Load classifiers of transformers from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 

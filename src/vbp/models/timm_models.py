@@ -1,4 +1,4 @@
-"""Classifiers built by timm: weights from the hub, from a file, or from Facebook's ConvNeXt files."""
+"""Load classifiers of timm: weights from the hub, from a file, or from Facebook's ConvNeXt files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Weight files: read without running code from them, convert, and match to a network tensor by tensor."""
+"""Read weight files without running code from them, convert, and match them to a network tensor by tensor."""
 
 from __future__ import annotations
 

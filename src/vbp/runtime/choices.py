@@ -1,4 +1,4 @@
-"""What users may choose, as literal types: flags, library and checks share them. Nothing here needs torch."""
+"""Name what users may choose, as literal types for flags, library and checks. Nothing here needs torch."""
 
 from __future__ import annotations
 

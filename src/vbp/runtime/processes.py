@@ -68,7 +68,7 @@ class Processes:
         return int(largest)
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have come here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 

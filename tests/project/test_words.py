@@ -40,9 +40,6 @@ FIRST_WORDS = ("Give", "Gives", "Returns", "Gets")
 # To be rewritten with their modules.
 KNOWN = {
     ("training/mixup.py", "as a coin falls"),
-    ("runtime/forward.py", "its own will back"),
-    ("runtime/processes.py", "leaves word"),
-    ("runtime/processes.py", "leave word"),
 }
 
 

@@ -39,7 +39,6 @@ FIELD = {
 FIRST_WORDS = ("Give", "Gives", "Returns", "Gets")
 # To be rewritten with their modules.
 KNOWN = {
-    ("training/mixup.py", "as a coin falls"),
     ("runtime/forward.py", "its own will back"),
     ("runtime/processes.py", "leaves word"),
     ("runtime/processes.py", "leave word"),

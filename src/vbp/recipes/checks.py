@@ -21,11 +21,7 @@ from vbp.statistics.evidence import Need
 
 
 def check_config(config: RunConfig) -> None:
-    """Check the values that need no file, before any work.
-
-    Raises:
-        InputError: A value is out of range, or flags contradict each other.
-    """
+    """Check the values that need no file, before any work."""
     _check_ranges(config)
     _check_effect(config)
     if config.push_to_hub is not None:
@@ -159,15 +155,8 @@ def settings_of(
 ) -> tuple[Setting, ...]:
     """Return every combination once, ratios innermost.
 
-    Args:
-        criteria: Names; `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`.
-        compensations: For the criteria that name none, but `auto`.
-        keep_ratios: Shares of the channels to keep.
-        scopes: Of `global`, `per_layer` and `equal`. `auto` finds the widths of the layers itself: it is there once,
-            as global, whatever the scopes.
-
-    Raises:
-        InputError: A value is unknown, out of range, without effect, or nothing is asked for.
+    `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`, and finds the widths of
+    the layers itself: it is there once, as global, whatever the scopes.
     """
     for name, values in (("criteria", criteria), ("keep_ratios", keep_ratios), ("scopes", scopes)):
         if not values:
@@ -219,11 +208,7 @@ def sweep_needs(settings: Collection[Setting]) -> frozenset[Need]:
 
 
 def check_sweep(config: SweepConfig) -> None:
-    """Check the values that need no file, before any work.
-
-    Raises:
-        InputError: A value is out of range, or flags contradict each other.
-    """
+    """Check the values that need no file, before any work."""
     needs = sweep_needs(config.settings)
     for ratio in config.keep_ratios:
         check_ratios(ratio, config.min_keep_ratio, 1 if config.round_to == "auto" else config.round_to)

@@ -23,8 +23,8 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
         )  # fmt: skip
     unreadable = processes.all_gather(dict(job.val.unreadable))
     if processes.is_main:  # whose log is kept
-        for found in unreadable:
-            job.val.take_over(found)
+        for errors in unreadable:
+            job.val.take_over(errors)
     return Measured(
         accuracy.top1,
         accuracy.top5,
@@ -35,7 +35,7 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
 
 
 def describe(model: Measured) -> str:
-    """Say in one line what was measured."""
+    """Return in one line what was measured."""
     return (
         f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {format_count(model.macs)} MACs, "
         f"{format_count(model.params)} parameters"

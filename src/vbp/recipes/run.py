@@ -31,9 +31,7 @@ from vbp.runtime.precision import move_
 from vbp.training.checkpoints import clear_checkpoints
 
 _log = logging.getLogger(__name__)
-
 LOG = "vbp_imagenet.log"
-
 _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
 

@@ -46,7 +46,6 @@ from vbp.training.tensorboard import check_tracking
 
 _log = logging.getLogger(__name__)
 
-
 # Every report has these, also where they took no time.
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
 
@@ -73,12 +72,12 @@ def find_target(
     *,
     planned: bool = False,
 ) -> BudgetTarget:
-    """See whether the model can meet the budget; one of time is measured, by the main process for all.
+    """Find about which share of channels meets the budget; one of time is measured, by the main process for all.
 
     Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
 
     Raises:
-        InputError: It cannot, or nothing would be removed.
+        InputError: The model cannot meet it, or nothing would be removed.
     """
     budget, times, processes = config.budget, None, session.processes
     if budget.timed and not planned:
@@ -124,15 +123,10 @@ class Job:
     """What a run works on, checked and ready; private to the recipes.
 
     Attributes:
-        classifier: The dense model, which stays as it is, and what it is to be fed.
-        plan_rules: Of all plans.
-        target: The budget, and about which share of the channels meets it.
-        calibration: Images for statistics and refits.
         latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
             model.
         given_statistics: From a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
-        resumed: The checkpoint that this run goes on from.
     """
 
     config: RunConfig
@@ -233,11 +227,7 @@ def _calibration(
 
 
 def make_refits(job: Job) -> Refits | None:
-    """See what is to be refitted after surgery; None without the refit of the sites.
-
-    Raises:
-        InputError: Something cannot be refitted that must be.
-    """
+    """Return what is refitted after surgery; None where the compensation is no refit."""
     config = job.config
     if config.compensation != "refit":
         return None
@@ -249,11 +239,7 @@ def make_refits(job: Job) -> Refits | None:
 
 
 def check_given(job: Job, needs: Collection[Need]) -> None:
-    """Refuse statistics from a file that lack what is needed.
-
-    Raises:
-        InputError: They do.
-    """
+    """Refuse statistics from a file that lack what is needed."""
     if job.given_statistics is not None and job.config.stats_path is not None:
         job.given_statistics.check_holds(
             job.sites,

@@ -24,11 +24,7 @@ _CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 
 def enable_gradient_checkpointing_(model: nn.Module) -> None:
-    """Keep fewer activations in training and compute them again for the gradients, which stay the same.
-
-    Raises:
-        InputError: The model offers no such thing.
-    """
+    """Keep fewer activations in training and compute them again for the gradients, which stay the same."""
     try:
         for name, arguments in _CHECKPOINTING.items():
             if hasattr(model, name):
@@ -48,12 +44,7 @@ def _no_checkpointing(model: nn.Module) -> str:
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """The most that a dry step took of a GPU; nothing is known of a CPU.
-
-    Attributes:
-        peak: Bytes.
-        total: Bytes of the device.
-    """
+    """The most that a dry step took of a GPU; nothing is known of a CPU."""
 
     peak: int | None = None
     total: int | None = None
@@ -70,15 +61,6 @@ def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_b
 
     Everything takes part: teacher, precision, compiler, moments of the optimizer, gradients that wait for a second
     batch. Afterwards trainer, models and random numbers are as they were. All processes call it.
-
-    Args:
-        trainer: Not trained yet.
-        image: Shape of one image.
-        batch_size: Training images of one process.
-        val_batch_size: Evaluation images of one process.
-
-    Raises:
-        InputError: Memory is at its end.
     """
     cuda = trainer.device.type == "cuda"
     shared, own = (_copied(state) for state in (trainer.state_dict(), trainer.process_state()))

@@ -19,14 +19,8 @@ from vbp.errors import InputError
 class Mixup:
     """Mixes each image of a batch with the one at the same place from the end.
 
-    What is drawn depends on the seed, the epoch, the batch and the process alone.
-
-    Attributes:
-        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two at random.
-        cutmix: Alpha of CutMix; 0 leaves it out.
-        label_smoothing: Share of each label that is spread over all classes.
-        num_classes: Of the model.
-        seed: Of the run.
+    `mixup` and `cutmix` are alphas; 0 leaves one out, and with both each batch takes one of them at random. What is
+    drawn depends on the seed, the epoch, the batch and the process alone.
 
     Source: Zhang et al. (2018), equation 2; Yun et al. (2019), equation 1.
     """

@@ -14,15 +14,7 @@ from vbp.errors import InputError
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Set up an exponential moving average of weights and running statistics; it begins after the first step.
-
-    Args:
-        model: Copied.
-        decay: What remains of the average at each step.
-
-    Raises:
-        InputError: The decay is not in [0, 1).
-    """
+    """Set up an exponential moving average of weights and running statistics; it begins after the first step."""
     if not 0 <= decay < 1:
         raise InputError(f"ema_decay must be in [0, 1), got {decay}; 0.9998 is usual")
     mix = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
@@ -45,9 +37,6 @@ def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LR
 
     Step `k` of a warm-up of `w` steps, counted from 0, has `(k + 1) / (w + 1)` of the peak, so that the first step
     after it is the first with the whole.
-
-    Raises:
-        InputError: The warm-up takes all steps.
 
     Source: Loshchilov, Hutter (2017), section 3, without restarts.
     """

@@ -81,7 +81,7 @@ class Bench:
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
-            tokens=TokenSample(COVARIANCE_TOKENS, seed), sensitivity=Draws(seed),
+            tokens=TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=Draws(seed=seed),
         )  # fmt: skip
         self.reference = vbp.DenseReference(model, _batches(train.pixels[:HELD_OUT_IMAGES]))
         # Where the model ends in no linear layer, this stays as it is, as in a run.

@@ -136,7 +136,11 @@ def test_a_share_of_the_tokens_is_the_same_for_any_batch_size_and_number_of_proc
     small = collect_statistics(model, sites, images.split([1, 2, 3]), covariance=True, tokens=tokens)
     ranks = [
         collect_statistics(
-            model, sites, images[rank::2].split(2), covariance=True, tokens=TokenSample(0.3, 5, rank, 2)
+            model,
+            sites,
+            images[rank::2].split(2),
+            covariance=True,
+            tokens=TokenSample(0.3, seed=5, first=rank, step=2),
         )
         for rank in range(2)
     ]
@@ -150,7 +154,7 @@ def test_a_share_of_the_tokens_is_the_same_for_any_batch_size_and_number_of_proc
 
 
 def test_sampled_tokens_differ_between_images_and_seeds() -> None:
-    draws = [tuple(TokenSample(0.2, seed).tokens(image, 100)) for seed in range(3) for image in range(3)]
+    draws = [tuple(TokenSample(0.2, seed=seed).tokens(image, 100)) for seed in range(3) for image in range(3)]
     assert len(set(draws)) == 9
     assert {len(draw) for draw in draws} == {20}
     assert len(TokenSample(0.07).tokens(0, 100)) == 7

@@ -30,8 +30,10 @@ from vbp.pruning.choice import PlanChoice
 from vbp.pruning.make_plan import PlanRules
 from vbp.recipes.checks import settings_of, sweep_needs
 from vbp.recipes.sweep import sweep
+from vbp.report.published import PublishedPoint
 from vbp.report.run_report import Measured
-from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
+from vbp.report.style import render
+from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
 from vbp.statistics.evidence import Evidence
 
@@ -219,8 +221,8 @@ def test_csv_and_table_hold_every_row() -> None:
 
 def test_the_figure_has_a_panel_for_each_cost_and_published_points_beside() -> None:
     points = [
-        ReferencePoint("paper", 90.0, macs=75.0, source="a journal"),
-        ReferencePoint("paper", 95.0, macs=80.0, source="a journal"),
+        PublishedPoint("paper", 20, 75.0, 90.0, 99.0, "a journal"),
+        PublishedPoint("paper", 15, 80.0, 95.0, 99.0, "a journal"),
     ]
     figure = draw_sweep(_report(), points)
     macs, params, latency = figure.axes
@@ -229,10 +231,10 @@ def test_the_figure_has_a_panel_for_each_cost_and_published_points_beside() -> N
     }  # fmt: skip
     assert [line.get_label() for line in params.get_lines()] == ["l1/none", "l2/none"]
     assert latency.get_lines()[0].get_xydata().tolist() == [[62.5, 25], [80, 75]]
-    svg, png = render_sweep(figure)
+    svg, png = render(figure, "sweep")
     assert b"a journal" in svg
     assert png.startswith(b"\x89PNG")
-    assert render_sweep(draw_sweep(_report(), points)) == (svg, png)
+    assert render(draw_sweep(_report(), points), "sweep") == (svg, png)
 
 
 def test_a_figure_without_latency_has_no_panel_for_it(model: nn.Module) -> None:

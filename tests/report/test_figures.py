@@ -26,7 +26,7 @@ from vbp.report.figures import (
 )
 from vbp.report.published import PAPER_POINTS
 from vbp.report.run_report import RunReport, read_run
-from vbp.report.spectrum import Spectrum, _areas, short_names, site_errors, spectra, variance_spectra
+from vbp.report.spectrum import Spectrum, outlines, short_names, site_errors, spectra, variance_spectra
 
 
 def run_of(folder: Path, values: torch.Tensor, keep: tuple[int, ...], compensation: str) -> Any:
@@ -74,7 +74,7 @@ def test_a_spectrum_is_sorted_and_keeps_track_of_what_stays(tmp_path: Path) -> N
 @pytest.mark.parametrize(("channels", "kept"), [(1, 1), (7, 3), (40, 40), (3072, 1), (3072, 1001), (4096, 4095)])
 def test_the_drawn_cut_is_where_the_plan_cuts(channels: int, kept: int) -> None:
     spectrum = Spectrum("s", np.logspace(2, -3, channels), np.arange(channels) < kept)
-    pieces = _areas(spectrum, 24, -3, 2)
+    pieces = outlines(spectrum, 24, -3, 2)
     assert [stays for stays, _ in pieces] == [True, False][: 1 + (kept < channels)]
     assert pieces[0][1][:, 0].max() == pytest.approx(kept / channels, abs=1e-12)
     assert pieces[-1][1][:, 0].max() == 1
@@ -151,7 +151,9 @@ def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
 
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     base = {"top1": 0.0, "top5": 0.0, "macs": 5, "params": 5}
-    write_run(tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}]})
+    write_run(
+        tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}], "settled": None}
+    )
     for name in ("plan.json", "metrics.jsonl"):
         (tmp_path / name).unlink()
     run = read_run(tmp_path)

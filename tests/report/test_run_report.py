@@ -71,6 +71,14 @@ def test_what_is_no_summary_is_one_error(tmp_path: Path, content: str) -> None:
         {"convergence": {"stages": 5}},
         {"reconstruction": {"a": {"mean_shift": 1.0}}},
         {"images": [1]},
+        {"sites": {"a": [3, 2]}},
+        {"sites": {"a": [0, 0]}},
+        {"convergence": {"stages": [], "settled": "x"}},
+        {"candidates": [{"name": "priced", "divergence": "0.1", "widths": {}}]},
+        {"budget": {"sentence": 3}},
+        {"head": {}},
+        {"config": {"compensation": None}},
+        {"surprise": 1},
     ],
     ids=str,
 )
@@ -78,6 +86,19 @@ def test_a_damaged_summary_is_one_error(tmp_path: Path, changed: dict[str, Any])
     write_run(tmp_path, **changed)
     with pytest.raises(InputError, match=r"summary\.json is no readable summary of a run"):
         RunReport.read(tmp_path)
+
+
+def test_a_report_comes_back_as_it_was(tmp_path: Path) -> None:
+    summary = write_run(
+        tmp_path,
+        reconstruction={"blocks.0.mlp.fc1": {"mean_shift": 3.0, "refit": 1.0, "energy": 4.0}},
+        candidates=[{"name": "priced", "divergence": 0.125, "widths": {"blocks.0.mlp.fc1": 20}}],
+        head={"layer": "head", "strength": None, "sentence": "left as it was"},
+    )
+    run = RunReport.read(tmp_path)
+    assert RunReport.from_dict(json.loads(json.dumps(run.to_dict()))) == RunReport.from_dict(run.to_dict()) == run
+    assert summary.items() <= run.to_dict().items()
+    assert run.refits == ("left as it was",)
 
 
 def test_a_folder_without_a_summary_is_no_run(tmp_path: Path) -> None:

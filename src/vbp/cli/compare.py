@@ -10,11 +10,15 @@ from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
 
 if TYPE_CHECKING:
-    from vbp.report.comparison import Comparison
+    from vbp.report.comparison import RunComparison
 
 
-def run_compare(config: CompareConfig) -> Comparison:
-    """Return runs side by side; fewer than two are a usage error, exit code 2."""
+def run_compare(config: CompareConfig) -> RunComparison:
+    """Do what the configuration says; fewer than two runs are a usage error, exit code 2.
+
+    Raises:
+        InputError: A folder holds no run.
+    """
     if len(config.runs) < 2:
         sys.stderr.write(f"vbp compare: needs at least two runs, got {len(config.runs)}; vbp compare RUN RUN ...\n")
         raise SystemExit(2)

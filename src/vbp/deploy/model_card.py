@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
 
 from vbp.deploy.artifact import PrunedArtifact, read_artifact
 from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
@@ -16,9 +18,7 @@ from vbp.runtime.tables import markdown_table
 
 CARD = "README.md"
 
-
 _ACCURACY = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
-
 
 PAPER = "https://arxiv.org/abs/2507.12988"
 
@@ -70,8 +70,8 @@ def push_to_hub(
         facts = {"base_model": base_model, "license": license, "dataset": dataset}
         text = model_card(artifact, repository, **facts).encode()
     weights = weights_path(place, read_manifest(place))
-    files: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: place / MANIFEST, CARD: text}
-    return publish(files, repository, private=private, revision=revision, message=message)
+    content: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: place / MANIFEST, CARD: text}
+    return publish(content, repository, private=private, revision=revision, message=message)
 
 
 def model_card(
@@ -110,71 +110,49 @@ def model_card(
         model_name=name if results else None,
         eval_results=results or None,
     )
-    made = _settings(artifact.settings or {})
-    sections = [_description(artifact), _figures(metrics), _usage(repository), made, _widths(artifact)]
-    return f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n" + "\n".join(section for section in sections if section)
+    settings = [[f"`{key}`", str(value)] for key, value in (artifact.settings or {}).items()]
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True)
+    template = (files("vbp.deploy") / "assets" / "model_card.md.jinja").read_text(encoding="utf-8")
+    return environment.from_string(template).render(
+        data=data.to_yaml(),
+        name=name,
+        paper=PAPER,
+        repository=repository,
+        source=artifact.source,
+        plans=artifact.plans,
+        preprocessing=artifact.preprocessing,
+        measured=_measured(metrics),
+        settings=markdown_table(["setting", "value"], settings) if settings else "",
+        channels=markdown_table(["site", "kept", "of"], _channels(artifact)) if artifact.plans else "",
+    )
 
 
-def _description(artifact: PrunedArtifact) -> str:
-    dense = "a model of its author's own" if artifact.source is None else f"`{artifact.source.name}`"
-    text = f"{dense[0].upper()}{dense[1:]}, made smaller by [Variance-Based Pruning]({PAPER})"
-    if artifact.plans:
-        last, first = artifact.plans[-1], artifact.plans[0]
-        text += f": {last.kept:,} of {first.total:,} hidden MLP channels are left"
-    lines = [text + "."]
-    if artifact.preprocessing is not None:
-        height, width = artifact.preprocessing.img_size
-        lines.append(f"It takes images of {height} x {width} pixels; `vbp.json` holds how they are prepared.")
-    return "\n".join(lines) + "\n"
-
-
-def _figures(metrics: Mapping[str, Any]) -> str:
+def _measured(metrics: Mapping[str, Any]) -> list[str]:
     """Return the measured numbers as tables: single ones, and one row for each model that was measured."""
-    single = {key: value for key, value in metrics.items() if _is_number(value)}
+    single = [[key, _number(value)] for key, value in metrics.items() if _is_number(value)]
     models = {
         key: {inner: number for inner, number in value.items() if _is_number(number)}
         for key, value in metrics.items()
         if isinstance(value, Mapping)
     }
-    models = {key: numbers for key, numbers in models.items() if numbers}
-    tables = []
-    if single:
-        tables.append(markdown_table(["", "value"], [[key, _number(value)] for key, value in single.items()]))
-    if models:
-        columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
-        rows = [
-            [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
-            for key, numbers in models.items()
-        ]
-        tables.append(markdown_table(["", *columns], rows))
-    return "## Measured\n\n" + "\n".join(tables) if tables else ""
+    columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
+    rows = [
+        [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
+        for key, numbers in models.items()
+        if numbers
+    ]
+    tables = [(["", "value"], single), (["", *columns], rows)]
+    return [markdown_table(heading, rows) for heading, rows in tables if rows]
 
 
-def _usage(repository: str) -> str:
-    return (
-        "## Use\n\n```sh\npip install vbp-pruning\n```\n\n"
-        f'```python\nimport vbp\nmodel = vbp.load_pruned("hf://{repository}")\n'
-        f'artifact = vbp.read_artifact("hf://{repository}")  # preprocessing, class names, plan\n'
-        "transform = vbp.evaluation_transform(artifact.preprocessing)\n```\n"
-    )
-
-
-def _settings(settings: Mapping[str, Any]) -> str:
-    rows = [[f"`{name}`", str(value)] for name, value in settings.items()]
-    return "## How it was made\n\n" + markdown_table(["setting", "value"], rows) if rows else ""
-
-
-def _widths(artifact: PrunedArtifact) -> str:
-    if not artifact.plans:
-        return ""
+def _channels(artifact: PrunedArtifact) -> list[list[str]]:
     dense: dict[str, int] = {}
     kept: dict[str, int] = {}
     for plan in artifact.plans:
         for name, (left, total) in plan.widths.items():
             dense.setdefault(name, total)
             kept[name] = left
-    rows = [[f"`{name}`", str(kept[name]), str(total)] for name, total in dense.items()]
-    return "## Channels\n\n" + markdown_table(["site", "kept", "of"], rows)
+    return [[f"`{name}`", str(kept[name]), str(total)] for name, total in dense.items()]
 
 
 def _is_number(value: object) -> bool:

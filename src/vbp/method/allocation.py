@@ -39,10 +39,13 @@ class AllowedWidths:
     def of(hidden: int, step: int, min_keep_ratio: float) -> AllowedWidths:
         """Return the counts of a site; one narrower than `step` stays whole."""
         # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and must ask for 7 channels.
-        floor = max(1, math.ceil(hidden * min_keep_ratio - 1e-9))
-        lowest = math.ceil(floor / step) * step
-        multiples = range(hidden // step * step, lowest - 1, -step)
-        return AllowedWidths((hidden, *(count for count in multiples if count != hidden)))
+        return AllowedWidths.down_to(max(1, math.ceil(hidden * min_keep_ratio - 1e-9)), hidden, step)
+
+    @staticmethod
+    def down_to(least: int, hidden: int, step: int, unit: int = 1) -> AllowedWidths:
+        """Return all units of channels, and the multiples of `step` units from there down to a least number."""
+        multiples = range(hidden // step * step, math.ceil(least / step) * step - 1, -step)
+        return AllowedWidths(tuple(count * unit for count in (hidden, *(m for m in multiples if m != hidden))))
 
 
 def global_counts(scores: Sequence[Floats], bounds: Sequence[AllowedWidths], target: int) -> list[int]:

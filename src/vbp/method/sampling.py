@@ -17,52 +17,50 @@ from torch import Tensor
 from vbp.errors import InputError
 
 
-def image_number(image: int, first: int, step: int, block: int) -> int:
-    """Return the number, in the order of all images, of the image that this process reads at this place.
+@dataclass(frozen=True, kw_only=True)
+class ImageNumbers:
+    """The number that each image of a process has among all images.
 
-    Args:
-        image: The place among the images of this process, from 0.
-        first: Number of the first of them.
-        step: Distance between the beginnings of two blocks.
+    Attributes:
+        seed: Another seed draws other random numbers for the same images.
+        first: Number of the first image that this process reads.
+        step: Distance between its images: the number of processes, if they share the images by stride; with blocks,
+            the distance between the beginnings of two of them.
         block: Images that follow each other in the order of all: 1 where processes share the images by stride, the
             batch size where whole batches are dealt out to them.
     """
-    return first + step * (image // block) + image % block
 
-
-def check_numbers(seed: int, first: int, step: int, block: int) -> None:
-    """Refuse numbers that would give two images one number.
-
-    Raises:
-        InputError: A value is out of range.
-    """
-    if seed < 0 or first < 0 or block < 1 or step < block:
-        raise InputError(
-            "seed and first image must be at least 0, the block at least 1 and the step no smaller than it, "
-            f"got {seed}, {first}, {block}, {step}; 0, 0, 1 and 1 suit a single process"
-        )
-
-
-@dataclass(frozen=True)
-class TokenSample:
-    """A random share of the tokens or positions of every image.
-
-    The choice depends on the seed, the image's number and the number of its tokens alone: not on the site, the
-    batch size or the process that reads the image.
-
-    Attributes:
-        fraction: Share of the tokens, in (0, 1]; at least one of each image.
-        seed: Another seed draws other tokens.
-        first: Number of the first image that this process reads.
-        step: Distance between its images: the number of processes, if they share the images by stride.
-        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
-    """
-
-    fraction: float = 1.0
     seed: int = 0
     first: int = 0
     step: int = 1
     block: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse values that would give two images one number.
+
+        Raises:
+            InputError: A value is out of range.
+        """
+        if self.seed < 0 or self.first < 0 or self.block < 1 or self.step < self.block:
+            raise InputError(
+                "seed and first image must be at least 0, the block at least 1 and the step no smaller than it, "
+                f"got {self.seed}, {self.first}, {self.block}, {self.step}; 0, 0, 1 and 1 suit a single process"
+            )
+
+    def number(self, image: int) -> int:
+        """Return the number of the image that this process reads at a place, from 0."""
+        return self.first + self.step * (image // self.block) + image % self.block
+
+
+@dataclass(frozen=True)
+class TokenSample(ImageNumbers):
+    """A random share of the tokens or positions of every image, the same at every site.
+
+    Attributes:
+        fraction: Share of the tokens, in (0, 1]; at least one of each image.
+    """
+
+    fraction: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the values.
@@ -70,18 +68,17 @@ class TokenSample:
         Raises:
             InputError: One is out of range.
         """
+        super().__post_init__()
         if not 0 < self.fraction <= 1:
             raise InputError(
                 f"the share of tokens must be in (0, 1], got {self.fraction}; 0.2 samples 20 % of the tokens"
             )
-        check_numbers(self.seed, self.first, self.step, self.block)
 
     def tokens(self, image: int, tokens: int) -> list[int]:
         """Return the sampled tokens of an image of this process, ascending."""
         # The tolerance undoes binary fractions: 0.07 * 100 is 7.000000000000001 and means 7 tokens.
         count = max(1, math.ceil(tokens * self.fraction - 1e-9))
-        number = image_number(image, self.first, self.step, self.block)
-        generator = np.random.default_rng((self.seed, number))
+        generator = np.random.default_rng((self.seed, self.number(image)))
         return sorted(generator.choice(tokens, count, replace=False, shuffle=False).tolist())
 
 
@@ -143,32 +140,16 @@ def priority_sample(
 
 
 @dataclass(frozen=True)
-class Draws:
-    """The random numbers of an image: they depend on the seed and its number, not on batch size or process.
+class Draws(ImageNumbers):
+    """The random vectors of an image, for the Fisher information and its sketches.
 
     Attributes:
-        seed: Another seed draws other directions of the predictions, and other sketches.
-        first: Number of the first image that this process reads.
-        step: Distance between its images: the number of processes, if they share the images by stride.
-        block: As for `image_number`, if whole batches are dealt out; the step is then between these.
         input_columns: Columns of the sketch that estimates the input metric.
         output_columns: Columns of the sketch that estimates the output metric.
     """
 
-    seed: int = 0
-    first: int = 0
-    step: int = 1
-    block: int = 1
     input_columns: int = 8
     output_columns: int = 32
-
-    def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: One is out of range.
-        """
-        check_numbers(self.seed, self.first, self.step, self.block)
 
     def of(self, start: int, images: int, classes: int, outputs: int, hidden: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normal numbers of images from `start` on: of each class, and the two sketches; on the CPU."""
@@ -180,10 +161,6 @@ class Draws:
             left.append(generator.standard_normal((outputs, self.input_columns), dtype=np.float32))
             right.append(generator.standard_normal((hidden, self.output_columns), dtype=np.float32))
         return torch.tensor(np.stack(noise)), torch.tensor(np.stack(left)), torch.tensor(np.stack(right))
-
-    def number(self, image: int) -> int:
-        """Return the number of an image of this process among those of all."""
-        return image_number(image, self.first, self.step, self.block)
 
     def uniform(self, start: int, images: int, tokens: int) -> Tensor:
         """Return a number in (0, 1] for each token of images from `start` on; on the CPU."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -42,11 +42,11 @@ def compensate_(
         InputError: A refit cannot be solved; the model is then untouched.
     """
     # All are solved before the first is applied.
-    refits: list[_Refit | _QueryRefit] = []
+    refits: list[_Refit] = []
     if covariances is not None:
         for entry in entries:
             if entry.site.consumer:
-                refits.append(_solve(model, entry, covariances, ridge))
+                refits.append(_solve(model, entry, covariances, means[entry.site.name], ridge))
             elif refits_logits(entry.site):
                 refits.append(_solve_queries(model, entry, covariances, ridge))
     for entry in entries:
@@ -56,24 +56,18 @@ def compensate_(
         assert isinstance(consumer.weight, Tensor)
         mean = means[entry.site.name]
         add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
-    for refit in refits:
-        if isinstance(refit, _QueryRefit):
-            _apply_to_queries_(model, refit)
-        else:
-            _apply_(model, refit, means[refit.entry.site.name])
-    return tuple(refit.error for refit in refits)
+    for _, apply_ in refits:
+        apply_()
+    return tuple(error for error, _ in refits)
 
 
-@dataclass(frozen=True)
-class _Refit:
-    """The kept columns of a site's consumer as they will be, and the errors."""
-
-    entry: SitePlan
-    columns: Tensor
-    error: Reconstruction
+# The errors of a site, and the function that applies its refit.
+_Refit = tuple[Reconstruction, Callable[[], None]]
 
 
-def _solve(model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelCovariance], ridge: float) -> _Refit:
+def _solve(
+    model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelCovariance], mean: Tensor, ridge: float
+) -> _Refit:
     name, weight = entry.site.name, model.get_submodule(entry.site.consumer).weight
     assert isinstance(weight, Tensor)
     keep = torch.tensor(entry.keep, device=weight.device)
@@ -84,16 +78,16 @@ def _solve(model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelC
     except InputError as error:
         raise InputError(f"site {name}: {error}") from error
     columns = fold_into_weight(weight, coefficients, keep, removed)
-    return _Refit(entry, columns, reconstruction(name, covariance, weight, coefficients, keep, removed))
+    errors = reconstruction(name, covariance, weight, coefficients, keep, removed)
+    return errors, partial(_apply_, model.get_submodule(entry.site.consumer), entry, columns, mean)
 
 
-def _apply_(model: nn.Module, refit: _Refit, mean: Tensor) -> None:
+def _apply_(consumer: nn.Module, entry: SitePlan, columns: Tensor, mean: Tensor) -> None:
     """Set the kept columns, and take what they add on average out of the bias again."""
-    consumer = model.get_submodule(refit.entry.site.consumer)
     weight = consumer.weight
     assert isinstance(weight, Tensor)
-    keep = torch.tensor(refit.entry.keep)
-    columns = refit.columns.to(weight.dtype)
+    keep = torch.tensor(entry.keep)
+    columns = columns.to(weight.dtype)
     # Of the columns as rounded to the weight's precision: the mean of the output stays what it was.
     added = columns.double() - weight.detach()[:, keep].double()
     with torch.no_grad():
@@ -106,22 +100,9 @@ def refits_logits(site: Site) -> bool:
     return site.kind == "query_key" and site.exact and not site.inner and not site.parameters
 
 
-@dataclass(frozen=True)
-class _QueryRefit:
-    entry: SitePlan
-    fit: LogitRefit
-
-    @property
-    def error(self) -> Reconstruction:
-        return self.fit.error
-
-
 def _solve_queries(
-    model: nn.Module,
-    entry: SitePlan,
-    covariances: Mapping[str, ChannelCovariance],
-    ridge: float,
-) -> _QueryRefit:
+    model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelCovariance], ridge: float
+) -> _Refit:
     site, layer = entry.site, model.get_submodule(entry.site.producers[0])
     assert isinstance(layer.weight, Tensor)
     device = layer.weight.device
@@ -135,21 +116,20 @@ def _solve_queries(
         fit = logit_refit(site.name, query, mean, key, keep, removed, heads=site.heads, ridge=ridge)
     except InputError as error:
         raise InputError(f"site {site.name}: {error}") from error
-    return _QueryRefit(entry, fit)
+    return fit.error, partial(_apply_to_queries_, layer, entry, fit)
 
 
-def _apply_to_queries_(model: nn.Module, refit: _QueryRefit) -> None:
-    name, first = refit.entry.site.rows[0]
-    layer = model.get_submodule(name)
+def _apply_to_queries_(layer: nn.Module, entry: SitePlan, fit: LogitRefit) -> None:
+    _, first = entry.site.rows[0]
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    rows = torch.tensor([first + channel for channel in refit.entry.keep], device=weight.device)
+    rows = torch.tensor([first + channel for channel in entry.keep], device=weight.device)
     with torch.no_grad():
         old = weight[rows].double()
-        weight[rows] = (old + (refit.fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
+        weight[rows] = (old + (fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
         if isinstance(bias, Tensor):
             held = bias[rows].double()
-            bias[rows] = (held + refit.fit.turn @ held + refit.fit.shift).to(bias.dtype)
+            bias[rows] = (held + fit.turn @ held + fit.shift).to(bias.dtype)
 
 
 def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, Final
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.forward import evaluation_mode, frozen, logits_of
+from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import ALONE, Session
@@ -149,25 +150,20 @@ def _errors_added(
 ) -> Iterator[None]:
     """Add to the dense model's consumers the errors of the pruned model's, times the amplitudes."""
 
-    def hook_of(small: nn.Module, keep: Tensor, amplitude: Tensor) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
-            kept = args[0].index_select(args[0].ndim + channel_dim(module), keep)
-            error: Tensor = small(kept) - output
-            return output + amplitude.to(output.dtype) * error
+    def add(
+        small: nn.Module, keep: Tensor, amplitude: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor
+    ) -> Tensor:
+        kept = args[0].index_select(args[0].ndim + channel_dim(module), keep)
+        error: Tensor = small(kept) - output
+        return output + amplitude.to(output.dtype) * error
 
-        return hook
-
-    handles = []
-    try:
-        for entry, amplitude in zip(entries, amplitudes, strict=True):
-            keep = torch.tensor(entry.keep, device=amplitudes.device)
-            small = pruned.get_submodule(entry.site.consumer)
-            hook = hook_of(small, keep, amplitude)
-            handles.append(dense.get_submodule(entry.site.consumer).register_forward_hook(hook))
+    hooks = []
+    for entry, amplitude in zip(entries, amplitudes, strict=True):
+        dense_layer, small = (model.get_submodule(entry.site.consumer) for model in (dense, pruned))
+        keep = torch.tensor(entry.keep, device=amplitudes.device)
+        hooks.append((dense_layer, partial(add, small, keep, amplitude)))
+    with hooked(hooks):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:

@@ -99,14 +99,14 @@ def make_plan(
     bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     counts: list[int] = []
     if mlps and scope == "global":
-        counts = global_counts([order.scores for order in ranked], bounds, target)
+        counts = global_counts([ascending for _, ascending in ranked], bounds, target)
     elif mlps and scope == "per_layer":
         counts = per_layer_counts(keep_ratio, bounds, target)
     else:
         counts = [bound.nearest(site.hidden * keep_ratio) for site, bound in zip(mlps, bounds, strict=True)]
     entries = {
-        site: SitePlan(site, tuple(sorted(order.channels[site.hidden - count :].tolist())))
-        for site, order, count in zip(mlps, ranked, counts, strict=True)
+        site: SitePlan(site, tuple(sorted(order[site.hidden - count :].tolist())))
+        for site, (order, _), count in zip(mlps, ranked, counts, strict=True)
     }
     attention = [site for site in sites if site.kind != "mlp"]
     attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
@@ -158,20 +158,13 @@ def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bou
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
     count = bounds.nearest(size * keep_ratio)
-    order = _removal_order(site, scores).channels
+    order, _ = _removal_order(site, scores)
     heads = [order[order // size == head] for head in range(site.heads)]
     return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))
 
 
-@dataclass(frozen=True)
-class _Ranked:
-    """Channels of one site in the order in which they go, and their scores in that order."""
-
-    channels: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float64]
-
-
-def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> _Ranked:
+def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """Return the channels of a site in the order in which they go, and their scores in that order."""
     if site.name not in scores:
         raise InputError(f"scores must hold every site, got none for {site.name}; collect its statistics")
     score = scores[site.name].detach().double().cpu().numpy()
@@ -181,4 +174,4 @@ def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> _Ranked:
             f"{int((~np.isfinite(score)).sum())} not finite; collect the statistics again"
         )
     order = np.argsort(score, kind="stable")
-    return _Ranked(order, score[order])
+    return order, score[order]

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
 from vbp.pruning.attention import HeadChange, update_attributes_
@@ -106,7 +106,7 @@ def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | N
         with evaluation_mode(trial), torch.no_grad():
             trial(example)
     except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
-        return str(error).splitlines()[0] if str(error) else type(error).__name__
+        return first_line(error)
     return None
 
 

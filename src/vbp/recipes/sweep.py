@@ -31,9 +31,10 @@ from vbp.recipes.sweep_state import (
     write_state,
 )
 from vbp.refit.refits import Refits
-from vbp.report.published import SOURCE, points_of
+from vbp.report.published import points_of
 from vbp.report.run_report import Measured
-from vbp.report.sweep_figure import ReferencePoint, draw_sweep, render_sweep
+from vbp.report.style import render
+from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
 from vbp.runtime.files import check_folder, clear_folder, write_bytes
 from vbp.runtime.log_file import RunLog, run_log
@@ -259,11 +260,6 @@ def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]
     folder = config.save_dir
     write_state(folder, settings, report.to_dict())
     write_bytes(folder / CSV, report.csv().encode())
-    published = [
-        ReferencePoint(f"paper, {point.model}, pruned", point.pruned, macs=point.macs, source=SOURCE)
-        for point in points_of(config.model_name)
-        if point.pruned is not None
-    ]
-    svg, png = render_sweep(draw_sweep(report, published))
+    svg, png = render(draw_sweep(report, points_of(config.model_name)), "sweep")
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import zip_longest
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.head_fit import FOLDS, HeadProblem
 from vbp.pruning.divergence import DenseReference
-from vbp.runtime.forward import evaluation_mode, logits_of
+from vbp.runtime.forward import evaluation_mode, hooked, logits_of
 from vbp.runtime.precision import Precision, in_float32
 from vbp.runtime.processes import Processes
 
@@ -138,21 +139,13 @@ def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tupl
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 
-    def hook_of(name: str) -> object:
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            calls[:] = [(name, args[0], output)]
-
-        return hook
+    def note(name: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        calls[:] = [(name, args[0], output)]
 
     device = next(model.parameters()).device
-    layers = [(name, layer) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
-    handles = [layer.register_forward_hook(hook_of(name)) for name, layer in layers]  # type: ignore[arg-type]
-    try:
-        with evaluation_mode(model), torch.no_grad(), precision.autocast():
-            logits = logits_of(model(batch.to(device, non_blocking=True)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [(layer, partial(note, name)) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
+    with hooked(layers), evaluation_mode(model), torch.no_grad(), precision.autocast():
+        logits = logits_of(model(batch.to(device, non_blocking=True)))
     if not calls or calls[0][2] is not logits or calls[0][1].ndim != 2:
         raise InputError(
             f"the refit of the head needs a model whose logits are the output of one last Linear layer, got "

@@ -31,7 +31,7 @@ from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.mlp_step import add_step_, step_of
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
@@ -204,9 +204,8 @@ class _Work:
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
         """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
         seen: dict[str, Tensor] = {}
-        layers = {"read": model.get_submodule(reader), "given": model.get_submodule(join.site.consumer)}
 
-        def read(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             seen["read"] = rows(args[0], channel_dim(module), len(pixels))
 
         def given(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -218,19 +217,12 @@ class _Work:
             seen["stream"] = rows(stream, join.dim, len(pixels))
             raise _ReachedError
 
-        handles = [
-            layers["read"].register_forward_pre_hook(read),
-            layers["given"].register_forward_hook(given),
-            model.get_submodule(join.module).register_forward_hook(stop),
-        ]
+        after = [(model.get_submodule(join.site.consumer), given), (model.get_submodule(join.module), stop)]
         try:
-            with self.session.precision.autocast():
+            with hooked(after, before=[(model.get_submodule(reader), read)]), self.session.precision.autocast():
                 model(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])
-        finally:
-            for handle in handles:
-                handle.remove()
         raise AssertionError(f"{join.module} did not run")
 
 

@@ -1,1 +1,1 @@
-"""What a run or a sweep found: data, tables, figures, one HTML page."""
+"""What a run or a sweep measured: data, tables, figures, one HTML page."""

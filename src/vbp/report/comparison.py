@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -21,12 +20,11 @@ _MODELS: Final = {
     "final": "top-1 final",
 }
 
-
 _GAP, _LONGEST = 2, 32
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RunComparison:
     """Runs side by side.
 
     Attributes:
@@ -46,7 +44,7 @@ class Comparison:
         """Return the settings that differ: name -> the value of each run, None where a run has no such setting."""
         names = dict.fromkeys(name for run in self.runs for name in run.config if name not in self.incidental)
         values = {name: tuple(run.config.get(name) for run in self.runs) for name in names}
-        return {name: found for name, found in values.items() if any(value != found[0] for value in found)}
+        return {name: own for name, own in values.items() if any(value != own[0] for value in own)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data: settings by run name, and the figures of each run."""
@@ -78,29 +76,17 @@ class Comparison:
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
-        cells: list[tuple[str, Callable[[RunReport], str]]] = [
-            ("hidden channels kept", lambda run: f"{run.keep_ratio:.1%}"),
-            *((label, partial(_top1, name)) for name, label in _MODELS.items()),
-            ("MACs", partial(_saving, "macs")),
-            ("parameters", partial(_saving, "params")),
-            ("latency", _latency),
-            ("measured with", _timing),
-            ("speed-up", lambda run: "" if run.speedup is None else f"{run.speedup:.2f}x"),
-            *((f"seconds, {stage}", partial(_seconds, stage)) for stage in self._stages),
-            ("seconds", lambda run: f"{sum(run.seconds.values()):.1f}"),
+        told = [_cells(run) for run in self.runs]
+        stages = dict.fromkeys(stage for run in self.runs for stage in run.seconds)
+        labels = [*_MODELS.values(), "MACs", "parameters", "latency", "measured with", "speed-up"]
+        labels = ["hidden channels kept", *labels, *(f"seconds, {stage}" for stage in stages), "seconds"]
+        # No row about which no run has anything to say.
+        return rows + [
+            (label, *(one.get(label, "") for one in told)) for label in labels if any(label in o for o in told)
         ]
-        for label, cell in cells:
-            texts = tuple(cell(run) for run in self.runs)
-            # No row about which no run has anything to say.
-            rows += [(label, *texts)] if any(texts) else []
-        return rows
-
-    @property
-    def _stages(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(stage for run in self.runs for stage in run.seconds))
 
 
-def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> Comparison:
+def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> RunComparison:
     """Read runs to compare them.
 
     Args:
@@ -118,7 +104,7 @@ def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> Comparis
         if places.count(place) > 1:
             raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
     runs = tuple(RunReport.read(folder) for folder in folders)
-    return Comparison(_short(places), tuple(folders), runs, frozenset(incidental))
+    return RunComparison(_short(places), tuple(folders), runs, frozenset(incidental))
 
 
 def _run_of(folder: Path) -> Path:
@@ -161,24 +147,16 @@ def _text(value: Any) -> str:
     return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
 
 
-def _top1(name: str, run: RunReport) -> str:
-    return f"{run.models[name].top1:.2f} %" if name in run.models else ""
-
-
-def _saving(attribute: str, run: RunReport) -> str:
-    before, after = getattr(run.base, attribute), getattr(run.pruned, attribute)
-    saved = f" (-{1 - after / before:.1%})" if before else ""
-    return f"{format_count(before)} -> {format_count(after)}{saved}"
-
-
-def _latency(run: RunReport) -> str:
-    base, pruned = run.base.latency_ms, run.pruned.latency_ms
-    return "" if base is None or pruned is None else f"{base:.2f} -> {pruned:.2f} ms"
-
-
-def _timing(run: RunReport) -> str:
-    return f"batch {run.latency_batch}, {run.device}" if _latency(run) else ""
-
-
-def _seconds(stage: str, run: RunReport) -> str:
-    return f"{run.seconds[stage]:.1f}" if stage in run.seconds else ""
+def _cells(run: RunReport) -> dict[str, str]:
+    """Return what is known of a run, by the label of its row."""
+    base, pruned = run.base, run.pruned
+    cells = {"hidden channels kept": f"{run.keep_ratio:.1%}", "seconds": f"{sum(run.seconds.values()):.1f}"}
+    cells |= {label: f"{run.models[name].top1:.2f} %" for name, label in _MODELS.items() if name in run.models}
+    for label, before, after in (("MACs", base.macs, pruned.macs), ("parameters", base.params, pruned.params)):
+        saved = f" (-{1 - after / before:.1%})" if before else ""
+        cells[label] = f"{format_count(before)} -> {format_count(after)}{saved}"
+    if run.speedup is not None:
+        cells["latency"] = f"{base.latency_ms:.2f} -> {pruned.latency_ms:.2f} ms"
+        cells["measured with"] = f"batch {run.latency_batch}, {run.device}"
+        cells["speed-up"] = f"{run.speedup:.2f}x"
+    return cells | {f"seconds, {stage}": f"{seconds:.1f}" for stage, seconds in run.seconds.items()}

@@ -7,7 +7,6 @@ from typing import Any, Final
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from vbp.report.published import PAPER_POINTS, SOURCE
@@ -16,15 +15,31 @@ from vbp.report.spectrum import short_names, site_errors
 from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
 from vbp.runtime.tables import format_count
 
+# Columns of the table of epochs, each with its format.
+_CURVES: Final = {"top1": ".2f", "top5": ".2f", "train_top1": ".2f", "train_loss": ".4f", "lr": ".3g"}
+_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
+_MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
+
 
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
     tuned = [row for row in epochs if row["epoch"] > 0]
     if not tuned:
         return None
-    with canvas(4.0) as (figure, _):
-        _curves(figure, run.base.top1, epochs, tuned)
-        svg, png = render(figure)
+    with canvas(4.0, nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (above, below)):
+        above.axhline(run.base.top1, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
+        for axes, rows, name, marker, colour, label in (
+            (above, epochs, "top1", "o-", GREEN, "validation"),
+            (above, tuned, "train_top1", "s:", ORANGE, "training"),
+            (below, tuned, "train_loss", "s-", ORANGE, "training loss"),
+        ):
+            values = [row.get(name, float("nan")) for row in rows]
+            axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
+        figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        above.set_ylabel("top-1 (%)")
+        below.set_ylabel("training loss")
+        below.set_xlabel("epoch")
+        below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
     best = run.best
     return Drawing(
         "training",
@@ -35,76 +50,45 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
         f"epochs; the best is {best.top1:.2f} % after epoch {best.epoch}.",
         ("Epoch", "Top-1 (%)", "Top-5 (%)", "Training top-1 (%)", "Training loss", "Learning rate"),
         tuple(
-            (str(row["epoch"]), f"{row['top1']:.2f}", f"{row['top5']:.2f}" if "top5" in row else "",
-             f"{row['train_top1']:.2f}" if "train_top1" in row else "",
-             f"{row['train_loss']:.4f}" if "train_loss" in row else "", f"{row['lr']:.3g}" if "lr" in row else "")
+            (str(row["epoch"]), *(f"{row[name]:{form}}" if name in row else "" for name, form in _CURVES.items()))
             for row in epochs
         ),
-        svg,
-        png,
-    )  # fmt: skip
-
-
-def _curves(
-    figure: Figure, dense: float, epochs: Sequence[Mapping[str, Any]], tuned: Sequence[Mapping[str, Any]]
-) -> None:
-    figure.clear()
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
-    above.axhline(dense, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
-    for axes, rows, name, marker, colour, label in (
-        (above, epochs, "top1", "o-", GREEN, "validation"),
-        (above, tuned, "train_top1", "s:", ORANGE, "training"),
-        (below, tuned, "train_loss", "s-", ORANGE, "training loss"),
-    ):
-        values = [row.get(name, float("nan")) for row in rows]
-        axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
-    figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
-    above.set_ylabel("top-1 (%)")
-    below.set_ylabel("training loss")
-    below.set_xlabel("epoch")
-    below.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        *render(figure, "training"),
+    )
 
 
 def plan_convergence(run: RunReport) -> Drawing | None:
-    """Draw how the plan settled as the calibration images doubled; None with fewer than two stages."""
+    """Draw how the plan converged as the calibration images doubled; None with fewer than two stages."""
     stages = [] if run.convergence is None else run.convergence["stages"]
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
     if run.convergence is None or not changes:
         return None
-    settled = run.convergence["settled"]
+    converged = run.convergence["settled"]
     with canvas(2.8) as (figure, axes):
         axes.plot(*zip(*changes, strict=True), "o-", color=BLUE, markersize=5)
         axes.set_xscale("log", base=2)
         axes.set_xticks([images for images, _ in changes], [f"{images:,}" for images, _ in changes])
         axes.minorticks_off()
         axes.set_ylim(0, max(0.1, *(changed for _, changed in changes)) * 1.15)
-        if settled is not None:
-            axes.axvline(settled, color=GREEN, linestyle="--", linewidth=1.2)
+        if converged is not None:
+            axes.axvline(converged, color=GREEN, linestyle="--", linewidth=1.2)
             axes.annotate(
-                "settled", (settled, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
+                "converged", (converged, 1), (-4, -4), xycoords=("data", "axes fraction"), textcoords="offset points",
                 color=GREEN, fontsize=9, rotation=90, ha="right", va="top",
             )  # fmt: skip
         axes.set_xlabel("calibration images")
         axes.set_ylabel("channels that changed (%)")
-        svg, png = render(figure)
-    said = "The plan did not settle." if settled is None else f"The plan settled at {settled:,} images."
+    said = "The plan did not converge." if converged is None else f"The plan converged at {converged:,} images."
     return Drawing(
         "convergence",
-        "How the plan settled",
+        "Convergence of the plan",
         "Share of all channels that the plan kept with half the images, and did not keep any more with this many. "
         "Where it is small, more calibration images would change little.",
         f"{said} The last doubling, to {changes[-1][0]:,} images, changed {changes[-1][1]:.2f} % of the channels.",
         ("Images", "Channels that changed (%)"),
         tuple((f"{images:,}", f"{changed:.2f}") for images, changed in changes),
-        svg,
-        png,
+        *render(figure, "convergence"),
     )
-
-
-_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
-
-
-_MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 
 def accuracy_steps(run: RunReport) -> Drawing:
@@ -117,7 +101,6 @@ def accuracy_steps(run: RunReport) -> Drawing:
         labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts)
         axes.set_xlabel("top-1 accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(5))
-        svg, png = render(figure)
     return Drawing(
         "accuracy",
         "Accuracy step by step",
@@ -129,8 +112,7 @@ def accuracy_steps(run: RunReport) -> Drawing:
             (label, f"{model.top1:.2f}", f"{model.top5:.2f}", f"{model.top1 - run.base.top1:+.2f}")
             for label, model in steps
         ),
-        svg,
-        png,
+        *render(figure, "accuracy"),
     )
 
 
@@ -149,7 +131,6 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
         axes.set_xlabel("MACs left (% of dense)")
         axes.set_ylabel("top-1 left (% of dense)")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        svg, png = render(figure)
     rows = [
         ("this run", f"{100 * (1 - run.keep_ratio):.0f}", f"{pruned[0]:.1f}", f"{pruned[1]:.1f}", f"{best[1]:.1f}")
     ]
@@ -168,8 +149,7 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
         f"pruning and {best[1]:.1f} % at best; the published points of the paper lie beside it.",
         ("Model", "Removed (%)", "MACs left (%)", "Top-1 left, pruned (%)", "Top-1 left, best (%)"),
         tuple(rows),
-        svg,
-        png,
+        *render(figure, "accuracy_macs"),
     )
 
 
@@ -209,7 +189,6 @@ def latency_bars(run: RunReport) -> Drawing | None:
             [colour for _, _, colour in rows], [f"{value:.2f} ms" for _, value, _ in rows],
         )  # fmt: skip
         axes.set_xlabel("milliseconds a batch (median)")
-        svg, png = render(figure)
     speedup = base.latency_ms / pruned.latency_ms
     return Drawing(
         "latency",
@@ -220,8 +199,7 @@ def latency_bars(run: RunReport) -> Drawing | None:
         f"MACs would allow {base.macs / pruned.macs:.2f} times.",
         ("Model", "Latency (ms)", "Speed-up"),
         tuple((label, f"{value:.2f}", f"{base.latency_ms / value:.2f}x") for label, value, _ in rows),
-        svg,
-        png,
+        *render(figure, "latency"),
     )
 
 
@@ -255,7 +233,6 @@ def kept_channels(run: RunReport) -> Drawing | None:
         axes.set_xlabel("hidden channels")
         handles, names = axes.get_legend_handles_labels()
         figure.legend(handles[::-1], names[::-1], loc="outside upper center", ncols=2)
-        svg, png = render(figure)
     least, most = min(sites, key=lambda site: site[1] / site[2]), max(sites, key=lambda site: site[1] / site[2])
     return Drawing(
         "kept_channels",
@@ -265,37 +242,33 @@ def kept_channels(run: RunReport) -> Drawing | None:
         f"{most[1]} of {most[2]}.",
         ("Site", "Kept", "Of", "Share"),
         tuple((name, str(kept), str(total), f"{kept / total:.1%}") for name, kept, total in sites),
-        svg,
-        png,
+        *render(figure, "kept_channels"),
     )
 
 
 def reconstruction_errors(run: FinishedRun) -> Drawing | None:
     """Draw the error that is left at each site; None where nothing tells it."""
-    found = site_errors(run)
-    if found is None:
+    errors_of_sites = site_errors(run)
+    if errors_of_sites is None:
         return None
-    errors = found.errors
-    compensated = run.report.config["compensation"] != "none" or found.at == "output"
+    errors = errors_of_sites.errors
+    compensated = run.report.config["compensation"] != "none" or errors_of_sites.at == "output"
     before = "mean shift" if compensated else "no compensation"
-    refit = any(error.refit is not None for error in errors)
+    refit = errors[0].refit is not None
     with canvas(_height(len(errors))) as (figure, axes):
         places = np.arange(len(errors))
         axes.barh(places, [100 * error.before for error in errors], color=ORANGE, height=0.72, label=before)
         if refit:
-            axes.barh(
-                places, [100 * (error.refit or 0.0) for error in errors], color=BLUE, height=0.36, label="refit"
-            )
+            axes.barh(places, [100 * error.left for error in errors], color=BLUE, height=0.36, label="refit")
         _site_axis(axes, [error.site for error in errors])
         axes.set_xlim(0, max(1e-3, *(100 * error.before for error in errors)) * 1.05)
         axes.set_xlabel("squared error (% of the variance)")
         figure.legend(loc="outside upper center", ncols=2)
-        svg, png = render(figure)
-    worst = max(errors, key=lambda error: error.before if error.refit is None else error.refit)
+    worst = max(errors, key=lambda error: error.left)
     caption = (
         "Variance of the error at the output of the layer that reads the channels, as a share of that output's own "
         "variance, before fine-tuning."
-        if found.at == "output"
+        if errors_of_sites.at == "output"
         else "Mean squared error of the hidden channels that were removed, as a share of the variance of all "
         "channels of the site, before fine-tuning. It comes from the statistics; what the next layer makes of "
         "it may differ."
@@ -304,19 +277,13 @@ def reconstruction_errors(run: FinishedRun) -> Drawing | None:
         "reconstruction",
         "Reconstruction error",
         caption,
-        f"The largest error is left at {worst.site}: "
-        f"{100 * (worst.before if worst.refit is None else worst.refit):.1f} % of the variance.",
+        f"The largest error is left at {worst.site}: {100 * worst.left:.1f} % of the variance.",
         ("Site", f"Error with {before} (%)", *(("Error with refit (%)",) if refit else ())),
         tuple(
-            (
-                error.site,
-                f"{100 * error.before:.2f}",
-                *(("" if error.refit is None else f"{100 * error.refit:.2f}",) if refit else ()),
-            )
+            (error.site, f"{100 * error.before:.2f}", *((f"{100 * error.left:.2f}",) if refit else ()))
             for error in errors
         ),
-        svg,
-        png,
+        *render(figure, "reconstruction"),
     )
 
 

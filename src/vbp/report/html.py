@@ -29,12 +29,7 @@ from vbp.runtime.tables import format_count, markdown_table
 
 REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
 
-
-_NAMES: Final = (
-    "accuracy", "accuracy_macs", "latency", "training", "kept_channels", "reconstruction", "spectrum", "convergence",
-)  # fmt: skip
-
-
+# Figures that a run may lack, all but the accuracy.
 _MISSING: Final = {
     "accuracy_macs": "Accuracy against MACs: the dense model has no accuracy or no MACs to compare with.",
     "latency": "Latency: it was not measured.",
@@ -42,7 +37,7 @@ _MISSING: Final = {
     "kept_channels": "Kept channels: the model has no sites.",
     "reconstruction": "Reconstruction error: it was not measured, and the folder holds no plan or no statistics.",
     "spectrum": "Variance spectrum: the folder holds no plan or no statistics.",
-    "convergence": "How the plan settled: the statistics came from a file, or there were too few images to tell.",
+    "convergence": "Convergence of the plan: the statistics came from a file, or there were too few images to tell.",
 }
 
 
@@ -68,7 +63,7 @@ def write_report(folder: Path) -> Path:
     except OSError as error:
         raise OutputError(f"{folder / FIGURES} could not be made ({error}); choose another folder") from error
     for drawing in drawings.values():
-        write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg.encode())
+        write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
     write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
     write_bytes(folder / REPORT, page.encode())
@@ -82,12 +77,14 @@ def clear_report(folder: Path) -> None:
         OutputError: A file of it could not be removed.
     """
     clear_folder(folder, (REPORT, MARKDOWN))
-    clear_folder(folder / FIGURES, tuple(f"{name}.{kind}" for name in _NAMES for kind in ("svg", "png")))
+    clear_folder(
+        folder / FIGURES, tuple(f"{name}.{kind}" for name in ("accuracy", *_MISSING) for kind in ("svg", "png"))
+    )
 
 
 def draw(run: FinishedRun) -> dict[str, Drawing]:
     """Draw all figures for which the run has numbers, by name."""
-    found = (
+    drawings = (
         accuracy_steps(run.report),
         accuracy_against_macs(run.report),
         latency_bars(run.report),
@@ -97,7 +94,7 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
         variance_spectra(run),
         plan_convergence(run.report),
     )
-    return {drawing.name: drawing for drawing in found if drawing is not None}
+    return {drawing.name: drawing for drawing in drawings if drawing is not None}
 
 
 def summary_row(run: RunReport) -> str:
@@ -148,29 +145,29 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
 def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return what matters most: label, figure, remark."""
     base, pruned, best = run.base, run.pruned, run.best
-    found = [
+    keys = [
         ("Top-1 accuracy", f"{best.top1:.2f} %", f"dense {base.top1:.2f} %, right after pruning {pruned.top1:.2f} %"),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
     ]
     for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):
-        found.append((name, saved, f"{label}: {before} → {after}"))
+        keys.append((name, saved, f"{label}: {before} → {after}"))
     if run.speedup is not None:
         ideal = f"{base.macs / pruned.macs:.2f}x by MACs" if pruned.macs else ""
-        found.append(("Speed-up", f"{run.speedup:.2f}x", f"batch {run.latency_batch} on {run.device}; {ideal}"))
-    found.append(
+        keys.append(("Speed-up", f"{run.speedup:.2f}x", f"batch {run.latency_batch} on {run.device}; {ideal}"))
+    keys.append(
         (
             "Time",
             f"{sum(run.seconds.values()) / 60:.1f} min",
             "one process" if run.processes == 1 else f"{run.processes} processes",
         )
     )
-    return found
+    return keys
 
 
 def _loading(folder: Path) -> str:
     """Return the lines that load the first pruned model, for Markdown."""
-    found = _artefacts(folder)
-    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({found[0][1]})\n```\n" if found else ""
+    artefacts = _artefacts(folder)
+    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({artefacts[0][1]})\n```\n" if artefacts else ""
 
 
 def _artefacts(folder: Path) -> list[tuple[str, str]]:

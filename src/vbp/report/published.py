@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 SOURCE: Final = (
@@ -12,15 +12,16 @@ SOURCE: Final = (
 
 
 @dataclass(frozen=True)
-class PaperPoint:
+class PublishedPoint:
     """One published pruned model, relative to its dense one.
 
     Attributes:
-        model: Name of the architecture.
+        model: Name of the architecture; points of one name are joined by a line beside a sweep.
         removed: Share of the MLP channels removed, in percent.
         macs: MACs left, in percent of the dense model's.
         pruned: Top-1 right after pruning, in percent of the dense model's; None where it is not published.
         tuned: Top-1 after fine-tuning, in percent of the dense model's.
+        source: Where it was published.
     """
 
     model: str
@@ -28,6 +29,7 @@ class PaperPoint:
     macs: float
     pruned: float | None
     tuned: float
+    source: str = SOURCE
 
 
 # Share removed in percent, top-1 after pruning, top-1 after ten epochs, MACs in G.
@@ -48,20 +50,19 @@ _DEIT_T: Final = (
 
 def _relative(
     model: str, removed: int, pruned: float, tuned: float, macs: float, base: float, base_macs: float
-) -> PaperPoint:
-    return PaperPoint(model, removed, 100 * macs / base_macs, 100 * pruned / base, 100 * tuned / base)
+) -> PublishedPoint:
+    return PublishedPoint(model, removed, 100 * macs / base_macs, 100 * pruned / base, 100 * tuned / base)
 
 
-PAPER_POINTS: Final[tuple[PaperPoint, ...]] = (
+PAPER_POINTS: Final[tuple[PublishedPoint, ...]] = (
     *(_relative("DeiT-T", removed, pruned, tuned, macs, 72.02, 1.26) for removed, pruned, tuned, macs in _DEIT_T),
     # Published as shares of the dense model.
-    PaperPoint("DeiT-S", 50, 100 - 30.4, 80.85, 98.64),
-    PaperPoint("DeiT-B", 20, 100 - 12.7, 100 * 80.87 / 81.73, 100 * 81.76 / 81.73),
+    PublishedPoint("DeiT-S", 50, 100 - 30.4, 80.85, 98.64),
+    PublishedPoint("DeiT-B", 20, 100 - 12.7, 100 * 80.87 / 81.73, 100 * 81.76 / 81.73),
     _relative("DeiT-B", 55, 57.58, 80.67, 11.44, 81.73, 17.58),
-    PaperPoint("Swin-T", 45, 100 - 28.2, None, 98.15),
+    PublishedPoint("Swin-T", 45, 100 - 28.2, None, 98.15),
     _relative("ConvNeXt-T", 50, 16.80, 81.30, 2.96, 82.90, 4.47),
 )
-
 
 _PAPER_NAMES: Final = {
     "deit_tiny": "DeiT-T",
@@ -72,10 +73,12 @@ _PAPER_NAMES: Final = {
 }
 
 
-def points_of(model_name: str) -> tuple[PaperPoint, ...]:
-    """Return the published points of a model by its timm or Hugging Face name; none if the paper does not have it."""
+def points_of(model_name: str) -> tuple[PublishedPoint, ...]:
+    """Return what the paper has of a model by its timm or Hugging Face name, each named `paper, MODEL, pruned`."""
     name = model_name.rpartition("/")[2].replace("-", "_")
     if "distilled" in name:
         return ()
     wanted = {paper for start, paper in _PAPER_NAMES.items() if name.startswith(start)}
-    return tuple(point for point in PAPER_POINTS if point.model in wanted)
+    return tuple(
+        replace(point, model=f"paper, {point.model}, pruned") for point in PAPER_POINTS if point.model in wanted
+    )

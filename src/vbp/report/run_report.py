@@ -27,14 +27,12 @@ if TYPE_CHECKING:
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
-
 # How tables call the pruned model, by its compensation.
 PRUNED_LABELS: Final[Mapping[str, str]] = {
     "none": "pruned, no compensation",
     "mean": "pruned, mean shift",
     "refit": "pruned, refit",
 }
-
 
 _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
@@ -170,9 +168,9 @@ class RunReport:
             reconstruction={
                 one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
             },
-            producers=_told(refits.producers),
-            stream=_told(refits.stream),
-            head=_told(refits.head),
+            producers=_refit_data(refits.producers),
+            stream=_refit_data(refits.stream),
+            head=_refit_data(refits.head),
             **rest,
         )
 
@@ -206,7 +204,11 @@ class RunReport:
     @property
     def refits(self) -> tuple[str, ...]:
         """Return what each refit after surgery did, in words."""
-        return tuple(found["sentence"] for found in (self.producers, self.stream, self.head) if found is not None)
+        return tuple(refit["sentence"] for refit in self._refits if refit is not None)
+
+    @property
+    def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
+        return self.producers, self.stream, self.head
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out."""
@@ -227,11 +229,11 @@ class RunReport:
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(f"sites must keep some of their channels, got {dict(report.sites)}; run it again")
-        parts = [part for part in (report.budget, report.producers, report.stream, report.head) if part]
+        parts = [part for part in (report.budget or None, *report._refits) if part is not None]
         try:
             details = {
                 "compensation": report.config["compensation"],
-                "stages": [] if report.convergence is None else report.convergence["stages"],
+                "convergence": report.convergence,
                 "candidates": report.candidates,
                 "reconstruction": [{"site": site, **errors} for site, errors in report.reconstruction.items()],
                 "sentences": [part["sentence"] for part in parts],
@@ -276,8 +278,14 @@ class RunReport:
         return "\n".join(lines)
 
 
-def _told(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
+def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
     return None if refit is None else {**refit.to_dict(), "sentence": refit.sentence()}
+
+
+@dataclass(frozen=True)
+class _Convergence:
+    stages: tuple[Stage, ...]
+    settled: int | None
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,7 @@ class _Details:
     """What the plain data inside a report must be."""
 
     compensation: str
-    stages: tuple[Stage, ...]
+    convergence: _Convergence | None
     candidates: tuple[_Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -36,14 +36,14 @@ def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
     if run.plan is None or run.statistics is None:
         return ()
     scores = variance_scores(run.statistics)
-    found = []
+    spectra_of_sites = []
     for entry in run.plan.sites:
         values = scores[entry.site.name].double().cpu().numpy()
         kept = np.zeros(entry.site.hidden, dtype=bool)
         kept[list(entry.keep)] = True
         order = np.argsort(-values, kind="stable")
-        found.append(Spectrum(entry.site.name, values[order], kept[order]))
-    return tuple(found)
+        spectra_of_sites.append(Spectrum(entry.site.name, values[order], kept[order]))
+    return tuple(spectra_of_sites)
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,11 @@ class SiteError:
     site: str
     before: float
     refit: float | None = None
+
+    @property
+    def left(self) -> float:
+        """Return the error that is left."""
+        return self.before if self.refit is None else self.refit
 
 
 @dataclass(frozen=True)
@@ -79,11 +84,15 @@ def site_errors(run: FinishedRun) -> SiteErrors | None:
     """Return the reconstruction error of each site; None where neither the summary nor statistics tell it."""
     measured = run.report.reconstruction
     if measured:
-        return SiteErrors("output", tuple(_measured(site, found) for site, found in measured.items()))
+        errors = (
+            SiteError(site, _share(one["mean_shift"], one["energy"]), _share(one["refit"], one["energy"]))
+            for site, one in measured.items()
+        )
+        return SiteErrors("output", tuple(errors))
     if run.plan is None or run.statistics is None:
         return None
     compensated = run.report.config["compensation"] != "none"
-    found = []
+    hidden_errors = []
     for entry in run.plan.sites:
         moments = run.statistics.moments.get(entry.site.name)
         if moments is None:
@@ -91,13 +100,8 @@ def site_errors(run: FinishedRun) -> SiteErrors | None:
         variance = moments.m2 / moments.count
         lost = variance if compensated else moments.second_moment
         error = _share(float(lost[list(entry.removed)].sum()), float(variance.sum()))
-        found.append(SiteError(entry.site.name, error))
-    return SiteErrors("hidden", tuple(found)) if found else None
-
-
-def _measured(site: str, found: Mapping[str, float]) -> SiteError:
-    energy = found["energy"]
-    return SiteError(site, _share(found["mean_shift"], energy), _share(found["refit"], energy))
+        hidden_errors.append(SiteError(entry.site.name, error))
+    return SiteErrors("hidden", tuple(hidden_errors)) if hidden_errors else None
 
 
 def _share(part: float, whole: float) -> float:
@@ -126,26 +130,24 @@ def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 # Drawn over as many decades as the largest values need; what lies below is drawn at the bottom.
 _DECADES: Final = 8
 
-
 _GAP: Final = (0.12, 0.55)
 
 
 def variance_spectra(run: FinishedRun) -> Drawing | None:
     """Draw the spectrum of each site with the cut; None without plan or statistics."""
-    found = spectra(run)
-    if not found:
+    all_spectra = spectra(run)
+    if not all_spectra:
         return None
-    columns = _columns(found)
-    rows = -(-len(found) // columns)
-    top = max(float(spectrum.scores[0]) for spectrum in found)
+    columns = _columns(all_spectra)
+    rows = -(-len(all_spectra) // columns)
+    top = max(float(spectrum.scores[0]) for spectrum in all_spectra)
     high = np.ceil(np.log10(top)) if top > 0 else 0.0
-    smallest = min((float(s.scores[s.scores > 0].min()) for s in found if (s.scores > 0).any()), default=1.0)
+    smallest = min((float(s.scores[s.scores > 0].min()) for s in all_spectra if (s.scores > 0).any()), default=1.0)
     low = max(float(np.floor(np.log10(smallest))), high - _DECADES, -300.0)
     low = min(low, high - 1)
     with canvas(0.7 + rows * (1.35 if columns < 3 else 1.05 if columns == 3 else 0.92)) as (figure, axes):
-        _panels(axes, found, columns, low, high)
+        _panels(axes, all_spectra, columns, low, high)
         figure.legend(loc="outside upper center", ncols=3)
-        svg, png = render(figure)
     query_key = any(entry.site.kind == "query_key" for entry in (run.plan.sites if run.plan else ()))
     return Drawing(
         "spectrum",
@@ -153,12 +155,11 @@ def variance_spectra(run: FinishedRun) -> Drawing | None:
         "Channels of a site from the largest variance to the smallest (logarithmic, the same scale in all panels); "
         "the line is the cut. Where the ranking is not by variance alone, both colours lie on both sides of it."
         + (" Query/key channels show the product of their mean squares instead." if query_key else ""),
-        f"Spectra of {len(found)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right, and "
-        "what lies right of its cut was removed.",
+        f"Spectra of {len(all_spectra)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right, "
+        "and what lies right of its cut was removed.",
         ("Site", "Channels", "Kept", "Largest", "Median", "Smallest", "Smallest kept", "Largest removed"),
-        tuple(_spectrum_row(spectrum) for spectrum in found),
-        svg,
-        png,
+        tuple(_spectrum_row(spectrum) for spectrum in all_spectra),
+        *render(figure, "spectrum"),
         wide=True,
     )
 
@@ -171,17 +172,17 @@ def _spectrum_row(spectrum: Spectrum) -> tuple[str, ...]:
     return (spectrum.site, str(len(scores)), str(int(kept.sum())), *texts)
 
 
-def _panels(axes: Axes, found: tuple[Spectrum, ...], columns: int, low: float, high: float) -> None:
+def _panels(axes: Axes, all_spectra: tuple[Spectrum, ...], columns: int, low: float, high: float) -> None:
     """Draw all spectra into one pair of axes: hundreds of axes would take half a minute."""
-    pattern, labels = short_names([spectrum.site for spectrum in found])
-    samples = int(np.clip(3000 / len(found), 24, 120))
+    pattern, labels = short_names([spectrum.site for spectrum in all_spectra])
+    samples = int(np.clip(3000 / len(all_spectra), 24, 120))
     areas: dict[bool, list[npt.NDArray[np.float64]]] = {True: [], False: []}
     cuts, floors = [], []
     size = 8.5 if columns < 3 else 7.5
-    for index, (spectrum, label) in enumerate(zip(found, labels, strict=True)):
+    for index, (spectrum, label) in enumerate(zip(all_spectra, labels, strict=True)):
         left = (index % columns) * (1 + _GAP[0])
         bottom = -(index // columns) * (1 + _GAP[1])
-        for kept, area in _areas(spectrum, samples, low, high):
+        for kept, area in outlines(spectrum, samples, low, high):
             areas[kept].append(area + np.array([left, bottom]))
         cut = left + spectrum.kept.mean()
         cuts.append([(cut, bottom), (cut, bottom + 1)])
@@ -194,14 +195,14 @@ def _panels(axes: Axes, found: tuple[Spectrum, ...], columns: int, low: float, h
         axes.add_collection(PolyCollection(areas[kept], facecolor=colour, edgecolor="none", label=label))
     axes.add_collection(LineCollection(cuts, color=INK, linewidth=1, label="cut"))
     axes.add_collection(LineCollection(floors, color=GREY, linewidth=0.7))
-    rows = -(-len(found) // columns)
+    rows = -(-len(all_spectra) // columns)
     axes.set_xlim(-0.02, columns * (1 + _GAP[0]) - _GAP[0] + 0.02)
     axes.set_ylim(-(rows - 1) * (1 + _GAP[1]) - 0.05, 1.4)
     axes.set_axis_off()
     axes.set_title(f"sites {pattern}" if pattern else "", fontsize=9, loc="left")
 
 
-def _areas(spectrum: Spectrum, samples: int, low: float, high: float) -> list[tuple[bool, npt.NDArray[np.float64]]]:
+def outlines(spectrum: Spectrum, samples: int, low: float, high: float) -> list[tuple[bool, npt.NDArray[np.float64]]]:
     """Return the filled pieces below a spectrum in a unit square, one for each run of kept or of removed channels."""
     channels = len(spectrum.scores)
     # All channels where there are few; the cut is at its place in any case, for it is an edge.
@@ -223,12 +224,12 @@ def _areas(spectrum: Spectrum, samples: int, low: float, high: float) -> list[tu
     return pieces
 
 
-def _columns(found: tuple[Spectrum, ...]) -> int:
-    if len(found) <= 4:
-        return min(2, len(found))
+def _columns(all_spectra: tuple[Spectrum, ...]) -> int:
+    if len(all_spectra) <= 4:
+        return min(2, len(all_spectra))
     # Long names need room beside each other.
-    longest = max(len(label) for label in short_names([spectrum.site for spectrum in found])[1])
-    return 2 if longest > 14 else 3 if longest > 6 or len(found) <= 12 else 4
+    longest = max(len(label) for label in short_names([spectrum.site for spectrum in all_spectra])[1])
+    return 2 if longest > 14 else 3 if longest > 6 or len(all_spectra) <= 12 else 4
 
 
 def _power(exponent: float) -> str:

@@ -18,32 +18,31 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart.
-BLUE, ORANGE, GREEN, PINK = "#0072b2", "#e69f00", "#009e73", "#cc79a7"
-
+BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
 
 INK, GREY, FAINT, PAPER = "#1f2329", "#76808a", "#d9dde2", "#ffffff"
 
-
 WIDTH: Final = 4.6
-
 
 _DPI: Final = 160
 
-
-_VARIABLES: Final = {
+# What stands in an SVG file, and what stands for it on the page, which has a style sheet.
+_ON_PAGE: Final = {
     INK: "currentColor", GREY: "var(--grey)", FAINT: "var(--faint)", PAPER: "var(--paper)", BLUE: "var(--blue)",
-    ORANGE: "var(--orange)", GREEN: "var(--green)", PINK: "var(--pink)",
+    ORANGE: "var(--orange)", GREEN: "var(--green)", PINK: "var(--pink)", "'DejaVu Sans'": "system-ui",
 }  # fmt: skip
 
+_NO_METADATA: Final = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 
 _STYLE: Final[dict[Any, Any]] = {
-    "font.family": "sans-serif", "font.size": 10.5, "axes.titlesize": 10, "axes.labelsize": 9.5,
+    "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 10.5, "axes.titlesize": 10,
+    "axes.labelsize": 9.5,
     "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 8.5, "legend.frameon": False,
     "text.color": INK, "axes.labelcolor": INK, "xtick.color": GREY, "ytick.color": GREY,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.edgecolor": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
     "grid.color": FAINT, "grid.linewidth": 0.7, "lines.linewidth": 1.8, "figure.facecolor": PAPER,
-    "axes.facecolor": "none", "svg.fonttype": "none", "svg.hashsalt": "vbp",
+    "axes.facecolor": "none", "svg.fonttype": "none",
     # Names come from users: a dollar sign in one begins no formula.
     "text.parse_math": False,
 }  # fmt: skip
@@ -71,50 +70,54 @@ class Drawing:
     alt: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    svg: str
+    svg: bytes
     png: bytes
     wide: bool = False
 
     @property
     def inline_svg(self) -> str:
-        """Return the SVG for a page: colours from its style sheet, text in its font, identifiers of its own."""
-        body = self.svg[self.svg.index("<svg") :]
-        body = re.sub(r"<metadata>.*?</metadata>", "", body, flags=re.DOTALL)
-        body = re.sub(r"<(g|path|text) id=\"(?!m)[a-z]+(_\d+)*\"", r"<\1", body)
-        body = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{self.name}-", body)
-        body = re.sub(r"(font: [\d.]+px) [^;\"]*", r"\1 system-ui, sans-serif", body)
-        body = re.sub(r"font-family: [^;\"]*", "font-family: system-ui, sans-serif", body)
-        for colour, variable in _VARIABLES.items():
-            body = body.replace(colour, variable)
-        body = re.sub(r' (width|height)="[\d.]+pt"', "", body, count=2)
-        return body.replace("<svg", f'<svg role="img" aria-label="{html.escape(self.alt)}"', 1)
+        """Return the SVG for a page: colours from its style sheet, text in its font, no needless identifiers."""
+        opening, _, body = self.svg.decode().partition("<svg ")[2].partition(">")
+        box = opening[opening.index("viewBox") :].split('"')[1]
+        body = re.sub(r'<g id="[^"]*"', "<g", body)  # what is referred to has an identifier of its own
+        for drawn, on_page in _ON_PAGE.items():
+            body = body.replace(drawn, on_page)
+        return f'<svg role="img" aria-label="{html.escape(self.alt)}" viewBox="{box}">{body}'
 
 
 @contextmanager
-def canvas(height: float) -> Iterator[tuple[Figure, Axes]]:
-    """Return an empty figure of the house style, to draw on within the block.
+def canvas(height: float, columns: int = 1, width: float = WIDTH, **options: Any) -> Iterator[tuple[Figure, Any]]:
+    """Return an empty figure of the house style and its axes, to draw on within the block.
 
     Args:
         height: In inches.
+        columns: Axes beside each other; of more than one axes the second value is a list.
+        width: In inches.
+        options: Of `Figure.subplots`.
     """
     with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(WIDTH, height), layout="constrained")
-        yield figure, figure.add_subplot()
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure, figure.subplots(ncols=columns, **options)
 
 
-def render(figure: Figure) -> tuple[str, bytes]:
-    """Return a figure as SVG and PNG; the same figure gives the same bytes."""
+def render(figure: Figure, name: str) -> tuple[bytes, bytes]:
+    """Return a figure as SVG and PNG; the same figure gives the same bytes.
+
+    Args:
+        figure: From `canvas`.
+        name: Of the figure: identifiers in SVGs of different names are different.
+    """
     svg, png = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context(_STYLE), warnings.catch_warnings():
+    with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # A name in a script that the font lacks shows boxes in the PNG; the SVG has it as text.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
         # `savefig` draws everything twice, once to measure; the layout engine has no need of that.
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
+        FigureCanvasSVG(figure).print_svg(svg, metadata=_NO_METADATA)  # type: ignore[no-untyped-call]
         # Nor need the places of the axes be found again.
         figure.set_layout_engine("none")
         figure.set_dpi(_DPI)
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    return svg.getvalue().decode(), png.getvalue()
+    return svg.getvalue(), png.getvalue()
 
 
 def labelled_bars(

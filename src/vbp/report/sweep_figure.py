@@ -2,80 +2,41 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Final
 
-import matplotlib as mpl
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
+from vbp.report.published import PublishedPoint
+from vbp.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, canvas
 from vbp.report.sweep_report import SweepReport
 
-# Okabe and Ito's colours, which all kinds of colour vision tell apart; the markers go on where they are used up.
-_COLOURS: Final = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000")
-
+# All kinds of colour vision tell them apart; the markers go on where they are used up.
+_COLOURS: Final = (BLUE, ORANGE, GREEN, PINK, SKY, RED, INK)
 
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
-
-
-_GREY: Final = "#76808a"
-
-
-_STYLE: Final[dict[Any, Any]] = {
-    "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
-    "grid.color": "#d9dde2", "grid.linewidth": 0.7, "legend.frameon": False, "svg.fonttype": "none",
-    "svg.hashsalt": "vbp", "text.parse_math": False,
-}  # fmt: skip
-
 
 _PANELS: Final = {"macs": "MACs left (%)", "params": "parameters left (%)", "latency": "latency left (%)"}
 
 
-@dataclass(frozen=True)
-class ReferencePoint:
-    """A published pruned model, relative to its dense one, to draw beside a sweep.
-
-    Attributes:
-        label: Points of one label are joined by a line.
-        top1: Top-1 left, in percent of the dense model's.
-        macs: MACs left in percent; None where it is not published.
-        params: Parameters left in percent.
-        latency: Latency left in percent.
-        source: Where it was published.
-    """
-
-    label: str
-    top1: float
-    macs: float | None = None
-    params: float | None = None
-    latency: float | None = None
-    source: str = ""
-
-
-def draw_sweep(report: SweepReport, references: Sequence[ReferencePoint] = ()) -> Figure:
+def draw_sweep(report: SweepReport, references: Sequence[PublishedPoint] = ()) -> Figure:
     """Draw what is left of the dense model's top-1 against what is left of its cost, a line for each method.
 
     A panel without any point is left out.
 
     Args:
         report: Of a sweep.
-        references: Published points of the same model.
+        references: Published points of the same model, of which those right after pruning are drawn.
     """
+    references = [point for point in references if point.pruned is not None]
     lines = _lines(report)
-    costs = [
-        cost
-        for cost in _PANELS
-        if any(points for points in lines[cost].values()) or any(_at(point, cost) is not None for point in references)
-    ]
-    with mpl.rc_context(_STYLE):
-        figure = Figure(figsize=(4.2 * max(1, len(costs)), 4.6), layout="constrained")
-        panels = figure.subplots(1, max(1, len(costs)), sharey=True, squeeze=False)[0]
+    costs = [cost for cost in _PANELS if lines[cost] or (cost == "macs" and references)]
+    count = max(1, len(costs))
+    with canvas(4.6, count, 4.2 * count, sharey=True, squeeze=False) as (figure, ((*panels,),)):
         for axes, cost in zip(panels, costs, strict=False):
-            _references(axes, cost, references)
+            if cost == "macs":
+                _references(axes, references)
             for number, (method, points) in enumerate(lines[cost].items()):
                 axes.plot(
                     *zip(*points, strict=True), marker=_MARKERS[number // len(_COLOURS) % len(_MARKERS)],
@@ -88,46 +49,30 @@ def draw_sweep(report: SweepReport, references: Sequence[ReferencePoint] = ()) -
         }
         if handles:
             figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
-        sources = dict.fromkeys(point.source for point in references if point.source)
-        if sources:
-            figure.suptitle("Published points: " + "; ".join(sources), fontsize=7, color=_GREY, wrap=True)
+        if references:
+            sources = "; ".join(dict.fromkeys(point.source for point in references))
+            figure.suptitle(f"Published points: {sources}", fontsize=7, color=GREY, wrap=True)
     return figure
-
-
-def render_sweep(figure: Figure) -> tuple[bytes, bytes]:
-    """Return a figure as SVG and PNG; the same figure gives the same bytes."""
-    svg, png = io.BytesIO(), io.BytesIO()
-    with mpl.rc_context(_STYLE):
-        FigureCanvasSVG(figure).print_svg(svg, metadata={"Date": None, "Creator": None})  # type: ignore[no-untyped-call]
-        figure.set_dpi(150)
-        FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]
-    return svg.getvalue(), png.getvalue()
 
 
 def _lines(report: SweepReport) -> dict[str, dict[str, list[tuple[float, float]]]]:
     """Return for each cost the points of each method, the cheapest model first."""
-    found: dict[str, dict[str, list[tuple[float, float]]]] = {cost: {} for cost in _PANELS}
+    lines: dict[str, dict[str, list[tuple[float, float]]]] = {cost: {} for cost in _PANELS}
     for row in report.rows:
         share = report.share(row)
-        for cost, methods in found.items():
+        for cost, by_method in lines.items():
             left, top1 = share[cost], share["top1"]
             if left is not None and top1 is not None:
-                methods.setdefault(row.setting.method, []).append((100 * left, 100 * top1))
-    return {cost: {method: sorted(points) for method, points in methods.items()} for cost, methods in found.items()}
+                by_method.setdefault(row.setting.method, []).append((100 * left, 100 * top1))
+    return {cost: {method: sorted(points) for method, points in methods.items()} for cost, methods in lines.items()}
 
 
-def _references(axes: Axes, cost: str, references: Sequence[ReferencePoint]) -> None:
-    by_label: dict[str, list[tuple[float, float]]] = {}
+def _references(axes: Axes, references: Sequence[PublishedPoint]) -> None:
+    by_model: dict[str, list[tuple[float, float]]] = {}
     for point in references:
-        left = _at(point, cost)
-        if left is not None:
-            by_label.setdefault(point.label, []).append((left, point.top1))
-    for (label, points), dashes in zip(by_label.items(), ("--", ":", "-.", "-") * len(by_label), strict=False):
+        by_model.setdefault(point.model, []).append((point.macs, point.pruned or 0.0))
+    for (model, points), dashes in zip(by_model.items(), ("--", ":", "-.", "-") * len(by_model), strict=False):
         axes.plot(
-            *zip(*sorted(points), strict=True), dashes, marker="o", markerfacecolor="none", color=_GREY, markersize=4,
-            linewidth=1, label=label,
+            *zip(*sorted(points), strict=True), dashes, marker="o", markerfacecolor="none", color=GREY, markersize=4,
+            linewidth=1, label=model,
         )  # fmt: skip
-
-
-def _at(point: ReferencePoint, cost: str) -> float | None:
-    return {"macs": point.macs, "params": point.params, "latency": point.latency}[cost]

@@ -1,4 +1,4 @@
-"""What a sweep found: plain data, a table, CSV and JSON."""
+"""What a sweep measured: plain data, a table, CSV and JSON."""
 
 from __future__ import annotations
 
@@ -126,24 +126,14 @@ class SweepReport:
 
     def table(self) -> str:
         """Return the rows as a table for the terminal, then one of all ratios side by side."""
-        timed = any(row.speedup for row in self.rows)
-        heading = [
-            "method",
-            "keep",
-            "top-1 %",
-            "of dense",
-            "top-5 %",
-            "MACs",
-            "params",
-            *(["speed-up"] if timed else []),
-        ]
         dense = self.dense
-        lines = [
-            ["dense", "", f"{dense.top1:.2f}", "", f"{dense.top5:.2f}", format_count(dense.macs),
-             format_count(dense.params), *([""] if timed else [])]
-        ]  # fmt: skip
-        lines += [self._line(row, timed) for row in self.rows]
-        blocks = [text_table([heading, *lines])]
+        rows = [
+            ("method", "keep", "top-1 %", "of dense", "top-5 %", "MACs", "params", "speed-up"),
+            ("dense", "", *_figures(dense, ""), ""),
+            *map(self._cells, self.rows),
+        ]
+        timed = any(row.speedup for row in self.rows)
+        blocks = [text_table(rows if timed else [row[:-1] for row in rows])]
         if len({row.setting.keep_ratio for row in self.rows}) > 1:
             blocks.append("share of the dense top-1 left, by keep_ratio\n" + text_table(self._by_ratio()))
         if dense.images and 0 < dense.top1 < 100:
@@ -153,22 +143,22 @@ class SweepReport:
             )
         return "\n\n".join(blocks)
 
-    def _line(self, row: SweepRow, timed: bool) -> list[str]:
-        measured = row.measured
-        speed = [] if not timed else ["" if row.speedup is None else f"{row.speedup:.2f}x"]
-        return [
-            row.setting.method, f"{row.kept / row.total:.3f}" if row.total else "", f"{measured.top1:.2f}",
-            _text(self.share(row)["top1"]), f"{measured.top5:.2f}", format_count(measured.macs),
-            format_count(measured.params), *speed,
-        ]  # fmt: skip
+    def _cells(self, row: SweepRow) -> tuple[str, ...]:
+        keep = f"{row.kept / row.total:.3f}" if row.total else ""
+        speed = "" if row.speedup is None else f"{row.speedup:.2f}x"
+        return (row.setting.method, keep, *_figures(row.measured, _text(self.share(row)["top1"])), speed)
 
     def _by_ratio(self) -> list[list[str]]:
         ratios = sorted({row.setting.keep_ratio for row in self.rows}, reverse=True)
-        found: dict[str, dict[float, str]] = {}
+        methods: dict[str, dict[float, str]] = {}
         for row in self.rows:
-            found.setdefault(row.setting.method, {})[row.setting.keep_ratio] = _text(self.share(row)["top1"])
-        rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in found.items()]
+            methods.setdefault(row.setting.method, {})[row.setting.keep_ratio] = _text(self.share(row)["top1"])
+        rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in methods.items()]
         return [["method", *(f"{ratio:g}" for ratio in ratios)], *rows]
+
+
+def _figures(model: Measured, share: str) -> tuple[str, ...]:
+    return f"{model.top1:.2f}", share, f"{model.top5:.2f}", format_count(model.macs), format_count(model.params)
 
 
 def _text(share: float | None) -> str:

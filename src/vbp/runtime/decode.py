@@ -15,7 +15,6 @@ from vbp.errors import InputError
 
 T = TypeVar("T")
 
-
 _PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
 
 
@@ -35,6 +34,7 @@ def to_json(value: Any) -> Any:
         return {key: to_json(item) for key, item in value.items()}
     if isinstance(value, tuple | list):
         return [to_json(item) for item in value]
+    # A version is a kind of text of its own, which safe unpickling refuses.
     return str(value) if isinstance(value, Path | str) else value
 
 

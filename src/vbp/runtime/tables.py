@@ -22,13 +22,15 @@ def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence
     rows = list(rows)
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sizes[: len(widths)] = map(max, sizes, widths)
-    return "\n".join(
+    align = align.ljust(len(sizes), "r")
+    lines = [
         "  ".join(
             cell.ljust(size) if side == "l" else cell.rjust(size)
-            for cell, size, side in zip(row, sizes, align.ljust(len(sizes), "r"), strict=True)
-        ).rstrip()
+            for cell, size, side in zip(row, sizes, align, strict=True)
+        )
         for row in rows
-    )
+    ]
+    return "\n".join(line.rstrip() if align.endswith("l") else line for line in lines)
 
 
 def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

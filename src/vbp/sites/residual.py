@@ -8,10 +8,9 @@ consumer's output must arrive in the output of a module around it, unchanged but
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -53,28 +52,29 @@ def find_residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site])
     named = {site.consumer: site for site in sites if site.kind == "mlp"}
     around = {name: _ancestors(name) for name in named}
     with evaluation_mode(model), torch.no_grad():
-        clean = _Outputs(model, {*named, *(one for names in around.values() for one in names)})
-        with clean.watched():
-            model(example)
+        clean = _run(model, example, {*named, *(one for names in around.values() for one in names)})
         found = [_find(model, example, named[name], around[name], clean) for name in clean.order if name in named]
     return tuple(join for join in found if join is not None)
 
 
-class _Outputs:
+class _Outputs(NamedTuple):
     """Outputs of modules in one forward pass, and the names in the order in which they ran."""
 
-    def __init__(self, model: nn.Module, names: set[str]) -> None:
-        self._model, self._names = model, names
-        self.of: dict[str, Tensor] = {}
-        self.order: list[str] = []
+    of: dict[str, Tensor]
+    order: list[str]
 
-    def watched(self) -> AbstractContextManager[None]:
-        return hooked([(self._model.get_submodule(name), partial(self._record, name)) for name in self._names])
 
-    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self.order.append(name)
+def _run(model: nn.Module, example: Tensor, names: set[str]) -> _Outputs:
+    found = _Outputs({}, [])
+
+    def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        found.order.append(name)
         if (values := first_tensor(output)) is not None:
-            self.of[name] = values.clone()  # some models add to it in place
+            found.of[name] = values.clone()  # some models add to it in place
+
+    with hooked((model.get_submodule(name), partial(record, name)) for name in names):
+        model(example)
+    return found
 
 
 def _ancestors(name: str) -> list[str]:
@@ -96,9 +96,8 @@ def _find(
     size = max(float(clean.of[name].std()) for name in around)
     generator = torch.Generator().manual_seed(0)
     disturbance = (size * torch.randn(given.shape, generator=generator)).to(given)
-    disturbed = _Outputs(model, set(around))
-    with hooked([(consumer, lambda module, args, output: output + disturbance)]), disturbed.watched():
-        model(example)
+    with hooked([(consumer, lambda module, args, output: output + disturbance)]):
+        disturbed = _run(model, example, set(around))
     for name in around:
         for place in (-1, -3):
             gain = _gain(clean.of[name], disturbed.of[name], rows(disturbance, dim, images), place)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,12 +28,9 @@ class Observer(RunningMoments):
         super().__init__()
         self.covariance = None if sampler is None else RunningCovariance()
         self._sampler = sampler
-        self.paused = False
 
     def see(self, values: Tensor) -> None:
-        """Take in values, channels last; nothing while it is paused."""
-        if self.paused:
-            return
+        """Take in values, channels last."""
         rows = values.detach().reshape(-1, values.shape[-1])
         self.add_(rows)
         if self._sampler is not None and self.covariance is not None:
@@ -53,11 +50,10 @@ def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], T
     return lambda output: output.narrow(channel_dim(layer), first, channels)
 
 
-@contextmanager
 def _observing(
-    model: nn.Module, sites: Sequence[Site], sampler: TokenSampler | None, sums: FisherCollector | None
-) -> Iterator[dict[str, Observer]]:
-    observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
+    model: nn.Module, sites: Sequence[Site], observers: Mapping[str, Observer]
+) -> AbstractContextManager[None]:
+    """Show the observers, while the body runs, what consumers read, and which queries and keys are made."""
     read, made = [], []
     for site in sites:
         if site.kind == "query_key":
@@ -66,28 +62,18 @@ def _observing(
                 made.append((module, observers[name].of_output(rows_of(module, first, site.hidden))))
         else:
             read.append((model.get_submodule(site.consumer), observers[site.name].of_input))
-    # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
-    with (
-        nullcontext() if sums is None else sums.watching(model),
-        hooked(made, before=read),
-        evaluation_mode(model),
-        frozen(model),
-        torch.set_grad_enabled(sums is not None),
-    ):
-        yield observers
+    return hooked(made, before=read)
 
 
-def _show(model: nn.Module, pixels: Tensor, sums: FisherCollector | None, observers: Collection[Observer]) -> None:
-    if sums is None:
-        model(pixels)
-        return
-    logits = logits_of(model(pixels.requires_grad_()))
-    # Gradient checkpointing runs layers again in the backward pass: nothing must be seen twice.
-    for observer in observers:
-        observer.paused = True
-    sums.see(logits)
-    for observer in observers:
-        observer.paused = False
+def _show(
+    model: nn.Module, pixels: Tensor, observing: AbstractContextManager[None], sums: FisherCollector | None
+) -> None:
+    """Run one batch; nothing of its graph is held afterwards."""
+    # Hooked in the forward pass alone: gradient checkpointing runs layers again in the backward pass.
+    with observing, nullcontext() if sums is None else sums.watching(model):
+        output = model(pixels)
+    if sums is not None:
+        sums.see(logits_of(output))
 
 
 def collect_statistics(
@@ -128,14 +114,17 @@ def collect_statistics(
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
     sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
+    observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
     images = 0
-    with _observing(model, sites, sampler, sums) as observers:
+    # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
+    with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
         for batch in batches:
             pixels = batch if isinstance(batch, Tensor) else batch[0]
             if sampler is not None:
                 sampler.begin(pixels.shape[0])
-            _show(model, pixels.detach().to(target, non_blocking=True), sums, observers.values())
             images += pixels.shape[0]
+            pixels = pixels.detach().to(target, non_blocking=True).requires_grad_(sums is not None)
+            _show(model, pixels, _observing(model, sites, observers), sums)
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}

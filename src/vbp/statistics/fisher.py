@@ -35,10 +35,9 @@ class FisherCollector:
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
-        self._open = False
 
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Hold on to what each consumer reads and returns while the body runs, from each forward pass until `see`.
+        """Hold on to what each consumer reads and returns while the body runs a forward pass, for `see`.
 
         Raises:
             InputError: A consumer reads more than single positions; nothing is hooked then.
@@ -46,12 +45,10 @@ class FisherCollector:
         consumers = [(site, model.get_submodule(site.consumer)) for site in self._sites]
         for site, consumer in consumers:
             check_single_positions(site, consumer)
-        self._open = True
         return hooked([(consumer, partial(self._record, site.name)) for site, consumer in consumers])
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if self._open:  # gradient checkpointing runs layers again during the backward pass
-            self._seen[name] = args[0].detach(), output, channel_dim(module)
+        self._seen[name] = args[0].detach(), output, channel_dim(module)
 
     def see(self, logits: Float[Tensor, "images classes"]) -> None:
         """Take in the batch whose logits these are; nothing waits for the device.
@@ -70,13 +67,9 @@ class FisherCollector:
         )
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
-        self._open = False
-        try:
-            gradients = torch.autograd.grad(
-                logits, [output for _, output, _ in self._seen.values()], cotangent.to(logits.dtype)
-            )
-        finally:
-            self._open = True
+        gradients = torch.autograd.grad(
+            logits, [output for _, output, _ in self._seen.values()], cotangent.to(logits.dtype)
+        )
         for (name, (h, _, dim)), gradient in zip(self._seen.items(), gradients, strict=True):
             _check_positions(name, h, dim, images)
             read, slopes = (in_float32(rows(values, dim, images)) for values in (h, gradient))

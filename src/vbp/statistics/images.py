@@ -122,7 +122,7 @@ class CalibrationImages:
         size = 1 if share is None else share.batch_size
         rank, world = self.session.processes.rank, self.session.processes.world
         # Batch b is that of process b mod world.
-        return Draws(self.seed, first=rank * size, step=world * size, block=size)
+        return Draws(seed=self.seed, first=rank * size, step=world * size, block=size)
 
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
         """Load a share as `share` does, without labels, with a progress bar."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, fisher_direction
 from vbp.method.gauss_newton import HiddenSample
 from vbp.method.sampling import Draws, priority_sample
-from vbp.runtime.forward import evaluation_mode, frozen, logits_of
+from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.processes import Processes
@@ -130,23 +130,20 @@ class MLPSamples:
         read: dict[str, Tensor] = {}
         given: dict[str, Tensor] = {}
         values: dict[str, Tensor] = {}
-        with ExitStack() as hooks:
-            for mlp in self.mlps:
-                name = mlp.site.name
-                producer, consumer = (dense.get_submodule(one) for one in (mlp.site.producers[0], mlp.site.consumer))
 
-                def before(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
-                    read[name] = args[0].detach()
+        def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            read[name] = args[0].detach()
 
-                def after(module: nn.Module, args: tuple[Any, ...], output: Tensor, name: str = name) -> None:
-                    given[name] = output
-                    values[name] = output.detach().clone()  # some models add to it in place
+        def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+            given[name] = output
+            values[name] = output.detach().clone()  # some models add to it in place
 
-                hooks.callback(producer.register_forward_pre_hook(before).remove)
-                hooks.callback(consumer.register_forward_hook(after).remove)
-            with torch.enable_grad(), self.session.precision.autocast():
-                # A tensor of its own: the caller's images are not to learn.
-                logits = logits_of(dense(pixels.detach().requires_grad_()))
+        sites = [mlp.site for mlp in self.mlps]
+        producers = [(dense.get_submodule(site.producers[0]), partial(before, site.name)) for site in sites]
+        consumers = [(dense.get_submodule(site.consumer), partial(after, site.name)) for site in sites]
+        with hooked(consumers, before=producers), torch.enable_grad(), self.session.precision.autocast():
+            # A tensor of its own: the caller's images are not to learn.
+            logits = logits_of(dense(pixels.detach().requires_grad_()))
         noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale

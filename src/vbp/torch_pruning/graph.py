@@ -17,7 +17,7 @@ from torch_pruning import ops
 from torch_pruning.dependency import index_mapping
 from torch_pruning.pruner import function
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 from vbp.pruning.cutting import keep_channels_
 
 _log = logging.getLogger(__name__)
@@ -58,7 +58,8 @@ def tracing(model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         raise InputError(
-            f"Torch-Pruning could not trace {type(model).__name__}: {_first_line(error)}; the forward pass must run "
+            f"Torch-Pruning could not trace {type(model).__name__}: {type(error).__name__}: "
+            f"{first_line(error)}; the forward pass must run "
             "on example_inputs and compute tensors with gradients (no torch.no_grad inside, no torch.jit), otherwise "
             "give a forward_fn"
         ) from error
@@ -67,10 +68,6 @@ def tracing(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
         for module, mode in training.items():
             module.training = mode
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:

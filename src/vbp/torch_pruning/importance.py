@@ -25,7 +25,7 @@ from vbp.torch_pruning.graph import (
     logged_warnings,
     read_group,
 )
-from vbp.torch_pruning.means import ChannelMeans, without
+from vbp.torch_pruning.means import ChannelMeans, moments_without, without
 
 
 def observe(
@@ -173,10 +173,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         return {
             "variance": {names[layer]: value for layer, value in self.variance.items()},
             "means": {names[layer]: value for layer, value in self.means.items()},
-            "inputs": {
-                names[layer]: {"count": moments.count, "mean": moments.mean, "m2": moments.m2}
-                for layer, moments in self._inputs.items()
-            },
+            "inputs": {names[layer]: dict(vars(moments)) for layer, moments in self._inputs.items()},
         }
 
     def load_by_name(self, model: nn.Module, state: Mapping[str, Any]) -> None:
@@ -187,10 +184,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         layers = dict(model.named_modules())
         try:
-            inputs = {
-                layers[name]: ChannelMoments(entry["count"], entry["mean"], entry["m2"])
-                for name, entry in state["inputs"].items()
-            }
+            inputs = {layers[name]: ChannelMoments(**entry) for name, entry in state["inputs"].items()}
             variance = {layers[name]: value for name, value in state["variance"].items()}
             means = {layers[name]: value for name, value in state["means"].items()}
         except (KeyError, TypeError, AttributeError) as error:
@@ -209,9 +203,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 self.variance[edge.layer] = without(self.variance[edge.layer], edge.channels)
         for edge in coupling.consumers:
             if edge.layer in self._inputs:
-                seen = self._inputs[edge.layer]
-                mean, m2 = without(seen.mean, edge.channels), without(seen.m2, edge.channels)
-                self._inputs[edge.layer] = ChannelMoments(seen.count, mean, m2)
+                self._inputs[edge.layer] = moments_without(self._inputs[edge.layer], edge.channels)
 
     def _check(self, edge: Edge, graph: Any) -> None:
         seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +16,7 @@ from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim
 from vbp.torch_pruning.graph import Coupling
-from vbp.torch_pruning.means import without
+from vbp.torch_pruning.means import moments_without
 
 _log = logging.getLogger(__name__)
 
@@ -71,9 +70,7 @@ class MeanCheck:
         self._readers.update(edge.layer for edge in coupling.consumers)
         for edge in coupling.producers:
             if edge.layer in self._before:
-                seen = self._before[edge.layer]
-                mean, m2 = without(seen.mean, edge.channels), without(seen.m2, edge.channels)
-                self._before[edge.layer] = ChannelMoments(seen.count, mean, m2)
+                self._before[edge.layer] = moments_without(self._before[edge.layer], edge.channels)
 
     def finish(self, names: Mapping[nn.Module, str]) -> dict[str, MeanMovement]:
         """Run the reference again, and report the layers that lost input channels."""
@@ -102,22 +99,16 @@ class MeanCheck:
 
     def _moments(self) -> dict[nn.Module, ChannelMoments]:
         assert self._call is not None
-        args, kwargs = self._call
-        with evaluation_mode(self._model), torch.no_grad(), self._observing() as seen:
-            self._model(*args, **kwargs)
-        return {layer: one.moments.to("cpu") for layer, one in seen.items() if one.moments is not None}
-
-    @contextmanager
-    def _observing(self) -> Iterator[dict[nn.Module, RunningMoments]]:
         seen: dict[nn.Module, RunningMoments] = {}
 
         def record(layer: nn.Module, args: object, output: Tensor) -> None:
-            norm = self._following.get(layer)
+            values, norm = output.movedim(channel_dim(layer), -1), self._following.get(layer)
             if layer.bias is None and norm is not None and norm.running_mean is not None:
-                centre = norm.running_mean
-                output = (output.movedim(channel_dim(layer), -1) - centre).movedim(-1, channel_dim(layer))
-            seen.setdefault(layer, RunningMoments()).add_(output.movedim(channel_dim(layer), -1))
+                values = values - norm.running_mean
+            seen.setdefault(layer, RunningMoments()).add_(values)
 
         layers = [m for m in self._model.modules() if isinstance(m, nn.Linear | nn.modules.conv._ConvNd)]
-        with hooked((layer, record) for layer in layers):
-            yield seen
+        args, kwargs = self._call
+        with hooked((layer, record) for layer in layers), evaluation_mode(self._model), torch.no_grad():
+            self._model(*args, **kwargs)
+        return {layer: one.moments.to("cpu") for layer, one in seen.items() if one.moments is not None}

@@ -9,6 +9,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
+from vbp.method.moments import ChannelMoments
 from vbp.sites.layers import input_channels
 from vbp.torch_pruning.graph import Coupling, Edge
 
@@ -82,6 +83,11 @@ class ChannelMeans(dict[nn.Module, Tensor]):
             for edge in edges:
                 if edge.layer in entries:
                     entries[edge.layer] = without(entries[edge.layer], edge.channels)
+
+
+def moments_without(moments: ChannelMoments, removed: Tensor) -> ChannelMoments:
+    """Return the moments of the channels that stay."""
+    return ChannelMoments(moments.count, without(moments.mean, removed), without(moments.m2, removed))
 
 
 def without(values: Float[Tensor, "channels"], removed: Tensor) -> Float[Tensor, "kept"]:

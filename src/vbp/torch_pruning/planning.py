@@ -40,9 +40,7 @@ class Stack:
     def bounds(self) -> AllowedWidths:
         """Return the channel counts that the layer may have: all, then multiples of the step down to its floor."""
         units = len(self.scores)
-        least = max(units - self.removable, self.step)
-        multiples = range(units // self.step * self.step, least - 1, -self.step)
-        return AllowedWidths(tuple(count * self.width for count in (units, *(m for m in multiples if m != units))))
+        return AllowedWidths.down_to(max(units - self.removable, self.step), units, self.step, self.width)
 
 
 def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "gone"]], int]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.torch_pruning.graph import logged_warnings
 
@@ -70,7 +70,7 @@ def _failure(
             prune_copy_(trial, graph, removals)
             found = _shapes(forward(trial, example_inputs))
     except Exception as error:  # noqa: BLE001  whatever a broken model raises
-        return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+        return f"{type(error).__name__}: {first_line(error)}"
     return None if expected in (None, found) else f"outputs of shape {found} in place of {expected}"
 
 

@@ -21,10 +21,7 @@ def run_inspect(config: InspectConfig) -> Inspection:
     if not (is_reference(config.model) or place.suffix == ".pth" or (place / MANIFEST).is_file()):
         classifier = load_classifier(config.model, allow_random_init=True)
         return inspect_model(
-            classifier.model,
-            classifier.example_input(),
-            attention=config.attention,
-            convolutions=config.convolutions,
+            classifier.model, classifier.example_input(), attention=config.attention, convolutions=config.convolutions
         )
     artifact = read_artifact(config.model)
     if artifact.preprocessing is None:

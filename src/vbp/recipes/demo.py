@@ -20,10 +20,7 @@ from vbp.report.run_report import RunReport
 from vbp.runtime.processes import launched
 
 PREPROCESSING_OVERRIDES: Final[Mapping[str, Any]] = {
-    "crop_pct": PREPROCESSING.crop_pct,
-    "interpolation": PREPROCESSING.interpolation,
-    "mean": PREPROCESSING.mean,
-    "std": PREPROCESSING.std,
+    name: getattr(PREPROCESSING, name) for name in ("crop_pct", "interpolation", "mean", "std")
 }
 
 # The published rate suits 10 epochs of ImageNet, 200,000 steps; here there are 75.

@@ -152,9 +152,7 @@ def _loader(job: Job) -> ImageLoader:
         batch_size=config.train_batch_size,
         shuffle=True,
         seed=config.seed,
-        rank=job.session.processes.rank,
-        world=job.session.processes.world,
-        **loader_options(job.config),
+        **loader_options(config, job.session.processes),
     )
 
 
@@ -194,7 +192,9 @@ def _announced(job: Job, loader: ImageLoader) -> int:
 
 
 def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None, *, compiled: bool) -> Trainer:
-    config = job.config
+    config, mixup = job.config, None
+    if config.mixup > 0 or config.cutmix > 0:
+        mixup = Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
     settings = TrainerSettings(
         steps=config.epochs_ft * steps,
         learning_rate=config.lr_ft,
@@ -205,7 +205,7 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
         clip_grad=config.clip_grad,
         ema_decay=config.ema_decay if config.ema else None,
         compile=compiled,
-        mixup=_mixup(job),
+        mixup=mixup,
         measure_gradients=config.log_dir is not None,
     )
     return Trainer(
@@ -214,20 +214,8 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
     )  # fmt: skip
 
 
-def _mixup(job: Job) -> Mixup | None:
-    config = job.config
-    if config.mixup == 0 and config.cutmix == 0:
-        return None
-    return Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
-
-
 def _epochs(
-    job: Job,
-    progress: _Progress,
-    loader: ImageLoader,
-    trainer: Trainer,
-    interruption: Interruption,
-    tracker: Tracker,
+    job: Job, progress: _Progress, loader: ImageLoader, trainer: Trainer, interruption: Interruption, tracker: Tracker
 ) -> None:
     epochs, session = job.config.epochs_ft, job.session
     save = partial(progress.checkpoint, trainer)

@@ -20,7 +20,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
-from vbp.recipes.setup import Job, check_given, make_refits, open_session, prepare
+from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.recipes.sweep_state import (
     JSON,
@@ -32,7 +32,7 @@ from vbp.recipes.sweep_state import (
 )
 from vbp.refit.refits import Refits
 from vbp.report.published import points_of
-from vbp.report.run_report import Measured
+from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
@@ -124,7 +124,6 @@ def _planner(
 
 
 LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
-STATISTICS: Final = "statistics.safetensors"
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -137,10 +136,9 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
         progress = processes.all_gather(read_progress(config) if processes.is_main else None)[0]
-        job = prepare(config.run_config(), session)
+        job = prepare(config.run_config(), session, sweep_needs(config.settings))
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
-        check_given(job, sweep_needs(config.settings))
         refits = make_refits(job)
         _open(config, job, log, settings, fresh=progress is None)
         report = _sweep(config, job, refits, progress, settings)
@@ -163,17 +161,14 @@ def _sweep(
         if job.session.processes.is_main:
             write_state(config.save_dir, settings, report.to_dict())
 
-    def timed(pruned: nn.Module) -> tuple[float, float]:
-        return latencies(job, job.dense, pruned)
-
     evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(
         job.dense,
         job.sites,
         evidence,
         config.settings,
-        lambda model: measure(job, model),
-        latency=timed if config.latency else None,
+        functools.partial(measure, job),
+        latency=functools.partial(latencies, job) if config.latency else None,
         rules=job.plan_rules,
         dense=None if progress is None else progress.dense,
         known=known,

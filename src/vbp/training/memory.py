@@ -25,21 +25,17 @@ _CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 def enable_gradient_checkpointing_(model: nn.Module) -> None:
     """Keep fewer activations in training and compute them again for the gradients, which stay the same."""
-    try:
-        for name, arguments in _CHECKPOINTING.items():
-            if hasattr(model, name):
-                getattr(model, name)(**arguments)
-                return
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{_no_checkpointing(model)} ({error})") from error
-    raise InputError(_no_checkpointing(model))
-
-
-def _no_checkpointing(model: nn.Module) -> str:
-    return (
+    text = (
         f"grad_checkpointing needs a timm or Hugging Face model that offers it, got {type(model).__name__} without; "
         "leave --grad_checkpointing out and lower --train_batch_size"
     )
+    switch = next((name for name in _CHECKPOINTING if hasattr(model, name)), None)
+    if switch is None:
+        raise InputError(text)
+    try:
+        getattr(model, switch)(**_CHECKPOINTING[switch])
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{text} ({error})") from error
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vbp.errors import InputError
+from vbp.training.losses import check_below_one
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,7 @@ class Mixup:
                 f"mixup and cutmix must be at least 0, finite and not both 0, got {self.mixup} and {self.cutmix}; "
                 "0.8 and 1.0 are usual"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
+        check_below_one("label_smoothing", self.label_smoothing, usual=0.1)
 
     def __call__(
         self,

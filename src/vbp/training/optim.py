@@ -11,12 +11,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vbp.errors import InputError
+from vbp.training.losses import check_below_one
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     """Set up an exponential moving average of weights and running statistics; it begins after the first step."""
-    if not 0 <= decay < 1:
-        raise InputError(f"ema_decay must be in [0, 1), got {decay}; 0.9998 is usual")
+    check_below_one("ema_decay", decay, usual=0.9998)
     mix = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:

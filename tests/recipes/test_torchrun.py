@@ -32,7 +32,9 @@ def config(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     """Return the demo's configuration, cut to two epochs; two processes take half the batch each."""
     folder = tmp_path_factory.mktemp("torchrun")
     whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2, criterion="auto", compensation="refit"))
-    return dataclasses.replace(whole, overwrite=False, train_batch_size=BATCH, save_dir=folder / "run")
+    return dataclasses.replace(
+        whole, overwrite=False, train_batch_size=BATCH, latency_batch=1, save_dir=folder / "run"
+    )
 
 
 @pytest.fixture(scope="module")

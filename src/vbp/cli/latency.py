@@ -35,7 +35,7 @@ def run_latency(config: LatencyConfig) -> LatencyReport:
         1, len(preprocessing.mean), *preprocessing.img_size, generator=torch.Generator().manual_seed(0)
     )
     report = compare_latency(
-        build_model(artifact.source),
+        build_model(artifact.source, artifact.weights),
         load_pruned(config.artifact),
         example,
         batch_sizes=config.batch_sizes,

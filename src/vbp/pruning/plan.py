@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import numpy.typing as npt
 
 from vbp.errors import InputError
 from vbp.runtime.choices import Scope
-from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.decode import from_json, read_json, to_json
 from vbp.runtime.files import write_json
 from vbp.sites.site import Site
 
@@ -124,7 +123,7 @@ class PruningPlan:
             InputError: The file is missing, damaged or something else.
         """
         try:
-            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+            return PruningPlan.from_dict(read_json(Path(path)))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from vbp.recipes.setup import Job
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import Measured
 from vbp.report.sweep_report import SweepRow
+from vbp.runtime.decode import read_json
 from vbp.runtime.files import check_folder, write_json
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.statistics.statistics import Statistics
@@ -60,7 +60,7 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
         return None
     try:
-        found = json.loads(path.read_text())
+        found = read_json(path)
         if found["format"] != _FORMAT:
             raise ValueError(f"format {found['format']!r} where {_FORMAT} belongs")
         dense = None if found["dense"] is None else Measured(**found["dense"])

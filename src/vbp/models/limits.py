@@ -1,0 +1,174 @@
+"""Refuse what does more than describe an architecture, and an architecture far larger than its weights."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import math
+import sys
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as registration
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from vbp.errors import InputError
+
+# Arguments of timm.create_model that load weights, name files or change the kind of model.
+RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+_NOT_SIZES = {"self", "args", "kwargs", "device", "dtype", *RESERVED}
+
+# Entries of a Hugging Face configuration that make transformers load code, kernels or further weights.
+_CODE = ("auto_map", "custom_pipelines", "kernel_config", "quantization_config", "use_kernels",
+         "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # fmt: skip
+_ATTENTION = ("eager", "sdpa")  # all others may fetch a kernel from the hub
+
+# Names with these parts may be numbers of layers, each of which takes time to build.
+_DEPTHS = ("depth", "layers", "blocks")
+MOST_LAYERS, LARGEST_NUMBER, LONGEST_LIST, DEEPEST = 2**12, 2**20, 2**10, 8
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The modules, and the elements of parameters and buffers, that a model may have; by default those of any."""
+
+    modules: int = 20_000
+    elements: int = 2**33
+
+    @classmethod
+    def of_dense(cls, pruned: Mapping[str, Tensor]) -> Limits:
+        """Return those of the dense model of these weights: it is larger, and has buffers that are not saved."""
+        elements = 64 * sum(value.numel() for value in pruned.values()) + 2**22
+        return cls(min(cls.modules, 20 * len(pruned) + 1000), min(cls.elements, elements))
+
+
+ANY = Limits()
+
+
+def check_numbers(values: Any, what: str, most: int = LARGEST_NUMBER, depth: int = 0) -> None:
+    """Raise InputError for numbers, lists or nesting that no architecture needs; `what` begins the text.
+
+    A list counts by the sum of its numbers: these may be the depths of stages.
+    """
+    items = values if isinstance(values, list | tuple) else [values]
+    sizes = [abs(item) for item in items if isinstance(item, int | float)]
+    if not all(size <= most for size in sizes) or sum(sizes) > most or len(items) > LONGEST_LIST or depth > DEEPEST:
+        raise InputError(
+            f"{what} must be numbers up to {most}, or at most {LONGEST_LIST} of them with that sum, nested at most "
+            f"{DEEPEST} deep, got more; give those of an image classifier"
+        )
+    if isinstance(values, Mapping):
+        for name, item in values.items():
+            if name not in ("id2label", "label2id"):  # as long as there are classes
+                most = MOST_LAYERS if any(part in name for part in _DEPTHS) else LARGEST_NUMBER
+                check_numbers(item, f"{what[:200]}: {name[:40]}", most, depth + 1)
+    elif items is values:
+        for item in items:
+            check_numbers(item, what, most, depth + 1)
+
+
+def check_timm_arguments(name: str, arguments: Mapping[str, Any]) -> None:
+    """Raise InputError unless these are plain arguments of the classes from which timm builds `name`.
+
+    Allowed are the names of their parameters, with numbers, single words, null and lists of these.
+    """
+    from timm.models import model_entrypoint  # timm takes seconds to import
+
+    classes = [
+        item for item in vars(sys.modules[model_entrypoint(name).__module__]).values() if inspect.isclass(item)
+    ]
+    parents = {
+        parent for item in classes if issubclass(item, nn.Module) or is_dataclass(item) for parent in item.__mro__
+    }
+    known = {"img_size", "in_chans", "num_classes"}
+    for parent in parents - {nn.Module, object}:
+        known.update(inspect.signature(parent).parameters)
+    for argument, value in arguments.items():
+        if argument not in known - _NOT_SIZES:
+            raise InputError(
+                f"{name} takes no argument {argument[:80]!r} that describes its architecture; leave it out"
+            )
+        if not _is_plain(value):
+            raise InputError(
+                f"the argument {argument} of {name} must be a number, a single word, null or a list of these, got "
+                f"{str(value)[:80]!r}; leave it out"
+            )
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    word = isinstance(value, str) and len(value) <= 40 and value.replace("_", "a").isalnum()
+    return value is None or value == "" or word or isinstance(value, int | float)
+
+
+def check_configuration(values: Mapping[str, Any], what: str) -> None:
+    """Raise InputError for a Hugging Face configuration with code, kernels, other weights or endless sizes."""
+    check_numbers(dict(values), what)
+    for name, value in values.items():
+        attention = name.endswith(("attn_implementation", "attn_implementation_internal"))
+        if (name in _CODE and value) or (attention and value not in (None, *_ATTENTION)):
+            raise InputError(
+                f"{what} must describe an architecture alone, got {name} = {str(value)[:80]!r}; nothing else is "
+                f"loaded: remove it (attention may be {' or '.join(_ATTENTION)})"
+            )
+        if isinstance(value, Mapping) and name not in ("id2label", "label2id"):
+            check_configuration(value, what)
+    if values.get("model_type") == "timm_wrapper":
+        raise InputError(f"{what} is that of a timm model; give its name in timm")
+
+
+@contextlib.contextmanager
+def bounded_construction(limits: Limits) -> Iterator[None]:
+    """Stop the construction of a model in this thread before it is larger than the limits.
+
+    Raises:
+        InputError: In the constructor, before the memory is taken.
+    """
+    counts, thread = {"modules": 0, "elements": 0}, threading.get_ident()
+
+    def count(_: nn.Module, __: str, registered: nn.Module | Tensor | None) -> None:
+        if registered is None or threading.get_ident() != thread:
+            return
+        kind = "elements" if isinstance(registered, Tensor) else "modules"
+        counts[kind] += registered.numel() if isinstance(registered, Tensor) else 1
+        if counts[kind] > getattr(limits, kind):
+            raise _too_large(f"{getattr(limits, kind)} {kind}")
+
+    with contextlib.ExitStack() as stack:
+        for kind in ("module", "parameter", "buffer"):
+            hook = getattr(registration, f"register_module_{kind}_registration_hook")(count)
+            stack.callback(hook.remove)
+        stack.enter_context(_SmallTensors(limits.elements))
+        yield
+
+
+class _SmallTensors(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Looks up the size of every result on the meta device, and computes it if it is not too large."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.elements = elements
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        shapes, named = pytree.tree_map_only(Tensor, lambda value: value.to("meta"), (args, dict(kwargs)))
+        if any(argument.name == "device" for argument in func._schema.arguments):
+            named["device"] = torch.device("meta")
+        with contextlib.suppress(RuntimeError):  # a size that depends on values is no larger than they are
+            for result in pytree.tree_leaves(func(*shapes, **named)):
+                if isinstance(result, Tensor) and math.prod(result.shape) > self.elements:
+                    raise _too_large(f"{self.elements} elements")
+        return func(*args, **kwargs)
+
+
+def _too_large(most: str) -> InputError:
+    return InputError(
+        f"the architecture has more than {most}, out of proportion to its weights; build the dense model yourself "
+        "and pass it: load_pruned(path, model=fresh_dense_model)"
+    )

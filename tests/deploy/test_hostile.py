@@ -9,21 +9,26 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import zipfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from families import FAMILIES
 from pruned_models import pruned_in_place
 from torch import nn
 
-from vbp import InputError, ModelSource, PruningPlan, load_classifier, load_pruned, read_artifact, save_pruned
+from vbp import InputError, ModelSource, PruningPlan, load_classifier, load_pruned, prune_, read_artifact, save_pruned
 from vbp.cli.export import run_export
 from vbp.cli.inspect import run_inspect
 from vbp.cli.latency import run_latency
 from vbp.cli.options import ExportConfig, InspectConfig, LatencyConfig
+from vbp.pruning.plan import SitePlan
+from vbp.report.run_report import RunReport
+from vbp.sites.site import Site
 
 MEAN = (0.5, 0.5, 0.5)
 HOSTILE: dict[str, dict[str, Any]] = {
@@ -149,3 +154,58 @@ def test_a_hugging_face_configuration_describes_an_architecture_alone(name: str,
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 1000
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**19
+
+
+def test_no_damaged_byte_of_a_file_loads_as_another_model(honest: Any, tmp_path: Path) -> None:
+    """Kin to reports of checkpoints that load after a faulty copy: torch.load looks at no check sum."""
+    path = write(tmp_path / "m.pth", honest)
+    whole = path.read_bytes()
+    assert read_artifact(path).plans == (honest[1],)
+    for place in [*range(0, len(whole), len(whole) // 150), *range(len(whole) - 90, len(whole), 7)]:
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        with pytest.raises(InputError, match=r"m\.pth"):
+            read_artifact(path)
+
+
+def test_an_archive_is_not_unpacked_beyond_its_own_size(tmp_path: Path) -> None:
+    """Kin to reports of archives of kilobytes that fill the memory: torch.save compresses nothing."""
+    state = {"head.weight": torch.zeros(2**24)}
+    torch.save({"format": "vbp-pruned/2", "state_dict": state}, tmp_path / "plain.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "plain.pth") as plain,
+        zipfile.ZipFile(tmp_path / "m.pth", "w", zipfile.ZIP_DEFLATED) as packed,
+    ):
+        for name in plain.namelist():
+            packed.writestr(name, plain.read(name))
+    (tmp_path / "plain.pth").unlink()
+    assert (tmp_path / "m.pth").stat().st_size < 2**20
+    with pytest.raises(InputError, match="unpacks to"):
+        load_pruned(tmp_path / "m.pth")
+    with pytest.raises(InputError, match="unpacks to"):
+        load_classifier("test_vit", checkpoint=tmp_path / "m.pth")
+
+
+def test_json_nested_without_end_is_one_error(honest: Any, tmp_path: Path) -> None:
+    folder = write(tmp_path / "m", honest)
+    deep = "[" * 10**6
+    readers: dict[Path, Callable[[], object]] = {
+        folder / "vbp.json": lambda: load_pruned(folder),
+        tmp_path / "plan.json": lambda: PruningPlan.load(tmp_path / "plan.json"),
+        tmp_path / "summary.json": lambda: RunReport.read(tmp_path),
+        tmp_path / "config.json": lambda: load_classifier(str(tmp_path)),
+    }
+    for file, read in readers.items():
+        file.write_text(deep)
+        with pytest.raises(InputError, match="nested too deep"):
+            read()
+
+
+def test_a_plan_that_reaches_beyond_its_layer_is_refused() -> None:
+    """Kin to reports of plans applied to other rows than they were made for: the model is left as it was."""
+    model = nn.Sequential(nn.Linear(3, 8), nn.GELU(), nn.Linear(8, 2))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for offset in (1, 8, 2**20):
+        site = Site(("0",), "2", 8, offsets=(offset,))
+        with pytest.raises(InputError, match="must have the rows 0 to 8 of 0"):
+            prune_(model, PruningPlan((SitePlan(site, (0, 1)),), 0.25, "per_layer"))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())

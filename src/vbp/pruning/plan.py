@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vbp.errors import InputError
 from vbp.runtime.choices import Scope
@@ -17,6 +16,7 @@ from vbp.runtime.files import write_json
 from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/1"
+_MOST_CHANNELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -139,9 +139,15 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
-    if site.heads < 1 or site.hidden % site.heads or len(set(np.bincount(_heads_of(site, keep)))) > 1:
+    if site.hidden > _MOST_CHANNELS or any(not 0 <= first <= _MOST_CHANNELS for first in site.offsets):
+        raise InputError(
+            f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
+            f"got {site.hidden} from {site.offsets or 0}; make the plan again"
+        )
+    if not 1 <= site.heads <= len(keep) or site.hidden % site.heads or not _same_in_each_head(site, keep):
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
 
 
-def _heads_of(site: Site, channels: Sequence[int]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.arange(0), np.asarray(channels) // (site.hidden // site.heads)]).astype(np.int64)
+def _same_in_each_head(site: Site, keep: Sequence[int]) -> bool:
+    counts = np.bincount(np.asarray(keep) // (site.hidden // site.heads), minlength=site.heads)
+    return bool((counts == counts[0]).all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -118,10 +119,11 @@ def _check_fits(
 ) -> None:
     if covariances is not None and means is None:
         raise InputError("covariances need the means as well, got none; give statistics.means")
-    claimed: dict[str, int] = defaultdict(int)
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for entry in plan.sites:
-        for name in entry.site.producers:
-            claimed[name] += entry.site.hidden
+        for name, first in entry.site.rows:
+            rows[name].append((first, first + entry.site.hidden))
+    claimed = {name: sum(stop - first for first, stop in ranges) for name, ranges in rows.items()}
     for entry in plan.sites:
         site = entry.site
         try:
@@ -142,6 +144,13 @@ def _check_fits(
                 f"{[width for width, _ in widths]} where {[wanted for _, wanted in widths]} belong; give the dense "
                 "model that the plan was made for"
             )
+        for name in site.producers:
+            ranges = [(0, 0), *sorted(rows[name])]
+            if any(stop != first for (_, stop), (first, _) in itertools.pairwise(ranges)):
+                raise InputError(
+                    f"the plan's sites must have the rows 0 to {claimed[name]} of {name} one after the other, got "
+                    f"{ranges[1:5]}; make the plan again"
+                )
         if means is not None and site.consumer:
             found = tuple(means[site.name].shape) if site.name in means else "none"
             if found != (site.hidden,):

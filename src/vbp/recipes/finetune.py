@@ -126,16 +126,7 @@ def finetune(
     progress.save(BEST, report.best, progress.best_weights)
     progress.write_rows()
     if job.config.epochs_ft > 0:
-        loader = _loader(job)
-        trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
-        if job.resumed is not None:
-            state = job.resumed.state
-            trainer.load_state_dict(state["trainer"], state["processes"][job.session.processes.rank])
-        log_dir = job.config.log_dir if job.session.processes.is_main else None
-        with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
-            tracker.sites(plan.widths)
-            _epochs(job, progress, loader, trainer, interruption, tracker)
-        pruned = trainer.evaluated
+        pruned = _train(job, pruned, progress, teacher)
     progress.save(FINAL, progress.report.final, pruned.state_dict())
     return progress.report
 
@@ -214,21 +205,28 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
     )  # fmt: skip
 
 
-def _epochs(
-    job: Job, progress: _Progress, loader: ImageLoader, trainer: Trainer, interruption: Interruption, tracker: Tracker
-) -> None:
-    epochs, session = job.config.epochs_ft, job.session
+def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module | None) -> nn.Module:
+    """Train for all epochs, or for those that are left; return the model to evaluate and to save."""
+    epochs, session, loader = job.config.epochs_ft, job.session, _loader(job)
+    trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
+    if job.resumed is not None:
+        state = job.resumed.state
+        trainer.load_state_dict(state["trainer"], state["processes"][session.processes.rank])
     save = partial(progress.checkpoint, trainer)
-    if trainer.epoch == 0:
-        save()
-    for epoch in range(max(1, trainer.epoch), epochs + 1):
-        after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
-        with session.timed("finetune"), out_of_memory():
-            result = trainer.train_epoch(
-                loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
-            )
-        progress.add(trainer.evaluated, result)
-        tracker.epoch(progress.rows[-1], result)
+    log_dir = job.config.log_dir if session.processes.is_main else None
+    with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
+        tracker.sites(progress.plan.widths)
+        if trainer.epoch == 0:
+            save()
+        for epoch in range(max(1, trainer.epoch), epochs + 1):
+            after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
+            with session.timed("finetune"), out_of_memory():
+                result = trainer.train_epoch(
+                    loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
+                )
+            progress.add(trainer.evaluated, result)
+            tracker.epoch(progress.rows[-1], result)
+    return trainer.evaluated
 
 
 def _after_step(

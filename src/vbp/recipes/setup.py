@@ -170,7 +170,9 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     with processes.local_main_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
-        classifier = _named(classifier, config.data_path)
+        if classifier.class_names is None:  # then they are those of the data
+            names = dataset_class_names(class_folders(config.data_path), classifier.num_classes)
+            classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
@@ -270,13 +272,6 @@ def _classifier(config: RunConfig) -> Classifier:
     classifier = load_classifier(**options)
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
     return classifier
-
-
-def _named(classifier: Classifier, data_path: str) -> Classifier:
-    """Name the classes after those of the data, where the weights do not say what they are."""
-    if classifier.class_names is not None:
-        return classifier
-    return replace(classifier, class_names=dataset_class_names(class_folders(data_path), classifier.num_classes))
 
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:

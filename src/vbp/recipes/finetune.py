@@ -41,7 +41,7 @@ _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 @dataclass
 class _Progress:
-    """How far fine-tuning has come, beside the trainer's own state."""
+    """State of fine-tuning beside the trainer's own: metrics of each epoch, and the best model."""
 
     job: Job
     plan: PruningPlan
@@ -51,7 +51,7 @@ class _Progress:
 
     @staticmethod
     def begin(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport) -> _Progress:
-        """Begin with the pruned model as epoch 0, or where the checkpoint is that a run goes on from."""
+        """Begin with the pruned model as epoch 0, or with the checkpoint that a run goes on from."""
         if job.resumed is not None:
             return _Progress(job, plan, report, list(job.resumed.state["rows"]), job.resumed.state["best_weights"])
         row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
@@ -72,7 +72,7 @@ class _Progress:
         self.write_rows()
 
     def checkpoint(self, trainer: Trainer) -> None:
-        """Write what is needed to go on, in such a way that it makes no difference."""
+        """Write all that is needed to go on as if the run had not been interrupted."""
         processes = self.job.session.processes
         own = processes.all_gather(trainer.process_state())
         if not processes.is_main:
@@ -232,7 +232,7 @@ def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module 
 def _after_step(
     job: Job, trainer: Trainer, batches: int, interruption: Interruption, save: Callable[[], None]
 ) -> None:
-    """Write a checkpoint where it is time: at the end of an epoch, every so many minutes, or when told to stop."""
+    """Write a checkpoint at the end of an epoch, every `checkpoint_minutes`, and when told to stop."""
     wish, processes = _GO_ON, job.session.processes
     if trainer.batches_done == batches or (processes.is_main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE

@@ -1,4 +1,4 @@
-"""What a run measures on a model: accuracy, size, time."""
+"""Measure a model in a run: accuracy, size, time."""
 
 from __future__ import annotations
 

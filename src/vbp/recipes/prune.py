@@ -98,7 +98,7 @@ def _by_scores(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
 
 
 def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Search at the size that the budget comes to; once more if the sites' costs make it another."""
+    """Search at the size that the budget is expected to need; once more if the sites' costs make it another."""
     assert evidence.statistics is not None
     search = AutoSearch(
         job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules, ridge=job.config.ridge

@@ -1,4 +1,4 @@
-"""What a run works on, all checked before any work: model, sites, images, device, plan rules and budget."""
+"""Prepare a run: model, sites, images, device, plan rules and budget, all checked before any work."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on, checked and ready; private to the recipes.
+    """Model, data and settings of a run, checked and ready; private to the recipes.
 
     Attributes:
         latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
@@ -178,13 +178,12 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     model = move_(classifier.model, device)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
-    if given is not None and config.stats_path is not None:
-        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
     if resumed is not None:
         check_same_settings(resumed.state["settings"], settings, resumed.path)
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
+        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
@@ -256,7 +255,7 @@ def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
 
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
-    """See that the disk holds what a run writes at most."""
+    """Check that the disk has space for the most that a run writes."""
     if not processes.is_main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())

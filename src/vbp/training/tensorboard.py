@@ -30,7 +30,7 @@ def check_tracking(log_dir: Path | None) -> None:
 
 
 class Tracker(AbstractContextManager["Tracker"]):
-    """Writes curves to a folder; without one it does nothing."""
+    """Write curves to a folder; without one do nothing."""
 
     def __init__(self, log_dir: Path | None, first_epoch: int = 0) -> None:
         self._writer: Any = None

@@ -136,7 +136,7 @@ def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> N
     folder = config.save_dir.parent / "killed"
     result = finish(torchrun(DRIVE, written(config, folder, **SHORT), "training", "1", "exit"))
     assert result.returncode != 0
-    assert "another process ended without a word" in result.stderr
+    assert "another process ended without an error message" in result.stderr
 
 
 def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig) -> None:
@@ -146,7 +146,7 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig)
         torchrun(DRIVE, written(config, folder, timeout_minutes=0.15, **SHORT), "calibration", "1", "hang")
     )
     assert result.returncode != 0
-    assert "stopped: another process ended without a word" in result.stderr
+    assert "stopped: another process ended without an error message" in result.stderr
     assert time.monotonic() - start < 150
 
 

@@ -1,7 +1,7 @@
 """Run a job from a config.json under any launcher, with a fault on request: `drive.py CONFIG [STAGE RANK KIND]`.
 
-STAGE is calibration, evaluation or training; KIND is error, exit (dies without a word), once (dies without a word in
-the first attempt of torchrun), or hang.
+STAGE is calibration, evaluation or training; KIND is error, exit (dies without an error), once (dies so in the first
+attempt of torchrun), or hang.
 """
 
 from __future__ import annotations

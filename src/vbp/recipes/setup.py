@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -242,12 +243,8 @@ def loader_options(config: RunConfig, processes: Processes) -> dict[str, Any]:
 
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
-    path = None
-    if processes.is_main:
-        path = find_checkpoint(
-            config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
-        )
-    path = processes.all_gather(path)[0]
+    find = partial(find_checkpoint, config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite)
+    path = processes.from_main(partial(find, restarted=restarts() > 0))
     if path is None:
         return None
     _log.info("going on from %s", path)

@@ -135,7 +135,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     check_sweep(config)
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
-        progress = processes.all_gather(read_progress(config) if processes.is_main else None)[0]
+        progress = processes.from_main(functools.partial(read_progress, config))
         job = prepare(config.run_config(), session, sweep_needs(config.settings))
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
@@ -224,10 +224,9 @@ def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics 
         return job.given_statistics
     path = config.save_dir / STATISTICS
     # As the main process finds it: the folder may not be on every node.
-    if not processes.all_gather(path.is_file())[0]:
+    if not processes.from_main(path.is_file):
         return None
-    statistics = processes.all_gather(Statistics.load(path) if processes.is_main else None)[0]
-    assert statistics is not None
+    statistics = processes.from_main(functools.partial(Statistics.load, path))
     statistics.check_made_for(job.settings["model"], job.calibration.fingerprint, path)
     for need, held in (("covariance", statistics.covariances), ("sensitivity", statistics.sensitivities)):
         if need in needs and not held:

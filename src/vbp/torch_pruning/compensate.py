@@ -36,9 +36,7 @@ def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch
     Raises:
         InputError: The model has no BatchNorm with running statistics, or there is no image; nothing changes then.
     """
-    norms = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
     if not norms:
         raise InputError(
             f"{type(model).__name__} has no BatchNorm with running statistics; there is none to estimate"
@@ -70,17 +68,11 @@ def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch
 def compensate_(
     coupling: Coupling, means: ChannelMeans, following: Mapping[nn.Module, _BatchNorm], names: Mapping[nn.Module, str]
 ) -> None:
-    """Add the mean shift of a group's channels to each consumer, before the channels are cut out.
+    """Add the mean shift of a group's channels to each consumer, before the channels are removed.
 
-    The shift goes into the bias. A consumer without one whose output goes into a BatchNorm alone hands it to the
-    running mean instead: the same function in evaluation; in training the batch mean takes a constant away either
-    way, and the running mean fits what it will see. Any other consumer without bias gains one.
-
-    Args:
-        coupling: The channels that go.
-        means: Means at the consumers' inputs.
-        following: Consumer -> the BatchNorm that alone reads its output.
-        names: Layer -> dotted name, for messages.
+    The shift goes into the bias. Of a consumer without bias whose output goes into a BatchNorm alone (`following`) it
+    goes into the running mean: the same function in evaluation; in training the batch mean takes a constant away
+    either way, and the running mean fits what it will see. Any other consumer without bias gets one.
 
     Raises:
         InputError: A mean is missing or of the wrong width; nothing is changed then.
@@ -107,10 +99,9 @@ def compensate_(
 
 @contextmanager
 def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
-    """Note, while the body runs the model, which BatchNorm takes the output of which layer as it is.
+    """Record, while the body runs the model, which BatchNorm reads the output of which layer as it is.
 
-    Yields:
-        Layer -> BatchNorm; filled when the body is done. A layer or norm that runs more than once is left out.
+    The dict is filled when the body is done. A layer or norm that runs more than once is left out.
     """
     written: dict[int, tuple[nn.Module, Tensor]] = {}
     readers: dict[nn.Module, _BatchNorm] = {}
@@ -126,16 +117,8 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
         if args and id(args[0]) in written and isinstance(module, _BatchNorm):
             readers[written[id(args[0])][0]] = module
 
-    layers = [
-        (module, wrote) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    ]
-    norms = [(module, reads) for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [(layer, wrote) for layer in model.modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)]
+    norms = [(norm, reads) for norm in model.modules() if isinstance(norm, _BatchNorm)]
     with hooked(layers, before=norms):
         yield following
     following.update({layer: norm for layer, norm in readers.items() if calls[layer] == calls[norm] == 1})
-
-
-def only_read_by_norm(graph: object, layer: nn.Module) -> bool:
-    """Return whether the graph shows one reader of a layer's output."""
-    node = graph.module2node.get(layer)  # type: ignore[attr-defined]
-    return node is not None and len(node.outputs) == 1

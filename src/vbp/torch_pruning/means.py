@@ -32,41 +32,29 @@ class ChannelMeans(dict[nn.Module, Tensor]):
 
     @staticmethod
     def copy_of(means: Mapping[nn.Module, Tensor]) -> ChannelMeans:
-        """Copy a mapping, with its inputs where it has them; the tensors are shared."""
+        """Copy a mapping, with its `inputs` if it has them; the tensors are shared."""
         return ChannelMeans(means, getattr(means, "inputs", None))
 
     def at(self, edge: Edge, coupling: Coupling, name: str) -> Float[Tensor, "hidden"]:
-        """Return the mean of each input channel of a consumer; those outside the edge are 0.
-
-        Args:
-            edge: One of the coupling's consumers.
-            coupling: The group.
-            name: The consumer's name, for the message.
+        """Return the mean of each input channel of one of a group's consumers; those outside the edge are 0.
 
         Raises:
             InputError: There is no mean, or it has another width.
         """
-        found = torch.zeros(input_channels(edge.layer), dtype=torch.float64)
+        means = torch.zeros(input_channels(edge.layer), dtype=torch.float64)
         values = self.inputs.get(edge.layer)
         if values is None:
-            values = self._from_producers(edge, coupling)
-            where = edge.channels if values is None else torch.arange(len(edge.channels))
-        else:
-            where = edge.channels
-        if values is None:
+            means[edge.channels] = self._from_producers(edge, coupling, name)
+            return means
+        if len(edge.channels) and int(edge.channels.max()) >= len(values):
             raise InputError(
-                f"mean_dict must hold the producer of every pruned channel, got none for the input of {name}; give "
-                "imp.means of an importance that collected its statistics on this very model object"
-            )
-        if len(where) and int(where.max()) >= len(values):
-            raise InputError(
-                f"means at the input of {name} must cover {len(found)} channels, got {len(values)}; they were "
+                f"means at the input of {name} must cover {len(means)} channels, got {len(values)}; they were "
                 "collected on a model of another width: collect them again"
             )
-        found[edge.channels] = values.double().cpu()[where]
-        return found
+        means[edge.channels] = values.double().cpu()[edge.channels]
+        return means
 
-    def _from_producers(self, edge: Edge, coupling: Coupling) -> Tensor | None:
+    def _from_producers(self, edge: Edge, coupling: Coupling, name: str) -> Tensor:
         for producer in coupling.producers:
             values = self.get(producer.layer)
             if values is None or not len(producer.channels) or int(producer.channels.max()) >= len(values):
@@ -75,7 +63,10 @@ class ChannelMeans(dict[nn.Module, Tensor]):
             by_root = torch.zeros(size, dtype=torch.float64)
             by_root[producer.roots] = values.double().cpu()[producer.channels]
             return by_root[edge.roots]
-        return None
+        raise InputError(
+            f"mean_dict must hold the producer of every pruned channel, got none for the input of {name}; give "
+            "imp.means of an importance that collected its statistics on this very model object"
+        )
 
     def cut_(self, coupling: Coupling) -> None:
         """Drop the channels of a group that is about to be pruned."""

@@ -104,7 +104,8 @@ class Trainer:
         steps_done: Of the optimizer, in all.
 
     Example:
-        >>> trainer = vbp.Trainer.of(pruned, steps=8, learning_rate=1e-4, device=images.device, teacher=model)
+        >>> settings = vbp.TrainerSettings(steps=8, learning_rate=1e-4)
+        >>> trainer = vbp.Trainer(pruned, settings, device=images.device, teacher=model)
     """
 
     def __init__(

@@ -173,13 +173,14 @@ class _Finder:
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
-        reads = [] if call.value is None else self._reads_of(call.value)
+        values = None if call.value is None else call.value.flatten().tolist()
+        reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
         label = self.trace.channels.owner_of(int(call.query[0, 0])).name
-        if len(reads) != 1 or call.value is None:
+        if len(reads) != 1 or values is None or call.value is None:
             _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
             return []
         heads = call.value.shape[0]
-        value = self._site(call.value.flatten().tolist(), reads[0], "value", heads)
+        value = self._site(values, reads[0], "value", heads)
         pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
             pair = Rejected("queries and values have different numbers of channels")
@@ -198,10 +199,6 @@ class _Finder:
             _log.info(
                 "the attention behind %s is no site: not all of queries, keys and values come from layers", name
             )
-
-    def _reads_of(self, ids: Tensor) -> list[str]:
-        wanted = ids.flatten().tolist()
-        return [read.layer for read in self.trace.reads if read.ids.tolist() == wanted]
 
     def _members(self, ids: list[int]) -> set[int]:
         channels = self.trace.channels

@@ -223,7 +223,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if len(group[0].idxs) != len(removal.channels):
                 raise InputError(
                     f"{self._names[removal.root]} must lose {len(removal.channels)} channels, got "
-                    f"{len(group[0].idxs)}, for its channels hang together (an attention?); give num_heads for it, "
+                    f"{len(group[0].idxs)}, because its channels are coupled (an attention?); give num_heads for it, "
                     "or put it into ignored_layers"
                 )
             if compensated:

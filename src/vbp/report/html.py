@@ -52,7 +52,8 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     drawings = draw(run)
-    page = _page(run.report, drawings, _artefacts(folder))
+    artefacts = _artefacts(folder)
+    page = _page(run.report, drawings, artefacts)
     clear_report(folder)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
@@ -61,7 +62,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
+    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(artefacts)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -153,9 +154,8 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     return [*keys, ("Time", f"{sum(run.seconds.values()) / 60:.1f} min", processes)]
 
 
-def _loading(folder: Path) -> str:
+def _loading(artefacts: list[tuple[str, str]]) -> str:
     """Return the lines that load the first pruned model, for Markdown."""
-    artefacts = _artefacts(folder)
     return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({artefacts[0][1]})\n```\n" if artefacts else ""
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -75,9 +76,9 @@ class Channels:
             members.setdefault(self.root(identity), []).append(identity)
         return members
 
-    def leak(self, ids: Tensor, reason: str) -> None:
+    def leak(self, identities: Iterable[int], reason: str) -> None:
         """Record that channels are used in a way that pruning would break."""
-        for identity in present(ids):
+        for identity in identities:
             self.leaks.setdefault(identity, reason)
 
 

@@ -277,9 +277,8 @@ class ChannelFlow:
         """Record that the channels of these tensors are used in a way that pruning would break."""
         for tensor in tensors:
             if tensor in self.ids:
-                self.trace.channels.leak(self.ids[tensor], reason)
-            for identity in self.mixtures.get(tensor, ()):
-                self.trace.channels.leaks.setdefault(identity, reason)
+                self.trace.channels.leak(present(self.ids[tensor]), reason)
+            self.trace.channels.leak(self.mixtures.get(tensor, ()), reason)
 
 
 def tensors_in(values: Any) -> list[Tensor]:

@@ -44,8 +44,6 @@ class _Tracer(TorchFunctionMode):
             output = model(*inputs)
         self.flow.leak(tensors_in(output), "the model's output")
 
-    # Modules
-
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
         name = self._linear.get(module) or self._inner.get(module, "")
@@ -101,8 +99,6 @@ class _Tracer(TorchFunctionMode):
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
             channels.mixed.update(present(own))
         self.flow.ids[output] = after
-
-    # Functions
 
     def __torch_function__(
         self,

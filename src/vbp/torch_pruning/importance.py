@@ -17,8 +17,8 @@ from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import input_channels, output_channels
 from vbp.statistics.collect import Observer
+from vbp.torch_pruning.compensate import ChannelMeans, moments_without, without
 from vbp.torch_pruning.graph import Coupling, Edge, build_graph, canonical_roots, logged_warnings, read_group
-from vbp.torch_pruning.means import ChannelMeans, moments_without, without
 
 
 def finish(running: RunningMoments, name: str) -> ChannelMoments:
@@ -123,7 +123,13 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         if not coupling.consumers:
             return None
         for edge in coupling.consumers:
-            self._check(edge, group._DG)
+            seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)
+            if seen is None or len(seen.mean) != width:
+                raise InputError(
+                    f"statistics at the input of {group._DG._module2name[edge.layer]} must cover {width} channels, "
+                    f"got {'none' if seen is None else len(seen.mean)}; call collect_statistics on this model as it "
+                    "is now (VBPPruner carries them through its own steps)"
+                )
         whole = torch.equal(coupling.channels, torch.arange(len(group[0].idxs)))
         canonical = canonical_roots(group) if whole else coupling.channels
         scores, read = self._by_root(coupling, lambda moments: moments.variance)
@@ -170,15 +176,6 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         for edge in coupling.consumers:
             if edge.layer in self._inputs:
                 self._inputs[edge.layer] = moments_without(self._inputs[edge.layer], edge.channels)
-
-    def _check(self, edge: Edge, graph: Any) -> None:
-        seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)
-        if seen is None or len(seen.mean) != width:
-            raise InputError(
-                f"statistics at the input of {graph._module2name[edge.layer]} must cover {width} channels, got "
-                f"{'none' if seen is None else len(seen.mean)}; call collect_statistics on this model as it is now "
-                "(VBPPruner carries them through its own steps)"
-            )
 
     def _by_root(
         self, coupling: Coupling, value: Callable[[ChannelMoments], Tensor]

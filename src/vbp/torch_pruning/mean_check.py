@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim
+from vbp.torch_pruning.compensate import moments_without
 from vbp.torch_pruning.graph import Coupling
-from vbp.torch_pruning.means import moments_without
 
 _log = logging.getLogger(__name__)
 

@@ -129,12 +129,11 @@ def _checked(scores: Tensor, width: int, name: str) -> Tensor:
 def _units(pruner: Any, group: Any, name: str) -> Tensor:
     """Return the root channels that must be removed together: one of each channel group, a gate with its value."""
     width = len(group[0].idxs)
-    declared = [1]
+    groups = 1
     for dependency, _ in group.items:
         writes = pruner.DG.is_out_channel_pruning_fn(dependency.handler)
         by_layer = pruner.out_channel_groups if writes else pruner.in_channel_groups
-        declared.append(by_layer.get(dependency.target.module, 1))
-    groups = math.lcm(*declared)
+        groups = math.lcm(groups, by_layer.get(dependency.target.module, 1))
     canonical = canonical_roots(group)
     gated = not torch.equal(canonical, torch.arange(width))
     if width % groups or (gated and groups > 1):

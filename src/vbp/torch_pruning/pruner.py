@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.attention import HeadChange, update_attributes_
-from vbp.torch_pruning.compensate import compensate_, watching_norms
+from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
     correct_graph_,
@@ -27,11 +26,8 @@ from vbp.torch_pruning.graph import (
 )
 from vbp.torch_pruning.importance import VarianceImportance
 from vbp.torch_pruning.mean_check import MeanCheck, MeanMovement
-from vbp.torch_pruning.means import ChannelMeans
 from vbp.torch_pruning.planning import plan_step
 from vbp.torch_pruning.trial import Removal, check_removals
-
-_log = logging.getLogger(__name__)
 
 # The base class has one dict for all pruners as the default of each of these, and writes into it.
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -95,17 +91,11 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Trace the model; nothing in it is changed.
+        """Trace the model; nothing in it is changed. The arguments are those of the base class, and two more.
 
-        Args:
-            model: The model to be pruned.
-            example_inputs: A tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
-            importance: `VarianceImportance`, or any other Torch-Pruning importance.
-            *args: As in the base class, from `global_pruning` on.
-            mean_dict: `imp.means`; needed for compensation. Or a dict: pruned layer -> mean of each output channel
-                as it reaches its consumers.
-            check: Before each step, prune a copy of the model and run it on the example inputs.
-            **kwargs: As in the base class.
+        Compensation needs `mean_dict`: `imp.means`, or a dict from the pruned layers to the mean of each output
+        channel as it reaches its consumers. With `check`, each step first prunes a copy of the model and runs it on
+        the example inputs: a tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
 
         Raises:
             InputError: An argument is out of range, or the model cannot be traced.
@@ -129,7 +119,9 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.initial_units: dict[nn.Module, tuple[int, int]] = {}  # root -> units, and channels of each
         self._warned: set[str] = set()
         self._mean_check: MeanCheck | None = None
-        self.mean_dict = None if mean_dict is None else ChannelMeans.copy_of(mean_dict)
+        self.mean_dict: ChannelMeans | None = None
+        if mean_dict is not None:
+            self.mean_dict = ChannelMeans(mean_dict, getattr(mean_dict, "inputs", None))
 
     @property
     def DG(self) -> Any:  # noqa: N802  the base class's name

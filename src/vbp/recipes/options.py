@@ -68,7 +68,6 @@ def fields_with(kind: type, *roles: Role) -> tuple[str, ...]:
 # Flags of what is refitted after surgery, in the order in which it is.
 REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
 
-
 # With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
 # (benchmarks/results).
 COVARIANCE_TOKENS: Final = 0.2
@@ -116,7 +115,7 @@ class DataOptions:
     """Batches that each of them reads ahead."""
     calib_samples: Source[int | Literal["auto"]] = 0
     """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
-    has settled."""
+    has converged."""
     limit_val: Result[int] = 0
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
 
@@ -128,7 +127,7 @@ class RefitOptions:
     covariance_tokens: Result[float] = COVARIANCE_TOKENS
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE
-    """How much the refit is held back, as a share of each kept channel's variance."""
+    """How much the refit is regularised, as a share of each kept channel's variance."""
     refit_producers: Result[Toggle] = "auto"
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
@@ -136,8 +135,8 @@ class RefitOptions:
     """With refit: also bring the residual stream back to the dense model's, by a fit at three depths, where
     there is one (auto), always (on) or never (off)."""
     refit_head: Result[Toggle] = "auto"
-    """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
-    (auto), always (on) or never (off)."""
+    """With refit: also refit the last layer to the dense model's predictions, where the model ends in a linear
+    layer (auto), always (on) or never (off)."""
     refit_views: Result[int | Literal["auto"]] = "auto"
     """With refit: how many views of each image the refits after surgery read, one in so many as for evaluation, the
     others random crops; auto is 4 on a GPU and 1 on a CPU."""

@@ -263,7 +263,7 @@ class Trainer:
             self.average.update_parameters(self.student)
 
     def _share_buffers(self) -> None:
-        """Return all processes the running statistics of the first, whose model is saved."""
+        """Send the running statistics of the first process, whose model is saved, to all."""
         if self.processes.world == 1:
             return
         for model in dict.fromkeys((self.student, self.evaluated)):

@@ -15,7 +15,7 @@ from pairs_of_models import pruned_pair
 from torch import Tensor, nn
 
 from vbp import InputError, find_sites
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
 from vbp.refit.stream import refit_stream_
@@ -219,7 +219,7 @@ def test_two_processes_fit_what_one_does() -> None:
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
         judge = DenseReference(dense, [images[:6]] if rank == 0 else [], session=Session(processes))
-        return refit_stream_(mine, sites, share, judge, draws=Draws(first=first)), mine
+        return refit_stream_(mine, sites, share, judge, probes=RandomProbes(first=first)), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
         with ThreadPoolExecutor(2) as pool:

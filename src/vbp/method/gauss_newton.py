@@ -41,7 +41,7 @@ _SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class HiddenSample:
+class MLPSample:
     """The input of an MLP and the output wanted of it, at some positions of some images.
 
     Attributes:
@@ -58,20 +58,20 @@ class HiddenSample:
     metric: Float[Tensor, "out out"]
     images: int
 
-    def to(self, device: torch.device | str) -> HiddenSample:
+    def to(self, device: torch.device | str) -> MLPSample:
         """Move to another device."""
         inputs, outputs, weights, metric = (
             one.to(device) for one in (self.inputs, self.outputs, self.weights, self.metric)
         )
-        return HiddenSample(inputs, outputs, weights, metric, self.images)
+        return MLPSample(inputs, outputs, weights, metric, self.images)
 
-    def split(self) -> tuple[HiddenSample, HiddenSample]:
+    def split(self) -> tuple[MLPSample, MLPSample]:
         """Return the images that are fitted to, and the held-out ones; a single image is both."""
         judged = max(1, round(JUDGED_SHARE * self.images)) if self.images > 1 else 0
         rest = self.images - judged
         place = rest * (len(self.weights) // self.images)
         one, other = (
-            HiddenSample(self.inputs[part], self.outputs[part], self.weights[part], self.metric, images)
+            MLPSample(self.inputs[part], self.outputs[part], self.weights[part], self.metric, images)
             for part, images in ((slice(None, place), rest), (slice(place if judged else 0, None), judged or rest))
         )
         return one, other
@@ -102,7 +102,7 @@ class HiddenFit:
 def fit_hidden(
     layers: HiddenLayers,
     activation: Activation,
-    sample: HiddenSample,
+    sample: MLPSample,
     *,
     ridge: float,
     damping: float,
@@ -138,7 +138,7 @@ def fit_hidden(
 class _Problem:
     """The sample with the roots of its weights; all sums over positions are so weighted means."""
 
-    def __init__(self, activation: Activation, sample: HiddenSample, ridge: float, damping: float) -> None:
+    def __init__(self, activation: Activation, sample: MLPSample, ridge: float, damping: float) -> None:
         self._activation, self._ridge, self._damping = activation, ridge, damping
         self._inputs = F.pad(sample.inputs, (0, 1), value=1.0)
         self._outputs = sample.outputs

@@ -140,7 +140,7 @@ def priority_sample(
 
 
 @dataclass(frozen=True)
-class Draws(ImageNumbers):
+class RandomProbes(ImageNumbers):
     """The random vectors of an image, for the Fisher information and its sketches.
 
     Attributes:

@@ -58,7 +58,7 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
                 f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
-                "statistics with covariance=True and sensitivity=Draws()"
+                "statistics with covariance=True and sensitivity=RandomProbes()"
             )
     return {
         name: statistics.sensitivities[name].blended_covariance(found) if name in statistics.sensitivities else found

@@ -128,7 +128,7 @@ class RefitOptions:
     covariance_tokens: Result[float] = COVARIANCE_TOKENS
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE
-    """How much the refit is held back, as a share of each kept channel's variance."""
+    """How much the refit is regularised, as a share of each kept channel's variance."""
     refit_producers: Result[Toggle] = "auto"
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.activations import Activation
-from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
+from vbp.method.gauss_newton import HiddenLayers, MLPSample, fit_hidden
 from vbp.pruning.compensate import add_to_bias_
 from vbp.sites.site import Site
 
@@ -32,7 +32,7 @@ def step_of(
     model: nn.Module,
     site: Site,
     activation: Activation | None,
-    sample: HiddenSample,
+    sample: MLPSample,
     *,
     ridge: float,
     damping: float,

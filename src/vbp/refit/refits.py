@@ -100,7 +100,7 @@ class Refits:
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
-                stream = refit_stream_(pruned, self._sites, others, self._judge, draws=others.probes)
+                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
                 _log.info("%s", stream.sentence())
             if "head" in wanted:
                 head = refit_head_(pruned, self._reference)

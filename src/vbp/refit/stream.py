@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.gauss_newton import HiddenSample
-from vbp.method.sampling import Draws
+from vbp.method.gauss_newton import MLPSample
+from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.mlp_step import add_step_, step_of
 from vbp.runtime.forward import evaluation_mode, hooked
@@ -40,7 +40,7 @@ from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
-_FIRST = Draws()
+_FIRST = RandomProbes()
 
 # Where the stream is mended: after these parts of the sites that write into it.
 DEPTHS = (0.25, 0.5, 0.75)
@@ -88,7 +88,7 @@ def refit_stream_(
     batches: Iterable[Tensor],
     judge: DenseReference,
     *,
-    draws: Draws = _FIRST,
+    probes: RandomProbes = _FIRST,
 ) -> StreamRefit:
     """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
@@ -100,7 +100,7 @@ def refit_stream_(
         batches: Calibration images, without labels, which can be gone through several times; none is allowed where
             another process has some.
         judge: Other images, the dense model, which is left as it was, and its predictions.
-        draws: The random numbers of the images of this process.
+        probes: The random numbers of the images of this process.
 
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
@@ -108,7 +108,7 @@ def refit_stream_(
     dense, session, example = judge.model, judge.session, judge.example()
     joins = _at_depths(_found(dense, example, sites))
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, draws, session)
+    work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)
     layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
     with _restored_unless_kept(pruned, layers) as keep:
@@ -177,10 +177,10 @@ class _Work:
 
     pruned: nn.Module
     dense: nn.Module
-    draws: Draws
+    probes: RandomProbes
     session: Session
 
-    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
+    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
         """Run both models as far as the join on all images; give the sample, and the images of all processes."""
         parts, images = [], 0
         reader = join.site.consumer if mlp is None else join.site.producers[0]
@@ -192,7 +192,7 @@ class _Work:
             _, _, wanted = self._run(self.dense, join, reader, pixels)
             read, given, found = self._run(self.pruned, join, reader, pixels)
             target = given + (wanted - found) / gain.to(given)
-            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
+            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
             images += len(batch)
         total = sum(self.session.processes.all_gather(images))
         if not total:

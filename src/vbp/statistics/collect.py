@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance, RunningCovariance
 from vbp.method.moments import ChannelMoments, RunningMoments
-from vbp.method.sampling import Draws, TokenSample, TokenSampler
+from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
@@ -85,7 +85,7 @@ def collect_statistics(
     data: str = "",
     covariance: bool = False,
     tokens: TokenSample | None = None,
-    sensitivity: Draws | None = None,
+    sensitivity: RandomProbes | None = None,
     pivots: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Observe what reaches each site's consumer over all batches, in evaluation mode.

@@ -14,7 +14,7 @@ from vbp.data.preprocessing import evaluation_transform
 from vbp.method.covariance import covariance_bytes
 from vbp.method.fisher import sensitivity_bytes
 from vbp.method.ridge import RIDGE
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.layers import output_channels
 from vbp.sites.site import Site
@@ -58,7 +58,7 @@ _PIVOT_IMAGES = 32
 class EvidenceReader:
     """Reads calibration images part by part, each once for all that is needed of it.
 
-    Random draws belong to an image's place in the order, so that any number of processes and of parts, once merged,
+    Random numbers belong to an image's place in the order, so that any number of processes and of parts, once merged,
     gives what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
     """
 
@@ -147,7 +147,7 @@ class EvidenceReader:
                 data=self._images.fingerprint,
                 covariance="covariance" in self._needs,
                 tokens=TokenSample(self._tokens, **numbers),
-                sensitivity=Draws(**numbers) if sensitivity else None,
+                sensitivity=RandomProbes(**numbers) if sensitivity else None,
                 pivots=self._pivots,
             )
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, rows
@@ -29,9 +29,11 @@ from vbp.sites.site import Site
 class FisherCollector:
     """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
-    def __init__(self, sites: Sequence[Site], draws: Draws, pivots: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._sites = [site for site in sites if site.kind == "mlp"]
-        self._draws, self._pivots = draws, pivots or {}
+        self._probes, self._pivots = probes, pivots or {}
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
@@ -63,7 +65,7 @@ class FisherCollector:
         hidden = max(h.shape[dim] for h, _, dim in self._seen.values())
         noise, left, right = (
             draw.to(logits.device, non_blocking=True)
-            for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
+            for draw in self._probes.of(self._images, images, logits.shape[1], outputs, hidden)
         )
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale

@@ -13,7 +13,7 @@ from vbp.data.images import Images, balanced_order
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, Transform, ViewTransform, evaluation_transform
 from vbp.errors import InputError
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.session import ALONE, Session
 
@@ -42,7 +42,7 @@ class Pixels:
     """
 
     read: Callable[[], Iterable[Tensor]]
-    probes: Draws = field(default_factory=Draws)
+    probes: RandomProbes = field(default_factory=RandomProbes)
     views: int = 1
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -117,12 +117,12 @@ class CalibrationImages:
         )
         return loader if len(loader) else None
 
-    def probes(self, share: ImageLoader | None) -> Draws:
+    def probes(self, share: ImageLoader | None) -> RandomProbes:
         """Return the random numbers of the images of a share: as if one process read them all."""
         size = 1 if share is None else share.batch_size
         rank, world = self.session.processes.rank, self.session.processes.world
         # Batch b is that of process b mod world.
-        return Draws(seed=self.seed, first=rank * size, step=world * size, block=size)
+        return RandomProbes(seed=self.seed, first=rank * size, step=world * size, block=size)
 
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
         """Load a share as `share` does, without labels, with a progress bar."""

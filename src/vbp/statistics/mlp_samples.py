@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, fisher_direction
-from vbp.method.gauss_newton import HiddenSample
-from vbp.method.sampling import Draws, priority_sample
+from vbp.method.gauss_newton import MLPSample
+from vbp.method.sampling import RandomProbes, priority_sample
 from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
@@ -30,7 +30,7 @@ from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource, in_pieces
 
-_FIRST = Draws()
+_FIRST = RandomProbes()
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class MLPSamples:
         example: Tensor,
         batches: Iterable[Tensor],
         *,
-        draws: Draws = _FIRST,
+        probes: RandomProbes = _FIRST,
         session: Session = ALONE,
     ) -> None:
         """Run the dense model forward and backward over all images once.
@@ -71,7 +71,7 @@ class MLPSamples:
             sites: From `find_sites`.
             example: An image, for a look at the model.
             batches: Calibration images, without labels; none is allowed where another process has some.
-            draws: The random numbers of the images of this process.
+            probes: The random numbers of the images of this process.
             session: All of its processes make this object.
 
         Raises:
@@ -79,7 +79,7 @@ class MLPSamples:
         """
         self.session, processes = session, session.processes
         self.mlps = check_mlps(dense, example, sites)
-        self._draws = draws
+        self._probes = probes
         device = next(dense.parameters()).device
         parts: dict[str, list[Positions]] = {mlp.site.name: [] for mlp in self.mlps}
         metrics: dict[str, Tensor] = {}
@@ -90,7 +90,7 @@ class MLPSamples:
                 for name, read, given, slopes in self._seen(dense, pixels, images):
                     flat = slopes.flatten(0, 1)
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
-                    parts[name].append(sample_positions(read, given, _sizes(slopes), draws, images))
+                    parts[name].append(sample_positions(read, given, _sizes(slopes), probes, images))
                 images += len(batch)
         self.images = sum(processes.all_gather(images))
         if not self.images:
@@ -109,7 +109,7 @@ class MLPSamples:
         pixels = images.pixels(places, "hidden layers", views)
         with out_of_memory("calibration"):
             pieces = in_pieces(pixels, next(dense.parameters()).device)
-            samples = cls(dense, sites, example, pieces, draws=pixels.probes, session=images.session)
+            samples = cls(dense, sites, example, pieces, probes=pixels.probes, session=images.session)
         _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
         return samples
 
@@ -144,7 +144,7 @@ class MLPSamples:
         with hooked(consumers, before=producers), torch.enable_grad(), self.session.precision.autocast():
             # A tensor of its own: the caller's images are not to learn.
             logits = logits_of(dense(pixels.detach().requires_grad_()))
-        noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
+        noise, _, _ = self._probes.of(start, len(pixels), logits.shape[1], 0, 0)
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
         gradients = torch.autograd.grad(logits, list(given.values()), cotangent.to(logits.dtype))
@@ -179,7 +179,7 @@ def sample_positions(
     read: Float[Tensor, "images positions in"],
     given: Float[Tensor, "images positions out"],
     sizes: Float[Tensor, "images positions"],
-    draws: Draws,
+    probes: RandomProbes,
     start: int,
 ) -> Positions:
     """Sample positions of each image.
@@ -188,16 +188,16 @@ def sample_positions(
         read: What is read at each.
         given: What should be given there.
         sizes: How much each matters, positive.
-        draws: The random numbers of the images.
+        probes: The random numbers of the images.
         start: Place of the first among those of this process.
     """
-    uniform = draws.uniform(start, *sizes.shape).to(sizes)
+    uniform = probes.uniform(start, *sizes.shape).to(sizes)
     places, weights = priority_sample(sizes, uniform, POSITIONS)
     inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, given))
-    return Positions(tuple(map(draws.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
+    return Positions(tuple(map(probes.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
 
 
-def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> HiddenSample:
+def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> MLPSample:
     """Put the batches of all processes together, in the order of the images' numbers.
 
     Raises:
@@ -215,4 +215,4 @@ def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, 
             f"what site {name} reads and gives, and the slopes there, must be finite, got NaN or infinity; check the "
             "weights and the preprocessing, prune less, or run in float32"
         )
-    return HiddenSample(inputs, outputs, weights, (total + total.T) / 2, len(order))
+    return MLPSample(inputs, outputs, weights, (total + total.T) / 2, len(order))

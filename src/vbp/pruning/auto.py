@@ -37,11 +37,8 @@ from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
-
 # Price updates. One brings most of the gain, the others less and less of the rest.
 _ROUNDS = 3
-
-
 Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 

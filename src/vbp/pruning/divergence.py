@@ -25,7 +25,6 @@ from vbp.statistics.images import ImageSource, in_pieces
 # A share is measured on some hundred images, and near zero for a site that has lost little.
 _CLIP = 4.0
 
-
 # How many rounds the price of 1 counts for in their mean: the first then goes three quarters of the way.
 _PRIOR = 1 / 3
 

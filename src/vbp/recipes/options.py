@@ -116,7 +116,7 @@ class DataOptions:
     """Batches that each of them reads ahead."""
     calib_samples: Source[int | Literal["auto"]] = 0
     """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
-    has settled."""
+    has converged."""
     limit_val: Result[int] = 0
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
 

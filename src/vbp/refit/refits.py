@@ -23,12 +23,10 @@ from vbp.statistics.images import GivenImages, ImageSource
 from vbp.statistics.mlp_samples import MLPSamples
 
 _log = logging.getLogger(__name__)
-
 Refit = Literal["producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
-
 
 # One image in this many, and no more than the plans of `auto` are compared by, judges the refit of the stream.
 _ONE_IN = 4

@@ -45,7 +45,6 @@ _FIRST = RandomProbes()
 # Where the stream is mended: after these parts of the sites that write into it.
 DEPTHS = (0.25, 0.5, 0.75)
 
-
 # Ridge and damping, times the number of images: more of them can tell more coefficients.
 PENALTY_TIMES_IMAGES = 1_000.0
 

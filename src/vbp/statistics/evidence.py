@@ -25,7 +25,6 @@ from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
 
-
 # What has to be collected from calibration images: moments, also covariance or sensitivity, gradients with labels.
 Need = Literal["statistics", "covariance", "sensitivity", "gradients"]
 
@@ -49,7 +48,6 @@ class Evidence:
 
 # What comes from observing the model, and is kept in `Statistics`.
 FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance", "sensitivity"})
-
 
 # Enough for a point near the channels' means; every process reads them.
 _PIVOT_IMAGES = 32

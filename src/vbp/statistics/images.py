@@ -21,10 +21,8 @@ from vbp.runtime.session import ALONE, Session
 # hour a plan on DeiT-tiny.
 _GPU_VIEWS = 4
 
-
 # Least share of the image in a view: those by which networks are trained may show next to nothing.
 _LEAST_CROP = 0.35
-
 
 # Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
 # megabytes an image on a ViT-Base.

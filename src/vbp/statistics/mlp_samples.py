@@ -31,12 +31,10 @@ from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource, in_pieces
 
 _FIRST = RandomProbes()
-
 _log = logging.getLogger(__name__)
 
 # Positions of an image, whatever their number: 32 of DeiT-tiny's 197 serve as well as 50.
 POSITIONS = 32
-
 
 # Share of a position's size that is that of the image's mean position: the gradient comes from one random probe.
 _EVEN = 0.25

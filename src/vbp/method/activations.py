@@ -38,12 +38,7 @@ _KNOWN: tuple[Activation, ...] = (
 
 
 def find_activation(before: Tensor, after: Tensor) -> Activation | None:
-    """Return the known activation that turns one tensor into the other, value by value; None if none does.
-
-    Args:
-        before: Values, not in half precision.
-        after: As many values, in the same places.
-    """
+    """Return the known activation that turns one tensor (not in half precision) into the other, or None."""
     if before.shape != after.shape:
         return None
     given, wanted = before.double(), after.double()

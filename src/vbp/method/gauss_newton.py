@@ -42,14 +42,10 @@ _SHARE = 0.5
 
 @dataclass(frozen=True)
 class MLPSample:
-    """The input of an MLP and the output wanted of it, at some positions of some images.
+    """The input of an MLP and the output wanted of it: as many positions of each of `images` images, in order.
 
-    Attributes:
-        inputs: Of the hidden layer; where that layer is not fitted, of the consumer.
-        outputs: Wanted of the consumer.
-        weights: What each position counts for, not negative.
-        metric: Of the outputs, symmetric; its scale does not matter.
-        images: How many images the positions are of, as many of each, one image after the other.
+    `inputs` are those of the hidden layer or, where that layer is not fitted, of the consumer. `weights` say what
+    each position counts for, not negative. `metric` is that of the outputs, symmetric; its scale does not matter.
     """
 
     inputs: Float[Tensor, "positions in"]
@@ -88,10 +84,7 @@ class HiddenLayers(NamedTuple):
 class HiddenFit:
     """The layers that were found, and the error on held-out images, as a share of the output's variance.
 
-    Attributes:
-        layers: What was found; what was given if nothing is better.
-        before: Of the layers that were given.
-        after: Of those found; never larger.
+    If nothing is better than what was given, the layers are those, and `after` is `before`.
     """
 
     layers: HiddenLayers
@@ -107,15 +100,11 @@ def fit_hidden(
     ridge: float,
     damping: float,
 ) -> HiddenFit:
-    """Bring an MLP nearer to the wanted output.
+    """Bring an MLP nearer to the wanted output, from the given layers, which have the sample's type and device.
 
-    Args:
-        layers: Where to begin, of the sample's type and on its device. Without a hidden layer the consumer alone is
-            fitted, to a sample of what it reads.
-        activation: Between them.
-        sample: Inputs and wanted outputs.
-        ridge: Of the consumer's regression, which regularises its change: times `ridge_penalty` at 1.
-        damping: Of the change of the hidden layer: times its squared effect, channel by channel.
+    Without a hidden layer the consumer alone is fitted, to a sample of what it reads. `ridge` times `ridge_penalty`
+    at 1 regularises the change of the consumer; `damping` times its squared effect, channel by channel, that of the
+    hidden layer.
 
     Raises:
         InputError: Covariances are not finite.

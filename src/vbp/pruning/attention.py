@@ -14,11 +14,7 @@ _ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
 
 @dataclass(frozen=True)
 class HeadChange:
-    """Heads and channels of each head of one attention, before and after.
-
-    Attributes:
-        layers: Dotted names of the layers that lost channels, such as query, key and value.
-    """
+    """Heads and channels of each head of one attention, before and after a cut of these layers, by dotted name."""
 
     layers: tuple[str, ...]
     heads: int
@@ -28,13 +24,10 @@ class HeadChange:
 
 
 def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: bool = False) -> None:
-    """Set the numbers by which the owners of the pruned layers reshape their tensors, where they keep them.
+    """Set the numbers by which the owners of the layers that were cut reshape their tensors, where they keep them.
 
-    Args:
-        model: The model, already cut.
-        change: What was cut.
-        implicit_scale: Set `scale` as well: the fused kernel derives its own from the head dimension, and the weights
-            are rescaled so that the effective scale stays that of the original. Otherwise the module's scale stays.
+    With `implicit_scale` their `scale`, too: the fused kernel derives its own from the head dimension, and the
+    weights are rescaled so that the effective scale stays that of the original.
     """
     before = (change.heads, change.head_dim, change.heads * change.head_dim)
     after = (change.heads_left, change.head_dim_left, change.heads_left * change.head_dim_left)

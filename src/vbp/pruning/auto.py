@@ -66,16 +66,10 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
 def sensitivity_eliminations(
     model: nn.Module, sites: Sequence[Site], statistics: Statistics, *, ridge: float = RIDGE
 ) -> dict[str, Elimination]:
-    """Order the channels of each MLP site by what their loss costs after the refit, in nats.
-
-    Args:
-        model: The dense model; the work is done where it lies.
-        sites: From `find_sites`.
-        statistics: Of this model, with covariances and sensitivities.
-        ridge: As in the refit that will follow.
+    """Order the channels of each MLP site by what their loss costs after the refit, in nats, where the model is.
 
     Raises:
-        InputError: Statistics are missing or unfit.
+        InputError: Covariances or sensitivities are missing or unfit.
     """
     metrics = refit_metrics(sites, statistics)
     found = {}
@@ -98,11 +92,7 @@ def sensitivity_eliminations(
 def mixed_with_uniform(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
     """Return scores between those given and equal shares for all sites, in the same order inside each site.
 
-    A channel's place among all channels is mixed with its place in its own site, both from 0 to 1.
-
-    Args:
-        scores: Of MLP sites.
-        share: Of the place in the own site.
+    A channel's place among all channels is mixed with a share of its place in its own site, both from 0 to 1.
     """
     everyone = torch.cat(list(scores.values()))
     among_all, start, found = _places(everyone), 0, {}
@@ -295,15 +285,9 @@ class AutoSearch:
         *,
         ridge: float = RIDGE,
     ) -> None:
-        """Take what is known; the work begins with the first plan.
+        """Begin with the first plan; the first of the images compare plans.
 
-        Args:
-            model: The dense model, which is pruned on copies.
-            sites: From `find_sites`.
-            statistics: Of all processes, with covariances and sensitivities.
-            images: The first of them compare the plans.
-            rules: Floor and rounding of all plans; of the scopes `equal` alone makes a difference.
-            ridge: Of the refit that will follow.
+        All plans have the floor and the rounding of the rules; of their scopes, `equal` alone makes a difference.
         """
         self._model, self._sites, self._statistics, self._images = model, sites, statistics, images
         self._rules, self._ridge = rules, ridge

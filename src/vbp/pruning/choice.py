@@ -18,13 +18,7 @@ Compensation = Literal["none", "mean", "refit"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was tried.
-
-    Attributes:
-        name: How it was made.
-        divergence: Mean KL(dense || pruned) on the held-out images, in nats.
-        widths: Site name -> channels kept.
-    """
+    """A plan that was tried: mean KL(dense || pruned) on the held-out images, in nats; channels kept by site."""
 
     name: str
     divergence: float

@@ -27,13 +27,7 @@ def compensate_(
 ) -> tuple[Reconstruction, ...]:
     """Compensate the consumers, and queries for lost query/key channels, at full width; nothing is cut.
 
-    Args:
-        model: Has the entries' sites at full width.
-        entries: Sites that lose channels.
-        means: Site name -> mean of each channel.
-        covariances: Site name -> second moments; None shifts by the means alone, which leaves
-            query/key channels out.
-        ridge: See `vbp.method.ridge.ridge_penalty`.
+    Without covariances it shifts by the means alone, which leaves query/key channels out.
 
     Returns:
         The errors before and after the refit, one a site; nothing without covariances.

@@ -31,10 +31,8 @@ _SMALLEST_STAGE = 256
 class Stage:
     """The plan after so many images.
 
-    Attributes:
-        images: Images seen so far.
-        changed: Share of all channels that were kept by the plan of the stage before, with half the images, and are
-            not any more; None in the first stage.
+    `changed` is the share of all channels that the plan of the stage before, with half the images, kept, and this one
+    does not; None in the first stage.
     """
 
     images: int
@@ -43,11 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the plan changed while the images doubled.
-
-    Attributes:
-        stages: In their order.
-    """
+    """How the plan changed while the images doubled, stage by stage."""
 
     stages: tuple[Stage, ...]
 
@@ -97,9 +91,7 @@ def _enough() -> str:
 def merge_across(statistics: Statistics | None, processes: Processes) -> Statistics:
     """Merge what each process has seen, in the order of ranks, on every process; all of them must call this.
 
-    Args:
-        statistics: On the CPU; None from a process that had no image.
-        processes: Of this job.
+    Statistics are on the CPU, None from a process that had no image.
 
     Raises:
         InputError: No process had an image, or they observed different models.
@@ -138,18 +130,12 @@ def calibrate(
 ) -> tuple[Statistics, Convergence]:
     """Collect statistics in stages until the images run out or, with `auto`, until the plan has converged.
 
-    All processes must call this, and all get the same. They meet at the ends of stages alone.
-
-    Args:
-        collect: Returns the statistics of this process's share of the images at these places, in an order of which
-            every beginning represents the whole; None if its share is empty.
-        total: Images in that order.
-        plan_of: Makes the plan whose changes are measured.
-        processes: Of this job.
-        auto: Stop as soon as a doubling changes at most `CONVERGED_SHARE` of the channels.
+    All processes must call this, and all get the same. They meet at the ends of stages alone. `collect` returns the
+    statistics of this process's share of the images at these places, in an order of which every beginning represents
+    the whole, None if its share is empty; `plan_of` makes the plan whose changes are measured.
 
     Returns:
-        Statistics of all images seen, as one pass over them would give, and how the plan changed on the way.
+        Statistics of all images seen, as one pass over them would have, and how the plan changed on the way.
 
     Raises:
         InputError: There is no image.

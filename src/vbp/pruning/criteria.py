@@ -82,12 +82,6 @@ def eliminations(
 ) -> dict[str, Elimination]:
     """Order the channels of each site as `eliminate` does, on the model's device; query/key sites are left out.
 
-    Args:
-        model: The dense model.
-        sites: From `find_sites`.
-        statistics: Of this model, with covariances.
-        ridge: As in the refit that will follow.
-
     Raises:
         InputError: A covariance is missing or unfit.
     """

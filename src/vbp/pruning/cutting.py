@@ -9,34 +9,22 @@ from torch import Tensor, nn
 
 
 def keep_rows_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some output channels of a `Linear` or an ungrouped convolution.
-
-    Args:
-        layer: The layer.
-        kept: Indices of the channels that stay, ascending.
-    """
+    """Keep some output channels, ascending, of a `Linear` or an ungrouped convolution."""
     keep_entries_(layer, "weight", kept, 0)
     keep_entries_(layer, "bias", kept, 0)
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
 def keep_columns_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some input channels of a `Linear` or an ungrouped convolution.
-
-    Args:
-        layer: The layer.
-        kept: Indices of the channels that stay, ascending.
-    """
+    """Keep some input channels, ascending, of a `Linear` or an ungrouped convolution."""
     keep_entries_(layer, "weight", kept, 1)
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(kept))
 
 
 def keep_channels_(module: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some channels of a layer that has as many outputs as inputs: a norm, or a depthwise convolution.
+    """Keep some channels, ascending, of a layer with as many outputs as inputs: a norm, or a depthwise convolution.
 
-    Args:
-        module: The layer. A `LayerNorm` loses channels of its last dimension.
-        kept: Indices of the channels that stay, ascending.
+    A `LayerNorm` loses channels of its last dimension.
     """
     for name in ("weight", "bias", "running_mean", "running_var"):
         if getattr(module, name, None) is not None:

@@ -168,9 +168,7 @@ def _errors_added(
 def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
     """Return what a predicted nat of each site really costs, against the median site; within a factor of 4 of it.
 
-    Args:
-        costs: Site name -> divergence that was predicted for what the site lost.
-        shares: From `DenseReference.site_contributions`.
+    `costs` are the divergences predicted for what the sites lost, `shares` come from `site_contributions`.
     """
     ratios = {name: max(shares[name], 0.0) / cost for name, cost in costs.items() if cost > 0}
     middle = sorted(ratios.values())[len(ratios) // 2] if ratios else 0.0
@@ -180,11 +178,7 @@ def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) ->
 
 
 def mean_multipliers(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the geometric mean of the prices that several rounds asked for, as if a part of a round had asked for 1.
-
-    Args:
-        rounds: From `cost_multipliers`, each measured on another plan; at least one.
-    """
+    """Return the geometric mean of the prices that several rounds asked for, and a part of a round for price 1."""
     return {
         name: math.exp(sum(math.log(asked[name]) for asked in rounds) / (len(rounds) + _PRIOR)) for name in rounds[0]
     }

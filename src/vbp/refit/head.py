@@ -36,14 +36,10 @@ _STRENGTH_TIMES_IMAGES = 25_000.0
 
 @dataclass(frozen=True)
 class HeadRefit:
-    """What the refit of the last layer did, on images that the compared fits had not seen (cross-validation).
+    """What the refit of the last layer did: mean KL(dense || pruned) before and after, in nats.
 
-    Attributes:
-        layer: Name of the layer.
-        images: Images of all processes.
-        strength: Of the penalty; infinite if the layer was left as it was, for no refit was better.
-        before: Mean KL(dense || pruned) without it, in nats.
-        after: The same with it.
+    It is cross-validated: on images that the compared fits had not seen. The strength of the penalty is infinite if
+    the layer was left as it was, for no refit was better.
     """
 
     layer: str
@@ -57,7 +53,7 @@ class HeadRefit:
         return asdict(self) | {"strength": self.strength if math.isfinite(self.strength) else None}
 
     def sentence(self) -> str:
-        """Say in words what became of the layer."""
+        """Return in words what became of the layer."""
         if not math.isfinite(self.strength):
             return f"the last layer, {self.layer}, stays as it is: no refit to {self.images} images helped"
         return (
@@ -70,10 +66,6 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     """Refit the last linear layer to the dense model's predictions, if cross-validation says that it helps.
 
     Same result on all processes of `reference`, which must all call it.
-
-    Args:
-        pruned: The model, pruned; its last layer changes.
-        reference: Predictions of the dense model.
 
     Raises:
         InputError: There are too few images, the models do not end in one linear layer, or a value is not finite.
@@ -113,26 +105,18 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
 
 
 def check_images(images: int) -> None:
-    """Refuse too few images.
-
-    Raises:
-        InputError: There are fewer than the folds of the cross-validation.
-    """
+    """Raise InputError if there are fewer images than folds of the cross-validation."""
     if images < FOLDS:
         raise InputError(f"the refit of the last layer needs at least {FOLDS} images, got {images}; give more")
 
 
 def last_linear(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the linear layer whose output the model's logits are.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the name of the linear layer whose output the model's logits are; raise InputError if there is none."""
     return _seen_by_head(model, example, Precision())[0]
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:
-    """Run a batch; give the name of the linear layer whose output the logits are, what it read, and the logits.
+    """Return the name of the linear layer whose output the logits of a batch are, what it read, and the logits.
 
     Raises:
         InputError: The logits come from no such layer.

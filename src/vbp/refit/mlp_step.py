@@ -16,7 +16,7 @@ from vbp.sites.site import Site
 
 @dataclass(frozen=True)
 class MLPStep:
-    """What is to be added to the layers of a site, on the CPU, and what comes of it: see `HiddenFit`."""
+    """What is to be added to the layers of a site, on the CPU, and the errors without and with it."""
 
     layers: HiddenLayers
     before: float
@@ -24,7 +24,7 @@ class MLPStep:
 
     @property
     def better(self) -> bool:
-        """Return whether anything comes of it."""
+        """Return whether the step lowers the error."""
         return self.after < self.before
 
 
@@ -37,18 +37,13 @@ def step_of(
     ridge: float,
     damping: float,
 ) -> MLPStep:
-    """Find what is to be added to the layers of a site; the work is done where the model is.
+    """Return what is to be added to the layers of a pruned model's MLP site; the work is done where the model is.
 
-    Args:
-        model: Pruned; left as it was.
-        site: An MLP site of it.
-        activation: Of a plain hidden layer; None to fit the consumer alone.
-        sample: For it.
-        ridge: As for `fit_hidden`.
-        damping: As for `fit_hidden`.
+    Without an activation, where the hidden layer is not a plain one, the consumer alone is fitted. Ridge and damping
+    are as for `fit_hidden`.
 
     Raises:
-        InputError: What the layers give is not finite.
+        InputError: The output of the layers is not finite.
     """
     consumer = model.get_submodule(site.consumer)
     sample = sample.to(next(consumer.parameters()).device)
@@ -65,7 +60,7 @@ def step_of(
 
 
 def add_step_(model: nn.Module, site: Site, step: MLPStep) -> None:
-    """Add to the layers of a site what `step_of` gave."""
+    """Add to the layers of a site what `step_of` returned."""
     if step.layers.hidden is not None:
         _add_(model.get_submodule(site.producers[0]), step.layers.hidden)
     _add_(model.get_submodule(site.consumer), step.layers.consumer)

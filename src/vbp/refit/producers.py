@@ -30,12 +30,10 @@ _HELD = ((0.01, 0.1), (1.0, 1.0))
 
 @dataclass(frozen=True)
 class ProducerRefit:
-    """What refitting the producers did.
+    """What refitting the producers did, on the held-out eighth of the images of the samples.
 
-    Attributes:
-        images: Images of the samples, of which an eighth judged.
-        errors: Site name -> error of its MLP's output on those that judged, before and after, as a share of the
-            output's variance, each position and direction weighted by how much the predictions depend on it.
+    `errors` are those of each site's MLP output before and after, as a share of the output's variance, each position
+    and direction weighted by how much the predictions depend on it.
     """
 
     images: int
@@ -46,7 +44,7 @@ class ProducerRefit:
         return asdict(self) | {"errors": {name: list(errors) for name, errors in self.errors.items()}}
 
     def sentence(self) -> str:
-        """Say in words what became of the model."""
+        """Return in words what became of the model."""
         before, after = (sum(one[place] for one in self.errors.values()) for place in range(2))
         better, sites = sum(one[1] < one[0] for one in self.errors.values()), max(1, len(self.errors))
         return (
@@ -56,16 +54,12 @@ class ProducerRefit:
 
 
 def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
-    """Bring each pruned MLP nearer to what the dense one gives.
+    """Bring each pruned MLP nearer to the dense one, once all steps are found; the model is on its device.
 
     Same result on all processes of the samples, which must all call it; the sites are shared out among them.
 
-    Args:
-        pruned: The model, pruned, on its device; producers and consumers change, once all steps are found.
-        samples: Of the dense model.
-
     Raises:
-        InputError: What the pruned model gives is not finite.
+        InputError: A value that the pruned model computes is not finite.
     """
     mlps = [mlp for mlp in samples.mlps if _width(pruned, mlp) < mlp.site.hidden]
     steps = _steps(pruned, mlps, samples)

@@ -60,17 +60,9 @@ class Refits:
         head: Toggle = "auto",
         views: int = 1,
     ) -> None:
-        """See what can be refitted; say in the log what cannot, and why.
+        """Find what can be refitted, and log what cannot, and why; `on` must be possible.
 
-        Args:
-            dense: The dense model, on its device; left as it was.
-            sites: From `find_sites`.
-            example: One image or more on the model's device.
-            images: Calibration images; all processes of their session make this object, and call it alike.
-            producers: Whether the layers before the hidden channels take part: `on` must be possible.
-            stream: Whether the residual stream is brought back to the dense model's.
-            head: Whether the last linear layer is refitted.
-            views: Of each image.
+        All processes of the images' session make this object, and call it alike.
 
         Raises:
             InputError: What is `on` has no such MLP, stream or last layer, or too few images.
@@ -82,11 +74,7 @@ class Refits:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
 
     def refit_(self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit)) -> RefitReport:
-        """Refit a pruned model, in place.
-
-        Args:
-            pruned: After `prune_`, on the dense model's device.
-            only: Of those that are wanted and possible, the ones to do.
+        """Refit a pruned model in place, on the dense model's device, as far as is wanted, possible and in `only`.
 
         Raises:
             InputError: No image can be read, or a value is not finite.

@@ -51,14 +51,10 @@ PENALTY_TIMES_IMAGES = 1_000.0
 
 @dataclass(frozen=True)
 class StreamRefit:
-    """What bringing the stream back did, on images that it was not fitted to.
+    """What refitting the stream to so many images did: mean KL(dense || pruned) on other images, in nats.
 
-    Attributes:
-        sites: Whose layers changed; none if the predictions did not come closer.
-        images: Images fitted to, of all processes.
-        judged: Other images, on which the predictions were compared.
-        before: Mean KL(dense || pruned) on these without it, in nats.
-        after: The same with it.
+    `sites` are those whose layers changed, none if the predictions did not come closer; `judged` counts the other
+    images.
     """
 
     sites: tuple[str, ...]
@@ -72,7 +68,7 @@ class StreamRefit:
         return asdict(self) | {"sites": list(self.sites)}
 
     def sentence(self) -> str:
-        """Say in words what became of the model."""
+        """Return in words what became of the model."""
         if not self.sites:
             return f"the residual stream stays as it is: no refit to {self.images} images helped"
         return (
@@ -91,15 +87,9 @@ def refit_stream_(
 ) -> StreamRefit:
     """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
-    Same result on all processes of `judge`, which must all call it.
-
-    Args:
-        pruned: The model, pruned; up to three MLPs change.
-        sites: Those that were pruned, from `find_sites` on the dense model.
-        batches: Calibration images, without labels, which can be gone through several times; none is allowed where
-            another process has some.
-        judge: Other images, the dense model, which is left as it was, and its predictions.
-        probes: The random numbers of the images of this process.
+    Same result on all processes of `judge`, which holds the dense model and its predictions for the other images; all
+    must call it. Batches can be gone through several times; none is allowed where another process has some. `probes`
+    are the random numbers of this process's images. Up to three MLPs change.
 
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
@@ -132,11 +122,7 @@ def refit_stream_(
 
 
 def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> None:
-    """Refuse a model in which no MLP writes into a residual stream.
-
-    Raises:
-        InputError: It is one.
-    """
+    """Raise InputError if no MLP writes into a residual stream."""
     _found(model, example, sites)
 
 
@@ -157,7 +143,7 @@ def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
 
 @contextmanager
 def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
-    """Return layers their weights back in the end, whatever happened, unless what is given was called."""
+    """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
     saved = {
         (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
         for layer in layers

@@ -31,13 +31,9 @@ Need = Literal["statistics", "covariance", "sensitivity", "gradients"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a dense model.
+    """What is known of a dense model: statistics with what a criterion or the refit needs, gradients by weight.
 
-    Attributes:
-        statistics: With covariances and sensitivities where a criterion or the refit needs them.
-        gradients: From `collect_gradients`.
-        seed: Of the random criterion.
-        ridge: As in the refit that will follow.
+    `seed` is that of the random criterion, `ridge` that of the refit that will follow.
     """
 
     statistics: Statistics | None = None
@@ -57,7 +53,7 @@ class EvidenceReader:
     """Reads calibration images part by part, each once for all that is needed of it.
 
     Random numbers belong to an image's place in the order, so that any number of processes and of parts, once merged,
-    gives what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
+    has what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
     """
 
     def __init__(
@@ -69,15 +65,7 @@ class EvidenceReader:
         *,
         covariance_tokens: float = 1.0,
     ) -> None:
-        """Say what the sums will take, and read nothing.
-
-        Args:
-            model: The dense model, which is observed.
-            sites: From `find_sites`.
-            images: What is read.
-            needs: What to collect.
-            covariance_tokens: Share of the tokens of each image that count for the covariance.
-        """
+        """Log what the sums will take, and read nothing; `covariance_tokens` is the share of each image's tokens."""
         self._model, self._sites, self._images, self._session = model, sites, images, images.session
         self._needs, self._tokens = frozenset(needs), covariance_tokens
         self._gradients = GradientSum(model, sites, self._session.device) if "gradients" in needs else None
@@ -88,12 +76,9 @@ class EvidenceReader:
             )
 
     def read(self, part: range) -> Statistics | None:
-        """Take in this process's share of the images at these places.
+        """Take in this process's share of the images at these places, without gaps.
 
         All processes call it with the same parts, each part after the one before it.
-
-        Args:
-            part: Places in the order, without gaps.
 
         Returns:
             Statistics of the share, for `merge_across`; None if none are needed or the share is empty. Gradients are

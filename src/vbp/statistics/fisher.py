@@ -120,11 +120,7 @@ class FisherCollector:
 
 
 def check_single_positions(site: Site, consumer: nn.Module) -> None:
-    """Refuse a consumer whose kernel reads several positions or groups of channels.
-
-    Raises:
-        InputError: It is one.
-    """
+    """Raise InputError if a consumer's kernel reads several positions or groups of channels."""
     if isinstance(consumer, nn.Conv2d) and (
         consumer.kernel_size != (1, 1) or consumer.stride != (1, 1) or consumer.groups != 1
     ):

@@ -43,13 +43,7 @@ _EVEN = 0.25
 class MLPSamples:
     """Samples of the dense model's MLPs, of the images of all processes, in the memory of the host.
 
-    Made once, they serve any number of pruned models.
-
-    Attributes:
-        mlps: The MLPs, in the order of the sites.
-        samples: Site name -> sample, the same on all processes.
-        images: Images of all processes.
-        session: Whose these are.
+    Made once, they serve any number of pruned models. Keyed by site name, the same on all processes.
     """
 
     def __init__(
@@ -62,15 +56,9 @@ class MLPSamples:
         probes: RandomProbes = _FIRST,
         session: Session = ALONE,
     ) -> None:
-        """Run the dense model forward and backward over all images once.
+        """Run the dense model forward and backward over all images once; all processes of the session do.
 
-        Args:
-            dense: The dense model, on its device; left as it was.
-            sites: From `find_sites`.
-            example: An image, for a look at the model.
-            batches: Calibration images, without labels; none is allowed where another process has some.
-            probes: The random numbers of the images of this process.
-            session: All of its processes make this object.
+        No batch is allowed where another process has some; `probes` are the random numbers of this process's images.
 
         Raises:
             InputError: There is no image, no site has a plain hidden layer, or values are not finite.
@@ -165,7 +153,7 @@ def _sizes(slopes: Float[Tensor, "images positions out"]) -> Float[Tensor, "imag
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of some images, on the CPU: what is read and given there, "images positions channels"; weights."""
+    """Positions of some images, on the CPU: what is read and returned there, "images positions channels"; weights."""
 
     numbers: tuple[int, ...]
     inputs: Tensor
@@ -180,14 +168,9 @@ def sample_positions(
     probes: RandomProbes,
     start: int,
 ) -> Positions:
-    """Sample positions of each image.
+    """Sample positions of each image, where `sizes` says how much each matters.
 
-    Args:
-        read: What is read at each.
-        given: What should be given there.
-        sizes: How much each matters, positive.
-        probes: The random numbers of the images.
-        start: Place of the first among those of this process.
+    `given` is what the consumer should return there; `start` is the first image's place among those of this process.
     """
     uniform = probes.uniform(start, *sizes.shape).to(sizes)
     places, weights = priority_sample(sizes, uniform, POSITIONS)

@@ -96,12 +96,7 @@ class Statistics:
         return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
-        """Refuse statistics of another model or other data.
-
-        Args:
-            model: Fingerprint of the model at hand.
-            data: Fingerprint of the images at hand and their preprocessing.
-            path: Where they were read, for the message.
+        """Refuse statistics of another model or other data, by their fingerprints; `path` is for the message.
 
         Raises:
             InputError: They were made for something else.
@@ -117,16 +112,12 @@ class Statistics:
     def check_holds(
         self, sites: Sequence[Site], path: Path, *, covariance: bool = False, sensitivity: bool = False
     ) -> None:
-        """Refuse statistics that lack a site, such as those of a run without attention.
-
-        Args:
-            sites: What will be pruned.
-            path: Where they were read, for the message.
-            covariance: Refuse them also if they lack a site's covariance, as those of a run without refit do.
-            sensitivity: Refuse them also if they lack an MLP site's sensitivity.
+        """Refuse statistics that lack a site, as those of a run without attention, or what a site needs.
 
         Raises:
-            InputError: A site is missing, or has another number of channels.
+            InputError: A site is missing, has another number of channels, or has no covariance or (an MLP) no
+            sensitivity
+                where that is wanted.
         """
         for site in sites:
             for name in observed_names(site):

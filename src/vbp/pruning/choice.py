@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
 from torch import Tensor
 
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.choices import Compensation
 from vbp.runtime.tables import text_table
-
-Compensation = Literal["none", "mean", "refit"]
 
 
 @dataclass(frozen=True)

@@ -67,25 +67,22 @@ class Convergence:
         stages = [(f"{stage.images:,}", _percent(stage.changed)) for stage in self.stages]
         rows = [text_table([("images", "channels that changed"), *stages], "rl", (10,))]
         if len(self.stages) < 2:
-            return "\n".join([*rows, f"too few images to say whether the plan has converged; {_enough()}"])
+            few = f"too few images to say whether the plan has converged; {2 * _SMALLEST_STAGE} or more would tell"
+            return "\n".join([*rows, few])
         before, last = self.stages[-2:]
         doubling = (
             f"last doubling, {before.images:,} -> {last.images:,} images: {_percent(last.changed)} of the channels "
             "would change"
         )
         if self.converged is None:
-            return "\n".join(
-                [*rows, f"{doubling}; not converged (at most {_percent(CONVERGED_SHARE)}): give more images"]
-            )
-        return "\n".join([*rows, f"{doubling}; converged at {self.converged:,} images"])
+            outcome = f"not converged (at most {_percent(CONVERGED_SHARE)}): give more images"
+        else:
+            outcome = f"converged at {self.converged:,} images"
+        return "\n".join([*rows, f"{doubling}; {outcome}"])
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
-
-
-def _enough() -> str:
-    return f"{2 * _SMALLEST_STAGE} or more would tell"
 
 
 def merge_across(statistics: Statistics | None, processes: Processes) -> Statistics:

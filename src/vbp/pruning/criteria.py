@@ -109,10 +109,6 @@ def _weight(model: nn.Module, site: Site) -> Tensor:
     return weight
 
 
-def _one_if_zero(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    return torch.where(value > 0, value, torch.ones_like(value))
-
-
 Scores = dict[str, Float[Tensor, "hidden"]]
 
 

@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
-from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.pruning.compensate import compensate_, refits_logits
-from vbp.pruning.cutting import keep_channels_, keep_columns_, keep_entries_, keep_rows_
+from vbp.pruning.cutting import (
+    HeadChange,
+    keep_channels_,
+    keep_columns_,
+    keep_entries_,
+    keep_rows_,
+    update_attributes_,
+)
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode
 from vbp.sites.layers import input_channels, output_channels

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, get_args
@@ -14,7 +14,7 @@ from vbp.errors import InputError
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
-from vbp.refit.stream import StreamRefit, check_stream, refit_stream_
+from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
 from vbp.runtime.choices import Toggle
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.mlp import check_mlps
@@ -30,6 +30,13 @@ REFIT_IMAGES: Final = 1000
 
 # One image in this many, and no more than the plans of `auto` are compared by, judges the refit of the stream.
 _ONE_IN = 4
+
+# What is said of a refit that is not possible.
+_LEFT_OUT: Final[Mapping[Refit, str]] = {
+    "producers": "the producers stay as they are",
+    "stream": "the residual stream stays as it is",
+    "head": "the last layer stays as it is",
+}
 
 
 @dataclass(frozen=True)
@@ -113,17 +120,27 @@ class Refits:
         return range(judging, judging + REFIT_IMAGES)
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
-        check, what = _CHECKS[name]
         if toggle == "off":
             return False
         try:
-            check(self._dense, self._sites, self._example, len(self._images))
+            self._check(name)
         except InputError as error:
             if toggle == "on":
                 raise
-            _log.info("%s: %s", what, error)
+            _log.info("%s: %s", _LEFT_OUT[name], error)
             return False
         return True
+
+    def _check(self, name: Refit) -> None:
+        images = len(self._images)
+        if name == "head":
+            last_linear(self._dense, self._example)
+            check_images(images)
+            return
+        what, find = ("producers", check_mlps) if name == "producers" else ("residual stream", residual_adds)
+        if images < _ONE_IN:
+            raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
+        find(self._dense, self._example, self._sites)
 
 
 def refit_(
@@ -169,31 +186,3 @@ def refit_(
         producers="auto" if producers else "off", stream="auto" if stream else "off", head="auto" if head else "off",
     )  # fmt: skip
     return refits.refit_(pruned)
-
-
-def _check_judged(images: int, what: str) -> None:
-    if images < _ONE_IN:
-        raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
-
-
-def _check_producers(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    _check_judged(images, "producers")
-    check_mlps(dense, example, sites)
-
-
-def _check_stream(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    _check_judged(images, "residual stream")
-    check_stream(dense, example, sites)
-
-
-def _check_head(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    last_linear(dense, example)
-    check_images(images)
-
-
-# By refit: what must hold, and what is said of it where it does not.
-_CHECKS: Final[Mapping[Refit, tuple[Callable[[nn.Module, Sequence[Site], Tensor, int], None], str]]] = {
-    "producers": (_check_producers, "the producers stay as they are"),
-    "stream": (_check_stream, "the residual stream stays as it is"),
-    "head": (_check_head, "the last layer stays as it is"),
-}

@@ -95,25 +95,25 @@ def refit_stream_(
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
     dense, session, example = judge.model, judge.session, judge.example()
-    joins = _at_depths(_found(dense, example, sites))
+    adds = _at_depths(residual_adds(dense, example, sites))
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
     work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)
-    layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
+    layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
     with _restored_unless_kept(pruned, layers) as keep:
         images, changed = 0, []
         with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
-            for join in joins:
-                mlp = plain.get(join.site)
-                sample, images = work.sample(join, mlp, batches)
+            for add in adds:
+                mlp = plain.get(add.site)
+                sample, images = work.sample(add, mlp, batches)
                 held = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
+                step = step_of(pruned, add.site, activation, sample, ridge=held, damping=held)
                 step = session.processes.all_gather(step)[0]
                 if step.better:
-                    add_step_(pruned, join.site, step)
-                    changed.append(join.site.name)
+                    add_step_(pruned, add.site, step)
+                    changed.append(add.site.name)
         after = judge.divergence(pruned)
         if not changed or not after < before:
             return StreamRefit((), images, judge.images, before, before)
@@ -121,24 +121,20 @@ def refit_stream_(
     return StreamRefit(tuple(changed), images, judge.images, before, after)
 
 
-def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> None:
-    """Raise InputError if no MLP writes into a residual stream."""
-    _found(model, example, sites)
-
-
-def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
-    joins = find_residual_adds(model, example, sites)
-    if not joins:
+def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
+    """Return where MLPs write into a residual stream; raise InputError if none does."""
+    adds = find_residual_adds(model, example, sites)
+    if not adds:
         raise InputError(
             f"the refit of the residual stream needs an MLP whose output is added to a stream, got "
             f"{type(model).__name__}, where none is; leave the stream as it is"
         )
-    return joins
+    return adds
 
 
-def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
-    places = dict.fromkeys(int(len(joins) * depth) for depth in DEPTHS)
-    return tuple(joins[place] for place in places)
+def _at_depths(adds: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
+    places = dict.fromkeys(int(len(adds) * depth) for depth in DEPTHS)
+    return tuple(adds[place] for place in places)
 
 
 @contextmanager
@@ -165,27 +161,27 @@ class _Work:
     probes: RandomProbes
     session: Session
 
-    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
-        """Run both models as far as the join on all images; give the sample, and the images of all processes."""
+    def sample(self, add: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
+        """Run both models as far as the add on all images; give the sample, and the images of all processes."""
         parts, images = [], 0
-        reader = join.site.consumer if mlp is None else join.site.producers[0]
+        reader = add.site.consumer if mlp is None else add.site.producers[0]
         # Squares of the stream count, not of what the consumer gives.
-        metric = join.gain.square().diag()
-        gain = torch.where(join.gain == 0, torch.inf, join.gain)
+        metric = add.gain.square().diag()
+        gain = torch.where(add.gain == 0, torch.inf, add.gain)
         for batch in batches:
             pixels = batch.to(next(self.dense.parameters()).device, non_blocking=True)
-            _, _, wanted = self._run(self.dense, join, reader, pixels)
-            read, given, found = self._run(self.pruned, join, reader, pixels)
+            _, _, wanted = self._run(self.dense, add, reader, pixels)
+            read, given, found = self._run(self.pruned, add, reader, pixels)
             target = given + (wanted - found) / gain.to(given)
             parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
             images += len(batch)
         total = sum(self.session.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return gather_sample(join.site.name, parts, metric, self.session.processes), total
+        return gather_sample(add.site.name, parts, metric, self.session.processes), total
 
     def _run(
-        self, model: nn.Module, join: ResidualAdd, reader: str, pixels: Tensor
+        self, model: nn.Module, add: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
         """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
         seen: dict[str, Tensor] = {}
@@ -199,16 +195,16 @@ class _Work:
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             stream = first_tensor(output)
             assert stream is not None
-            seen["stream"] = rows(stream, join.dim, len(pixels))
+            seen["stream"] = rows(stream, add.dim, len(pixels))
             raise _ReachedError
 
-        after = [(model.get_submodule(join.site.consumer), given), (model.get_submodule(join.module), stop)]
+        after = [(model.get_submodule(add.site.consumer), given), (model.get_submodule(add.module), stop)]
         try:
             with hooked(after, before=[(model.get_submodule(reader), read)]), self.session.precision.autocast():
                 model(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])
-        raise AssertionError(f"{join.module} did not run")
+        raise AssertionError(f"{add.module} did not run")
 
 
 class _ReachedError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import Statistics, observed_names
+
+Moments = TypeVar("Moments", ChannelMoments, ChannelCovariance)
 
 
 class Observer(RunningMoments):
@@ -128,35 +130,26 @@ def collect_statistics(
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}
-    covariances = {}
-    for name, observer in observers.items():
-        if observer.covariance is not None:
-            covariances[name] = _finite_covariance(name, observer.covariance)
+    # Products of large values overflow before the values themselves do.
+    covariances = {
+        name: _finite(name, observer.covariance.finish())
+        for name, observer in observers.items()
+        if observer.covariance is not None
+    }
     fraction = sample.fraction if covariance else 1.0
-    found = {} if sums is None else sums.finish()
-    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, found)
+    sensitivities = {} if sums is None else sums.finish()
+    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities)
 
 
-def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:
+def _finite(name: str, moments: Moments | None) -> Moments:
+    """Return the moments on the CPU."""
     if moments is None:
         raise InputError(f"site {name} was never run during calibration; it cannot be pruned from statistics")
-    found = moments.to("cpu")
-    _check_finite(name, found.mean.isfinite() & found.m2.isfinite())
-    return found
-
-
-def _finite_covariance(name: str, running: RunningCovariance) -> ChannelCovariance:
-    taken = running.finish()
-    assert taken is not None
-    found = taken.to("cpu")
-    # Products of large values overflow before the values themselves do.
-    _check_finite(name, found.m2.isfinite().all(0))
-    return found
-
-
-def _check_finite(name: str, channels: Tensor) -> None:
-    if bad := int((~channels).sum()):
+    moments = moments.to("cpu")
+    finite = moments.mean.isfinite() & moments.m2.isfinite().reshape(len(moments.mean), -1).all(1)
+    if bad := int((~finite).sum()):
         raise InputError(
             f"activations at site {name} must be finite, got NaN or infinity in {bad} channels during "
             "calibration; check the weights and the preprocessing, or run in float32"
         )
+    return moments

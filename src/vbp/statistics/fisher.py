@@ -82,21 +82,16 @@ class FisherCollector:
     def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
         out, hidden = slopes.shape[-1], read.shape[-1]
         if name not in self._sums:
-            zero = read.new_zeros((), dtype=torch.float64)
             pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
-            self._sums[name] = SiteSensitivity(
-                0,
-                pivot.double(),
-                zero.expand(hidden + 1, hidden + 1).clone(),
-                zero.expand(out, out).clone(),
-            )
+            inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (hidden + 1, out))
+            self._sums[name] = SiteSensitivity(0, pivot.double(), inputs, outputs)
         sums = self._sums[name]
         with torch.autocast(read.device.type, enabled=False):
             centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
-            sketch = (slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred
-            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / left.shape[-1])
-            sketch = (centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes
-            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
+            sketch = ((slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred).flatten(0, 1)
+            sums.inputs.add_(sketch.T @ sketch, alpha=1 / left.shape[-1])
+            sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
+            sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
         self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
     def finish(self) -> dict[str, SiteSensitivity]:
@@ -105,18 +100,17 @@ class FisherCollector:
         Raises:
             InputError: A gradient was not finite.
         """
-        found = {}
-        for name, sums in self._sums.items():
-            one = sums.to("cpu")
-            if not bool(one.inputs.isfinite().all() and one.outputs.isfinite().all()):
+        sensitivities = {}
+        for name, running in self._sums.items():
+            sums = running.to("cpu")
+            if not bool(sums.inputs.isfinite().all() and sums.outputs.isfinite().all()):
                 raise InputError(
                     f"gradients at site {name} must be finite, got NaN or infinity during calibration; check the "
                     "weights and the preprocessing, or run in float32"
                 )
-            found[name] = SiteSensitivity(
-                one.images, one.pivot, (one.inputs + one.inputs.T) / 2, (one.outputs + one.outputs.T) / 2
-            )
-        return found
+            inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
+            sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
+        return sensitivities
 
 
 def check_single_positions(site: Site, consumer: nn.Module) -> None:
@@ -137,7 +131,3 @@ def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:
             f"what reaches site {name} must hold as many positions for each image, got shape {tuple(values.shape)} "
             f"for {images} images; rank these channels by variance instead"
         )
-
-
-def _gram(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns columns"]:
-    return rows.T @ rows

@@ -14,7 +14,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.pruning.attention import HeadChange, update_attributes_
+from vbp.pruning.cutting import HeadChange, update_attributes_
 from vbp.torch_pruning.compensate import compensate_, only_read_by_norm, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vbp import InputError, find_sites
 from vbp.method import gauss_newton as module
-from vbp.method.activations import _KNOWN, find_activation, slope
+from vbp.method.activations import ACTIVATIONS, find_activation, slope
 from vbp.method.gauss_newton import HiddenLayers, MLPSample, fit_hidden
 from vbp.method.sampling import RandomProbes, priority_sample
 from vbp.refit.producers import refit_producers_
@@ -30,12 +30,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("place", range(len(_KNOWN)))
+@pytest.mark.parametrize("place", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_activation_is_known_by_its_values(place: int, dtype: torch.dtype) -> None:
     before = (3 * normal(2, 50, 20)).to(dtype)
-    found = find_activation(before, _KNOWN[place](before))
-    assert found is _KNOWN[place]
+    found = find_activation(before, ACTIVATIONS[place](before))
+    assert found is ACTIVATIONS[place]
     at = before.double()
     numeric = (found(at + 1e-6) - found(at - 1e-6)) / 2e-6
     torch.testing.assert_close(slope(found, at), numeric, rtol=1e-4, atol=1e-4)
@@ -219,7 +219,7 @@ def test_bad_input_is_refused() -> None:
         MLPSamples(model, sites, images[:1], [])
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
-    with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and gives.* must be finite"):
+    with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and returns.* must be finite"):
         MLPSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
     gated, some = nn.Sequential(nn.Linear(4, 6), Gated(), nn.Linear(6, 3)), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"needs an MLP of two layers .*, got Sequential, where there is none"):

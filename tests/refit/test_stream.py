@@ -148,7 +148,7 @@ def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "DEPTHS", (0.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
     monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
-    monkeypatch.setattr("vbp.method.gauss_newton.JUDGED_SHARE", 1 / 16)
+    monkeypatch.setattr("vbp.method.gauss_newton.HELD_OUT_SHARE", 1 / 16)
     model, pruned, sites, images = pruned_pair(FAMILIES[name], keep_ratio=0.25)
     join = find_residual_adds(model, images[:1], sites)[0]
     done = refit_stream_(pruned, sites, [images[:20], images[20:]], Pleased(model, [images]))

@@ -17,7 +17,7 @@ Activation = Callable[[Tensor], Tensor]
 # Share of the square that rounding may make of it: GELU and its tanh form differ by a thousand times more.
 _ROUNDING = 1e-10
 
-_KNOWN: tuple[Activation, ...] = (
+ACTIVATIONS: tuple[Activation, ...] = (
     F.gelu,
     lambda values: F.gelu(values, approximate="tanh"),
     F.relu,
@@ -43,7 +43,7 @@ def find_activation(before: Tensor, after: Tensor) -> Activation | None:
         return None
     given, wanted = before.double(), after.double()
     size = wanted.square().sum()
-    for activation in _KNOWN:
+    for activation in ACTIVATIONS:
         if bool((activation(given) - wanted).square().sum() <= _ROUNDING * size):
             return activation
     return None
@@ -53,5 +53,5 @@ def slope(activation: Activation, values: Tensor) -> Tensor:
     """Return the derivative at each value."""
     with torch.enable_grad():
         at = values.detach().requires_grad_()
-        (found,) = torch.autograd.grad(activation(at).sum(), at)
-    return found
+        (derivative,) = torch.autograd.grad(activation(at).sum(), at)
+    return derivative

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AllowedWidths:
-    """The channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
+    """Hold the channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
 
     counts: tuple[int, ...]
 

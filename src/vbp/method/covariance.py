@@ -25,7 +25,7 @@ LEAST_BLOCK, MOST_BLOCKS = 128, 12
 
 @dataclass(frozen=True)
 class ChannelCovariance:
-    """Second moments of `count` samples of all channels together, float64.
+    """Hold second moments of `count` samples of all channels together, float64.
 
     A sample is an image's token or position; `m2` is the sum of products of deviations from the mean, symmetric.
     """
@@ -79,7 +79,7 @@ class ChannelCovariance:
 
 
 class RunningCovariance:
-    """Running second moments, updated in place and without synchronising with the device.
+    """Keep running second moments, updated in place and without synchronising with the device.
 
     Each piece of the values is centred and multiplied in its own precision (half precision in float32), and added
     in float64, on and above the diagonal. The step between the means of two pieces joins the product as one more row,

@@ -35,7 +35,7 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Elimination:
-    """The order in which the channels of a site go, the first to go first, and what that costs.
+    """Hold the order in which the channels of a site go, the first to go first, and what that costs.
 
     Entry k of `cost` is the cost once the first k channels are gone, in variance of the consumer's output (summed
     over outputs and kernel offsets): the first is 0, the last the variance of the output itself. Where several heads
@@ -105,7 +105,7 @@ def eliminate(
 
 
 class _HeadBalance:
-    """Lets each head lose one channel before any loses the next; with one head it blocks none."""
+    """Let each head lose one channel before any loses the next; with one head it blocks none."""
 
     def __init__(self, hidden: int, heads: int, device: torch.device) -> None:
         self._head = torch.arange(hidden, device=device) // (hidden // heads)
@@ -125,7 +125,7 @@ class _HeadBalance:
 
 @dataclass
 class _State:
-    """What is left of a site: `inverse` is K, `gram` is Q, both of the channels `channels`."""
+    """Hold what is left of a site: `inverse` is K, `gram` is Q, both of the channels `channels`."""
 
     inverse: Float[Tensor, "left left"]
     gram: Float[Tensor, "left left"]

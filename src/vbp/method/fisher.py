@@ -33,7 +33,7 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """Sums over `images` images at one site's consumer, float64.
+    """Hold sums over `images` images at one site's consumer, float64.
 
     `inputs` is the sum of G'G, its last row and column that of the bias; `outputs` the sum of GG', without the bias.
     Channels are counted from `pivot`, which is near their means.

@@ -13,13 +13,13 @@ from torch import Tensor
 
 # Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
-_CPU_CHUNK = 2**18
-_GPU_CHUNK = 2**25
+CPU_CHUNK = 2**18
+GPU_CHUNK = 2**25
 
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Moments of `count` samples of each channel, float64; `m2` sums the squared deviations from the mean."""
+    """Hold moments of `count` samples of each channel, float64; `m2` sums the squared deviations from the mean."""
 
     count: int
     mean: Float[Tensor, "hidden"]
@@ -57,7 +57,7 @@ class ChannelMoments:
 
 
 class RunningMoments:
-    """Moments of all values seen so far; None before the first."""
+    """Keep the moments of all values seen so far; None before the first."""
 
     def __init__(self) -> None:
         self.moments: ChannelMoments | None = None
@@ -83,7 +83,7 @@ def channel_moments(
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
     hidden = rows.shape[1]
-    chunk = max(1, (_CPU_CHUNK if rows.device.type == "cpu" else _GPU_CHUNK) // hidden)
+    chunk = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // hidden)
     near = rows[:chunk].mean(0) if shift is None else shift.to(rows.dtype)
     total = torch.zeros(hidden, dtype=torch.float64, device=rows.device)
     squares = torch.zeros_like(total)

@@ -30,7 +30,7 @@ from vbp.method.ridge import Reconstruction, block_diagonal, ridge_coefficients
 
 @dataclass(frozen=True)
 class LogitRefit:
-    """What becomes of the kept queries, `q <- q + turn q + shift`, and the errors of the logits.
+    """Hold what becomes of the kept queries, `q <- q + turn q + shift`, and the errors of the logits.
 
     The errors are variances over the keys, mean over the queries, summed over heads, before the softmax's scale.
     """

@@ -37,7 +37,7 @@ _FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a site's consumer does without the removed channels: variances, summed over its outputs.
+    """Tell how well a site's consumer does without the removed channels: variances, summed over its outputs.
 
     `mean_shift` and `refit` are those of the output's error after each, the second never larger but for rounding;
     `energy` is that of the output itself, from all channels. A consumer with a kernel counts each offset by itself.

@@ -19,7 +19,7 @@ from vbp.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNumbers:
-    """The number that each image of a process has among all images.
+    """Number each image of a process among all images.
 
     `first` is that of the first image that this process reads, `block` how many images follow each other in the order
     of all, `step` the distance between the beginnings of two blocks: 1 and the number of processes where these share
@@ -46,7 +46,7 @@ class ImageNumbers:
 
 @dataclass(frozen=True)
 class TokenSample(ImageNumbers):
-    """A random share, in (0, 1], of the tokens or positions of every image: at least one, the same at every site."""
+    """Choose a random share, in (0, 1], of the tokens of every image: at least one, the same at every site."""
 
     fraction: float = 1.0
 
@@ -67,7 +67,7 @@ class TokenSample(ImageNumbers):
 
 
 class TokenSampler:
-    """Draws the sampled rows of one batch after the other."""
+    """Draw the sampled rows of one batch after the other."""
 
     def __init__(self, sample: TokenSample) -> None:
         self._sample = sample
@@ -123,7 +123,7 @@ def priority_sample(
 
 @dataclass(frozen=True)
 class RandomProbes(ImageNumbers):
-    """The random vectors of an image, for the Fisher information and its sketches of so many columns."""
+    """Draw the random vectors of an image, for the Fisher information and its sketches of so many columns."""
 
     input_columns: int = 8
     output_columns: int = 32

@@ -1,8 +1,8 @@
 """Scores of other published criteria, over the same sites: random, magnitude, LAMP, Taylor, SNIP.
 
-A channel is judged by the weights that go with it, its group: the rows of its producers, the columns of its
+A channel is scored by the weights that go with it, its group: the rows of its producers, the columns of its
 consumer, and its place in the norms and depthwise convolutions between. Biases and bare parameters do not count, as
-in Torch-Pruning, whose importances give the same scores for the same group (there the mean over the layers of a
+in Torch-Pruning, whose importances return the same scores for the same group (there the mean over the layers of a
 group, here the sum, which ranks alike).
 """
 

@@ -16,7 +16,7 @@ from vbp.runtime.tables import text_table
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was tried: mean KL(dense || pruned) on the held-out images, in nats; channels kept by site."""
+    """Hold a plan that was tried: mean KL(dense || pruned) on the held-out images, in nats; channels kept by site."""
 
     name: str
     divergence: float
@@ -25,7 +25,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan, and what surgery takes with it.
+    """Hold a plan, and what surgery takes with it.
 
     Attributes:
         plan: What stays.

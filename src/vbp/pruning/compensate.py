@@ -122,8 +122,8 @@ def _apply_to_queries_(layer: nn.Module, entry: SitePlan, fit: LogitRefit) -> No
         old = weight[rows].double()
         weight[rows] = (old + (fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
         if isinstance(bias, Tensor):
-            held = bias[rows].double()
-            bias[rows] = (held + fit.turn @ held + fit.shift).to(bias.dtype)
+            old_bias = bias[rows].double()
+            bias[rows] = (old_bias + fit.turn @ old_bias + fit.shift).to(bias.dtype)
 
 
 def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:

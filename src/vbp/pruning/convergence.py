@@ -29,7 +29,7 @@ _SMALLEST_STAGE = 256
 
 @dataclass(frozen=True)
 class Stage:
-    """The plan after so many images.
+    """Hold the plan's change after so many images.
 
     `changed` is the share of all channels that the plan of the stage before, with half the images, kept, and this one
     does not; None in the first stage.
@@ -41,7 +41,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the plan changed while the images doubled, stage by stage."""
+    """Tell how the plan changed while the images doubled, stage by stage."""
 
     stages: tuple[Stage, ...]
 
@@ -93,10 +93,10 @@ def merge_across(statistics: Statistics | None, processes: Processes) -> Statist
     Raises:
         InputError: No process had an image, or they observed different models.
     """
-    found = [seen for seen in processes.all_gather(statistics) if seen is not None]
-    if not found:
+    shares = [share for share in processes.all_gather(statistics) if share is not None]
+    if not shares:
         raise InputError("calibration needs at least one image, got none on any process; check the training images")
-    return reduce(Statistics.merge, found)
+    return reduce(Statistics.merge, shares)
 
 
 def changed_share(before: PruningPlan, now: PruningPlan) -> float:

@@ -62,7 +62,7 @@ def keep_entries_(owner: nn.Module, name: str, kept: Sequence[int], dim: int) ->
 
 @dataclass(frozen=True)
 class HeadChange:
-    """Heads and channels of each head of one attention, before and after a cut of these layers, by dotted name."""
+    """Hold heads and channels of each head of one attention, before and after some of its layers were cut."""
 
     layers: tuple[str, ...]
     heads: int

@@ -73,10 +73,7 @@ class DenseReference:
         self._device = next(model.parameters()).device
         with evaluation_mode(model), torch.no_grad():
             self.log_probabilities = [self._predict(model, batch) for batch in batches]
-        count = torch.tensor(
-            [sum(len(one) for one in self.log_probabilities)], dtype=torch.float64, device=self._device
-        )
-        self.images = int(session.processes.all_reduce_sum_(count))
+        self.images = sum(session.processes.all_gather(sum(map(len, self.log_probabilities))))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
@@ -131,8 +128,8 @@ class DenseReference:
                 loss = self._loss(self.model, batch, expected)
                 (gradient,) = torch.autograd.grad(loss, amplitudes)
                 total += gradient.double()
-        found = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
-        return {entry.site.name: share for entry, share in zip(entries, found, strict=True)}
+        shares = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
+        return {entry.site.name: share for entry, share in zip(entries, shares, strict=True)}
 
     def _loss(self, model: nn.Module, batch: Tensor, expected: Tensor) -> Tensor:
         return F.kl_div(self._predict(model, batch), expected, log_target=True, reduction="sum")

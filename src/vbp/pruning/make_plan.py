@@ -110,7 +110,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class PlanRules:
-    """What all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio."""
+    """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio."""
 
     scope: Scope = "global"
     round_to: int = 1

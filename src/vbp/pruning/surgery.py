@@ -149,10 +149,10 @@ def _check_fits(
                 "model that the plan was made for"
             )
         if means is not None and site.consumer:
-            found = tuple(means[site.name].shape) if site.name in means else "none"
-            if found != (site.hidden,):
+            shape = tuple(means[site.name].shape) if site.name in means else "none"
+            if shape != (site.hidden,):
                 raise InputError(
-                    f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
+                    f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
                 )
         if covariances is not None and (site.consumer or refits_logits(site)):
             for name in observed_names(site):

@@ -2,7 +2,7 @@
 
 What the sites' own refits leave adds up on its way to the classifier. There the errors of all sites are seen
 together, and the divergence is a convex function of the last layer's weight. `vbp.method.head_fit` has the problem,
-whose one solution is folded into the layer. One forward pass of each model gives all that it needs.
+whose one solution is folded into the layer. One forward pass of each model is all that it needs.
 
 Few images say little of so many coefficients, so cross-validation decides: if the fit does not help, one
 with ten times the penalty is tried, and if that does not help either, the layer stays as it is.
@@ -36,7 +36,7 @@ _STRENGTH_TIMES_IMAGES = 25_000.0
 
 @dataclass(frozen=True)
 class HeadRefit:
-    """What the refit of the last layer did: mean KL(dense || pruned) before and after, in nats.
+    """Tell what the refit of the last layer did: mean KL(dense || pruned) before and after, in nats.
 
     It is cross-validated: on images that the compared fits had not seen. The strength of the penalty is infinite if
     the layer was left as it was, for no refit was better.
@@ -83,7 +83,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     problem = HeadProblem.of(layer, features, _gathered(reference.log_probabilities, session.processes))
     if not bool(problem.features.isfinite().all() and problem.logits.isfinite().all()):
         raise InputError(
-            f"what {name} reads and gives must be finite, got NaN or infinity; prune less, or in float32"
+            f"what {name} reads and returns must be finite, got NaN or infinity; prune less, or in float32"
         )
     before = problem.divergence(None)
     strength = _STRENGTH_TIMES_IMAGES / len(features)
@@ -145,8 +145,8 @@ def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "im
 
 
 def _agreed(names: Sequence[str], processes: Processes) -> str:
-    """Return the one name that all batches of all processes found; a process without images has none."""
-    found = {name for one in processes.all_gather(sorted(set(names))) for name in one}
-    if len(found) != 1:
-        raise InputError(f"all images must end in one layer, got {', '.join(sorted(found)) or 'none'}")
-    return found.pop()
+    """Return the one name that all batches of all processes end in; a process without images has none."""
+    layers = {name for one in processes.all_gather(sorted(set(names))) for name in one}
+    if len(layers) != 1:
+        raise InputError(f"all images must end in one layer, got {', '.join(sorted(layers)) or 'none'}")
+    return layers.pop()

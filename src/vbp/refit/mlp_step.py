@@ -16,7 +16,7 @@ from vbp.sites.site import Site
 
 @dataclass(frozen=True)
 class MLPStep:
-    """What is to be added to the layers of a site, on the CPU, and the errors without and with it."""
+    """Hold what is to be added to the layers of a site, on the CPU, and the errors without and with it."""
 
     layers: HiddenLayers
     before: float
@@ -54,9 +54,9 @@ def step_of(
         fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, damping=damping)
     except InputError as error:
         raise InputError(f"site {site.name}: {error}") from error
-    found = fit.layers
-    step = None if found.hidden is None or hidden is None else (found.hidden - hidden).cpu()
-    return MLPStep(HiddenLayers(step, (found.consumer - layers.consumer).cpu()), fit.before, fit.after)
+    fitted = fit.layers
+    step = None if fitted.hidden is None or hidden is None else (fitted.hidden - hidden).cpu()
+    return MLPStep(HiddenLayers(step, (fitted.consumer - layers.consumer).cpu()), fit.before, fit.after)
 
 
 def add_step_(model: nn.Module, site: Site, step: MLPStep) -> None:

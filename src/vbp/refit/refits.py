@@ -41,7 +41,7 @@ _LEFT_OUT: Final[Mapping[Refit, str]] = {
 
 @dataclass(frozen=True)
 class RefitReport:
-    """What the refits did; None for one that is not wanted or not possible."""
+    """Hold what the refits did; None for one that is not wanted or not possible."""
 
     producers: ProducerRefit | None = None
     stream: StreamRefit | None = None
@@ -49,7 +49,7 @@ class RefitReport:
 
 
 class Refits:
-    """Refits pruned models to one dense model. What does not depend on the pruned model is computed once.
+    """Refit pruned models to one dense model. What does not depend on the pruned model is computed once.
 
     The first images, a quarter and no more than 256, judge the refit of the stream; producers and stream are refitted
     to the 1,000 that follow, the last layer to the first 1,000.

@@ -2,9 +2,9 @@
 
 A site's own refit makes up for that site's channels, from what the dense model reads there. What it leaves adds up
 along the residual stream, and the layers behind read it. So at a few depths one MLP gets a second task: from what it
-reads in the pruned model, it gives what the stream after it lacks as well,
+reads in the pruned model, it returns what the stream after it lacks as well,
 
-    y = what it gives + (stream of the dense model - stream of the pruned model),
+    y = what it returns + (stream of the dense model - stream of the pruned model),
 
 by one step of `vbp.method.gauss_newton` at random positions of all images, strongly regularised, without labels and
 without a backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one
@@ -51,7 +51,7 @@ PENALTY_TIMES_IMAGES = 1_000.0
 
 @dataclass(frozen=True)
 class StreamRefit:
-    """What refitting the stream to so many images did: mean KL(dense || pruned) on other images, in nats.
+    """Tell what refitting the stream to so many images did: mean KL(dense || pruned) on other images, in nats.
 
     `sites` are those whose layers changed, none if the predictions did not come closer; `judged` counts the other
     images.
@@ -95,7 +95,8 @@ def refit_stream_(
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
     dense, session, example = judge.model, judge.session, judge.example()
-    adds = _at_depths(residual_adds(dense, example, sites))
+    every = residual_adds(dense, example, sites)
+    adds = [every[place] for place in dict.fromkeys(int(len(every) * depth) for depth in DEPTHS)]
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
     work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)
@@ -106,10 +107,10 @@ def refit_stream_(
             for add in adds:
                 mlp = plain.get(add.site)
                 sample, images = work.sample(add, mlp, batches)
-                held = PENALTY_TIMES_IMAGES / images
+                penalty = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(pruned, add.site, activation, sample, ridge=held, damping=held)
+                step = step_of(pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
                 step = session.processes.all_gather(step)[0]
                 if step.better:
                     add_step_(pruned, add.site, step)
@@ -132,11 +133,6 @@ def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> t
     return adds
 
 
-def _at_depths(adds: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
-    places = dict.fromkeys(int(len(adds) * depth) for depth in DEPTHS)
-    return tuple(adds[place] for place in places)
-
-
 @contextmanager
 def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
     """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
@@ -154,7 +150,7 @@ def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[C
 
 @dataclass(frozen=True)
 class _Work:
-    """Both models, and how they are run."""
+    """Hold both models, and how they are run."""
 
     pruned: nn.Module
     dense: nn.Module
@@ -162,17 +158,17 @@ class _Work:
     session: Session
 
     def sample(self, add: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
-        """Run both models as far as the add on all images; give the sample, and the images of all processes."""
+        """Run both models as far as the add on all images; return the sample, and the images of all processes."""
         parts, images = [], 0
         reader = add.site.consumer if mlp is None else add.site.producers[0]
-        # Squares of the stream count, not of what the consumer gives.
+        # Squares of the stream count, not of what the consumer returns.
         metric = add.gain.square().diag()
         gain = torch.where(add.gain == 0, torch.inf, add.gain)
         for batch in batches:
             pixels = batch.to(next(self.dense.parameters()).device, non_blocking=True)
             _, _, wanted = self._run(self.dense, add, reader, pixels)
-            read, given, found = self._run(self.pruned, add, reader, pixels)
-            target = given + (wanted - found) / gain.to(given)
+            read, returned, stream = self._run(self.pruned, add, reader, pixels)
+            target = returned + (wanted - stream) / gain.to(returned)
             parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
             images += len(batch)
         total = sum(self.session.processes.all_gather(images))
@@ -183,7 +179,7 @@ class _Work:
     def _run(
         self, model: nn.Module, add: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
-        """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
+        """Return what the reader reads, what the consumer returns, and the stream after it; then stop."""
         seen: dict[str, Tensor] = {}
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

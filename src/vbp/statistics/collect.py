@@ -24,7 +24,7 @@ Moments = TypeVar("Moments", ChannelMoments, ChannelCovariance)
 
 
 class Observer(RunningMoments):
-    """Moments of all values that it is shown, and the covariance of a sample of them if it is given a sampler."""
+    """Collect moments of all values that it is shown and, with a sampler, the covariance of a sample of them."""
 
     def __init__(self, sampler: TokenSampler | None = None) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ def collect_statistics(
         sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
             takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
         pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
-            mean of the first batch. Passes that are merged give what one would only if they have the same.
+            mean of the first batch. Merged passes equal a single one only if they have the same.
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.

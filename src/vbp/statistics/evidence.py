@@ -31,7 +31,7 @@ Need = Literal["statistics", "covariance", "sensitivity", "gradients"]
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a dense model: statistics with what a criterion or the refit needs, gradients by weight.
+    """Hold what is known of a dense model: statistics with what a criterion or the refit needs, gradients by weight.
 
     `seed` is that of the random criterion, `ridge` that of the refit that will follow.
     """
@@ -50,7 +50,7 @@ _PIVOT_IMAGES = 32
 
 
 class EvidenceReader:
-    """Reads calibration images part by part, each once for all that is needed of it.
+    """Read calibration images part by part, each once for all that is needed of it.
 
     Random numbers belong to an image's place in the order, so that any number of processes and of parts, once merged,
     has what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
@@ -141,7 +141,7 @@ class EvidenceReader:
             evaluation_transform(self._images.preprocessing),
             batch_size=_PIVOT_IMAGES,
             num_workers=0,
-            # How many are too many is for the reading itself to say.
+            # How many are too many is decided by the reading itself.
             max_unreadable=1.0,
         )
         with self._session.precision.autocast():

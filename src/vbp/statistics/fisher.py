@@ -27,7 +27,7 @@ from vbp.sites.site import Site
 
 
 class FisherCollector:
-    """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
+    """Collect `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
     def __init__(
         self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None

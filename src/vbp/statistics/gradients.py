@@ -22,7 +22,7 @@ _IMAGES = 32
 
 
 class GradientSum:
-    """Adds up the gradient of the cross-entropy with respect to the weights that go with the sites' channels.
+    """Add up the gradient of the cross-entropy with respect to the weights that go with the sites' channels.
 
     It works on a copy of the model, so that whoever observes the model meanwhile sees none of it.
     """
@@ -42,8 +42,8 @@ class GradientSum:
             for start in range(0, labels.shape[0], _IMAGES):
                 images, classes = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
                 loss = F.cross_entropy(logits_of(self._model(images)), classes, reduction="sum")
-                found = torch.autograd.grad(loss, list(self._weights.values()))
-                for running, gradient in zip(self._sums.values(), found, strict=True):
+                gradients = torch.autograd.grad(loss, list(self._weights.values()))
+                for running, gradient in zip(self._sums.values(), gradients, strict=True):
                     running += gradient
         self._images += labels.shape[0]
 

@@ -155,7 +155,7 @@ class GivenImages:
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
         """Return the images at some places, as they are; several views raise InputError."""
         if views != 1:
-            raise InputError(f"views must be 1 for batches that are given, got {views}; give the views as images")
+            raise InputError(f"views must be 1 for batches of prepared images, got {views}; pass the views as images")
         return Pixels(partial(self._between, places))
 
     def _between(self, places: range) -> Iterator[Tensor]:

@@ -135,14 +135,14 @@ class MLPSamples:
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
         gradients = torch.autograd.grad(logits, list(given.values()), cotangent.to(logits.dtype))
         slopes = dict(zip(given, gradients, strict=True))
-        found = []
+        seen = []
         for mlp in self.mlps:
             name, dim = mlp.site.name, channel_dim(dense.get_submodule(mlp.site.consumer))
             inputs, outputs, slope = (
                 in_float32(rows(one, dim, len(pixels))) for one in (read[name], values[name], slopes[name] / scale)
             )
-            found.append((name, inputs, outputs, slope))
-        return found
+            seen.append((name, inputs, outputs, slope))
+        return seen
 
 
 def _sizes(slopes: Float[Tensor, "images positions out"]) -> Float[Tensor, "images positions"]:
@@ -163,18 +163,18 @@ class Positions:
 
 def sample_positions(
     read: Float[Tensor, "images positions in"],
-    given: Float[Tensor, "images positions out"],
+    wanted: Float[Tensor, "images positions out"],
     sizes: Float[Tensor, "images positions"],
     probes: RandomProbes,
     start: int,
 ) -> Positions:
     """Sample positions of each image, where `sizes` says how much each matters.
 
-    `given` is what the consumer should return there; `start` is the first image's place among those of this process.
+    `wanted` is what the consumer should return there; `start` is the first image's place among those of this process.
     """
     uniform = probes.uniform(start, *sizes.shape).to(sizes)
     places, weights = priority_sample(sizes, uniform, POSITIONS)
-    inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, given))
+    inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, wanted))
     return Positions(tuple(map(probes.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
 
 
@@ -193,7 +193,7 @@ def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, 
     total = torch.stack([one.cpu() for one in processes.all_gather(metric) if one is not None]).sum(0)
     if not all(bool(one.isfinite().all()) for one in (inputs, outputs, weights, total)):
         raise InputError(
-            f"what site {name} reads and gives, and the slopes there, must be finite, got NaN or infinity; check the "
-            "weights and the preprocessing, prune less, or run in float32"
+            f"what site {name} reads and returns, and the slopes there, must be finite, got NaN or infinity; check "
+            "the weights and the preprocessing, prune less, or run in float32"
         )
     return MLPSample(inputs, outputs, weights, (total + total.T) / 2, len(order))

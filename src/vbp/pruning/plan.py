@@ -139,9 +139,6 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
-    if (
-        site.heads < 1
-        or site.hidden % site.heads
-        or len(set(np.bincount(np.asarray(keep) // (site.hidden // site.heads)))) > 1
-    ):
+    size = site.hidden // max(1, site.heads)
+    if size * site.heads != site.hidden or len(set(np.bincount(np.asarray(keep) // size))) > 1:
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.activations import Activation
 from vbp.method.gauss_newton import HiddenLayers, MLPSample, fit_hidden
-from vbp.pruning.compensate import add_to_bias_
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.sites.site import Site
 
 
@@ -82,7 +82,5 @@ def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def _add_(layer: nn.Module, step: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    change = step[:, :-1].reshape(weight.shape).to(weight.device, torch.float64)
-    with torch.no_grad():
-        weight.copy_((weight.double() + change).to(weight.dtype))
-    add_to_bias_(layer, step[:, -1].to(weight.device))
+    add_in_float64_(weight, step[:, :-1].reshape(weight.shape))
+    add_to_bias_(layer, step[:, -1])

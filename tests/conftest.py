@@ -68,8 +68,13 @@ def demo_config(demo_folder: Path) -> RunConfig:
 
 @pytest.fixture
 def quick(demo_config: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunConfig:
-    """Return a run of a few images, without fine-tuning and without drawing, into its own folder."""
+    """Return a run of a few images, without fine-tuning and without drawing, into its own folder.
+
+    Models are timed in short turns and one image at a time: how exact times are is no part of its tests.
+    """
     monkeypatch.setattr("vbp.report.html.write_report", lambda folder: folder / "report.html")
+    monkeypatch.setattr("vbp.cost.timing.TURN_S", 0.005)
+    monkeypatch.setattr("vbp.cost.timing.CPU_BATCH_MACS", 1)
     return dataclasses.replace(
         demo_config,
         epochs_ft=0,

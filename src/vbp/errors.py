@@ -1,8 +1,9 @@
-"""The errors that a user can mend: shown as one line by the commands, without a traceback."""
+"""Define the errors that a user can fix: the commands show them as one line, without a traceback."""
 
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Sequence
 
 
 class InputError(ValueError):
@@ -26,15 +27,11 @@ class OutputError(OSError):
 
 
 class PeerError(RuntimeError):
-    """Another process of the same job failed; the text is its word, or says that it left none."""
+    """Another process of the same job failed; the text is its error, or says that it wrote none."""
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop (SIGINT, SIGTERM) and has written what is needed to go on.
-
-    Attributes:
-        signal: Number of the signal.
-    """
+    """The run was told to stop (SIGINT, SIGTERM: `signal` is its number) and has written what is needed to go on."""
 
     def __init__(self, signal: int, text: str) -> None:
         super().__init__(text)
@@ -44,6 +41,11 @@ class Interrupted(KeyboardInterrupt):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; the name of its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def some_of(names: Sequence[str], most: int = 5) -> str:
+    """Return the first names of a list, with dots where there are more."""
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 def one_line(error: BaseException) -> str:

@@ -136,7 +136,7 @@ def test_a_real_model_goes_all_the_way() -> None:
     model, image = family.build().eval(), family.example(16, torch.float32)
     for block in model.blocks:  # so wide that its MLPs take most of the time
         block.mlp.fc1, block.mlp.fc2 = torch.nn.Linear(32, 2048), torch.nn.Linear(2048, 32)
-    sites, precision = find_sites(model, image[:1]), Precision.off()
+    sites, precision = find_sites(model, image[:1]), Precision()
     times = measure_layer_times(model, sites, image, precision=precision, round_to=8, rounds=3, budget_s=0)
     assert times.conditions.clock == "processor"
     scores = {site.name: torch.arange(site.hidden) for site in sites}

@@ -42,7 +42,7 @@ class OperationClock:
 
 def predicted_and_counted(model: nn.Module, image: Tensor, *, attention: bool) -> tuple[float, float]:
     sites = find_sites(model, image, attention=attention)
-    times = measure_layer_times(model, sites, image, precision=Precision.off(), timer=OperationClock())
+    times = measure_layer_times(model, sites, image, precision=Precision(), timer=OperationClock())
     generator = torch.Generator().manual_seed(2)
     scores = {site.name: torch.rand(site.hidden, generator=generator) for site in sites}
     plan = make_plan(sites, scores, keep_ratio=0.6, attn_keep_ratio=0.5 if attention else None)
@@ -77,11 +77,11 @@ def test_sites_of_one_shape_are_timed_once_at_the_widths_of_the_plan() -> None:
     family, clock = FAMILIES["timm-vit"], OperationClock()
     model, image = family.build().eval(), family.example(1, torch.float32)
     sites = find_sites(model, image)
-    times = measure_layer_times(model, sites, image, precision=Precision.off(), round_to=16, timer=clock)
+    times = measure_layer_times(model, sites, image, precision=Precision(), round_to=16, timer=clock)
     assert [unit.curve for unit in times.units] == ["blocks.0.mlp.fc1"] * 2
     assert [width for width, _ in times.curves["blocks.0.mlp.fc1"]] == [16, 32, 48, 64, 80, 96, 112, 128]
     assert len(clock.passes) == 9
-    odd = measure_layer_times(model, sites, image, precision=Precision.off(), timer=OperationClock())
+    odd = measure_layer_times(model, sites, image, precision=Precision(), timer=OperationClock())
     assert [width for width, _ in odd.curves["blocks.0.mlp.fc1"]] == [15, 31, 47, 63, 79, 95, 111, 128]
 
 
@@ -92,7 +92,7 @@ def test_curves_rise_whatever_the_noise() -> None:
 
     family = FAMILIES["timm-vit"]
     model, image = family.build().eval(), family.example(1, torch.float32)
-    times = measure_layer_times(model, find_sites(model, image), image, precision=Precision.off(), timer=noisy)
+    times = measure_layer_times(model, find_sites(model, image), image, precision=Precision(), timer=noisy)
     curve = [ms for _, ms in times.curves["blocks.0.mlp.fc1"]]
     assert curve == sorted(curve)
 
@@ -103,7 +103,7 @@ def test_conditions_tell_apart_what_times_depend_on() -> None:
     sites = find_sites(model, image)
 
     def made(images: Tensor = image, precision: Precision | None = None, which: nn.Module = model) -> Any:
-        return timing_conditions(which, sites, images, precision=precision or Precision.off())
+        return timing_conditions(which, sites, images, precision=precision or Precision())
 
     base = made()
     assert base == made(torch.randn_like(image), which=family.build())
@@ -119,5 +119,5 @@ def test_conditions_tell_apart_what_times_depend_on() -> None:
 def test_conditions_are_plain_types_that_a_checkpoint_can_hold() -> None:
     family = FAMILIES["timm-vit"]
     model, image = family.build(), family.example(1, torch.float32)
-    conditions = timing_conditions(model, find_sites(model, image), image, precision=Precision.off())
+    conditions = timing_conditions(model, find_sites(model, image), image, precision=Precision())
     assert {type(value) for value in dataclasses.asdict(conditions).values()} == {str, int, tuple}

@@ -69,7 +69,7 @@ def test_a_dense_model_is_timed_against_its_pruned_one() -> None:
             time.sleep(self.seconds)
             return images
 
-    times = compare_models(Waits(0.08), Waits(0.06), torch.zeros(1), precision=Precision.off(), rounds=3)
+    times = compare_models(Waits(0.08), Waits(0.06), torch.zeros(1), precision=Precision(), rounds=3)
     assert times.dense_ms.median == pytest.approx(80, abs=19)
     assert times.pruned_ms.median == pytest.approx(60, abs=19)
     assert times.rounds == 3

@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from pixels import Pixels, loader, number_and_noise
 from torch import Tensor
 
-from vbp.data.batches import PlannedBatches
-from vbp.data.loader import make_loader
+from vbp.data.loader import PlannedBatches, make_loader
 from vbp.errors import InputError
 
 pytestmark = [

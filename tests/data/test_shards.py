@@ -242,7 +242,7 @@ def test_a_shard_that_is_cut_anywhere_is_refused(tmp_path: Path) -> None:
     with tarfile.open(shard) as tar:
         tar.getmembers()
         end = tar.offset + tarfile.BLOCKSIZE
-    # Python's own reader takes a cut in a header for the end, and loses the samples behind it without a word.
+    # Python's own reader takes a cut in a header for the end, and loses the samples behind it silently.
     for size in range(0, end, 128):
         shard.write_bytes(content[:size])
         with pytest.raises(InputError, match=r"shard .*train.tar must be a whole, uncompressed tar file"):

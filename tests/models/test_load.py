@@ -680,7 +680,7 @@ def test_bad_sources(values: dict[str, Any], text: str) -> None:
         (ModelSource("timm", "nope_vit", {}), "got 'nope_vit'"),
         (ModelSource("timm", "test_vit", {"nope": 1}), "timm cannot build test_vit"),
         (ModelSource("transformers", "ViTForImageClassification", {"model_type": "nope"}), "cannot read the config"),
-        (ModelSource("transformers", "ViTModel", {"model_type": "vit", **TRANSFORMER}), "must give a ViTModel"),
+        (ModelSource("transformers", "ViTModel", {"model_type": "vit", **TRANSFORMER}), "must be that of a ViTModel"),
     ],
 )
 def test_sources_that_cannot_be_built(source: ModelSource, text: str) -> None:

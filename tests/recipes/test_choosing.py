@@ -65,12 +65,6 @@ def test_auto_tries_plans_and_says_which(quick: RunConfig, caplog: pytest.LogCap
     assert statistics.sensitivities.keys() == statistics.covariances.keys() == found.sites.keys()
 
 
-@pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let turns be short: how exact times are is no part of these tests."""
-    monkeypatch.setattr("vbp.cost.timing.TURN_S", 0.005)
-
-
 def found_folder(report: RunReport) -> Path:
     """Return the folder of a run."""
     return Path(str(report.config["save_dir"]))
@@ -112,7 +106,6 @@ def test_a_budget_that_is_counted_is_met_and_not_by_much(
     assert PruningPlan.load(found_folder(found) / "plan.json").kept == found.budget["kept"]
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize(
     ("budget", "message"),
     [
@@ -130,7 +123,6 @@ def test_a_budget_out_of_reach_is_refused_before_any_work(
     assert not config.save_dir.exists() or not list(config.save_dir.iterdir())
 
 
-@pytest.mark.usefixtures("hasty")
 @pytest.mark.parametrize("criterion", ["variance", "auto"])
 def test_a_speed_up_is_met_or_the_run_says_why_not(
     quick: RunConfig, criterion: str, caplog: pytest.LogCaptureFixture
@@ -263,9 +255,7 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
     tuned = dataclasses.replace(
         quick, epochs_ft=1, keep_ratio=0.65, target_speedup=1.05, latency_batch=1, round_to=8, train_batch_size=256
     )
-    with monkeypatch.context() as patch:
-        patch.setattr("vbp.cost.timing.TURN_S", 0.005)
-        first = run(tuned)
+    first = run(tuned)
 
     def no_times(*_: object, **__: object) -> None:
         raise AssertionError("the layers were timed again")
@@ -276,7 +266,6 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
     assert again.budget == first.budget
 
 
-@pytest.mark.usefixtures("hasty")
 def test_one_batch_size_decides_the_budget_and_is_reported(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     dense_macs = run(quick).base.macs
     monkeypatch.setattr("vbp.cost.timing.CPU_BATCH_MACS", 20 * dense_macs)

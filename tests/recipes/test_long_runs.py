@@ -30,7 +30,7 @@ def config(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     return dataclasses.replace(
         whole, overwrite=False, model_kwargs=kwargs, mixup=0.2, cutmix=0.5, label_smoothing=0.1, ema=True,
         ema_decay=0.9, grad_accum=2, warmup_epochs=0.5, clip_grad=1.0, compare_uncompensated=False, limit_val=200,
-        calib_samples=200, save_dir=folder / "run",
+        calib_samples=200, latency_batch=1, save_dir=folder / "run",
     )  # fmt: skip
 
 

@@ -7,19 +7,32 @@ import json
 import logging
 import pickle
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import pytest
 import torch
+from torch import nn
 
 import vbp.recipes.finetune as tuning
-from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, evaluate, load_pruned, read_artifact
+import vbp.recipes.run
+from vbp import (
+    InputError,
+    PruningPlan,
+    RunConfig,
+    RunReport,
+    Statistics,
+    count_parameters,
+    evaluate,
+    load_classifier,
+    load_pruned,
+    read_artifact,
+)
 from vbp.data.data_path import list_images
-from vbp.data.digits import PREPROCESSING, write_digits
+from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, PREPROCESSING, WEIGHTS, write_digits
 from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
 from vbp.recipes.run import run
-from vbp.recipes.setup import prepare
+from vbp.recipes.setup import Job, prepare
 from vbp.runtime.session import Session
 
 
@@ -364,3 +377,21 @@ def test_corrupt_images_are_named_and_left_out(quick: RunConfig, tmp_path: Path)
     found = run(dataclasses.replace(quick, data_path=str(data), limit_val=0))
     assert found.images["val"] == 895
     assert victim.name in (quick.save_dir / "vbp_imagenet.log").read_text()
+
+
+def test_the_dense_model_stays_as_it_was(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Any] = []
+    real = vbp.recipes.run.finetune
+
+    def finetune(job: Job, pruned: nn.Module, *rest: Any, **more: Any) -> RunReport:
+        report = real(job, pruned, *rest, **more)
+        seen.extend((job, pruned))
+        return report
+
+    monkeypatch.setattr("vbp.recipes.run.finetune", finetune)
+    tuned = dataclasses.replace(quick, compensation="refit", epochs_ft=1, use_kd=True, train_batch_size=256)
+    run(dataclasses.replace(tuned, calib_samples=80))
+    job, pruned = seen
+    fresh = load_classifier(MODEL_NAME, checkpoint=WEIGHTS, model_kwargs=MODEL_KWARGS).model.state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in job.dense.state_dict().items())
+    assert count_parameters(pruned) < count_parameters(job.dense)

@@ -32,7 +32,9 @@ def config(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> RunCo
     """Return the demo's configuration, cut to two epochs; two processes take half the batch each."""
     folder = tmp_path_factory.mktemp("torchrun")
     whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2, criterion="auto", compensation="refit"))
-    return dataclasses.replace(whole, overwrite=False, train_batch_size=BATCH, save_dir=folder / "run")
+    return dataclasses.replace(
+        whole, overwrite=False, train_batch_size=BATCH, latency_batch=1, save_dir=folder / "run"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +131,7 @@ def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> N
     folder = config.save_dir.parent / "killed"
     result = finish(torchrun(DRIVE, written(config, folder), "training", "1", "exit"))
     assert result.returncode != 0
-    assert "another process ended without a word" in result.stderr
+    assert "another process ended without an error message" in result.stderr
 
 
 def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig) -> None:
@@ -137,7 +139,7 @@ def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig)
     start = time.monotonic()
     result = finish(torchrun(DRIVE, written(config, folder, timeout_minutes=0.15), "calibration", "1", "hang"))
     assert result.returncode != 0
-    assert "stopped: another process ended without a word" in result.stderr
+    assert "stopped: another process ended without an error message" in result.stderr
     assert time.monotonic() - start < 150
 
 

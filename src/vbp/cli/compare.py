@@ -14,11 +14,7 @@ if TYPE_CHECKING:
 
 
 def run_compare(config: CompareConfig) -> RunComparison:
-    """Do what the configuration says; fewer than two runs are a usage error, exit code 2.
-
-    Raises:
-        InputError: A folder holds no run.
-    """
+    """Return runs side by side; fewer than two are a usage error, exit code 2."""
     if len(config.runs) < 2:
         sys.stderr.write(f"vbp compare: needs at least two runs, got {len(config.runs)}; vbp compare RUN RUN ...\n")
         raise SystemExit(2)

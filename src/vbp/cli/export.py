@@ -26,13 +26,7 @@ _log = logging.getLogger(__name__)
 
 
 def run_export(config: ExportConfig) -> ExportReport | NativeReport:
-    """Do what the configuration says.
-
-    Raises:
-        InputError: The artefact, the images or the combination of arguments is wrong, or what was written is not
-            true to the model; then nothing is left of it.
-        OutputError: It could not be written.
-    """
+    """Export a pruned model and prove what was written; nothing is left of what is not true to the model."""
     if config.images < 2:
         raise InputError(f"images must be at least 2, got {config.images}; 32 is usual")
     if config.to == "native":
@@ -112,10 +106,7 @@ def _images(
     def loader(split: Split, count: int) -> ImageLoader:
         images = balanced_subset(list_images(data_path, split, classes), count, config.seed)
         return make_loader(
-            images,
-            evaluation_transform(preprocessing),
-            batch_size=config.batch_size,
-            num_workers=config.num_workers,
+            images, evaluation_transform(preprocessing), batch_size=config.batch_size, num_workers=config.num_workers
         )
 
     proof = torch.cat([pixels for pixels, _ in loader("val", config.images)])

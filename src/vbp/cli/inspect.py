@@ -16,19 +16,12 @@ from vbp.models.load import load_classifier
 
 
 def run_inspect(config: InspectConfig) -> Inspection:
-    """Do what the configuration says.
-
-    Raises:
-        InputError: The model cannot be loaded, or has nothing to prune.
-    """
+    """Return the sites of a model or artefact, and what they cost."""
     place = Path(config.model)
     if not (is_reference(config.model) or place.suffix == ".pth" or (place / MANIFEST).is_file()):
         classifier = load_classifier(config.model, allow_random_init=True)
         return inspect_model(
-            classifier.model,
-            classifier.example_input(),
-            attention=config.attention,
-            convolutions=config.convolutions,
+            classifier.model, classifier.example_input(), attention=config.attention, convolutions=config.convolutions
         )
     artifact = read_artifact(config.model)
     if artifact.preprocessing is None:

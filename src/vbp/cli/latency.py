@@ -16,12 +16,7 @@ from vbp.runtime.files import write_json
 
 
 def run_latency(config: LatencyConfig) -> LatencyReport:
-    """Do what the configuration says.
-
-    Raises:
-        InputError: The artefact is wrong or does not know its dense model, or a setting does not fit this machine.
-        OutputError: The JSON file could not be written.
-    """
+    """Time a pruned model against its dense one."""
     if config.output is not None and not config.output.parent.is_dir():
         raise InputError(f"output must lie in an existing folder, got {config.output}; create {config.output.parent}")
     artifact = read_artifact(config.artifact)

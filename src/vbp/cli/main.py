@@ -27,7 +27,6 @@ _USAGE = """usage: vbp COMMAND [flags]
 
 `vbp COMMAND --help` lists the flags and shows an example."""
 
-
 # Command -> the class of its flags, and its job. One whose flags have `json` returns what is shown on the standard
 # output: a table for people, JSON for programs.
 _COMMANDS = {
@@ -40,18 +39,13 @@ _COMMANDS = {
     "demo": ("vbp.recipes.config:DemoConfig", "vbp.recipes.demo:run_demo"),
 }
 
-
 _T = TypeVar("_T")
 
 
 def parse(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> _T:
     """Read a configuration from command-line arguments; usage errors exit with code 2.
 
-    Args:
-        kind: The class of the configuration.
-        arguments: What was typed after the program's name.
-        prog: That name.
-        defaults: What holds where nothing is typed, if not the defaults of a `RunConfig`.
+    `defaults` hold where nothing is typed, in the place of those of a `RunConfig`.
     """
     import tyro
 

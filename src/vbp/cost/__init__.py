@@ -1,1 +1,1 @@
-"""What a model or a plan costs (MACs, parameters, milliseconds), and the largest plan within a budget."""
+"""Costs of a model or a plan (MACs, parameters, milliseconds), and the largest plan within a budget."""

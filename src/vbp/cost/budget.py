@@ -1,20 +1,20 @@
-"""What a pruned model may cost, and whether it does: a budget as it was asked for, and what came of it."""
+"""Budgets: limits on the cost of a pruned model, and the plan that was found for one."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal, get_args
 
 from vbp.errors import InputError
 from vbp.pruning.make_plan import check_keep_ratio
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count
 
 Quantity = Literal["keep_ratio", "macs", "params", "latency_ms", "speedup"]
-
 
 _FLAGS: dict[Quantity, str] = {
     "keep_ratio": "keep_ratio",
@@ -24,10 +24,7 @@ _FLAGS: dict[Quantity, str] = {
     "speedup": "target_speedup",
 }
 
-
 _AMOUNT = re.compile(r"\s*(\d+\.?\d*(?:e[+-]?\d+)?|\.\d+)\s*([kMGT%]?)\s*")
-
-
 _SCALES = {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "%": 0.01}
 
 
@@ -87,7 +84,13 @@ class Budget:
         if quantity == "keep_ratio":
             check_keep_ratio(quantity, float(value))
         budget = Budget(quantity, parse_amount(_FLAGS[quantity], value))
-        budget._check()
+        if quantity in ("macs", "params") and not (budget.amount < 1 or budget.amount >= 2):
+            raise InputError(
+                f"{budget.flag} must be a share in (0, 1) or a count, got {budget.amount}; give 0.75 for three "
+                "quarters of the dense model, or 0.94G"
+            )
+        if quantity == "speedup" and not budget.amount > 1:
+            raise InputError(f"target_speedup must be above 1, got {budget.amount}; 1.2 is 1.2 times as fast")
         return budget
 
     @property
@@ -101,30 +104,13 @@ class Budget:
         return self.quantity in ("latency_ms", "speedup")
 
     def limit(self, dense: float) -> float:
-        """Return the count that MACs, parameters or channels must not exceed.
-
-        Args:
-            dense: What the dense model has of it.
-        """
+        """Return the count that MACs, parameters or channels must not exceed, given that of the dense model."""
         assert not self.timed
         return self.amount * dense if self.quantity == "keep_ratio" or self.amount < 1 else self.amount
 
-    def _check(self) -> None:
-        if self.quantity in ("macs", "params") and not (self.amount < 1 or self.amount >= 2):
-            raise InputError(
-                f"{self.flag} must be a share in (0, 1) or a count, got {self.amount}; give 0.75 for three quarters "
-                "of the dense model, or 0.94G"
-            )
-        if self.quantity == "speedup" and not self.amount > 1:
-            raise InputError(f"target_speedup must be above 1, got {self.amount}; 1.2 is 1.2 times as fast")
-
 
 def parse_amount(name: str, value: float | str) -> float:
-    """Read a positive number, plain or as people write it: 0.75, `75%`, `1.1G`, `4.3 M`.
-
-    Args:
-        name: Of the setting, for the error.
-        value: A number or text; k, M, G and T are powers of ten.
+    """Read the positive number of a setting, plain or as people write it: 0.75, `75%`, `1.1G`, `4.3 M`.
 
     Raises:
         InputError: It is no such number.
@@ -178,20 +164,13 @@ class BudgetResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, without the plan, which has a file of its own."""
-        plain = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
-        plain["budget"] = asdict(self.budget)
-        plain["spread"] = None if self.spread is None else list(self.spread)
-        summary = {
-            "miss": self.miss,
-            "kept": self.plan.kept,
-            "channels": self.plan.total,
-            "sentence": self.sentence(),
-        }
-        return {**plain, **summary}
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}
+        counts = {"kept": self.plan.kept, "channels": self.plan.total}
+        return {**to_json(values), "miss": self.miss, **counts, "sentence": self.sentence()}
 
     def sentence(self) -> str:
-        """Say in words what was asked for, what came, and by how much and why it is missed."""
-        show = _shown(self.budget.quantity)
+        """Return in words what was asked for, what was reached, and by how much and why the budget is missed."""
+        show = partial(_shown, self.budget.quantity)
         asked = f"budget {self.budget.flag} {show(self.target)} (dense {show(self.dense)}): {show(self.reached)}"
         if self.spread is not None:
             asked += f" measured ({show(self.spread[0])} to {show(self.spread[1])})"
@@ -200,12 +179,11 @@ class BudgetResult:
         return f"{asked}; met" if self.met else f"{asked}; missed by {self.miss:.2%}: {self.reason}"
 
 
-def _shown(quantity: Quantity) -> Callable[[float], str]:
+def _shown(quantity: Quantity, value: float) -> str:
     if quantity == "latency_ms":
-        return lambda value: f"{value:.2f} ms"
+        return f"{value:.2f} ms"
     if quantity == "speedup":
-        return lambda value: f"{value:.3f}x"
+        return f"{value:.3f}x"
     if quantity == "keep_ratio":
-        return lambda value: f"{value:.0f} channels"
-    unit = {"macs": "MACs", "params": "parameters"}[quantity]
-    return lambda value: f"{format_count(round(value))} {unit}"
+        return f"{value:.0f} channels"
+    return f"{format_count(round(value))} {'MACs' if quantity == 'macs' else 'parameters'}"

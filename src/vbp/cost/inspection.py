@@ -1,4 +1,4 @@
-"""What can be pruned in a model, and what it costs: before anything is pruned, or afterwards."""
+"""Describe what can be pruned in a model, and what it costs: before anything is pruned, or afterwards."""
 
 from __future__ import annotations
 
@@ -17,20 +17,10 @@ from vbp.sites.site import Site, SiteKind, find_sites
 
 @dataclass(frozen=True)
 class SiteDescription:
-    """One site: what it is, and what its channels cost.
+    """One site as plain data, and the MACs of one image and parameters that would go with all its channels.
 
-    Attributes:
-        name: Key of the site in plans and reports.
-        kind: `mlp`, `value` or `query_key`.
-        producers: Layers whose rows make the channels.
-        consumer: The layer that reads them; empty for query/key channels.
-        hidden: Channels of the model as it is.
-        dense: Channels of the dense model; `hidden` where no plan says otherwise.
-        heads: Heads that share the channels; 1 in an MLP.
-        exact: Whether the mean shift is exact there.
-        shapes: Layer -> shape of its weight.
-        macs: Multiply-accumulates of one image that would go with all channels of the site.
-        params: Parameters that would go with them.
+    `hidden` counts the channels of the model as it is, `dense` those of the dense model; they are equal where no plan
+    was given. `shapes` holds those of the layers' weights.
     """
 
     name: str
@@ -63,28 +53,21 @@ class Inspection:
     def table(self) -> str:
         """Return the sites as lines of text, with sums."""
         head = ("site", "kind", "channels", "of", "MACs", "share", "parameters", "share", "weights")
-        rows = [
-            (
-                site.name,
-                site.kind if site.exact else f"{site.kind} (inexact)",
-                str(site.hidden),
-                str(site.dense),
-                format_count(site.macs),
-                f"{site.macs / self.macs:.1%}",
-                format_count(site.params),
-                f"{site.params / self.params:.1%}",
-                " ".join("x".join(map(str, shape)) for shape in site.shapes.values()),
-            )
-            for site in self.sites
-        ]
-        macs, params = sum(site.macs for site in self.sites), sum(site.params for site in self.sites)
-        hidden, dense = sum(site.hidden for site in self.sites), sum(site.dense for site in self.sites)
-        rows.append((
-            "all sites", "", str(hidden), str(dense), format_count(macs), f"{macs / self.macs:.1%}",
-            format_count(params), f"{params / self.params:.1%}", "",
-        ))  # fmt: skip
+        rows = []
+        for site in self.sites:
+            shapes = " ".join("x".join(map(str, shape)) for shape in site.shapes.values())
+            kind = site.kind if site.exact else f"{site.kind} (inexact)"
+            rows.append((site.name, kind, *self._costs([site]), shapes))
+        rows.append(("all sites", "", *self._costs(self.sites), ""))
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
         return f"{self.model}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
+
+    def _costs(self, sites: Sequence[SiteDescription]) -> tuple[str, ...]:
+        """Return the cells of the sums over some sites."""
+        macs, params = sum(site.macs for site in sites), sum(site.params for site in sites)
+        hidden, dense = sum(site.hidden for site in sites), sum(site.dense for site in sites)
+        shares = f"{macs / self.macs:.1%}", f"{params / self.params:.1%}"
+        return str(hidden), str(dense), format_count(macs), shares[0], format_count(params), shares[1]
 
 
 def inspect_model(
@@ -112,10 +95,9 @@ def inspect_model(
         8320
     """
     costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
-    dense: dict[str, int] = {}
-    for plan in (plans,) if isinstance(plans, PruningPlan) else plans:
-        for entry in plan.sites:
-            dense.setdefault(entry.site.name, entry.site.hidden)
+    applied = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
+    # The first plan that a site is in says its dense width.
+    dense = {entry.site.name: entry.site.hidden for plan in reversed(applied) for entry in plan.sites}
     sites = tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
     return Inspection(type(model).__name__, costs.macs, costs.params, sites)
 
@@ -123,16 +105,8 @@ def inspect_model(
 def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:
     macs, params = costs.of_site(site)
     layers = dict.fromkeys((*site.producers, *([site.consumer] if site.consumer else [])))
+    shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers}
     return SiteDescription(
-        name=site.name,
-        kind=site.kind,
-        producers=site.producers,
-        consumer=site.consumer,
-        hidden=site.hidden,
-        dense=dense,
-        heads=site.heads,
-        exact=site.exact,
-        shapes={name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers},
-        macs=macs,
-        params=params,
-    )
+        site.name, site.kind, site.producers, site.consumer, site.hidden, dense, site.heads, site.exact, shapes,
+        macs, params,
+    )  # fmt: skip

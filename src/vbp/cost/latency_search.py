@@ -17,11 +17,11 @@ from vbp.cost.widths import LayerTimes
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
+from vbp.runtime.decode import to_json
 from vbp.runtime.precision import Precision
 
 # Measured savings further from the predicted ones than this are noise more likely than truth.
 _CORRECTION = (0.25, 4.0)
-
 
 # A plan that is faster than asked for by more than this could keep more channels. The search aims at half of it.
 _SLACK = 0.02
@@ -44,11 +44,7 @@ def compare_in_turns(
 
 
 def check_faster(budget: Budget, times: LayerTimes) -> None:
-    """Refuse a latency that the dense model has already.
-
-    Raises:
-        InputError: It has.
-    """
+    """Raise InputError for a latency that the dense model has already."""
     if budget.quantity == "latency_ms" and budget.amount >= times.dense_ms:
         raise InputError(
             f"target_latency_ms must be below the {times.dense_ms:.2f} ms that the dense model takes for a batch of "
@@ -69,17 +65,10 @@ def meet_latency(
 
     The layer times propose a plan, the measurement decides. Where the target is missed, or beaten by more than 2 %
     and more than the measured spread, the savings that the layer times promise are scaled by what was measured, and
-    another plan is proposed.
+    another plan is proposed; at most `attempts` are measured, and none after `budget_s` seconds of comparing.
 
-    Every process may call it: with the same times and the same comparisons all come to the same plan.
-
-    Args:
-        budget: Of a latency or a speed-up.
-        plan_for: Keep ratio -> plan, by the scores and rules of the run; deterministic.
-        times: Of this model, on this device.
-        compare: `compare_in_turns` of the dense model; under several processes, of one process for all.
-        attempts: Plans that are measured at most.
-        budget_s: Seconds of comparing after which no further plan is measured.
+    Every process may call it: with the same times, the same comparisons (made by one process for all) and a
+    deterministic `plan_for`, which takes the keep ratio, all return the same plan.
 
     Raises:
         InputError: The dense model takes no longer than that already.
@@ -104,11 +93,7 @@ def meet_latency(
 
 @dataclass(frozen=True)
 class _Attempt:
-    """A plan that was measured.
-
-    Attributes:
-        share: Predicted part of the dense time.
-    """
+    """A plan that was measured, and the predicted share of the dense time."""
 
     budget: Budget
     plan: PruningPlan
@@ -180,7 +165,7 @@ def _result(budget: Budget, times: LayerTimes, floor: PruningPlan, tried: list[_
         1 / best.share if speed else best.share * best.timing.dense_ms.median,
         (best.measured.low, best.measured.high),
         {
-            "conditions": {**asdict(times.conditions), "batch": list(times.conditions.batch)},
+            "conditions": to_json(times.conditions),
             "attempts": [
                 {"kept": attempt.plan.kept, "predicted_speedup": 1 / attempt.share, **asdict(attempt.timing)}
                 for attempt in tried

@@ -24,28 +24,28 @@ from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import Precision
 from vbp.sites.site import Site
 
+_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+
+# Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.
+_BLOCKS = 4
+
+# A pass of this many seconds flushes the caches by itself.
+_SLOW_S = 1.0
+
 
 @dataclass(frozen=True)
 class Call:
-    """The arguments of a module's call."""
+    """Arguments of a module's call."""
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
-
-    @property
-    def shapes(self) -> list[Any]:
-        """Return the shapes of its tensors, and the types of the rest."""
-        values = [*self.args, *self.kwargs.values()]
-        return [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values]
 
 
 @dataclass(frozen=True)
 class Unit:
     """Sites that lose channels together: one of an MLP, or the values, queries and keys of an attention.
 
-    Attributes:
-        home: The smallest module that is called and holds all their layers.
-        call: Its arguments in the dense model.
+    `home` is the smallest module that is called and holds all their layers, `call` how the dense model calls it.
     """
 
     sites: tuple[Site, ...]
@@ -90,7 +90,7 @@ def within(name: str, home: str) -> bool:
 
 
 def run_pass(modules: Sequence[tuple[nn.Module, Call]], precision: Precision) -> Callable[[], object]:
-    """Return what calls modules one after the other."""
+    """Return a function that calls modules one after the other."""
 
     def forward() -> None:
         with precision.autocast():
@@ -143,40 +143,22 @@ def _calls(model: nn.Module, names: set[str], images: Tensor, precision: Precisi
 
 
 def _shape_of(model: nn.Module, unit: Unit) -> str:
-    """Return what decides about a unit's time."""
+    """Return a fingerprint of all that a unit's time depends on."""
     home = model.get_submodule(unit.home)
     inside = len(unit.home) + 1 if unit.home else 0
+    values = [*unit.call.args, *unit.call.kwargs.values()]
     return json_fingerprint([
         [[site.kind, site.hidden, site.heads, [name[inside:] for name in site.producers]] for site in unit.sites],
         [[name, type(module).__name__] for name, module in home.named_modules()],
         [[name, list(value.shape)] for name, value in home.named_parameters()],
-        unit.call.shapes,
+        [list(value.shape) if isinstance(value, Tensor) else type(value).__name__ for value in values],
     ])  # fmt: skip
-
-
-_SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
-
-
-# Blocks of one shape that run one after the other in a pass: in the model, too, each finds the caches full of others.
-_BLOCKS = 4
-
-
-# A pass of this many seconds flushes the caches by itself.
-_SLOW_S = 1.0
 
 
 def timing_conditions(
     model: nn.Module, sites: Sequence[Site], images: Tensor, *, precision: Precision, round_to: int = 1
 ) -> TimingConditions:
-    """Return the conditions under which times are measured here and now.
-
-    Args:
-        model: Dense, on the device of the images.
-        sites: From `find_sites`.
-        images: The batch.
-        precision: Of the forward pass.
-        round_to: Of the plans.
-    """
+    """Return the conditions under which times are measured here and now."""
     shapes = [[name, list(value.shape)] for name, value in model.named_parameters()]
     weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     return TimingConditions(
@@ -205,17 +187,9 @@ def measure_layer_times(
     """Time the dense model, and the modules around its sites at eight widths each, all taking turns.
 
     Sites of one shape are timed once, each in the module and on the input that it has in the dense model. A time
-    counts as a part of the dense one of the same round, so that other programs spoil little of it.
-
-    Args:
-        model: Dense, on the device of the images.
-        sites: From `find_sites`.
-        images: The batch.
-        precision: Of the forward pass.
-        round_to: Of the plans; with 1 odd widths are timed, as most of a plan's are then no round numbers.
-        rounds: Timed turns of each.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
-        timer: Takes turns; for tests.
+    counts as a part of the dense one of the same round, so that other programs disturb it little. With `round_to` 1
+    odd widths are timed, as most of a plan's are then no round numbers. Three rounds are timed even beyond
+    `budget_s` seconds; tests pass another `timer`.
     """
     conditions = timing_conditions(model, sites, images, precision=precision, round_to=round_to)
     passes: dict[str, Callable[[], object]] = {}
@@ -268,7 +242,7 @@ def _trials(
 
 
 def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]:
-    """Return what is cut for each width of a site below the dense one."""
+    """Return the plans of all sites of the units for each width below the dense one."""
     first = units[0].sites[0]
     size = first.hidden // first.heads
     widths = {}
@@ -287,7 +261,7 @@ def _first_channels(site: Site, count: int) -> SitePlan:
 
 
 def _ascending(points: Sequence[tuple[int, float]]) -> tuple[tuple[int, float], ...]:
-    """Order by width, and smooth out what is slower though narrower: noise, which would lead a search astray."""
+    """Order by width, and smooth out what is slower though narrower: noise, which would mislead a search."""
     from sklearn.isotonic import isotonic_regression  # slow to import
 
     ordered = sorted(points)

@@ -1,4 +1,4 @@
-"""What a model costs: MACs and parameters; and what a plan saves before it is applied."""
+"""Count the MACs and parameters of a model, and what a plan saves before it is applied."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     }
     counter = FlopCounterMode(display=False, custom_mapping=counted)
-    # The counter wants to know where every input comes from; a bare parameter that a module is handed has no past.
+    # The counter follows every input back to its origin; a bare parameter that is passed to a module has none.
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), torch.no_grad(), counter:
         torch.func.functional_call(model, weights, (example,))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.macs import PlanCost
@@ -14,21 +15,17 @@ from vbp.runtime.tables import format_count
 
 PlanFor = Callable[[float], PruningPlan]
 
-
 # A count on a copy may differ from the computed one by what `WidthCosts` says; once is enough for that.
 _CORRECTIONS = 4
 
 
 class PlanSearch:
-    """The plans of all keep ratios, from the floor to the dense model, each made once.
+    """The plans of all keep ratios, from the floor (the fewest channels) to the whole dense model, each made once.
 
-    Attributes:
-        whole: The plan that keeps all MLP channels.
-        floor: The plan that keeps the fewest.
+    The function of the keep ratio that makes them must be deterministic.
     """
 
     def __init__(self, plan_for: PlanFor) -> None:
-        """Take a function of the keep ratio: the same one for the whole search, deterministic."""
         self._plan_for, self._plans = plan_for, dict[int, PruningPlan]()
         self.whole = plan_for(1.0)
         self._lowest = self.whole.min_keep_ratio
@@ -42,7 +39,7 @@ class PlanSearch:
         """Return the plan that keeps most among those that cost no more than `limit`; None if the floor costs more.
 
         Bisection: a plan that keeps more costs more. Rounding makes exceptions over a few channels, where one site
-        gives way to another that costs more; so the next plans above the first that costs too much are tried, too.
+        is exchanged for another that costs more; so the next plans above the first that costs too much are tried.
         """
         low, high = self._first, self._total
         if cost(self.floor) > limit:
@@ -66,7 +63,7 @@ class PlanSearch:
         return self._plans[number]
 
     def _exact_request(self, plan: PruningPlan) -> PruningPlan:
-        """Ask for the number of channels that a plan keeps, where rounding gave it another than was asked for."""
+        """Return the plan of a request for the channels that a plan keeps, where rounding changed their number."""
         if not plan.total or plan.kept == plan.requested:
             return plan
         again = self._plan(max(plan.kept, self._first))
@@ -83,7 +80,7 @@ def check_reachable(budget: Budget, plan_for: PlanFor, costs: WidthCosts) -> Non
         InputError: The reachable range is named.
     """
     if budget.quantity in ("macs", "params"):
-        _check_range(budget, PlanSearch(plan_for), *_counted(budget, costs, compensated=True))
+        _check_range(budget, PlanSearch(plan_for), *counted(budget, costs, compensated=True))
 
 
 def meet_count(
@@ -96,13 +93,8 @@ def meet_count(
 ) -> BudgetResult:
     """Find the largest keep ratio whose plan meets a budget of MACs, parameters or channels.
 
-    Args:
-        budget: Of a keep ratio (the nearest reachable plan is taken), MACs or parameters.
-        plan_for: Keep ratio -> plan, by the scores and rules of the run; deterministic. It also says what becomes of
-            attention.
-        costs: Of the dense model.
-        exact: `plan_cost` of the dense model: what decides in the end.
-        compensated: Whether consumers without bias will gain one, which counts as parameters.
+    Of a keep ratio the nearest reachable plan is taken. The counts of `exact` (`plan_cost` of the dense model) decide
+    in the end; where consumers without bias will gain one (`compensated`), these count as parameters.
 
     Raises:
         InputError: No plan meets it, or the dense model does: the reachable range is named.
@@ -110,7 +102,7 @@ def meet_count(
     if budget.quantity == "keep_ratio":
         return _by_channels(budget, plan_for(budget.amount))
     search = PlanSearch(plan_for)
-    cost, dense = _counted(budget, costs, compensated=compensated)
+    cost, dense = counted(budget, costs, compensated=compensated)
     _check_range(budget, search, cost, dense)
     target = limit = budget.limit(dense)
     for _ in range(_CORRECTIONS):
@@ -123,11 +115,13 @@ def meet_count(
     return BudgetResult(budget, plan, target, dense, reached, reached <= target, why)
 
 
-def _counted(budget: Budget, costs: WidthCosts, *, compensated: bool) -> tuple[Callable[[PruningPlan], float], int]:
-    """Return what a plan costs of the budget's quantity, and what the dense model costs."""
+def counted(
+    budget: Budget, costs: WidthCosts, *, compensated: bool = False
+) -> tuple[Callable[[PruningPlan], float], int]:
+    """Return the function from a plan to its cost in the budget's quantity, and the cost of the dense model."""
     if budget.quantity == "macs":
         return costs.macs_of, costs.macs
-    return lambda plan: costs.params_of(plan, compensated=compensated), costs.params
+    return partial(costs.params_of, compensated=compensated), costs.params
 
 
 def _exact(budget: Budget, counted: PlanCost, costs: WidthCosts, plan: PruningPlan, *, compensated: bool) -> int:

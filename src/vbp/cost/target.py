@@ -1,16 +1,17 @@
-"""A budget and a model together: whether it can be reached, before there are scores, and the plan that meets it."""
+"""A budget of one model: whether it can be reached, checked before there are scores, and the plan that meets it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
 from vbp.cost.macs import plan_cost
-from vbp.cost.search import PlanFor, PlanSearch, check_reachable, meet_count
+from vbp.cost.search import PlanFor, PlanSearch, check_reachable, counted, meet_count
 from vbp.cost.timing import LatencyComparison
 from vbp.cost.widths import LayerTimes, WidthCosts
 from vbp.pruning.make_plan import PlanRules
@@ -20,14 +21,10 @@ from vbp.sites.site import Site
 
 @dataclass(frozen=True)
 class BudgetTarget:
-    """A budget of one model.
+    """A budget of one model, with the costs of the dense model, and its times here if the budget is one of time.
 
-    Attributes:
-        budget: As it was asked for.
-        costs: Of the dense model.
-        times: Of the dense model here, if the budget is one of time.
-        keep_ratio: Share of the channels that meets the budget where all sites keep the same share, as far as can
-            be computed; 1 for a budget of time without times.
+    `keep_ratio` is the share of the channels that meets the budget where all sites keep the same share, as far as can
+    be computed; 1 for a budget of time without times.
     """
 
     budget: Budget
@@ -44,23 +41,12 @@ class BudgetTarget:
         rules: PlanRules,
         times: LayerTimes | None = None,
     ) -> BudgetTarget:
-        """See whether a budget can be reached, and about where.
-
-        Args:
-            budget: What the pruned model may cost.
-            model: The dense model.
-            sites: From `find_sites`.
-            example: One image or more on the model's device.
-            rules: Of the plans.
-            times: Of this model, for a budget of time that is still to be met.
+        """Check whether a budget can be reached, and estimate where; a budget of time still to be met needs `times`.
 
         Raises:
             InputError: No plan meets it, or the dense model does.
         """
-
-        def equal_shares(keep_ratio: float) -> PruningPlan:
-            return rules.neutral(sites, keep_ratio)
-
+        equal_shares = partial(rules.neutral, sites)
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
             return BudgetTarget(budget, costs, times, budget.amount)
@@ -72,10 +58,8 @@ class BudgetTarget:
             plan = search.largest(times.share, allowed_share(budget, times.dense_ms))
         else:
             check_reachable(budget, equal_shares, costs)
-            macs = budget.quantity == "macs"
-            plan = search.largest(
-                costs.macs_of if macs else costs.params_of, budget.limit(costs.macs if macs else costs.params)
-            )
+            cost, dense = counted(budget, costs)
+            plan = search.largest(cost, budget.limit(dense))
         return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
     def meet(
@@ -87,15 +71,7 @@ class BudgetTarget:
         *,
         compensated: bool,
     ) -> BudgetResult:
-        """Find the largest plan that meets the budget.
-
-        Args:
-            plan_for: Keep ratio -> plan; deterministic.
-            model: The dense model.
-            example: One image or more on the model's device.
-            compare: Times the dense model beside a pruned copy.
-            compensated: Whether consumers without bias will gain one.
-        """
+        """Find the largest plan that meets the budget, by `meet_latency` or `meet_count`."""
         if self.times is not None:
             return meet_latency(self.budget, plan_for, self.times, compare)
         return meet_count(

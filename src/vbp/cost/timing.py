@@ -1,4 +1,4 @@
-"""Time forward passes that take turns, so that whatever else the machine does meets all alike."""
+"""Time forward passes that take turns, so that other work of the machine disturbs all of them equally."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -25,22 +26,17 @@ from vbp.runtime.precision import Precision
 # caches.
 TURN_S = 0.1
 
-
 # Multiply-accumulates that a CPU computes in about a second.
 CPU_BATCH_MACS = 20_000_000_000
-
-
 Clock = Literal["wall", "processor"]
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of one model.
+    """Mean milliseconds of a pass over one turn of one model.
 
-    Attributes:
-        ms: Milliseconds of a pass, mean over the turn: by the wall clock, or by CUDA events on a GPU.
-        cpu_ms: Milliseconds of processor time of a pass, all threads added; unlike `ms` it does not grow when the
-            machine lets other programs run.
+    `ms` is by the wall clock, or by CUDA events on a GPU; `cpu_ms` is processor time of all threads, which does not
+    grow when the machine lets other programs run.
     """
 
     ms: float
@@ -79,17 +75,10 @@ def time_in_turns(
     warmup: int = 3,
     budget_s: float = math.inf,
 ) -> dict[str, list[Turn]]:
-    """Time each forward pass once a round, in an order that is reversed from round to round.
+    """Return one turn a round of each forward pass by its name, in an order that is reversed from round to round.
 
-    Args:
-        passes: Name -> one forward pass.
-        device: Where they run.
-        rounds: Timed turns of each.
-        warmup: Passes of each before them; the last one says how many passes a turn takes.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
-
-    Returns:
-        Name -> one turn a round.
+    Each has `warmup` passes before, of which the last one says how many passes a turn takes. After `budget_s` seconds
+    no further round begins; three are timed in any case.
     """
     begin = time.perf_counter()
     counts = {name: _warm_up(forward, device, warmup) for name, forward in passes.items()}
@@ -107,17 +96,10 @@ def time_in_turns(
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """A dense and a pruned model, timed in turns.
+    """A dense and a pruned model, timed in turns: milliseconds of a batch, and seconds that the comparison took.
 
-    Attributes:
-        dense_ms: Of a batch.
-        pruned_ms: Of a batch.
-        speedup: Dense over pruned, round by round: two medians of their own would compare different minutes of the
-            machine.
-        rounds: How many were timed.
-        seconds: That all of it took.
-        load: Programs that wanted the processor, mean of the last minute.
-        cpu_speedup: The speed-up by processor time: steadier on a machine with other work; None on a GPU.
+    The speed-up is dense over pruned, round by round: two separate medians would compare different minutes of the
+    machine. `cpu_speedup`, by processor time, is steadier on a machine with other work; None on a GPU.
     """
 
     dense_ms: Spread
@@ -140,18 +122,7 @@ def compare_passes(
     budget_s: float = 20,
     timer: Timer = time_in_turns,
 ) -> LatencyComparison:
-    """Time a forward pass of a dense model against one of its pruned model.
-
-    Args:
-        dense: One pass.
-        pruned: One pass.
-        device: Where they run.
-        clock: By which times and speed-up are read.
-        rounds: Timed turns of each.
-        warmup: Passes of each before them.
-        budget_s: Seconds after which no further round begins; three are timed in any case.
-        timer: Takes turns; for tests.
-    """
+    """Time a forward pass of a dense model against one of its pruned model; tests pass another `timer`."""
     begin = time.perf_counter()
     turns = timer({"dense": dense, "pruned": pruned}, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
     pairs = list(zip(turns["dense"], turns["pruned"], strict=True))
@@ -180,44 +151,22 @@ def compare_models(
     rounds: int = 15,
     budget_s: float = 20,
 ) -> LatencyComparison:
-    """Time a dense model against its pruned one in evaluation mode, on the device of the images.
-
-    Args:
-        dense: Left as it was.
-        pruned: Left as it was.
-        images: The batch.
-        precision: Of the forward pass.
-        clock: As for `compare_passes`, like what follows.
-        rounds: Timed turns of each.
-        budget_s: Seconds after which no further round begins.
-    """
+    """Time a dense model against its pruned one by `compare_passes`, in evaluation mode on the images' device."""
 
     def forward(model: nn.Module) -> None:
         with precision.autocast():
             model(images)
 
     with evaluation_mode(dense), evaluation_mode(pruned), torch.inference_mode():
-        return compare_passes(
-            lambda: forward(dense),
-            lambda: forward(pruned),
-            images.device,
-            clock=clock,
-            rounds=rounds,
-            budget_s=budget_s,
-        )
+        passes = partial(forward, dense), partial(forward, pruned)
+        return compare_passes(*passes, images.device, clock=clock, rounds=rounds, budget_s=budget_s)
 
 
 def latency_batch(dense: nn.Module, example: Tensor, *, at_most: int, size: int | None = None) -> int:
     """Return how many images to time in a batch, on a CPU as many as take about a second.
 
     A run asks once, with its dense model: a pruned one has fewer MACs and would get a larger batch, whose times
-    cannot be compared with those that met the budget.
-
-    Args:
-        dense: The dense model.
-        example: One image or more on the model's device.
-        at_most: Images in a batch on a GPU, and at most so many on a CPU.
-        size: What the user asked for, which is then the answer.
+    cannot be compared with those that met the budget. On a GPU it is `at_most`; a `size` of the user is returned.
     """
     if size is not None:
         return size

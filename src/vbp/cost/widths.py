@@ -1,9 +1,8 @@
-"""What a model would cost at other widths, without surgery: MACs and parameters computed, time by measured layers."""
+"""Costs of a model at other widths, without surgery: MACs and parameters computed, time by measured layers."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -21,11 +20,9 @@ from vbp.sites.site import Site
 # (docs/export.md).
 _CPU = 8
 
-
 # Tensor cores work best on multiples of 128 bytes: 64 channels in half precision, 32 in TF32 (of float32).
 # Source: NVIDIA, Matrix Multiplication Background User's Guide, "Requirements to use Tensor Cores".
 _LINE_BYTES = 128
-
 
 # A site that can choose among fewer widths than this is pruned too coarsely.
 _CHOICES = 8
@@ -39,13 +36,9 @@ class WidthCosts:
     so that costs are not always sums over sites. Exact but for products of an attention that are none of its own:
     MaxViT's relative positions (1e-5 of the model) are taken for such.
 
-    Attributes:
-        sites: In the order of the plans that are asked about.
-        macs: Of the dense model, for one image.
-        params: Of the dense model.
-        layers: Layers that make or read channels of sites.
-        single: What goes with the channels of one site alone: site name -> (MACs, parameters) of norms, depthwise
-            convolutions, bare parameters and products of an attention.
+    `macs` and `params` are those of the dense model, for one image; `layers` those that make or read channels of
+    sites. `single` maps the name of a site to the (MACs, parameters) that its channels alone decide about: norms,
+    depthwise convolutions, bare parameters and products of an attention.
     """
 
     sites: tuple[Site, ...]
@@ -56,13 +49,7 @@ class WidthCosts:
 
     @staticmethod
     def of(model: nn.Module, sites: Sequence[Site], example: Tensor) -> WidthCosts:
-        """Count a dense model.
-
-        Args:
-            model: Dense; left as it was.
-            sites: From `find_sites`.
-            example: One image or more on the model's device.
-        """
+        """Count a dense model, which stays as it was."""
         macs = macs_by_module(model, example)
         layers: dict[str, LayerCost] = {}
         single = {}
@@ -105,12 +92,7 @@ class WidthCosts:
         return round(self.macs - saved)
 
     def params_of(self, plan: PruningPlan, *, compensated: bool = False) -> int:
-        """Return the parameters under a plan.
-
-        Args:
-            plan: For the sites of this model.
-            compensated: Count the biases, too, that consumers without one gain by compensation.
-        """
+        """Return the parameters under a plan; `compensated` counts biases that consumers gain by compensation."""
         removed = _removed(plan)
         saved = 0.0
         for layer in self.layers.values():
@@ -125,11 +107,9 @@ class WidthCosts:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """A `Linear` or `Conv2d`: what it costs dense, and whose channels its rows and columns are.
+    """A `Linear` or `Conv2d`: its dense cost, and the names of the sites whose channels its rows and columns are.
 
-    Attributes:
-        rows: Names of the sites whose channels it makes, one entry a run of rows.
-        columns: Names of the sites whose channels it reads.
+    A site that has several runs of rows in the layer stands in `rows` as often.
     """
 
     macs: int
@@ -150,17 +130,10 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class TimingConditions:
-    """What times depend on: they hold under these conditions and no others.
+    """Conditions under which times hold, and under no others; `threads` are those of a CPU, 0 on a GPU.
 
-    Attributes:
-        hardware: The device, in words.
-        threads: In use on a CPU; 0 on a GPU.
-        precision: Type of the weights, and of autocast if there is one.
-        batch: Shape of the batch.
-        torch: Version.
-        model: Fingerprint of the names and shapes of the dense model's weights, and of its sites.
-        round_to: Of the plans: widths between its multiples take longer.
-        clock: By which they were read; see `clock_of`.
+    `model` is a fingerprint of the names and shapes of the dense model's weights, and of its sites. Widths between
+    the multiples of `round_to` take longer.
     """
 
     hardware: str
@@ -175,11 +148,9 @@ class TimingConditions:
 
 @dataclass(frozen=True)
 class TimedUnit:
-    """Channels that are timed together: those of an MLP site, or the values, queries and keys of an attention.
+    """Names of sites that are timed together: one of an MLP, or the values, queries and keys of an attention.
 
-    Attributes:
-        sites: Their names; the first one's width stands for all.
-        curve: The first site of the unit that was timed for all units of this shape.
+    The first one's width stands for all; `curve` is the first site of the unit that was timed for all of this shape.
     """
 
     sites: tuple[str, ...]
@@ -188,12 +159,9 @@ class TimedUnit:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """What a dense model takes, and its units at several widths: plain data that any process can use.
+    """Times of a dense model, and of its units at several widths: plain data that any process can use.
 
-    Attributes:
-        dense_ms: Of a batch, in the same minute as the curves.
-        units: Of the model.
-        curves: Name -> (width, milliseconds), ascending in both; the last is the dense width.
+    The `curves` are (width, milliseconds of a batch) ascending in both, up to the dense width.
     """
 
     conditions: TimingConditions
@@ -225,12 +193,8 @@ def recommended_round_to(device: torch.device, dtype: torch.dtype = torch.float3
     """Return the `round_to` that suits a device: a power of two.
 
     8 on a CPU; on a GPU as many channels as fill a line of memory, 64 in bfloat16 or float16 and 32 in float32; less
-    where the narrowest site (in attention: its head) would have fewer than 8 widths to choose from.
-
-    Args:
-        device: Where the pruned model will run.
-        dtype: In which it will compute: that of autocast, if there is one.
-        sites: What will be pruned.
+    where the narrowest site (in attention: its head) would have fewer than 8 widths to choose from. `dtype` is the
+    type that the pruned model will compute in: that of autocast, if there is one.
     """
     suited = _LINE_BYTES // max(2, dtype.itemsize) if device.type == "cuda" else _CPU
     narrowest = min((site.hidden // site.heads for site in sites), default=suited * _CHOICES)
@@ -240,13 +204,7 @@ def recommended_round_to(device: torch.device, dtype: torch.dtype = torch.float3
 
 
 def _attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -> float:
-    """Return the half of an attention's products, q k or softmax v, that runs over a site's channels.
-
-    Args:
-        model: The model.
-        site: Of kind `value` or `query_key`.
-        macs: From `macs_by_module`.
-    """
+    """Return the MACs of the half of an attention's products, q k or softmax v, that runs over a site's channels."""
     block = site.producers[0]
     while block := block.rpartition(".")[0]:
         inside = model.get_submodule(block).named_modules()
@@ -260,17 +218,9 @@ def _attention_products(model: nn.Module, site: Site, macs: Mapping[str, int]) -
 def _layer(model: nn.Module, name: str, macs: Mapping[str, int]) -> LayerCost:
     layer = model.get_submodule(name)
     weights = model.get_parameter(f"{name}.weight").numel()
-    return LayerCost(
-        macs.get(name, 0),
-        weights,
-        count_parameters(layer) - weights,
-        output_channels(layer),
-        input_channels(layer),
-    )
+    bias = count_parameters(layer) - weights
+    return LayerCost(macs.get(name, 0), weights, bias, output_channels(layer), input_channels(layer))
 
 
 def _removed(plan: PruningPlan) -> dict[str, int]:
-    removed: dict[str, int] = defaultdict(int)
-    for entry in plan.sites:
-        removed[entry.site.name] += entry.site.hidden - len(entry.keep)
-    return removed
+    return {entry.site.name: entry.site.hidden - len(entry.keep) for entry in plan.sites}

@@ -1,4 +1,4 @@
-"""The grammar of `data_path` and the images behind it: a folder, `hfds/...` or `wds/...` (options after a `?`)."""
+"""Read a `data_path` and list its images: a folder, `hfds/...` or `wds/...` (options after a `?`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from vbp.data.folder import ImageList, check_folder_splits, class_names, list_folder
+from vbp.data.folder import ImageList, check_folder_splits, class_names, list_folder, samples_file
 from vbp.data.hf_dataset import check_dataset, list_rows
 from vbp.data.images import SPLITS, Images, Split
 from vbp.data.shards import check_shards, list_samples
@@ -24,13 +24,7 @@ _OPTIONS = ("train", "val", "image", "label")
 
 @dataclass(frozen=True)
 class DataPath:
-    """A data path, taken apart.
-
-    Attributes:
-        kind: How the images are kept.
-        place: The folder, dataset id or pattern.
-        options: What stands after the question mark.
-    """
+    """A data path, taken apart: `place` is the folder, dataset id or pattern, `options` what follows the `?`."""
 
     kind: Literal["folder", "hfds", "wds"]
     place: str
@@ -38,11 +32,7 @@ class DataPath:
 
     @classmethod
     def parse(cls, data_path: Path | str) -> DataPath:
-        """Take a data path apart; a `Path` is always a folder.
-
-        Raises:
-            InputError: It does not follow the grammar, or needs a package that is not installed.
-        """
+        """Take a data path apart; a `Path` is always a folder. Stop if a package that it needs is not installed."""
         kind, slash, rest = str(data_path).partition("/")
         if isinstance(data_path, Path) or not slash or kind not in _PACKAGES:
             return cls("folder", _local(str(data_path)))
@@ -122,11 +112,7 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
 
 
 def check_data_path(data_path: Path | str) -> None:
-    """Find out before a model is loaded whether the data of both splits is there; no image is read.
-
-    Raises:
-        InputError: It is not, `data_path` does not follow the grammar, or a package is not installed.
-    """
+    """Stop before a model is loaded unless the data of both splits is there; no image is read."""
     path = DataPath.parse(data_path)
     if path.kind == "folder":
         check_folder_splits(Path(path.place))
@@ -140,6 +126,6 @@ def class_folders(data_path: Path | str) -> list[str]:
     """Return the class folders in the order of their labels; none where the data is kept another way."""
     path = DataPath.parse(data_path)
     folder = Path(path.place) / SPLITS[0]
-    if path.kind != "folder" or folder.with_name(f"{SPLITS[0]}_samples.pkl").is_file():
+    if path.kind != "folder" or samples_file(folder).is_file():
         return []
     return class_names(folder)

@@ -1,7 +1,8 @@
-"""From an encoded image to a tensor, in whichever process: what a worker of the loader does."""
+"""Decode images and transform them to tensors, in a worker of the loader or in the main process."""
 
 from __future__ import annotations
 
+import hashlib
 import struct
 import warnings
 from dataclasses import dataclass
@@ -12,7 +13,6 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vbp.data.batches import mixed_seed
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 
@@ -39,7 +39,7 @@ class Sample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """What came of one batch's keys."""
+    """Images and labels of one batch, and those that could not be read."""
 
     images: Tensor | None
     labels: Tensor
@@ -50,11 +50,8 @@ class Batch(NamedTuple):
 class DecodedImages(Dataset[Sample]):
     """Samples by `(epoch, index)`: a worker that serves several epochs gets its whole state from the key.
 
-    Attributes:
-        images: What to read.
-        transform: Draws from torch's default generator, which is seeded for each image.
-        seed: With the epoch and the index, it decides what `transform` draws.
-        attempts: How many images to try, from the index on and around the list's end, until one can be read.
+    The seed, the epoch and the index decide what `transform` draws from torch's default generator. As many images
+    are tried as there are `attempts`, from the index on and around the list's end, until one can be read.
     """
 
     images: Images
@@ -70,7 +67,7 @@ class DecodedImages(Dataset[Sample]):
             try:
                 image = _read_rgb(self.images, index)
             except _DECODING_ERRORS as error:
-                # Told by the main process: a worker's log may go nowhere.
+                # Logged by the main process: a worker's log may go nowhere.
                 failures.append(Failure(self.images.name(index), _reason(error)))
                 continue
             with torch.random.fork_rng(devices=[]):
@@ -101,3 +98,9 @@ def _reason(error: BaseException) -> str:
     # Pillow's own text names the object in memory, not the image.
     text = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
     return f"{type(error).__name__}: {text}"
+
+
+def mixed_seed(*numbers: int) -> int:
+    """Return one seed from several numbers: a sum would give one image in one epoch its neighbour's in the next."""
+    text = ",".join(map(str, numbers))
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")

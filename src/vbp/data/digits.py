@@ -1,4 +1,4 @@
-"""The demo's data and model: scikit-learn's handwritten digits on disk, and a small trained ViT for them."""
+"""Write the demo's data, scikit-learn's handwritten digits, and describe the small trained ViT for them."""
 
 from __future__ import annotations
 
@@ -46,11 +46,7 @@ def write_digits(folder: Path) -> None:
 
     `NNNN` is the image's place in scikit-learn's data. Of each digit every second image goes to `val`; since the
     data run writer by writer, both splits know every writer. A complete folder is left alone, and missing or
-    damaged images of an incomplete one are written again.
-
-    Raises:
-        InputError: `train` or `val` of the folder holds something else.
-        OutputError: The folder cannot be read or written; images written so far are whole.
+    damaged images of an incomplete one are written again. A folder with other data in it is refused.
     """
     images = _encode()
     try:

@@ -1,35 +1,29 @@
-"""The images of a folder: which class folders there are, which label each has, which images a split holds."""
+"""List the images of a folder and label them by their class folders."""
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vbp.data.images import IMAGE_EXTENSIONS, SPLITS
-from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+from vbp.data.labels import IMAGENET_CLASSES, are_synsets, imagenet_labels
 from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
-
 _FORMAT = "vbp-image-index/2"
-_SHOWN = 5  # names given in a message before "..."
 
 
 def scan_split(data_path: Path, split: str, num_classes: int) -> tuple[list[Row], dict[str, int]]:
     """List `data_path/<split>/<class>/**`, classes and paths sorted, hidden entries left out.
 
-    Returns:
-        Label and path of each image; and the modification time in nanoseconds of each folder that was read.
-
-    Raises:
-        InputError: There is no such folder, no class, no image, or the classes do not fit the model.
+    Return label and path of each image, and the modification time in nanoseconds of each folder that was read.
     """
     folder = data_path / split
     if not folder.is_dir():
@@ -47,11 +41,7 @@ def scan_split(data_path: Path, split: str, num_classes: int) -> tuple[list[Row]
 
 
 def class_names(folder: Path) -> list[str]:
-    """Return the class folders of a split, sorted.
-
-    Raises:
-        InputError: It holds no folder.
-    """
+    """Return the class folders of a split, sorted; there must be one."""
     entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
@@ -64,11 +54,7 @@ def class_names(folder: Path) -> list[str]:
 
 
 def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str, int]:
-    """Number the classes as the model does.
-
-    Raises:
-        InputError: The folders are not the model's classes.
-    """
+    """Number the classes as the model does, and refuse folders that are not its classes."""
     if num_classes == IMAGENET_CLASSES:
         canonical = imagenet_labels()
         strays = [name for name in names if name not in canonical]
@@ -77,12 +63,12 @@ def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str,
         if len(strays) < len(names):
             raise InputError(
                 f"the class folders of {folder} must all be ImageNet-1k synsets, or none of them, "
-                f"got {_some(strays)} among {len(names) - len(strays)} synsets; move the other folders away"
+                f"got {some_of(strays)} among {len(names) - len(strays)} synsets; move the other folders away"
             )
     if len(names) != num_classes:
         raise InputError(
             f"{folder} must hold one folder for each of the model's {num_classes} classes, "
-            f"found {len(names)} ({_some(names)}); choose a model with {len(names)} classes or complete the "
+            f"found {len(names)} ({some_of(names)}); choose a model with {len(names)} classes or complete the "
             f"data (only ImageNet synset folders of a model with 1000 classes may be a part of the whole)"
         )
     return {name: label for label, name in enumerate(sorted(names))}
@@ -92,24 +78,17 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
     """Refuse a `train` and a `val` with different classes, whose labels would not mean the same.
 
     ImageNet synset folders are free to differ: their labels come from the name alone.
-
-    Raises:
-        InputError: A class is in one of the two only.
     """
-    folders = [data_path / split for split in ("train", "val")]
-    if not all(folder.is_dir() for folder in folders):
-        return
-    if any((data_path / f"{folder.name}_samples.pkl").is_file() for folder in folders):
+    folders = [data_path / split for split in SPLITS]
+    if not all(folder.is_dir() for folder in folders) or any(samples_file(folder).is_file() for folder in folders):
         return
     train, val = (set(class_names(folder)) for folder in folders)
-    if train == val:
-        return
-    if num_classes == IMAGENET_CLASSES and (train | val) <= imagenet_labels().keys():
+    if train == val or are_synsets(train | val, num_classes):
         return
     raise InputError(
         f"train and val of {data_path} must hold the same class folders, "
-        f"found only in train: {_some(sorted(train - val)) or 'none'}; "
-        f"only in val: {_some(sorted(val - train)) or 'none'}"
+        f"found only in train: {some_of(sorted(train - val)) or 'none'}; "
+        f"only in val: {some_of(sorted(val - train)) or 'none'}"
     )
 
 
@@ -138,35 +117,27 @@ def _check_empty_classes(folder: Path, paths: dict[str, list[str]], num_classes:
         raise InputError(
             f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(paths)} class folders"
         )
-    if not empty:
-        return
-    if num_classes == IMAGENET_CLASSES and paths.keys() <= imagenet_labels().keys():
-        _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, _some(empty))
-        return
-    raise InputError(
-        f"each class folder of {folder} must hold images, found none in {_some(empty)}; "
-        f"add images or remove the class from the model and the data"
-    )
+    if empty and not are_synsets(paths, num_classes):
+        raise InputError(
+            f"each class folder of {folder} must hold images, found none in {some_of(empty)}; "
+            f"add images or remove the class from the model and the data"
+        )
+    if empty:
+        _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, some_of(empty))
 
 
 def _is_image(name: str) -> bool:
     return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:_SHOWN]) + (", ..." if len(listed) > _SHOWN else "")
+def samples_file(folder: Path) -> Path:
+    """Return the list of samples that may stand in the place of a split's folder."""
+    return folder.with_name(f"{folder.name}_samples.pkl")
 
 
 @dataclass(frozen=True)
 class ImageList:
-    """Images of a folder and their labels, in a fixed order.
-
-    Attributes:
-        root: The data folder.
-        paths: Image files, relative to `root` where they lie inside it, with forward slashes.
-        labels: Index of the class in the model's output, one for each path.
-    """
+    """Image files, relative to `root` where they lie inside it, with forward slashes; and the label of each."""
 
     root: Path
     paths: tuple[str, ...]
@@ -213,16 +184,13 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
 
     The list is kept in `data_path/<split>_index.jsonl` and made anew when a folder changes: its time does
     when an entry is added, removed or renamed.
-
-    Raises:
-        InputError: A folder is missing or empty, the classes do not fit the model, or a samples file is bad.
     """
     if not data_path.is_dir():
         got = "is no folder" if data_path.exists() else "does not exist"
         raise InputError(
             f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {got}"
         )
-    samples, index = data_path / f"{split}_samples.pkl", data_path / f"{split}_index.jsonl"
+    samples, index = samples_file(data_path / split), data_path / f"{split}_index.jsonl"
     # The labels of one folder differ with the class count of the model.
     made_from: dict[str, Any] = {"num_classes": num_classes, "samples_file": None}
     if samples.is_file():
@@ -254,12 +222,8 @@ def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str
 
 
 def check_folder_splits(data_path: Path) -> None:
-    """Find out without reading a folder whether both splits are there; a list of samples needs none beside it.
-
-    Raises:
-        InputError: One is missing.
-    """
+    """Stop unless both splits are there; a list of samples needs no folder beside it."""
     for split in SPLITS:
-        if not (data_path / split).is_dir() and not (data_path / f"{split}_samples.pkl").is_file():
+        if not (data_path / split).is_dir() and not samples_file(data_path / split).is_file():
             missing = data_path / split if data_path.is_dir() else data_path
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")

@@ -1,4 +1,4 @@
-"""Images of a Hugging Face dataset, read by timm: from the hub, or from a local folder of parquet files."""
+"""List and read images of a Hugging Face dataset, from the hub or from a local folder of parquet files."""
 
 from __future__ import annotations
 
@@ -19,20 +19,12 @@ from vbp.errors import InputError
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
-
 _SPLIT_NAMES = {"train": "train", "val": "validation"}
 
 
 @dataclass(frozen=True, eq=False)
 class HuggingFaceImages:
-    """Rows of one split of a dataset.
-
-    Attributes:
-        root: The dataset and its split.
-        reader: Timm's reader of that split.
-        rows: Which rows, in this order.
-        labels: One for each row.
-    """
+    """Some rows of one split of a dataset, with their labels; `reader` is timm's."""
 
     root: str
     reader: Any
@@ -47,11 +39,7 @@ class HuggingFaceImages:
         return f"{self.root} row {self.rows[index]}"
 
     def read(self, index: int) -> BinaryIO:
-        """Return the image as the dataset stores it.
-
-        Raises:
-            OSError: The row holds none.
-        """
+        """Return the image as the dataset stores it."""
         try:
             stream: BinaryIO = self.reader[self.rows[index]][0]
         except (AssertionError, TypeError) as error:  # what the reader makes of an empty image
@@ -84,18 +72,11 @@ class HuggingFaceImages:
 
 
 def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: int) -> HuggingFaceImages:
-    """List the rows of a split.
+    """List the rows of a split of a dataset on the hub or in a local folder.
 
-    Args:
-        place: Dataset id on the hub, or a local folder.
-        options: Names of the splits and columns, where they are not `train`, `validation`, `image` and `label`.
-        split: Which of the two.
-        num_classes: Outputs of the model.
-
-    Raises:
-        InputError: The dataset, the split or a column is missing, or the labels are not the model's.
+    Options name its splits and columns where they are not `train`, `validation`, `image` and `label`.
     """
-    # Slow to import, and an extra: only who asks for such data pays for it.
+    # Slow to import, and installed only with the extra `data`.
     import datasets
 
     name, split_name = _dataset_name(place), options.get(split, _SPLIT_NAMES[split])
@@ -124,11 +105,7 @@ def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: i
 
 
 def check_dataset(place: str, options: Mapping[str, str]) -> None:
-    """Find out from the description of a dataset whether it can be reached and has both splits.
-
-    Raises:
-        InputError: It cannot, or a split is missing.
-    """
+    """Stop unless a dataset can be reached and, as far as its description lists them, has both splits."""
     import datasets
 
     name = _dataset_name(place)

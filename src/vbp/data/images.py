@@ -1,4 +1,4 @@
-"""What the loader knows of a source of images, and which of them to take if not all are: evenly from every class."""
+"""Describe a source of images to the loader, and take a part of them: evenly from every class."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ class Images(Protocol):
 def balanced_subset(images: AnyImages, count: int, seed: int) -> AnyImages:
     """Draw `count` images so that the classes' shares differ by at most one image.
 
-    A class that has too few gives all it has, and the others fill its place evenly. The drawn images keep
-    their order. 0, or a count not below the number of images, gives all of them.
+    All images of a class that has too few are taken, and more of the others in their place, evenly. The drawn images
+    keep their order. 0, or a count not below the number of images, takes all of them.
 
     Raises:
         InputError: `count` is negative.

@@ -1,15 +1,15 @@
-"""The labels of the model's head: those of ImageNet's classes by name, and whether given numbers are among them."""
+"""Number classes as the model's head does: ImageNet's by name; and check that given labels are the head's."""
 
 from __future__ import annotations
 
 import functools
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 
 IMAGENET_CLASSES = 1000
 
@@ -21,17 +21,13 @@ def imagenet_labels() -> dict[str, int]:
     return {info.index_to_label_name(label): label for label in range(IMAGENET_CLASSES)}
 
 
+def are_synsets(class_names: Iterable[str], num_classes: int) -> bool:
+    """Return whether the names of classes say their places in the head: all are synsets of ImageNet-1k."""
+    return num_classes == IMAGENET_CLASSES and set(class_names) <= imagenet_labels().keys()
+
+
 def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], str]) -> None:
-    """Refuse a label that the head does not have.
-
-    Args:
-        labels: One for each image.
-        num_classes: Outputs of the head.
-        name: How a message calls the image at a place.
-
-    Raises:
-        InputError: A label is outside.
-    """
+    """Refuse a label that the head does not have; `name` returns how a message calls the image at a place."""
     numbers = np.asarray(labels, dtype=np.int64)
     outside = np.flatnonzero((numbers < 0) | (numbers >= num_classes))
     if len(outside):
@@ -44,22 +40,17 @@ def check_labels(labels: Sequence[int], num_classes: int, name: Callable[[int], 
 
 
 def head_labels(class_names: Sequence[str], num_classes: int, source: str) -> list[int]:
-    """Return the head's label of each class of a dataset, by name where the names say it.
-
-    Raises:
-        InputError: The classes are not the head's, or stand in another order.
-    """
-    if num_classes == IMAGENET_CLASSES and set(class_names) <= imagenet_labels().keys():
+    """Return the head's label of each class of a dataset; refuse other classes than the head's, or another order."""
+    if are_synsets(class_names, num_classes):
         return [imagenet_labels()[name] for name in class_names]
     if len(class_names) != num_classes:
         raise InputError(
             f"the classes of {source} must be the model's {num_classes}, got {len(class_names)} "
-            f"({', '.join(class_names[:5])}{', ...' if len(class_names) > 5 else ''}); "
-            f"choose a model with {len(class_names)} classes"
+            f"({some_of(class_names)}); choose a model with {len(class_names)} classes"
         )
     if num_classes == IMAGENET_CLASSES:
         for label, name in enumerate(class_names):
-            # A name that the head knows must stand in its place; of names that it does not know nothing is known.
+            # A name that the head knows must stand in its place; other names cannot be checked.
             places = _described().get(name.lower(), {label})
             if label not in places:
                 raise InputError(

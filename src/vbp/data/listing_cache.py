@@ -1,4 +1,4 @@
-"""The kept list of a split's images: JSON lines beside the images, the first one with a checksum of the others.
+"""Keep the list of a split's images beside them: JSON lines, the first one with a checksum of the others.
 
 The first line also says what the list was made from, such as sizes and modification times. The check on the next run
 looks at those alone, which costs one call a folder instead of one a file.
@@ -16,17 +16,13 @@ from typing import Any
 from vbp.runtime.files import write_bytes
 
 _log = logging.getLogger(__name__)
-
 Row = Sequence[Any]
 
 
 def read_rows(file: Path, format_name: str, is_current: Callable[[Mapping[str, Any]], bool]) -> list[Row] | None:
-    """Return the rows of a kept list; None if it is missing, damaged or out of date.
+    """Return the rows that `write_rows` wrote; None if the file is missing, damaged or out of date.
 
-    Args:
-        file: What `write_rows` wrote.
-        format_name: Name and version of the format.
-        is_current: Whether what the list was made from is still so.
+    `is_current` is called with what the list was made from.
     """
     if not file.exists():
         return None

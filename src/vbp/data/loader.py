@@ -1,21 +1,21 @@
-"""Batches of images: the same ones whatever the number of workers and processes, and whatever else is drawn."""
+"""Load batches of images: the same ones whatever the number of workers and processes, and whatever else is drawn."""
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from vbp.data.batches import PlannedBatches
-from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate
+from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate, mixed_seed
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 from vbp.runtime.signals import leave_signals_to_parent
 
 _log = logging.getLogger(__name__)
@@ -90,13 +90,65 @@ def make_loader(
     return ImageLoader(images, loader, batches, allowed)
 
 
+@dataclass(eq=False)
+class PlannedBatches:
+    """The `(epoch, index)` keys of each batch of one process.
+
+    In order, the batches are those of a single process, dealt out in turn. Shuffled, `world` processes share
+    out each batch of `batch_size * world` images, so that all take the same number of steps.
+
+    The `count` images are ordered by `seed` and `epoch`; the first `start` batches of an epoch are left out.
+    """
+
+    count: int
+    batch_size: int
+    _: KW_ONLY
+    shuffle: bool
+    seed: int
+    rank: int = 0
+    world: int = 1
+    epoch: int = 0
+    start: int = 0
+
+    @property
+    def steps(self) -> int:
+        """Return how many batches the process with most has."""
+        whole, rest = divmod(self.count, self.batch_size * self.world)
+        # A process without an image would block the others: a rest too small for all is left out.
+        return whole + (rest >= self.world if self.shuffle else rest > 0)
+
+    def __len__(self) -> int:
+        return (
+            self.steps if self.shuffle else len(range(self.rank, math.ceil(self.count / self.batch_size), self.world))
+        )
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        epoch = self.epoch  # an epoch under way keeps its number
+        batches = range(self.start, len(self))
+        if not self.shuffle:
+            for batch in batches:
+                first = (batch * self.world + self.rank) * self.batch_size
+                yield [(epoch, index) for index in range(first, min(first + self.batch_size, self.count))]
+            return
+        generator = torch.Generator().manual_seed(mixed_seed(self.seed, epoch))
+        order = torch.randperm(self.count, generator=generator)
+        together = self.batch_size * self.world
+        for batch in batches:
+            share: Sequence[int] = order[batch * together : (batch + 1) * together][self.rank :: self.world].tolist()
+            yield [(epoch, index) for index in share]
+
+    def global_size(self, batch: int) -> int:
+        """Return how many images batch number `batch`, counted from 0, has over all processes."""
+        if not 0 <= batch < self.steps:
+            raise InputError(f"batch must be a number from 0 to {self.steps - 1}, got {batch}")
+        together = self.batch_size * self.world
+        return min(together, self.count - batch * together)
+
+
 class ImageLoader:
     """Iterates over `(images, labels)` batches; made by `make_loader`.
 
-    Attributes:
-        images: What is loaded, by all processes together.
-        batch_size: Images in a full batch of this process.
-        unreadable: Name to reason, for each image that this process could not read so far.
+    `unreadable` holds name and reason of each image that this process could not read so far.
     """
 
     def __init__(self, images: Images, loader: DataLoader[Sample], batches: PlannedBatches, allowed: int) -> None:
@@ -110,12 +162,7 @@ class ImageLoader:
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order and the random transforms of the iterations to come; they start at epoch 0.
 
-        Args:
-            epoch: Its number.
-            start: Batches of the epoch that were done before: left out, without being read.
-
-        Raises:
-            InputError: The epoch has fewer batches than `start`.
+        The first `start` batches of the epoch are left out, without being read.
         """
         if not 0 <= start <= len(self):
             raise InputError(f"start must be a number of batches from 0 to {len(self)}, got {start}")
@@ -126,9 +173,6 @@ class ImageLoader:
         """Return how many images batch number `batch` of an epoch, counted from 0, has over all processes.
 
         Exact with `shuffle`; without it, images that cannot be read are counted too.
-
-        Raises:
-            InputError: No process has such a batch.
         """
         return self._batches.global_size(batch)
 
@@ -137,12 +181,8 @@ class ImageLoader:
         return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
-        """Yield one epoch, from the batch on that `set_epoch` chose.
-
-        Raises:
-            InputError: Too many images cannot be read.
-        """
-        # A share of the images may be unreadable as a whole, if it is small; the list may not.
+        """Yield one epoch, from the batch on that `set_epoch` chose; stop if too many images cannot be read."""
+        # All images of a small share may be unreadable, those of the whole list may not.
         whole = self._batches.world == 1 and self._batches.start == 0
         empty = True
         batch: Batch
@@ -153,14 +193,10 @@ class ImageLoader:
                 empty = False
                 yield batch.images, batch.labels
         if empty and (whole or len(self.unreadable) == len(self.images)):
-            raise InputError(f"no image of {self.images.root} could be read: {self._first_few()}")
+            raise InputError(f"no image of {self.images.root} could be read: {some_of([*self.unreadable], 3)}")
 
     def take_over(self, unreadable: Mapping[str, str]) -> None:
-        """Count what another process could not read, as if it had been this one.
-
-        Raises:
-            InputError: Too many images cannot be read.
-        """
+        """Count what another process could not read, as if it had been this one."""
         for name, reason in unreadable.items():
             self._note(Failure(name, reason))
 
@@ -174,11 +210,9 @@ class ImageLoader:
         if count > self._allowed:
             raise InputError(
                 f"at most {self._allowed} of {total} images may be unreadable, got {count} so far "
-                f"({count / total:.1%}): {self._first_few()}; repair or remove them, or raise max_unreadable"
+                f"({count / total:.1%}): {some_of([*self.unreadable], 3)}; repair or remove them, "
+                "or raise max_unreadable"
             )
-
-    def _first_few(self) -> str:
-        return ", ".join(list(self.unreadable)[:3]) + (", ..." if len(self.unreadable) > 3 else "")
 
 
 def _check_options(

@@ -1,4 +1,4 @@
-"""What is done to an image before the network sees it: plain data that travels with the weights."""
+"""Prepare images for a network: resize, crop and normalise them as its weights want it."""
 
 from __future__ import annotations
 
@@ -91,11 +91,7 @@ class Preprocessing:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Read back what `to_dict` wrote.
-
-        Raises:
-            InputError: A name is missing or unknown, or a value is outside its range.
-        """
+        """Read back what `to_dict` returned, or raise an `InputError`."""
         return from_json(cls, values, "the preprocessing", "save the file again with this version of vbp")
 
     def __str__(self) -> str:
@@ -171,25 +167,14 @@ def training_transform(
 
 
 class ViewTransform:
-    """One of several views of an image: one of so many as for evaluation, the others random crops.
+    """Turns an image into one of its views: one in `views` is as for evaluation, the others are random crops.
 
-    It draws from torch's default generator.
+    It draws from torch's default generator; `scale` is as for `training_transform`.
     """
 
     def __init__(
         self, preprocessing: Preprocessing, views: int, *, hflip: bool = True, scale: tuple[float, float]
     ) -> None:
-        """Prepare both.
-
-        Args:
-            preprocessing: As for evaluation.
-            views: One in so many is as for evaluation: all of them if 1.
-            hflip: Mirror every second crop.
-            scale: Least and greatest share of the image's area that a crop covers.
-
-        Raises:
-            InputError: `scale` is no range, or lies outside (0, 1].
-        """
         self._whole = evaluation_transform(preprocessing)
         self._crop = training_transform(preprocessing, hflip=hflip, scale=scale)
         self._views = views

@@ -1,4 +1,4 @@
-"""A pickled list of samples, read without ever loading code."""
+"""Read a pickled list of samples without ever loading code."""
 
 from __future__ import annotations
 
@@ -14,11 +14,7 @@ from vbp.errors import InputError
 def read_samples(file: Path, num_classes: int) -> list[Row]:
     """Read a pickled list of `(path, label)`; paths are absolute or relative to the file's folder.
 
-    Returns:
-        Label and path of each, relative to the folder if the file lies inside it.
-
-    Raises:
-        InputError: The file is damaged, asks for code, is no such list, or names images that do not exist.
+    Return label and path of each, relative to that folder if the image lies inside it. All images must exist.
     """
     samples = _load_plain_pickle(file)
     if not isinstance(samples, list) or not samples:

@@ -1,4 +1,4 @@
-"""Images in WebDataset tar shards: found once, then each read alone, so that any process can take any of them."""
+"""List the images in WebDataset tar shards; each is then read alone, so that any process can take any of them."""
 
 from __future__ import annotations
 
@@ -22,20 +22,13 @@ from vbp.errors import InputError
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
-
 _MARK = "{split}"
 
 
 def find_shards(place: str, options: Mapping[str, str], split: str) -> tuple[Path, tuple[str, ...]]:
-    """Return a folder and the names in it of a split's shards, in order.
+    """Return a folder and the names in it of a split's shards, in order; each must exist, and be there once.
 
-    Args:
-        place: A folder of shards, or a pattern with `{split}`.
-        options: For each split its name, or a pattern inside the folder.
-        split: Which of the two.
-
-    Raises:
-        InputError: There is none, one is missing, or one would be read twice.
+    `place` is a folder of shards or a pattern with `{split}`; options hold the split's name or a pattern inside it.
     """
     root, names = _candidates(place, options, split)
     if not names:
@@ -114,12 +107,7 @@ _FORMAT = "vbp-shard-index/2"
 class ShardImages:
     """Samples of tar shards, in the order of the shards.
 
-    Attributes:
-        root: The folder of the shards.
-        shards: Their names in it.
-        keys: The key of each sample.
-        labels: One for each sample.
-        places: For each sample the number of its shard, and the image's offset and size in it, in bytes.
+    `places` holds for each sample the number of its shard, and the image's offset and size in it, in bytes.
     """
 
     root: Path
@@ -136,11 +124,7 @@ class ShardImages:
         return f"{self.keys[index]} in {self._shard(index)}"
 
     def read(self, index: int) -> BinaryIO:
-        """Return the image's bytes.
-
-        Raises:
-            OSError: The shard has gone or has become shorter.
-        """
+        """Return the image's bytes; an OSError says that the shard has gone or has become shorter."""
         _, offset, size = self.places[index].tolist()
         # Opened for each image, as a folder's files are: nothing is shared with other processes, nothing stays open.
         with self._shard(index).open("rb") as stream:
@@ -173,16 +157,8 @@ class ShardImages:
 def list_samples(place: str, options: Mapping[str, str], split: str, num_classes: int) -> ShardImages:
     """List the samples of a split's shards.
 
-    The list is kept beside the shards in `<split>_shards.jsonl`, and made anew when one of them changes.
-
-    Args:
-        place: A folder of shards, or a pattern with `{split}`.
-        options: Names of the splits, of the image's extension and of the label's.
-        split: Which of the two.
-        num_classes: Outputs of the model.
-
-    Raises:
-        InputError: A shard is missing or damaged, a sample is incomplete, or a label is not the model's.
+    The list is kept beside the shards in `<split>_shards.jsonl`, and made anew when one of them changes. Options
+    hold names of the splits, of the image's extension and of the label's.
     """
     root, shards = find_shards(place, options, split)
     form = SampleFormat.of(options.get("image"), options.get("label"))
@@ -208,10 +184,6 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
 
 
 def check_shards(place: str, options: Mapping[str, str]) -> None:
-    """Find out without reading a shard whether those of both splits are there.
-
-    Raises:
-        InputError: One is missing.
-    """
+    """Stop unless the shards of both splits are there; none is read."""
     for split in SPLITS:
         find_shards(place, options, split)

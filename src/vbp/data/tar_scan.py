@@ -1,4 +1,4 @@
-"""What a tar shard holds: one pass over its headers, which finds every sample or says what is wrong."""
+"""List the samples of a tar shard in one pass over its headers, or say what is wrong with it."""
 
 from __future__ import annotations
 
@@ -21,12 +21,9 @@ _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
 
 @dataclass(frozen=True)
 class SampleFormat:
-    """Which files of a sample hold the image and the label.
+    """Extensions of the image, any one of which will do, and of the label.
 
-    Attributes:
-        image: Extensions, any one of which is the image.
-        label: Extension of the label.
-        field: Name of the label in a JSON file; without it the file is the number as text.
+    `field` names the label in a JSON file; without it the file is the number as text.
     """
 
     image: tuple[str, ...]
@@ -51,11 +48,7 @@ class Place(NamedTuple):
 
 
 def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
-    """Return the samples of a shard in their order.
-
-    Raises:
-        InputError: The shard is torn, or a sample is incomplete or there twice.
-    """
+    """Return the samples of a shard in their order; it must be whole, and each sample complete and there once."""
     try:
         with tarfile.open(shard, "r:") as tar:
             # All headers first: what a torn shard lacks must not be blamed on a sample.

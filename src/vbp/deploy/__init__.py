@@ -1,1 +1,1 @@
-"""What ships: artefact folder, hub, native checkpoints, ONNX and torch.export, measured speed-up."""
+"""Results that ship: artefact folder, hub, native checkpoints, ONNX and torch.export, measured speed-up."""

@@ -1,4 +1,4 @@
-"""Save a pruned model so that it loads anywhere: weights, plan and what model they belong to, in plain types."""
+"""Save a pruned model so that it loads anywhere: weights, plan and how the dense model is built, in plain types."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from vbp.pruning.surgery import prune_
 
 @dataclass(frozen=True)
 class PrunedArtifact:
-    """What the file or folder of a pruned model holds.
+    """The content of the file or folder of a pruned model.
 
     Attributes:
         plans: Applied in this order to the dense model.
@@ -160,7 +160,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
 
 
 def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """Return a pruned model back: its logits are bit-equal to those of the model that was saved.
+    """Return a pruned model: its logits are bit-equal to those of the model that was saved.
 
     The dense architecture is built without weights, the plan is replayed, and the saved weights are loaded strictly.
     Nothing is downloaded, unless the path is `hf://...`.
@@ -181,15 +181,12 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
         True
     """
     artifact = read_artifact(path)
-    device = torch.device("cpu")
-    if model is not None:
-        device = next(model.parameters()).device
-    elif artifact.source is not None:
+    device = torch.device("cpu") if model is None else next(model.parameters()).device
+    if model is None:
+        if artifact.source is None:
+            remedy = "pass it: load_pruned(path, model=fresh_dense_model)"
+            raise InputError(f"{path} does not say how its dense model is built; {remedy}")
         model = build_model(artifact.source)
-    else:
-        raise InputError(
-            f"{path} does not say how its dense model is built; pass it: load_pruned(path, model=fresh_dense_model)"
-        )
     try:
         rebuild_(model, artifact.plans, artifact.weights)
     except RuntimeError as error:
@@ -198,11 +195,7 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
 
 
 def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
-    """Turn a dense model into the pruned one whose weights these are.
-
-    Raises:
-        RuntimeError: The weights do not fit.
-    """
+    """Turn a dense model into the pruned one that has these weights; raise RuntimeError if they do not fit."""
     for plan in plans:
         prune_(model, plan)
     _add_missing_biases_(model, plans, weights)
@@ -223,12 +216,8 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
-    """Return consumers the biases that they gained through compensation."""
-    for plan in plans:
-        for entry in plan.sites:
-            if not entry.site.consumer:
-                continue
-            consumer = model.get_submodule(entry.site.consumer)
-            bias = weights.get(f"{entry.site.consumer}.bias")
-            if consumer.bias is None and bias is not None:
-                consumer.bias = nn.Parameter(torch.zeros_like(bias))
+    """Add to consumers the biases that they gained through compensation."""
+    for name in {entry.site.consumer for plan in plans for entry in plan.sites} - {""}:
+        consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")
+        if consumer.bias is None and bias is not None:
+            consumer.bias = nn.Parameter(torch.zeros_like(bias))

@@ -1,4 +1,4 @@
-"""A pruned model on disk: a folder of safetensors and readable JSON, or one `.pth` file; neither runs code."""
+"""Read and write pruned models: a folder of safetensors and readable JSON, or one `.pth` file; neither runs code."""
 
 from __future__ import annotations
 
@@ -21,24 +21,15 @@ from vbp.models.weights import PREFIXES
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
-
-
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
-
 
 # Lists of numbers that `json.dumps` spreads over one line each; no text can hold these line breaks.
 _NUMBERS = re.compile(r"\[\n\s*(?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+\n\s*\]")
-
-
 State = dict[str, Tensor]
 
 
 def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
-    """Return the state of a model as contiguous tensors of their own on the CPU; tied ones are one object.
-
-    Raises:
-        InputError: Something in it is no tensor.
-    """
+    """Return the state of a model as contiguous tensors on the CPU that share no memory; tied ones are one object."""
     state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
     for prefix in PREFIXES * 2:  # DistributedDataParallel and torch.compile put them there; either may be outside
         if state and all(name.startswith(prefix) for name in state):
@@ -73,11 +64,7 @@ def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 
 
 def write_file(path: Path, manifest: Mapping[str, Any], state: State) -> None:
-    """Write one `.pth` file that `torch.load(weights_only=True)` reads, whole or not at all.
-
-    Raises:
-        OutputError: It could not be written; an earlier one of that name stays whole.
-    """
+    """Write one `.pth` file that `torch.load(weights_only=True)` reads, whole or not at all."""
     content = {"format": FILE_FORMAT, **manifest, "state_dict": state}
     write_atomically(path, lambda file: torch.save(content, file))
 
@@ -123,11 +110,7 @@ def write_folder(folder: Path, manifest: Mapping[str, Any], state: State) -> Non
 
 
 def check_target(folder: Path) -> None:
-    """Refuse to write over anything but an earlier pruned model.
-
-    Raises:
-        InputError: The path is a file, looks like one, or is a folder with the weights of something else.
-    """
+    """Raise InputError for a path that is or looks like a file, or is a folder with the weights of something else."""
     if folder.is_file() or folder.suffix in (".pt", ".bin", ".safetensors", ".json"):
         raise InputError(
             f"a pruned model goes into a folder, or into one file that ends in .pth, got {folder}; choose another "
@@ -141,11 +124,7 @@ def check_target(folder: Path) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove what `write_folder` wrote; other files in the folder, and then the folder itself, stay.
-
-    Raises:
-        OutputError: A file could not be removed.
-    """
+    """Remove what `write_folder` wrote, and the folder if it holds nothing else."""
     # The manifest last: weights that were left without it would be taken for somebody else's.
     for name in (WEIGHTS, MANIFEST):
         clear_folder(folder, (name, *(staged.name for staged in folder.glob(f".{name}.*"))))
@@ -154,11 +133,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def read_file(file: Path) -> tuple[dict[str, Any], State]:
-    """Read what `write_file` wrote: the manifest and the weights.
-
-    Raises:
-        InputError: The file is damaged, or something else.
-    """
+    """Read what `write_file` wrote: the manifest and the weights."""
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
@@ -166,21 +141,16 @@ def read_file(file: Path) -> tuple[dict[str, Any], State]:
             f"{file} is damaged or no file of a pruned model ({one_line(error)}); copy or make it again"
         ) from error
     check_format(file, content, FILE_FORMAT)
-    try:
-        state: State = content.pop("state_dict")
-    except KeyError as error:
-        raise InputError(f"{file} lacks {error}; make it again") from error
+    if "state_dict" not in content:
+        raise InputError(f"{file} lacks 'state_dict'; make it again")
+    state: State = content.pop("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{file} is damaged: its state_dict must hold tensors by name; copy or make it again")
     return content, state
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read the `vbp.json` of a folder.
-
-    Raises:
-        InputError: It is missing, damaged, or of something else.
-    """
+    """Read the `vbp.json` of a folder."""
     file = folder / MANIFEST
     if not file.is_file():
         raise InputError(
@@ -199,11 +169,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def read_folder(folder: Path) -> tuple[dict[str, Any], State]:
-    """Read what `write_folder` wrote: the manifest and the weights.
-
-    Raises:
-        InputError: A file is missing, damaged, truncated, or of another model than the file beside it.
-    """
+    """Read what `write_folder` wrote: the manifest and the weights."""
     manifest = read_manifest(folder)
     expected = manifest["weights"]
     file = weights_path(folder, manifest)
@@ -236,11 +202,7 @@ def weights_path(folder: Path, manifest: Mapping[str, Any]) -> Path:
 
 
 def check_format(path: Path, content: object, wanted: str) -> None:
-    """Refuse what another program, or a newer version of this one, wrote.
-
-    Raises:
-        InputError: The format is not the one that is read here.
-    """
+    """Raise InputError for the content of another program, or of another version of this one."""
     got = content.get("format") if isinstance(content, dict) else type(content).__name__
     if got == wanted:
         return

@@ -35,20 +35,17 @@ from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
 
-
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
+_NO_CALIBRATION = "dtype int8 needs calibration images, got none; give prepared training images, 128 or more"
 
 
 @dataclass(frozen=True)
 class Parity:
-    """What differs between a file and its model, over some images.
+    """Differences between a file and its model over a number of images.
 
-    Attributes:
-        images: How many were compared.
-        max_abs_error: Greatest difference of two logits.
-        relative_error: The same as a share of the model's greatest logit (by amount).
-        top1_agreement: Share of the images with the same class first, in [0, 1].
+    `max_abs_error` is the greatest difference of two logits, `relative_error` the same as a share of the model's
+    greatest logit (by amount), `top1_agreement` the share of the images with the same class first, in [0, 1].
     """
 
     images: int
@@ -56,17 +53,21 @@ class Parity:
     relative_error: float
     top1_agreement: float
 
+    def lines(self, tolerance: float) -> list[str]:
+        """Return two lines for the terminal."""
+        error = f"{self.max_abs_error:.3g}, or {self.relative_error:.2e} of the largest logit"
+        return [
+            f"  largest error of a logit  {error} (tolerance {tolerance:.2g})",
+            f"  same class first          {self.top1_agreement:.1%}",
+        ]
+
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written, and how far it lies from the model.
+    """A written file, its bytes, and its differences from the model in float32.
 
-    Attributes:
-        file: The file, whole and checked.
-        size: Its bytes.
-        parity: Its logits against those of the model in float32.
-        tolerance: The greatest `parity.relative_error` that was allowed.
-        top1: Top-1 accuracy in percent of the model and of the file, over the labelled images if any were given.
+    `tolerance` is the greatest `parity.relative_error` that was allowed; `top1` the accuracy in percent of the model
+    and of the file, over the labelled images if any were given.
     """
 
     file: Path
@@ -80,25 +81,15 @@ class ExportReport:
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         top1 = None if self.top1 is None else {"model": self.top1[0], "file": self.top1[1]}
-        return {
-            "file": str(self.file),
-            "to": self.to,
-            "dtype": self.dtype,
-            "bytes": self.size,
-            **asdict(self.parity),
-            "tolerance": self.tolerance,
-            "top1": top1,
-        }
+        written = {"file": str(self.file), "to": self.to, "dtype": self.dtype, "bytes": self.size}
+        return {**written, **asdict(self.parity), "tolerance": self.tolerance, "top1": top1}
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""
-        parity = self.parity
         lines = [
             f"{self.file}: {self.to}, {self.dtype}, {self.size / 2**20:.1f} MiB",
-            f"  run on {parity.images} images against the PyTorch model in float32:",
-            f"  largest error of a logit  {parity.max_abs_error:.3g}, or {parity.relative_error:.2e} of the largest "
-            f"logit (tolerance {self.tolerance:.2g})",
-            f"  same class first          {parity.top1_agreement:.1%}",
+            f"  run on {self.parity.images} images against the PyTorch model in float32:",
+            *self.parity.lines(self.tolerance),
         ]
         if self.top1 is not None:
             lines.append(f"  top-1                     {self.top1[0]:.2f} % -> {self.top1[1]:.2f} %")
@@ -176,7 +167,7 @@ def export_model(
 def measure_parity(
     model: nn.Module, exported: nn.Module, images: Float[Tensor, "images channels height width"]
 ) -> Parity:
-    """Run both over the images: the first one alone, the others in batches, so that the batch is seen to be free."""
+    """Run both over the images: the first one alone, the others in batches, to prove that any batch size works."""
     with torch.inference_mode():
         expected = torch.cat([model(batch) for batch in _batches(images)])
         actual = torch.cat([exported(batch) for batch in _batches(images)])
@@ -229,7 +220,7 @@ def _check_choice(to: str, dtype: str, calibration: object | None) -> None:
     if (to, dtype) == ("pt2", "int8"):
         raise InputError("dtype int8 is for onnx alone: only onnxruntime quantises here; use --to onnx")
     if dtype == "int8" and calibration is None:
-        raise InputError("dtype int8 needs calibration images, got none; give prepared training images, 128 or more")
+        raise InputError(_NO_CALIBRATION)
     if dtype != "int8" and calibration is not None:
         raise InputError(f"calibration images are for dtype int8 alone, got them with {dtype}; leave them out")
     if to == "onnx":
@@ -240,7 +231,7 @@ def _not_empty(calibration: Iterable[Tensor]) -> Iterable[Tensor]:
     batches = iter(calibration)
     first = next(batches, None)
     if first is None:
-        raise InputError("dtype int8 needs calibration images, got none; give prepared training images, 128 or more")
+        raise InputError(_NO_CALIBRATION)
     return itertools.chain((first,), batches)
 
 

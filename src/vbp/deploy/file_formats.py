@@ -19,18 +19,12 @@ from vbp.runtime.forward import logits_of
 
 _log = logging.getLogger(__name__)
 
-
 # A protobuf holds two GiB; the graph beside the weights takes little.
 _MOST_BYTES = 2_000_000_000
 
 
 class Portable(nn.Module):
-    """A classifier whose file is used alike for every model and precision.
-
-    Args:
-        model: Copied, in evaluation mode on the CPU; left as it was.
-        dtype: Of the weights and of all that is computed.
-    """
+    """A copy of a classifier, in evaluation mode on the CPU, with one interface for every model and precision."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -50,11 +44,7 @@ def tracing_example(images: Tensor) -> Tensor:
 
 
 def require_onnx() -> None:
-    """Check that what writes and runs ONNX files is installed.
-
-    Raises:
-        InputError: It is not.
-    """
+    """Raise InputError if a package is not installed that writes or runs ONNX files."""
     for name in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(name)
@@ -66,11 +56,7 @@ def require_onnx() -> None:
 
 
 def write_onnx(model: Portable, images: Tensor, path: Path) -> None:
-    """Write an ONNX file with one input `images`, one output `logits` and a free batch dimension.
-
-    Raises:
-        InputError: The model is too large for one file.
-    """
+    """Write an ONNX file with one input `images`, one output `logits` and a free batch dimension."""
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     if size > _MOST_BYTES:
         raise InputError(
@@ -97,7 +83,7 @@ def quantize_onnx(source: Path, target: Path, calibration: Iterable[Tensor]) -> 
 
     reader = _Reader(calibration)
     prepared = target.with_name(f"prepared-{target.name}")
-    # The tools speak on the root logger, and would give it a handler if it had none.
+    # The tools log on the root logger, and would add a handler if it had none.
     with _muted_root_logger():
         # Symbolic shape inference wants sympy's view of every node; plain ONNX inference finds what is needed.
         quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
@@ -117,7 +103,7 @@ def quantize_onnx(source: Path, target: Path, calibration: Iterable[Tensor]) -> 
 
 
 class _Reader:
-    """Hands calibration images to onnxruntime, few at a time: it keeps every activation of a batch."""
+    """Passes calibration images to onnxruntime, few at a time: it keeps every activation of a batch."""
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
         self.images = 0
@@ -145,12 +131,7 @@ def _muted_root_logger() -> Iterator[None]:
 
 
 class OnnxClassifier(nn.Module):
-    """An ONNX file of `write_onnx`, run by onnxruntime on the CPU.
-
-    Args:
-        path: The file.
-        threads: Threads inside one operation; 0 leaves the choice to onnxruntime.
-    """
+    """An ONNX file of `write_onnx`, run by onnxruntime on the CPU; 0 threads leave the choice to it."""
 
     def __init__(self, path: Path, threads: int = 0) -> None:
         import onnxruntime
@@ -175,11 +156,7 @@ def write_program(model: Portable, images: Tensor, path: Path) -> None:
 
 
 class ProgramClassifier(nn.Module):
-    """A file of `write_program`, run by torch on the CPU.
-
-    Raises:
-        InputError: The file is damaged or something else.
-    """
+    """A file of `write_program`, run by torch on the CPU."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

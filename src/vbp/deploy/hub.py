@@ -1,4 +1,4 @@
-"""The Hugging Face hub, through its own client: fetch the files of a model, and publish them."""
+"""Fetch the files of a model from the Hugging Face hub, and publish them, through the hub's own client."""
 
 from __future__ import annotations
 
@@ -25,12 +25,10 @@ from vbp.errors import InputError, OutputError, one_line
 # A `Path` of `hf://USER/REPO` has one slash less.
 _REFERENCE = re.compile(r"hf://?(\w[\w.-]*/\w[\w.-]*)(?:@(\S+))?")
 
-
 # The first base is what all errors of the client's own HTTP library are; which one that is depends on its version.
 _CLIENT_ERROR = cast(type[Exception], HfHubHTTPError.__bases__[0])
-
-
 _NETWORK_ERRORS = (_CLIENT_ERROR, HFValidationError, LocalEntryNotFoundError, OSError, ValueError)
+_LOG_IN = "run `hf auth login` with a token that can write, or set HF_TOKEN"
 
 
 def is_reference(path: Path | str) -> bool:
@@ -72,11 +70,7 @@ def fetch(reference: str, files: Sequence[str]) -> Path:
 
 
 def check_repository(repository: str) -> None:
-    """Check that a text can be the name of a repository.
-
-    Raises:
-        InputError: It cannot.
-    """
+    """Raise InputError for a text that cannot be the name of a repository."""
     try:
         validate_repo_id(repository)
         fault = None if repository.count("/") == 1 else "it has no owner"
@@ -87,19 +81,16 @@ def check_repository(repository: str) -> None:
 
 
 def check_login(repository: str) -> None:
-    """Find out, without writing anything, whether somebody is logged in who may write to a repository.
-
-    Raises:
-        InputError: Nobody is, or the hub cannot be reached.
-    """
-    remedy = "run `hf auth login` with a token that can write, or set HF_TOKEN"
+    """Raise InputError if nobody is logged in who may write to a repository; nothing is written."""
     try:
         known = HfApi().whoami()
     except LocalTokenNotFoundError as error:
-        raise InputError(f"nobody is logged in who could write to {repository}; {remedy}") from error
+        raise InputError(f"nobody is logged in who could write to {repository}; {_LOG_IN}") from error
     except _NETWORK_ERRORS as error:
-        if getattr(getattr(error, "response", None), "status_code", None) == 401:
-            raise InputError(f"the hub does not know the token that is to write to {repository}; {remedy}") from error
+        if _status(error) == 401:
+            raise InputError(
+                f"the hub does not know the token that is to write to {repository}; {_LOG_IN}"
+            ) from error
         raise InputError(
             f"the hub cannot be reached, so {repository} could not be written ({one_line(error)}); check the "
             "connection, or upload later"
@@ -107,19 +98,19 @@ def check_login(repository: str) -> None:
     owner, role = repository.partition("/")[0], ((known.get("auth") or {}).get("accessToken") or {}).get("role")
     owners = [known.get("name", ""), *(entry.get("name", "") for entry in known.get("orgs") or ())]
     if role == "read":
-        raise InputError(f"the token of {owners[0]} can read alone, and {repository} is to be written; {remedy}")
+        raise InputError(f"the token of {owners[0]} can read alone, and {repository} is to be written; {_LOG_IN}")
     # What a fine-grained token may do, and where, is for the upload to find out.
     if role == "write" and owner.casefold() not in map(str.casefold, owners):
         raise InputError(
             f"{owners[0]} is logged in and may write to {', '.join(owners)}, got {repository}; give another "
-            f"owner, or {remedy}"
+            f"owner, or {_LOG_IN}"
         )
 
 
 def publish(
     files: Mapping[str, Path | bytes], repository: str, *, private: bool, revision: str | None, message: str
 ) -> str:
-    """Upload files in one commit, and give its address. The repository is made if it is not there.
+    """Upload files in one commit, and return its address. The repository is made if it is not there.
 
     Raises:
         InputError: The name is none, or nobody is logged in who may write there.
@@ -135,13 +126,15 @@ def publish(
     except (RevisionNotFoundError, EntryNotFoundError) as error:
         raise InputError(f"{repository} has no branch {revision}; make it, or leave the revision out") from error
     except _NETWORK_ERRORS as error:
-        status = getattr(getattr(error, "response", None), "status_code", None)
-        if status in (401, 403, 404):
+        if _status(error) in (401, 403, 404):
             raise InputError(
-                f"nobody who may write to {repository} is logged in ({one_line(error)}); run `hf auth login` with a "
-                "token that can write, or set HF_TOKEN"
+                f"nobody who may write to {repository} is logged in ({one_line(error)}); {_LOG_IN}"
             ) from error
         raise OutputError(
             f"{repository} could not be written ({one_line(error)}); check the connection and try again"
         ) from error
     return str(commit.commit_url)
+
+
+def _status(error: Exception) -> object:
+    return getattr(getattr(error, "response", None), "status_code", None)

@@ -1,14 +1,15 @@
-"""How much faster a pruned model is than its dense one, beside what its MACs promise."""
+"""Measure how much faster a pruned model is than its dense one, beside the speed-up that its MACs promise."""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import tempfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from jaxtyping import Float
@@ -16,22 +17,18 @@ from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
 from vbp.cost.timing import Spread, compare_passes, hardware, system_load
-from vbp.deploy.latency_backends import batch_for, check_settings, cpu_threads, runner_of
-from vbp.deploy.settings import LatencySettings
+from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
+from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
+from vbp.errors import InputError
+from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
 
 
 @dataclass(frozen=True)
 class LatencyRow:
-    """One batch size.
+    """Milliseconds of a batch of one size, and dense over pruned: measured round by round, and `ideal` by MACs.
 
-    Attributes:
-        dense: Milliseconds of a batch.
-        pruned: Milliseconds of a batch.
-        speedup: Dense over pruned, round by round.
-        cpu_speedup: The same by processor time: steadier on a machine with other work; None on a GPU.
-        ideal: Dense over pruned by MACs.
-        rounds: How many were timed.
+    `cpu_speedup`, by processor time, is steadier on a machine with other work; None on a GPU.
     """
 
     batch: int
@@ -50,13 +47,9 @@ class LatencyRow:
 
 @dataclass(frozen=True)
 class LatencyReport:
-    """Dense against pruned for several batch sizes.
+    """Dense against pruned for several batch sizes, with the MACs of one image of both.
 
-    Attributes:
-        macs: Multiply-accumulates of one image, dense and pruned.
-        hardware: The device, in words.
-        threads: In use on the CPU.
-        load: Programs that wanted the processor, mean of the minute before and of the minute at the end.
+    `load` counts the programs that wanted the processor, mean of the minute before and of the minute at the end.
     """
 
     rows: tuple[LatencyRow, ...]
@@ -68,15 +61,8 @@ class LatencyReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {
-            "macs": list(self.macs),
-            "hardware": self.hardware,
-            "threads": self.threads,
-            "load": list(self.load),
-            "settings": asdict(self.settings),
-            "torch": torch.__version__,
-            "rows": [{**asdict(row), "of_ideal": row.of_ideal} for row in self.rows],
-        }
+        rows = [{**to_json(row), "of_ideal": row.of_ideal} for row in self.rows]
+        return {**to_json(self), "torch": torch.__version__, "rows": rows}
 
     def table(self) -> str:
         """Return the figures as a table for the terminal."""
@@ -115,7 +101,7 @@ def compare_latency(
         1
     """
     chosen = settings or LatencySettings()
-    check_settings(chosen, batch_sizes)
+    _check_settings(chosen, batch_sizes)
     # Counted before anything is compiled or converted.
     macs = tuple(
         count_macs(copy.deepcopy(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned)
@@ -123,41 +109,106 @@ def compare_latency(
     ideal, device, before = macs[0] / macs[1], torch.device(chosen.device), system_load()
     rows = []
     with (
-        cpu_threads(chosen.threads),
+        _cpu_threads(chosen.threads),
         torch.inference_mode(),
         tempfile.TemporaryDirectory(prefix="vbp-latency-") as folder,
     ):
-        runners = {
-            name: runner_of(model, example, chosen, Path(folder) / f"{name}.onnx")
-            for name, model in (("dense", dense), ("pruned", pruned))
-        }
+        run_dense = _runner_of(dense, example, chosen, Path(folder) / "dense.onnx")
+        run_pruned = _runner_of(pruned, example, chosen, Path(folder) / "pruned.onnx")
         for batch in batch_sizes:
-            images = batch_for(example, batch, chosen)
+            images = _batch_for(example, batch, chosen)
+            passes = partial(run_dense, images), partial(run_pruned, images)
             timed = compare_passes(
-                partial(runners["dense"], images),
-                partial(runners["pruned"], images),
-                device,
-                rounds=chosen.rounds,
-                warmup=chosen.warmup,
-                budget_s=chosen.budget_s,
+                *passes, device, rounds=chosen.rounds, warmup=chosen.warmup, budget_s=chosen.budget_s
             )
-            rows.append(
-                LatencyRow(
-                    batch, timed.dense_ms, timed.pruned_ms, timed.speedup, timed.cpu_speedup, ideal, timed.rounds
-                )
-            )
+            spreads = timed.dense_ms, timed.pruned_ms, timed.speedup, timed.cpu_speedup
+            rows.append(LatencyRow(batch, *spreads, ideal, timed.rounds))
         threads = torch.get_num_threads()
     loads = (before, system_load())
     return LatencyReport(tuple(rows), (macs[0], macs[1]), chosen, hardware(device), threads, loads)
 
 
 def _cells(row: LatencyRow) -> tuple[str, ...]:
+    dense, pruned = f"{row.dense.median:.2f} ms", f"{row.pruned.median:.2f} ms"
     speed = f"{row.speedup.median:.3f}x ({row.speedup.low:.3f}, {row.speedup.high:.3f})"
-    return (
-        str(row.batch),
-        f"{row.dense.median:.2f} ms",
-        f"{row.pruned.median:.2f} ms",
-        speed,
-        f"{row.ideal:.3f}x",
-        f"{row.of_ideal:.1%}",
-    )
+    return str(row.batch), dense, pruned, speed, f"{row.ideal:.3f}x", f"{row.of_ideal:.1%}"
+
+
+def _check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> None:
+    """Raise InputError for a setting that is wrong, contradicts another, or does not suit this machine."""
+    for name, allowed in (("backend", get_args(Backend)), ("precision", get_args(LatencyPrecision))):
+        if getattr(settings, name) not in allowed:
+            raise InputError(f"{name} must be one of {', '.join(allowed)}, got {getattr(settings, name)!r}")
+    numbers = {"batch size": min(batch_sizes, default=0), "rounds": settings.rounds, "warmup": settings.warmup}
+    numbers["threads"] = 1 if settings.threads is None else settings.threads
+    for name, value in numbers.items():
+        if value < 1:
+            raise InputError(f"{name} must be at least 1, got {value}")
+    kind = "unknown"
+    with contextlib.suppress(RuntimeError):
+        kind = torch.device(settings.device).type
+    if kind not in ("cpu", "cuda"):
+        raise InputError(f"device must be cpu, cuda or cuda:N, got {settings.device!r}")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise InputError(f"device {settings.device} needs a GPU that PyTorch can use, got none; use --device cpu")
+    if kind == "cuda" and settings.threads is not None:
+        raise InputError("threads are for the CPU, got them with a GPU; leave them out")
+    if settings.backend == "onnxruntime":
+        _check_onnxruntime(settings, kind)
+
+
+def _check_onnxruntime(settings: LatencySettings, kind: str) -> None:
+    refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
+    if kind != "cpu" or settings.precision != "float32" or refused:
+        raise InputError(
+            "onnxruntime is timed on the CPU in float32 and without compile and channels_last, got "
+            f"{', '.join([settings.device, settings.precision, *refused])}; use the torch backend for these"
+        )
+    require_onnx()
+
+
+@contextlib.contextmanager
+def _cpu_threads(count: int | None) -> Iterator[None]:
+    """Set PyTorch's threads, and set them back."""
+    before = torch.get_num_threads()
+    if count is not None:
+        torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _runner_of(model: nn.Module, example: Tensor, settings: LatencySettings, file: Path) -> Callable[[Any], object]:
+    """Return a function that runs a copy of the model on a batch of `_batch_for`; onnxruntime writes to `file`."""
+    if settings.backend == "onnxruntime":
+        with torch.inference_mode(False), torch.no_grad():
+            write_onnx(Portable(model, torch.float32), example.cpu().float(), file)
+        session = OnnxClassifier(file, torch.get_num_threads()).session
+        return lambda images: session.run(None, {"images": images})
+    amp = settings.precision.startswith("amp_")
+    dtype = getattr(torch, settings.precision.removeprefix("amp_"))
+    ready = copy.deepcopy(model).to(settings.device, torch.float32 if amp else dtype).eval()
+    if settings.channels_last:
+        ready = ready.to(memory_format=torch.channels_last)
+    if settings.compile:
+        ready.compile(dynamic=False)
+    if not amp:
+        return ready
+
+    def under_autocast(images: Tensor) -> object:
+        with torch.autocast(torch.device(settings.device).type, dtype):
+            return ready(images)
+
+    return under_autocast
+
+
+def _batch_for(example: Tensor, batch: int, settings: LatencySettings) -> Any:
+    """Return a batch of that many images as the runner takes it."""
+    images = example.detach().float().cpu()
+    images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].contiguous()
+    if settings.backend == "onnxruntime":
+        return images.numpy()
+    amp = settings.precision.startswith("amp_")
+    images = images.to(settings.device, torch.float32 if amp else getattr(torch, settings.precision))
+    return images.to(memory_format=torch.channels_last) if settings.channels_last else images

@@ -17,9 +17,7 @@ from vbp.errors import InputError
 from vbp.runtime.tables import markdown_table
 
 CARD = "README.md"
-
 _ACCURACY = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
-
 PAPER = "https://arxiv.org/abs/2507.12988"
 
 

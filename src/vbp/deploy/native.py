@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Block:
-    """The MLP of a block: channels that come in, and the width, of `dense` channels once.
+    """The MLP of a block: its input channels, and its width now and in the dense model.
 
     `gated` marks one layer that makes a gate and its value: it has twice as many rows.
     """
@@ -87,15 +87,10 @@ def save_native(
 
 @dataclass(frozen=True)
 class NativeReport:
-    """What was written, and how far it lies from the model.
+    """A written folder, the bytes of its files, and its differences from the model if its own library loads it.
 
-    Attributes:
-        folder: Whole, and compared with the model.
-        library: timm or transformers.
-        arguments: What in its configuration says the new widths.
-        size: Bytes of all files.
-        parity: Its logits, loaded by its own library alone, against those of the model.
-        tolerance: The greatest `parity.relative_error` that was allowed.
+    `arguments` are those of the configuration that say the new widths; `tolerance` is the greatest
+    `parity.relative_error` that was allowed.
     """
 
     folder: Path
@@ -114,16 +109,9 @@ class NativeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {
-            "folder": str(self.folder),
-            "to": "native",
-            "library": self.library,
-            "arguments": dict(self.arguments),
-            "loads_by": self.loads_by,
-            "bytes": self.size,
-            **asdict(self.parity),
-            "tolerance": self.tolerance,
-        }
+        written = {"folder": str(self.folder), "to": "native", "library": self.library, "bytes": self.size}
+        loading = {"arguments": dict(self.arguments), "loads_by": self.loads_by}
+        return {**written, **loading, **asdict(self.parity), "tolerance": self.tolerance}
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""
@@ -131,9 +119,7 @@ class NativeReport:
         return "\n".join((
             f"{self.folder}: a checkpoint of {self.library} ({says}), {self.size / 2**20:.1f} MiB",
             f"  loaded by {self.library} alone and run on {self.parity.images} images:",
-            f"  largest error of a logit  {self.parity.max_abs_error:.3g}, or {self.parity.relative_error:.2e} of "
-            f"the largest logit (tolerance {self.tolerance:.2g})",
-            f"  same class first          {self.parity.top1_agreement:.1%}",
+            *self.parity.lines(self.tolerance),
             f"  load it with              {self.loads_by}",
         ))  # fmt: skip
 
@@ -151,15 +137,7 @@ def export_native(
 ) -> NativeReport:
     """Write what `save_native` writes, and keep it if its own library, without vbp, gets the model's logits from it.
 
-    Args:
-        model: The pruned model; left as it was.
-        images: Real ones, prepared as the model wants them.
-        output: A folder, new or empty.
-        plans: That were applied, in their order.
-        source: From `load_classifier`.
-        preprocessing: From `load_classifier`.
-        class_names: What each logit stands for.
-        tolerance: Of the relative error of a logit, in the place of that of a float32 export.
+    The images are real ones, prepared as the model wants them; the default tolerance is that of a float32 export.
 
     Raises:
         InputError: The configuration cannot say the widths, the folder is in use, or the logits are too far from the
@@ -207,7 +185,7 @@ def _checkpoint(
     preprocessing: Preprocessing | None,
     class_names: Sequence[str] | None,
 ) -> tuple[dict[str, Any], Callable[[Path], None]]:
-    """Return the arguments of the configuration that say the widths, and what writes the checkpoint into a folder."""
+    """Return the configuration arguments that say the widths, and a function that writes the checkpoint."""
     state = plain_state(model)
     arguments, native = _built(model, state, (plans,) if isinstance(plans, PruningPlan) else tuple(plans), source)
     native.load_state_dict(state, strict=True, assign=True)

@@ -1,4 +1,4 @@
-"""The folder of a native checkpoint, in the format of timm's or of Hugging Face's models."""
+"""Folders of native checkpoints, in the format of timm's or of Hugging Face's models."""
 
 from __future__ import annotations
 
@@ -21,11 +21,7 @@ from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside the wanted one, then put it in its place.
-
-    Raises:
-        OutputError: It could not be written; nothing is left of it.
-    """
+    """Fill a temporary folder by `write`, then put it in the place of `folder`; if that fails, nothing is left."""
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -90,11 +86,7 @@ def write_huggingface(
 
 
 def load_native(folder: Path) -> nn.Module:
-    """Load a native checkpoint as people without vbp do: by timm or transformers alone.
-
-    Raises:
-        InputError: The library cannot load it.
-    """
+    """Load a native checkpoint as people without vbp do: by timm or transformers alone."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if "architecture" in config:  # transformers has a list of `architectures`

@@ -1,4 +1,4 @@
-"""How a model is exported or timed: choices and settings, which the command line reads without torch."""
+"""Choices and settings of export and timing, which the command line reads without torch."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 ExportFormat = Literal["onnx", "pt2"]
-
 ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
-
 Backend = Literal["torch", "onnxruntime"]
-
 LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LatencySettings:
-    """How the models are run; the defaults are plain PyTorch on the CPU."""
+    """Settings under which the models are run; the defaults are plain PyTorch on the CPU."""
 
     backend: Backend = "torch"
     """torch, or onnxruntime on the CPU (both models are exported first)."""

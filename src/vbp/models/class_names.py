@@ -1,4 +1,4 @@
-"""What the classes of a head are called, where that is known for sure."""
+"""Return the names of a head's classes, where they are known for sure."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vbp.data.labels import IMAGENET_CLASSES, imagenet_labels
+from vbp.data.labels import are_synsets
 
 ClassNames = tuple[str, ...]
 
@@ -17,9 +17,7 @@ PLACEHOLDER = re.compile(r"LABEL_\d+")
 def timm_class_names(cfg: Mapping[str, Any], num_classes: int) -> ClassNames | None:
     """Return the class names for the pretrained head of a timm model: its record's own, or ImageNet's.
 
-    Args:
-        cfg: Timm's record of the weights that were loaded; a file of other weights says nothing of its classes.
-        num_classes: Outputs of the head.
+    `cfg` is timm's record of the weights that were loaded; a file of other weights says nothing of its classes.
     """
     labels = cfg.get("label_names")
     if labels:
@@ -43,14 +41,11 @@ def huggingface_class_names(config: Mapping[str, Any]) -> ClassNames | None:
 
 
 def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames | None:
-    """Return the class names for a head whose labels are the classes of a dataset, in the order of its labels.
+    """Return the class names for a head whose labels are the class folders of a dataset, in the order of its labels.
 
-    Args:
-        folders: The class folders, or what the dataset calls its classes. ImageNet synsets stand for their
-            descriptions, and any part of the synsets names all 1,000 classes.
-        num_classes: Outputs of the head.
+    ImageNet synsets stand for their descriptions, and any part of the synsets names all 1,000 classes.
     """
-    if num_classes == IMAGENET_CLASSES and folders and set(folders) <= imagenet_labels().keys():
+    if folders and are_synsets(folders, num_classes):
         from timm.data.imagenet_info import ImageNetInfo
 
         return tuple(ImageNetInfo("imagenet-1k").label_descriptions())

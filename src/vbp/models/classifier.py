@@ -1,4 +1,4 @@
-"""A classifier with what belongs to it: how it is built again, and how its images are prepared."""
+"""Hold a classifier with what belongs to it: how it is built again, and how its images are prepared."""
 
 from __future__ import annotations
 
@@ -17,8 +17,6 @@ from vbp.runtime.decode import from_json, to_json
 
 Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]
-
-HUB_PREFIXES = ("hf-hub:", "hf_hub:")
 
 
 @dataclass(frozen=True)
@@ -47,11 +45,7 @@ class ModelSource:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
-        """Read back what `to_dict` wrote.
-
-        Raises:
-            InputError: A name is missing or unknown, or a value is of the wrong type.
-        """
+        """Read back what `to_dict` returned, or raise an `InputError`."""
         return from_json(cls, values, "a model source", "save the file again with this version of vbp")
 
 
@@ -86,18 +80,23 @@ class Classifier:
 
 def hub_repository(model_name: str) -> str | None:
     """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
-    for prefix in HUB_PREFIXES:
+    for prefix in ("hf-hub:", "hf_hub:"):
         if model_name.startswith(prefix):
             return model_name.removeprefix(prefix)
     return model_name if model_name.startswith("timm/") else None
 
 
-def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
-    """Refuse a model of another family than it was said to be.
+def cannot_fetch(model_name: str, error: BaseException) -> InputError:
+    """Return the error for weights or a configuration that cannot be fetched from the hub."""
+    return InputError(
+        f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); check the "
+        "name (no local folder has it) and the connection, or give --checkpoint FILE with a timm model name, or a "
+        "local Hugging Face folder"
+    )
 
-    Raises:
-        InputError: It is.
-    """
+
+def check_family(model_name: str, model_type: ModelType, family: Family) -> None:
+    """Refuse a model of another family than it was said to be."""
     if model_type not in ("auto", family):
         raise InputError(
             f"model_type must be auto or {family!r}, the family of {model_name}, got {model_type!r}; change the "
@@ -106,11 +105,7 @@ def check_family(model_name: str, model_type: ModelType, family: Family) -> None
 
 
 def check_takes_images(classifier: Classifier) -> None:
-    """Pass one blank image through the network, so that a wrong size stops the run at its start.
-
-    Raises:
-        InputError: The network does not take images of this size, or gives another number of logits.
-    """
+    """Pass one blank image through the network, so that a wrong size or head stops the run at its start."""
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size
     channels = len(preprocessing.mean)

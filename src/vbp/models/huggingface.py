@@ -1,4 +1,4 @@
-"""Classifiers built by transformers, from a local folder or the Hugging Face hub."""
+"""Load classifiers of transformers from a local folder or the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource, check_family
+from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
 from vbp.models.weights import describe_mismatch
 from vbp.runtime.choices import ModelType
@@ -43,12 +43,7 @@ WEIGHT_FILES = (
 def load_huggingface(
     model_name: str, allow_random_init: bool, overrides: Mapping[str, Any], model_type: ModelType
 ) -> Classifier:
-    """Load a transformers classifier; its family is checked before any weight is read or fetched.
-
-    Raises:
-        InputError: The folder or the id is wrong, a weight or the preprocessing is missing, or the files
-            cannot be fetched.
-    """
+    """Load a transformers classifier; its family is checked before any weight is read or fetched."""
     config = _config(model_name)
     family = FAMILIES.get(config.model_type, "other")
     check_family(model_name, model_type, family)
@@ -70,11 +65,7 @@ def load_huggingface(
 
 
 def build_huggingface(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode and float32.
-
-    Raises:
-        InputError: The installed transformers does not know the configuration, or builds another class.
-    """
+    """Build the untrained architecture of `source`, in evaluation mode and float32."""
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
     try:
@@ -88,7 +79,7 @@ def build_huggingface(source: ModelSource) -> nn.Module:
         ) from error
     model = _from_config(config)
     if type(model).__name__ != source.name:
-        raise InputError(f"the configuration must give a {source.name}, got a {type(model).__name__}")
+        raise InputError(f"the configuration must be that of a {source.name}, got a {type(model).__name__}")
     return model.eval()
 
 
@@ -130,11 +121,7 @@ def _cannot_load(model_name: str, error: BaseException) -> InputError:
             f"transformers cannot load an image classifier from the folder {model_name}: {one_line(error)}; "
             "save it again by save_pretrained, or fetch its files again"
         )
-    return InputError(
-        f"the weights of {model_name} could not be fetched from the Hugging Face hub (no local folder has this "
-        f"name): {one_line(error)}; check the name and the connection, or give a local Hugging Face folder, or "
-        "a timm model name with --checkpoint FILE"
-    )
+    return cannot_fetch(model_name, error)
 
 
 def _from_config(config: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""The preprocessing of transformers' image processors, in our words."""
+"""Translate transformers' image processors to `Preprocessing` and back."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ PLAIN_PROCESSORS = (
 # From this edge on, the ConvNeXt processor squashes the whole image and crops nothing.
 CONVNEXT_SQUASH_EDGE = 384
 
-# What transformers raises for files that it cannot fetch, read or understand.
+# What transformers raises for files that it cannot fetch, read or understand; the last one for a value of the wrong
+# type in a configuration.
 LOADING_ERRORS = (
     OSError,
     ValueError,
@@ -34,15 +35,14 @@ LOADING_ERRORS = (
     TypeError,
     AttributeError,
     SafetensorError,
-    StrictDataclassError,  # a configuration with a value of the wrong type
+    StrictDataclassError,
 )
 
 
 def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Preprocessing:
     """Return the preprocessing of a folder or hub id, with the user's `overrides` (`None` keeps the model's own).
 
-    Raises:
-        InputError: There is no readable image processor, and not all values are given in its place.
+    Without a readable image processor all values must be given.
     """
     from transformers import AutoImageProcessor
 
@@ -66,7 +66,7 @@ def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
     """Return the `preprocessor_config.json` of a transformers image processor that does the same.
 
     Raises:
-        InputError: No processor of transformers can: it pads the border, or takes greyscale.
+        InputError: None can: the preprocessing pads the border, or takes greyscale.
     """
     height, width = preprocessing.img_size
     crop = preprocessing.crop_mode == "center"
@@ -96,9 +96,6 @@ def _from_processor(values: Mapping[str, Any]) -> Preprocessing:
     """Return the preprocessing with the same steps as the image processor's.
 
     Pixels agree with its PIL backend, but for centre crops with an odd margin, which may lie one pixel apart.
-
-    Raises:
-        InputError: The processor does something that these words cannot say.
     """
     kind = str(values["image_processor_type"]).removesuffix("Fast").removesuffix("Pil")
     if kind == "ConvNextImageProcessor":

@@ -60,14 +60,19 @@ def load_classifier(
     kind = _check_model(model_name, model_type)
     files = (None if path is None else Path(path) for path in (checkpoint, convnext_checkpoint))
     file = _weight_file(model_name, kind, *files)
-    _check_size(img_size)
+    if img_size is not None and (isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1):
+        raise InputError(f"img_size must be a positive whole number of pixels, got {img_size!r}")
     overrides = {"img_size": img_size, "crop_pct": crop_pct, "interpolation": interpolation, "mean": mean, "std": std}
     if kind == "timm":
         from vbp.models.timm_models import load_timm
 
         classifier = load_timm(model_name, file, allow_random_init, model_kwargs or {}, overrides, model_type)
     else:
-        _check_no_arguments(model_name, model_kwargs)
+        if model_kwargs:
+            raise InputError(
+                f"model arguments are for timm models, got {', '.join(model_kwargs)} with the Hugging Face model "
+                f"{model_name}; change its config.json instead"
+            )
         from vbp.models.huggingface import load_huggingface
 
         classifier = load_huggingface(model_name, allow_random_init, overrides, model_type)
@@ -92,19 +97,6 @@ def build_model(source: ModelSource) -> nn.Module:
     from vbp.models.huggingface import build_huggingface
 
     return build_huggingface(source)
-
-
-def _check_no_arguments(model_name: str, model_kwargs: Mapping[str, Any] | None) -> None:
-    if model_kwargs:
-        raise InputError(
-            f"model arguments are for timm models, got {', '.join(model_kwargs)} with the Hugging Face model "
-            f"{model_name}; change its config.json instead"
-        )
-
-
-def _check_size(img_size: int | None) -> None:
-    if img_size is not None and (isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1):
-        raise InputError(f"img_size must be a positive whole number of pixels, got {img_size!r}")
 
 
 def _check_model(model_name: str, model_type: str) -> Library:

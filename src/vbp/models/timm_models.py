@@ -1,4 +1,4 @@
-"""Classifiers built by timm: weights from the hub, from a file, or from Facebook's ConvNeXt files."""
+"""Load classifiers of timm: weights from the hub, from a file, or from Facebook's ConvNeXt files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import timm
@@ -24,9 +25,8 @@ from torch import nn
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import timm_class_names
-from vbp.models.classifier import Classifier, Family, ModelSource, check_family
-from vbp.models.timm_convnext import check_facebook_layout, with_facebook_tag
-from vbp.models.timm_names import Architecture, cannot_fetch, check_known, resolve
+from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
+from vbp.models.timm_names import Architecture, check_known, resolve
 from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
 from vbp.runtime.choices import ModelType
 
@@ -37,6 +37,8 @@ FAMILIES: dict[Family, tuple[type[nn.Module], ...]] = {
     "convnext": (ConvNeXt,),
     "swin": (SwinTransformer, SwinTransformerV2, SwinTransformerV2Cr),
 }
+
+IMAGENET_22K_CLASSES = 21841
 
 # What a constructor raises for arguments that it cannot use.
 BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
@@ -50,13 +52,9 @@ def load_timm(
     overrides: Mapping[str, Any],
     model_type: ModelType,
 ) -> Classifier:
-    """Load a timm classifier; its family is checked before any weight is read or fetched.
-
-    Raises:
-        InputError: The name, an argument or the weight file is wrong, or the weights cannot be fetched.
-    """
+    """Load a timm classifier; its family is checked before any weight is read or fetched."""
     without_network = file is not None or allow_random_init
-    tagged = with_facebook_tag(model_name, file.path) if file is not None and file.facebook else model_name
+    tagged = _with_facebook_tag(model_name, file.path) if file is not None and file.facebook else model_name
     architecture = resolve(tagged, model_kwargs, overrides["img_size"], without_network=without_network)
     preprocessing = _preprocessing(architecture).override(**overrides)
     model = _build(architecture.name, architecture.arguments)
@@ -82,11 +80,7 @@ def load_timm(
 
 
 def build_timm(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode.
-
-    Raises:
-        InputError: The installed timm does not know the name or the arguments.
-    """
+    """Build the untrained architecture of `source`, in evaluation mode."""
     check_known(source.name)
     return _build(source.name, source.arguments).eval()
 
@@ -144,7 +138,7 @@ def _from_file(
     """Load the file; its head decides the number of classes unless the model arguments do (`fixed`)."""
     weights = read_weights(file.path)
     if file.facebook:
-        check_facebook_layout(model, architecture.name, weights, file.path)
+        _check_facebook_layout(model, architecture.name, weights, file.path)
     conversion = _conversion(architecture.name)
     converted = convert(weights, conversion, model, file.path)
     rows = _head_rows(converted, architecture.cfg)
@@ -173,3 +167,44 @@ def _head_rows(weights: StateDict, cfg: Mapping[str, Any]) -> int | None:
     names = cfg.get("classifier") or "head"
     weight = weights.get(f"{names if isinstance(names, str) else names[0]}.weight")
     return None if weight is None or weight.ndim < 2 else int(weight.shape[0])
+
+
+def _with_facebook_tag(model_name: str, path: Path) -> str:
+    """Return the tag that holds the preprocessing of a Facebook file.
+
+    The official names contain the training data (`22k_1k` or `1k`) and the size (`224` or `384`). At 224 both
+    tags prepare images alike, so that a renamed file is not worse off. A tag in the model name stays.
+    """
+    if "." in model_name:
+        return model_name
+    check_known(model_name)
+    size = "_384" if "384" in path.stem else ""
+    tags = [f"fb_in22k_ft_in1k{size}", f"fb_in1k{size}", "fb_in22k_ft_in1k"]
+    if "22k" not in path.stem:
+        tags.insert(0, f"fb_in1k{size}")
+    known = timm.list_models(f"{model_name}.*", include_tags=True)
+    for tag in tags:
+        if f"{model_name}.{tag}" in known:
+            _log.info("%s is prepared as timm's %s.%s", path, model_name, tag)
+            return f"{model_name}.{tag}"
+    raise InputError(
+        "--convnext_checkpoint takes Facebook's files for convnext_tiny, convnext_small, convnext_base and "
+        f"convnext_large, got the model name {model_name!r}; give other weights by --checkpoint"
+    )
+
+
+def _check_facebook_layout(model: nn.Module, name: str, weights: StateDict, path: Path) -> None:
+    """Stop if a file cannot be one of Facebook's ConvNeXt classifiers for ImageNet-1k or a fine-tuned one."""
+    if not isinstance(model, ConvNeXt):
+        raise InputError(f"--convnext_checkpoint needs a ConvNeXt, got {name}; use --checkpoint")
+    if not any(key.startswith("downsample_layers.") for key in weights):
+        raise InputError(
+            f"{path} is not in the layout of Facebook's ConvNeXt files (no downsample_layers.*); give a file "
+            "in timm's layout by --checkpoint"
+        )
+    head = weights.get("head.weight")
+    if head is not None and head.shape[0] == IMAGENET_22K_CLASSES:
+        raise InputError(
+            f"{path} has the head of ImageNet-22k ({IMAGENET_22K_CLASSES} classes), which is not fine-tuned "
+            "for ImageNet-1k; use the 22k_1k or the 1k file"
+        )

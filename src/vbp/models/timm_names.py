@@ -1,4 +1,4 @@
-"""What a timm model name stands for: the architecture, its complete arguments, the record of its weights."""
+"""Resolve a timm model name: the architecture, its complete arguments, the record of its weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import timm
 from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_model_name_tag
 
-from vbp.errors import InputError, one_line
-from vbp.models.classifier import hub_repository
+from vbp.errors import InputError
+from vbp.models.classifier import cannot_fetch, hub_repository
 
 # Set here or by the caller's other options: as model arguments they would contradict those.
 RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
@@ -20,13 +20,10 @@ RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pret
 
 @dataclass(frozen=True)
 class Architecture:
-    """A timm architecture and the weights that its name stands for.
+    """A timm architecture by its name without tag, with the arguments of `create_model`.
 
-    Attributes:
-        requested: The name as timm's factory takes it to find the pretrained weights.
-        name: The architecture's, without tag.
-        cfg: Timm's record of the pretrained weights: sizes, normalisation, head.
-        arguments: Of `create_model`, plain JSON types.
+    `requested` is the name by which timm finds the pretrained weights, `cfg` its record of them: sizes,
+    normalisation, head.
     """
 
     requested: str
@@ -38,11 +35,7 @@ class Architecture:
 def resolve(
     model_name: str, model_kwargs: Mapping[str, Any], img_size: int | None, *, without_network: bool
 ) -> Architecture:
-    """Return what `model_name` stands for; a hub repository's configuration is fetched, unless `without_network`.
-
-    Raises:
-        InputError: The name, its tag or an argument is wrong, or the configuration cannot be fetched.
-    """
+    """Return what `model_name` stands for; a hub repository's configuration is fetched, unless `without_network`."""
     kwargs = _plain_arguments(model_kwargs)
     repository = hub_repository(model_name)
     if repository is not None and not without_network:
@@ -84,11 +77,7 @@ def _plain_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_known(name: str) -> None:
-    """Stop if timm has no architecture `name` (without tag).
-
-    Raises:
-        InputError: It has none; close names are listed.
-    """
+    """Stop if timm has no architecture `name` (without tag), and list close names."""
     if not timm.is_model(name):
         close = difflib.get_close_matches(name, timm.list_models(), n=5)
         remedy = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
@@ -105,12 +94,3 @@ def _registered_cfg(requested: str, name: str) -> dict[str, Any]:
         tags = ", ".join(timm.list_models(f"{name}.*", include_tags=True)) or "none"
         raise InputError(f"unknown tag in the model name {requested!r}; timm has {tags}") from error
     return {} if cfg is None else dict(cfg.to_dict())
-
-
-def cannot_fetch(model_name: str, error: BaseException) -> InputError:
-    """Return the error for weights or a configuration that the hub does not give."""
-    return InputError(
-        f"the weights of {model_name} could not be fetched from the Hugging Face hub ({one_line(error)}); "
-        "check the name and the connection, or give --checkpoint FILE with a timm model name, or a local "
-        "Hugging Face folder"
-    )

@@ -1,4 +1,4 @@
-"""Weight files: read without running code from them, convert, and match to a network tensor by tensor."""
+"""Read weight files without running code from them, convert, and match them to a network tensor by tensor."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from vbp.errors import InputError, one_line
 
 _log = logging.getLogger(__name__)
-
 SUFFIXES = (".safetensors", ".pth", ".pt")
 
 # Where training scripts put the weights in a larger file, in the order tried: averaged weights come first,
@@ -49,11 +48,7 @@ class WeightFile:
 
 
 def check_weight_file(path: Path) -> None:
-    """Stop before any work if `path` cannot be a weight file.
-
-    Raises:
-        InputError: There is no such file, or its name does not end as a weight file's does.
-    """
+    """Stop before any work if `path` does not exist or does not end as a weight file's name does."""
     if not path.is_file():
         raise InputError(f"the checkpoint must be an existing file, got {path}; check the path")
     if path.suffix not in SUFFIXES:
@@ -66,9 +61,6 @@ def read_weights(path: Path) -> StateDict:
     """Read the tensors of a weight file to the CPU, without the wrappers that training scripts add.
 
     A `.pth` or `.pt` file is read by `torch.load(weights_only=True)`: nothing in it is run.
-
-    Raises:
-        InputError: The file is missing, damaged, needs code to be run, or holds no state dict.
     """
     check_weight_file(path)
     content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
@@ -80,11 +72,7 @@ def read_weights(path: Path) -> StateDict:
 
 
 def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module, path: Path) -> StateDict:
-    """Return the weights under the names of `model`, every tensor of the file accounted for.
-
-    Raises:
-        InputError: The conversion does not know the file's layout, or drops a tensor without using it.
-    """
+    """Return the weights under the names of `model`; a tensor of the file that is dropped without use is an error."""
     if conversion is None:
         return weights
     try:
@@ -126,11 +114,7 @@ def _convertible(weights: StateDict, conversion: Conversion, model: nn.Module) -
 
 
 def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
-    """Copy `weights` into `model`; each tensor of either side must have its counterpart.
-
-    Raises:
-        InputError: A tensor is missing, too much, or of another shape; the model is unchanged.
-    """
+    """Copy `weights` into `model`; each tensor must have its counterpart, else the model is unchanged."""
     fault = mismatch(model.state_dict(), weights)
     if fault is not None:
         raise InputError(_does_not_fit(path, fault))

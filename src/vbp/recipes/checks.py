@@ -18,14 +18,14 @@ from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.sweep_report import Setting
 from vbp.runtime.choices import Compensation, Scope
 from vbp.statistics.evidence import Need
+from vbp.training.losses import DistillationLoss, check_below_one
+
+_AFTER_REFIT = (*REFITS, "refit_views")
+_COVARIANCE = ("covariance_tokens", "ridge")
 
 
 def check_config(config: RunConfig) -> None:
-    """Check the values that need no file, before any work.
-
-    Raises:
-        InputError: A value is out of range, or flags contradict each other.
-    """
+    """Check the values that need no file, before any work."""
     _check_ranges(config)
     _check_effect(config)
     if config.push_to_hub is not None:
@@ -51,9 +51,8 @@ def _check_ranges(config: RunConfig) -> None:
             raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
     if not 0 < config.lr_ft < 1:
         raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
-    for name, usual_share in (("label_smoothing", 0.1), ("ema_decay", 0.9998)):
-        if not 0 <= getattr(config, name) < 1:
-            raise InputError(f"{name} must be in [0, 1), got {getattr(config, name)}; {usual_share} is usual")
+    DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, config.label_smoothing)
+    check_below_one("ema_decay", config.ema_decay, usual=0.9998)
     for name in ("clip_grad", "timeout_minutes"):
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -73,25 +72,16 @@ def _check_effect(config: RunConfig) -> None:
             "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
             "both; leave one of them out"
         )
-    if config.norm_per_layer and not config.global_pruning:
-        raise InputError(
-            "norm_per_layer changes nothing unless layers are ranked together, got it without global_pruning; "
-            "add --global_pruning or leave --norm_per_layer out"
-        )
+    if not config.global_pruning:
+        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
     if config.resume is not None and config.overwrite:
         raise InputError(
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
-    if config.prefetch != 2 and config.num_workers == 0:
-        raise InputError(
-            f"prefetch changes nothing without num_workers, got {config.prefetch} with num_workers 0; leave "
-            "--prefetch out or give --num_workers"
-        )
-    if config.attn_keep_ratio is not None and not config.bottleneck:
-        raise InputError(
-            "attn_keep_ratio changes nothing unless attention is pruned, got it without bottleneck; add --bottleneck "
-            "or leave --attn_keep_ratio out"
-        )
+    if config.num_workers == 0:
+        _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
+    if not config.bottleneck:
+        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
     idle = _changed(config, fields_with(RunConfig, Role.TUNING))
     if config.epochs_ft == 0 and idle:
         raise InputError(
@@ -118,24 +108,26 @@ def _check_criterion(config: RunConfig) -> None:
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "
             "--norm_per_layer out"
         )
-    for name in (*REFITS, "refit_views"):
-        if config.compensation != "refit" and (wish := getattr(config, name)) != "auto":
-            raise InputError(
-                f"{name} changes nothing without the refit, got {wish} with compensation {config.compensation}; "
-                f"leave --{name} out, or choose the compensation refit"
-            )
+    if config.compensation != "refit":
+        remedy = "choose the compensation refit"
+        _check_unused(config, _AFTER_REFIT, "without the refit", remedy, f" with compensation {config.compensation}")
     if config.refit_views != "auto" and all(getattr(config, name) == "off" for name in REFITS):
         raise InputError(
             f"refit_views changes nothing where nothing is refitted after surgery, got {config.refit_views} with "
             f"{', '.join(REFITS)} off; leave --refit_views out"
         )
     if "covariance" not in config.needs:
-        for name in ("covariance_tokens", "ridge"):
-            if getattr(config, name) != default_of(name):
-                raise InputError(
-                    f"{name} changes nothing without covariances, got {getattr(config, name)}; choose the "
-                    f"compensation refit or leave --{name} out"
-                )
+        _check_unused(config, _COVARIANCE, "without covariances", "choose the compensation refit")
+
+
+def _check_unused(
+    config: RunConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
+) -> None:
+    for name in names:
+        if (value := getattr(config, name)) != default_of(name):
+            raise InputError(
+                f"{name} changes nothing {without}, got {value}{besides}; {remedy}, or leave --{name} out"
+            )
 
 
 def _changed(config: RunConfig, names: tuple[str, ...]) -> list[str]:
@@ -159,15 +151,8 @@ def settings_of(
 ) -> tuple[Setting, ...]:
     """Return every combination once, ratios innermost.
 
-    Args:
-        criteria: Names; `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`.
-        compensations: For the criteria that name none, but `auto`.
-        keep_ratios: Shares of the channels to keep.
-        scopes: Of `global`, `per_layer` and `equal`. `auto` finds the widths of the layers itself: it is there once,
-            as global, whatever the scopes.
-
-    Raises:
-        InputError: A value is unknown, out of range, without effect, or nothing is asked for.
+    `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`, and finds the widths of
+    the layers itself: it is there once, as global, whatever the scopes.
     """
     for name, values in (("criteria", criteria), ("keep_ratios", keep_ratios), ("scopes", scopes)):
         if not values:
@@ -219,23 +204,15 @@ def sweep_needs(settings: Collection[Setting]) -> frozenset[Need]:
 
 
 def check_sweep(config: SweepConfig) -> None:
-    """Check the values that need no file, before any work.
-
-    Raises:
-        InputError: A value is out of range, or flags contradict each other.
-    """
+    """Check the values that need no file, before any work."""
     needs = sweep_needs(config.settings)
     for ratio in config.keep_ratios:
         check_ratios(ratio, config.min_keep_ratio, 1 if config.round_to == "auto" else config.round_to)
     check_config(config.run_config())
-    for name in ("covariance_tokens", "ridge"):
-        value = getattr(config, name)
-        if value != default_of(name) and "covariance" not in needs:
-            raise InputError(f"{name} changes nothing without refit or elimination, got {value}; leave --{name} out")
-    for name in (*REFITS, "refit_views"):
-        wish = getattr(config, name)
-        if wish != "auto" and not any(setting.compensation == "refit" for setting in config.settings):
-            raise InputError(f"{name} changes nothing without the refit, got {wish}; leave --{name} out")
+    if "covariance" not in needs:
+        _check_unused(config, _COVARIANCE, "without refit or elimination", "ask for one of them")
+    if not any(setting.compensation == "refit" for setting in config.settings):
+        _check_unused(config, _AFTER_REFIT, "without the refit", "ask for it")
     if config.stats_path is not None and not needs & {"statistics", "covariance"}:
         raise InputError(
             f"stats_path changes nothing, for nothing that was asked for reads statistics, got {config.stats_path}; "

@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 # What the benchmark script does unless told otherwise: the published method.
 PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
-
-
 _TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
 
 
@@ -55,12 +53,12 @@ class PlanOptions:
     latency_batch: Result[int | None] = None
     """Images in the batch that is timed; by default val_batch_size on a GPU, on a CPU what takes about a second."""
     criterion: Result[Criterion] = "auto"
-    """Which channels go: auto (the plan whose answers stay nearest to the dense model's), variance (the paper),
-    output_variance, elimination, random, l1, l2, lamp, taylor, snip; see docs/refit.md."""
+    """Which channels go: auto (the plan whose predictions stay nearest to the dense model's), variance (the
+    paper), output_variance, elimination, random, l1, l2, lamp, taylor, snip; see docs/refit.md."""
     global_pruning: Result[bool] = False
     """Rank the channels of all layers together; otherwise every layer keeps the same share. auto decides itself."""
     equal_widths: Result[bool] = False
-    """Keep exactly as many channels in layers of one width, as checkpoints without vbp need them."""
+    """Let layers of one width keep equally many channels, as checkpoints without vbp need them."""
     norm_per_layer: Result[bool] = False
     """With --criterion variance: divide the variances of a layer by their mean before ranking."""
     compensation: Result[Compensation] = "refit"
@@ -169,7 +167,7 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
 
     @staticmethod
     def from_dict(value: dict[str, Any]) -> RunConfig:
-        """Read what `to_dict` gave.
+        """Read what `to_dict` returned.
 
         Raises:
             InputError: A name is unknown, the data path is missing, or a value is of another type.

@@ -20,12 +20,8 @@ from vbp.report.run_report import RunReport
 from vbp.runtime.processes import launched
 
 PREPROCESSING_OVERRIDES: Final[Mapping[str, Any]] = {
-    "crop_pct": PREPROCESSING.crop_pct,
-    "interpolation": PREPROCESSING.interpolation,
-    "mean": PREPROCESSING.mean,
-    "std": PREPROCESSING.std,
+    name: getattr(PREPROCESSING, name) for name in ("crop_pct", "interpolation", "mean", "std")
 }
-
 
 # The published rate suits 10 epochs of ImageNet, 200,000 steps; here there are 75.
 _TUNING: Final[Mapping[str, Any]] = {"lr_ft": 5e-4, "use_kd": True}
@@ -58,11 +54,7 @@ def demo_run_config(demo: DemoConfig) -> RunConfig:
 
 
 def load_demo(folder: Path | str) -> tuple[Classifier, ImageLoader, ImageLoader]:
-    """Return the demo's classifier, its calibration images and its validation images, to try the library with.
-
-    Args:
-        folder: Where the digits are written.
-    """
+    """Return the demo's classifier, its calibration images and its validation images, to try the library with."""
     write_digits(Path(folder))
     classifier = load_classifier(MODEL_NAME, checkpoint=WEIGHTS, model_kwargs=MODEL_KWARGS, **PREPROCESSING_OVERRIDES)
     transform = evaluation_transform(classifier.preprocessing)
@@ -76,11 +68,7 @@ def load_demo(folder: Path | str) -> tuple[Classifier, ImageLoader, ImageLoader]
 
 
 def run_demo(demo: DemoConfig) -> RunReport:
-    """Write the digits as an ImageFolder and run the recipe on them.
-
-    Raises:
-        InputError: There are several processes.
-    """
+    """Write the digits as an ImageFolder and run the recipe on them."""
     world = launched().world
     if world > 1:
         raise InputError(

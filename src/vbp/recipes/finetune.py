@@ -35,11 +35,7 @@ from vbp.training.tensorboard import Tracker
 from vbp.training.trainer import Trainer, TrainerSettings
 
 _log = logging.getLogger(__name__)
-
-
 BEST, FINAL = "vbp_best.pth", "vbp_final.pth"
-
-
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 
@@ -119,17 +115,9 @@ class _Progress:
 def finetune(
     job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, *, teacher: nn.Module | None
 ) -> RunReport:
-    """Fine-tune and keep the best and the last model; the pruned model counts as epoch 0.
+    """Fine-tune in place, keep the best and the last model, and return the report with both.
 
-    Args:
-        job: Its data and settings.
-        pruned: Trained in place.
-        plan: By which it was pruned.
-        report: What was measured before.
-        teacher: The dense model, for distillation.
-
-    Returns:
-        The report with the best and the last model, as measured.
+    The pruned model counts as epoch 0.
 
     Raises:
         Interrupted: The run was told to stop; a checkpoint is written.
@@ -164,28 +152,18 @@ def _loader(job: Job) -> ImageLoader:
         batch_size=config.train_batch_size,
         shuffle=True,
         seed=config.seed,
-        rank=job.session.processes.rank,
-        world=job.session.processes.world,
-        **loader_options(job.config),
+        **loader_options(config, job.session.processes),
     )
 
 
 def check_memory(job: Job) -> None:
-    """On a GPU, take one step before the work begins, so that a lack of memory does not show after hours.
-
-    Raises:
-        InputError: Memory does not suffice.
-    """
+    """On a GPU, take one step before the work begins, so that a lack of memory does not show after hours."""
     if job.session.device.type == "cuda" and job.config.epochs_ft > 0:
         dry_run(job)
 
 
 def dry_run(job: Job) -> None:
-    """Take one training step and one evaluation batch of the real size on a copy, and say what they took.
-
-    Raises:
-        InputError: Memory does not suffice.
-    """
+    """Take one training step and one evaluation batch of the real size on a copy, and log what they took."""
     student = copy.deepcopy(job.dense)
     prune_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
@@ -201,7 +179,7 @@ def dry_run(job: Job) -> None:
 
 
 def _announced(job: Job, loader: ImageLoader) -> int:
-    """Return what a step is, and give the steps of an epoch."""
+    """Log what a step is; return the steps of an epoch."""
     config, world = job.config, job.session.processes.world
     steps = steps_per_epoch(len(loader), config.grad_accum)
     _log.info(
@@ -214,7 +192,9 @@ def _announced(job: Job, loader: ImageLoader) -> int:
 
 
 def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None, *, compiled: bool) -> Trainer:
-    config = job.config
+    config, mixup = job.config, None
+    if config.mixup > 0 or config.cutmix > 0:
+        mixup = Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
     settings = TrainerSettings(
         steps=config.epochs_ft * steps,
         learning_rate=config.lr_ft,
@@ -225,7 +205,7 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
         clip_grad=config.clip_grad,
         ema_decay=config.ema_decay if config.ema else None,
         compile=compiled,
-        mixup=_mixup(job),
+        mixup=mixup,
         measure_gradients=config.log_dir is not None,
     )
     return Trainer(
@@ -234,20 +214,8 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
     )  # fmt: skip
 
 
-def _mixup(job: Job) -> Mixup | None:
-    config = job.config
-    if config.mixup == 0 and config.cutmix == 0:
-        return None
-    return Mixup(config.mixup, config.cutmix, config.label_smoothing, job.classifier.num_classes, config.seed)
-
-
 def _epochs(
-    job: Job,
-    progress: _Progress,
-    loader: ImageLoader,
-    trainer: Trainer,
-    interruption: Interruption,
-    tracker: Tracker,
+    job: Job, progress: _Progress, loader: ImageLoader, trainer: Trainer, interruption: Interruption, tracker: Tracker
 ) -> None:
     epochs, session = job.config.epochs_ft, job.session
     save = partial(progress.checkpoint, trainer)

@@ -23,30 +23,26 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
         )  # fmt: skip
     unreadable = processes.all_gather(dict(job.val.unreadable))
     if processes.is_main:  # whose log is kept
-        for found in unreadable:
-            job.val.take_over(found)
+        for errors in unreadable:
+            job.val.take_over(errors)
     return Measured(
-        accuracy.top1,
-        accuracy.top5,
-        count_macs(model, job.example),
-        count_parameters(model),
-        images=accuracy.images,
+        accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model), images=accuracy.images
     )
 
 
 def describe(model: Measured) -> str:
-    """Say in one line what was measured."""
+    """Return in one line what was measured."""
     return (
         f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {format_count(model.macs)} MACs, "
         f"{format_count(model.params)} parameters"
     )
 
 
-def latencies(job: Job, dense: nn.Module, pruned: nn.Module) -> tuple[float, float]:
-    """Return the milliseconds of a batch of each model; both take turns on the main process."""
+def latencies(job: Job, pruned: nn.Module) -> tuple[float, float]:
+    """Return the milliseconds of a batch of the dense and the pruned model, which take turns on the main process."""
     timed, processes = None, job.session.processes
     if processes.is_main:
-        timed = compare_models(dense, pruned, job.latency_images, precision=job.session.precision)
+        timed = compare_models(job.dense, pruned, job.latency_images, precision=job.session.precision)
     timed = processes.all_gather(timed)[0]
     assert timed is not None
     return timed.dense_ms.median, timed.pruned_ms.median

@@ -68,7 +68,6 @@ def fields_with(kind: type, *roles: Role) -> tuple[str, ...]:
 # Flags of what is refitted after surgery, in the order in which it is.
 REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
 
-
 # With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
 # (benchmarks/results).
 COVARIANCE_TOKENS: Final = 0.2
@@ -136,8 +135,8 @@ class RefitOptions:
     """With refit: also bring the residual stream back to the dense model's, by a fit at three depths, where
     there is one (auto), always (on) or never (off)."""
     refit_head: Result[Toggle] = "auto"
-    """With refit: also refit the last layer to the dense model's answers, where the model ends in a linear layer
-    (auto), always (on) or never (off)."""
+    """With refit: also refit the last layer to the dense model's predictions, where the model ends in a linear
+    layer (auto), always (on) or never (off)."""
     refit_views: Result[int | Literal["auto"]] = "auto"
     """With refit: how many views of each image the refits after surgery read, one in so many as for evaluation, the
     others random crops; auto is 4 on a GPU and 1 on a CPU."""

@@ -46,7 +46,7 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
                 reader.read,
                 len(job.calibration),
                 # By the variances whatever the criterion: plans are compared that cost nothing to make.
-                lambda found: _plan(job, variance_scores(found, norm_per_layer=config.norm_per_layer)),
+                lambda collected: _plan(job, variance_scores(collected, norm_per_layer=config.norm_per_layer)),
                 processes=session.processes,
                 auto=config.calib_samples == "auto",
             )
@@ -61,10 +61,7 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
 
 
 def choose_plan(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Make the plan that the configuration asks for, write it down, and say whether it meets the budget.
-
-    Same result on every process.
-    """
+    """Make the plan that the configuration asks for, and write it; the same on every process."""
     if job.config.criterion == "auto":
         choice, budget = _by_divergence(job, evidence)
     else:
@@ -76,11 +73,7 @@ def choose_plan(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]
 
 
 def keep_plan(job: Job, plan: PruningPlan) -> None:
-    """Write the plan, which must be the same on every process.
-
-    Raises:
-        InputError: It is not.
-    """
+    """Write the plan, which must be the same on every process."""
     job.session.processes.check_same("plan", json_fingerprint(plan.to_dict()))
     if job.session.processes.is_main:
         plan.save(job.config.save_dir / PLAN)
@@ -123,12 +116,12 @@ def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
 
     def compare(plan: PruningPlan) -> LatencyComparison:
         """Time on the main process, for all."""
-        found = None
+        timed = None
         if processes.is_main:
-            found = compare_in_turns(job.dense, plan, job.latency_images, precision=job.session.precision)
-        measured = processes.all_gather(found)[0]
-        assert measured is not None
-        return measured
+            timed = compare_in_turns(job.dense, plan, job.latency_images, precision=job.session.precision)
+        timed = processes.all_gather(timed)[0]
+        assert timed is not None
+        return timed
 
     assert plan_for is not None
     return job.target.meet(plan_for, job.dense, job.example, compare, compensated=job.config.compensation != "none")

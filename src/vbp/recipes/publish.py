@@ -18,28 +18,18 @@ from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import RunReport
 
 ARTIFACT: Final = "artifact"
-
-
 _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
 
 
 def check_shipping(config: RunConfig) -> None:
-    """Find out before the work whether its result may be written and published.
-
-    Raises:
-        InputError: Something else lies in the folder, or nobody is logged in who may write to the repository.
-    """
+    """Find out before the work whether its result may be written and published."""
     check_target(config.save_dir / ARTIFACT)
     if config.push_to_hub is not None:
         check_login(config.push_to_hub)
 
 
 def write_artifact(save_dir: Path, report: RunReport) -> Path:
-    """Write the best model of a run as a folder, with what was measured and how it was made; whole or not at all.
-
-    Raises:
-        OutputError: It could not be written; an earlier model in the folder stays whole.
-    """
+    """Write the best model of a run as a folder, with what was measured and how it was made; whole or not at all."""
     best = read_artifact(save_dir / BEST)
     save_pruned(
         best.weights,
@@ -55,11 +45,7 @@ def write_artifact(save_dir: Path, report: RunReport) -> Path:
 
 
 def publish_artifact(config: RunConfig) -> str:
-    """Upload the folder of a run that has ended, and give the address.
-
-    Raises:
-        OutputError: It could not be uploaded; the text says how to try again.
-    """
+    """Upload the folder of a run that has ended, and return its address."""
     folder, repository = config.save_dir / ARTIFACT, config.push_to_hub
     assert repository is not None
     base_model = base_model_of(config)
@@ -82,8 +68,7 @@ def base_model_of(config: RunConfig) -> str | None:
 def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings of a run that say how its model was made, as far as they are not the usual ones.
 
-    Args:
-        config: From `RunConfig.to_dict`. Paths of the machine are left out.
+    Paths of this machine are left out.
     """
     # What was asked for in the place of a ratio is there instead.
     other = any(value is not None for name, value in config.items() if name.startswith("target_"))

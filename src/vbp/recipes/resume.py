@@ -17,14 +17,10 @@ from vbp.runtime.files import check_folder
 from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
 
 _log = logging.getLogger(__name__)
-
-
 AUTO = "auto"
-
 
 # The first file that a run writes; the last is its summary.
 CONFIG: Final = "config.json"
-
 
 # Settings that only name something, and the facts that decide in their place if both sides hold them.
 _DECIDED_BY = {"data_path": ("train", "val"), "checkpoint": ("model",), "convnext_checkpoint": ("model",)}
@@ -38,36 +34,27 @@ def find_checkpoint(
     overwrite: bool = False,
     restarted: bool = False,
 ) -> Path | None:
-    """Find what to continue, before any work, and check that `save_dir` is new or this run's own.
+    """Return the checkpoint to continue from, before any work; None starts from the beginning.
 
-    Args:
-        resume: None starts a new run. `auto` continues the newest checkpoint in `save_dir`, and starts if there is
-            none because the folder is empty, or because an attempt with the same settings ended before its first
-            one. A path continues that checkpoint, or the newest of that run's folder.
-        save_dir: Created if missing.
-        settings: As `config.json` holds them.
-        overwrite: Whether a new run may replace results of another.
-        restarted: This job was started again after a failure (`torchrun --max-restarts`): what it wrote in
-            `save_dir` goes before everything else, as with `auto`.
-
-    Returns:
-        A checkpoint that can be read, or None to start from the beginning; whether the run may go on from it is for
-        `check_same_settings` to say.
+    `resume` None starts a new run. `auto` continues the newest checkpoint in `save_dir`, and starts if there is none
+    because the folder is empty, or because an attempt with the same `settings` (as in `config.json`) ended before its
+    first one. A path continues that checkpoint, or the newest of that run's folder. Where the job was `restarted`
+    after a failure (`torchrun --max-restarts`), what it wrote in `save_dir` comes first, as with `auto`.
 
     Raises:
-        InputError: There is nothing at the path, nothing there can be read, or the folder is not this run's.
+        InputError: There is nothing at the path, nothing there can be read, or `save_dir` holds another run.
     """
     given = None if resume in (None, AUTO) else Path(str(resume))
     if resume is None and not restarted:
         _check_new(save_dir, overwrite)
         return None
     if given is not None and not restarted:
-        found = _at(given)
-        if found.resolve().parent == (save_dir / CHECKPOINTS).resolve():
+        checkpoint = _at(given)
+        if checkpoint.resolve().parent == (save_dir / CHECKPOINTS).resolve():
             check_folder(save_dir, overwrite=True, needed_bytes=0)
         else:
             _check_new(save_dir, overwrite)
-        return found
+        return checkpoint
     own = latest_checkpoint(save_dir / CHECKPOINTS)
     if own is None:
         _check_no_run(save_dir, settings, overwrite)
@@ -77,16 +64,10 @@ def find_checkpoint(
 
 
 def check_same_settings(saved: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
-    """Refuse to continue a run with settings that would lead elsewhere.
+    """Refuse to continue a run with other settings, or with other facts that they led to.
 
-    Args:
-        saved: Settings of the run, and the facts that they led to: fingerprints `model`, `train` and `val`, number
-            of processes and the like. Plain JSON data.
-        now: The same of this attempt.
-        path: Where they were read, for the message.
-
-    Raises:
-        InputError: Some differ, or are missing on one side; all of them are listed.
+    The facts are fingerprints `model`, `train` and `val`, the number of processes and the like. The error lists all
+    that differ or are missing on one side; `path` is where the settings were read.
     """
     # As JSON has it: a tuple and a list are the same setting.
     before, after = (json.loads(json.dumps(dict(side))) for side in (saved, now))
@@ -116,13 +97,13 @@ def _at(path: Path) -> Path:
             f"resume must be auto, a checkpoint, or the folder of a run, got {path}, which does not exist"
         )
     folder = path if has_checkpoints(path) else path / CHECKPOINTS
-    found = latest_checkpoint(folder)
-    if found is None:
+    checkpoint = latest_checkpoint(folder)
+    if checkpoint is None:
         raise InputError(
             f"resume must name a checkpoint or a run that has one, got {path} without any; give another path, or "
             "leave --resume out to start from the beginning"
         )
-    return found
+    return checkpoint
 
 
 def _check_new(save_dir: Path, overwrite: bool) -> None:

@@ -22,7 +22,7 @@ from vbp.recipes.measure import describe, latencies, measure
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
 from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
-from vbp.recipes.setup import Job, check_given, make_refits, open_session, prepare
+from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.files import clear_folder, write_json
@@ -31,9 +31,7 @@ from vbp.runtime.precision import move_
 from vbp.training.checkpoints import clear_checkpoints
 
 _log = logging.getLogger(__name__)
-
 LOG = "vbp_imagenet.log"
-
 _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
 
@@ -59,8 +57,7 @@ def run(config: RunConfig) -> RunReport:
     with run_log() as log, open_session(config) as session:
         if session.processes.is_main:
             check_shipping(config)
-        job = prepare(config, session)  # model, sites, images, budget: all checked, nothing written
-        check_given(job, config.needs)
+        job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
         _open_folder(job, log)
         torch.manual_seed(config.seed + session.processes.rank)
@@ -97,7 +94,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
             refitted = refits.refit_(pruned)
     small = measure(job, pruned)
     _log.info("pruned: %s", describe(small))
-    dense_ms, pruned_ms = latencies(job, job.dense, pruned)
+    dense_ms, pruned_ms = latencies(job, pruned)
     assert evidence.statistics is not None
     report = RunReport.of(
         choice.plan,

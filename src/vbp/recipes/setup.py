@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.target import BudgetTarget
 from vbp.cost.timing import latency_batch
-from vbp.cost.widths import LayerTimes, recommended_round_to
+from vbp.cost.widths import recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
@@ -27,6 +27,7 @@ from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import RunConfig
+from vbp.recipes.options import ModelOptions
 from vbp.recipes.resume import check_same_settings, find_checkpoint
 from vbp.refit.refits import Refits
 from vbp.runtime.choices import Scope
@@ -40,12 +41,10 @@ from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import read_checkpoint
-from vbp.training.losses import DistillationLoss
 from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.tensorboard import check_tracking
 
 _log = logging.getLogger(__name__)
-
 
 # Every report has these, also where they took no time.
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
@@ -73,31 +72,24 @@ def find_target(
     *,
     planned: bool = False,
 ) -> BudgetTarget:
-    """See whether the model can meet the budget; one of time is measured, by the main process for all.
+    """Find about which share of channels meets the budget; one of time is measured, by the main process for all.
 
     Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
 
     Raises:
-        InputError: It cannot, or nothing would be removed.
+        InputError: The model cannot meet it, or nothing would be removed.
     """
     budget, times, processes = config.budget, None, session.processes
     if budget.timed and not planned:
-        images = example.repeat(batch, 1, 1, 1)
-        times = processes.all_gather(
-            _layer_times(session, model, sites, images, rules.round_to) if processes.is_main else None
-        )[0]
+        if processes.is_main:
+            _log.info("timing the layers at several widths, batch %d", batch)
+            images = example.repeat(batch, 1, 1, 1)
+            times = measure_layer_times(model, sites, images, precision=session.precision, round_to=rules.round_to)
+            _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, batch)
+        times = processes.all_gather(times)[0]
     target = BudgetTarget.of(budget, model, sites, example, rules, times)
     _check_removes(config, sites, target, rules)
     return target
-
-
-def _layer_times(
-    session: Session, model: nn.Module, sites: Sequence[Site], batch: Tensor, round_to: int
-) -> LayerTimes:
-    _log.info("timing the layers at several widths, batch %d", len(batch))
-    times = measure_layer_times(model, sites, batch, precision=session.precision, round_to=round_to)
-    _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, len(batch))
-    return times
 
 
 def _check_removes(config: RunConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
@@ -124,15 +116,10 @@ class Job:
     """What a run works on, checked and ready; private to the recipes.
 
     Attributes:
-        classifier: The dense model, which stays as it is, and what it is to be fed.
-        plan_rules: Of all plans.
-        target: The budget, and about which share of the channels meets it.
-        calibration: Images for statistics and refits.
         latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
             model.
         given_statistics: From a file, in the place of a calibration pass.
         settings: What must be the same when a checkpoint of this run is taken up again.
-        resumed: The checkpoint that this run goes on from.
     """
 
     config: RunConfig
@@ -167,12 +154,14 @@ def open_session(config: RunConfig) -> Iterator[Session]:
         yield Session(processes, device, Precision.choose(config.amp, device), dict.fromkeys(_STAGES, 0.0))
 
 
-def prepare(config: RunConfig, session: Session) -> Job:
-    """Check everything and load the model; nothing is written."""
+def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -> Job:
+    """Check everything and load the model; nothing is written.
+
+    Statistics from a file must hold what is needed of them.
+    """
     processes, device = session.processes, session.device
     lowest = 1 if config.round_to == "auto" else config.round_to
     check_ratios(config.keep_ratio, config.min_keep_ratio, lowest, config.attn_keep_ratio)
-    DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T)
     set_matmul_precision(config.matmul_precision)
     check_tracking(config.log_dir)
     check_data_path(config.data_path)
@@ -194,7 +183,9 @@ def prepare(config: RunConfig, session: Session) -> Job:
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
-        given.check_holds(sites, config.stats_path)
+        given.check_holds(
+            sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
+        )
     check_prunable(model, sites, example)
     rules = plan_rules(config, session, sites)
     batch = latency_batch(model, example, at_most=config.val_batch_size, size=config.latency_batch)
@@ -205,9 +196,7 @@ def prepare(config: RunConfig, session: Session) -> Job:
         balanced_subset(val, config.limit_val, config.seed),
         evaluation_transform(classifier.preprocessing),
         batch_size=config.val_batch_size,
-        rank=processes.rank,
-        world=processes.world,
-        **loader_options(config),
+        **loader_options(config, processes),
     )
     return Job(
         config, session, classifier, sites, rules, target, calibration, train, val_loader, example, batch, given,
@@ -233,11 +222,7 @@ def _calibration(
 
 
 def make_refits(job: Job) -> Refits | None:
-    """See what is to be refitted after surgery; None without the refit of the sites.
-
-    Raises:
-        InputError: Something cannot be refitted that must be.
-    """
+    """Return what is refitted after surgery; None where the compensation is no refit."""
     config = job.config
     if config.compensation != "refit":
         return None
@@ -248,24 +233,10 @@ def make_refits(job: Job) -> Refits | None:
     )  # fmt: skip
 
 
-def check_given(job: Job, needs: Collection[Need]) -> None:
-    """Refuse statistics from a file that lack what is needed.
-
-    Raises:
-        InputError: They do.
-    """
-    if job.given_statistics is not None and job.config.stats_path is not None:
-        job.given_statistics.check_holds(
-            job.sites,
-            job.config.stats_path,
-            covariance="covariance" in needs,
-            sensitivity="sensitivity" in needs,
-        )
-
-
-def loader_options(config: RunConfig) -> dict[str, Any]:
-    """Return what all loaders of a run have in common."""
-    return {"num_workers": config.num_workers, "prefetch": config.prefetch, "pin_memory": True}
+def loader_options(config: RunConfig, processes: Processes) -> dict[str, Any]:
+    """Return what the loaders of a run have in common."""
+    share = {"rank": processes.rank, "world": processes.world}
+    return share | {"num_workers": config.num_workers, "prefetch": config.prefetch, "pin_memory": True}
 
 
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
@@ -294,19 +265,9 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
 
 
 def _classifier(config: RunConfig) -> Classifier:
-    classifier = load_classifier(
-        config.model_name,
-        model_type=config.model_type,
-        checkpoint=config.checkpoint,
-        convnext_checkpoint=config.convnext_checkpoint,
-        allow_random_init=config.allow_random_init,
-        model_kwargs=config.model_kwargs,
-        img_size=config.img_size,
-        crop_pct=config.crop_pct,
-        interpolation=config.interpolation,
-        mean=config.mean,
-        std=config.std,
-    )
+    options = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}
+    del options["data_path"]
+    classifier = load_classifier(**options)
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
     return classifier
 

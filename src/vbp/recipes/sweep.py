@@ -20,7 +20,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
-from vbp.recipes.setup import Job, check_given, make_refits, open_session, prepare
+from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.recipes.sweep_state import (
     JSON,
@@ -32,7 +32,7 @@ from vbp.recipes.sweep_state import (
 )
 from vbp.refit.refits import Refits
 from vbp.report.published import points_of
-from vbp.report.run_report import Measured
+from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
@@ -43,7 +43,6 @@ from vbp.statistics.evidence import FROM_STATISTICS, Evidence, EvidenceReader, N
 from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
-
 
 # The scope is the setting's own.
 _RULES: Final = PlanRules()
@@ -67,28 +66,11 @@ def sweep(
 ) -> SweepReport:
     """Prune a copy of the dense model by each setting in turn, and measure it.
 
-    One copy exists at a time, beside those of a planner, and scores are computed once for a criterion.
-
-    Args:
-        model: The dense model; left as it was.
-        sites: From `find_sites`.
-        evidence: Must hold what `sweep_needs` says of the settings that are not known.
-        settings: From `settings_of`.
-        measure: Gives accuracy and size of a model.
-        latency: Gives the milliseconds of the dense model and of a pruned one, measured in turns.
-        rules: Of all plans; the scope is that of the setting.
-        dense: The dense model's figures, where they are known.
-        known: Rows of an earlier sweep with the same evidence and numbers, which are not measured again.
-        planners: Criterion -> what makes its plans, for criteria that decide more than scores can say: `auto`.
-        after_refit: What else is done to a pruned model whose compensation is the refit, in place.
-        on_row: Called with all that is known after the dense model and after each row.
-        about: For the report.
-
-    Returns:
-        The dense model, and a row for each setting and for whatever else was known.
-
-    Raises:
-        InputError: The evidence lacks something, or a number is out of range.
+    One copy exists at a time, beside those of a planner; scores are computed once for a criterion. `evidence` must
+    hold what `sweep_needs` says of the settings that are not among the `known` rows, which are not measured again.
+    `latency` returns the milliseconds of the dense and of a pruned model. `planners` make the plans of criteria that
+    decide more than scores can say (`auto`). `after_refit` changes a pruned model whose compensation is the refit.
+    `on_row` is called with all that is known, after the dense model and after each row.
     """
     for setting in settings:
         check_ratios(setting.keep_ratio, rules.min_keep_ratio, rules.round_to)
@@ -144,31 +126,19 @@ def _planner(
 LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
 
 
-STATISTICS: Final = "statistics.safetensors"
-
-
 def run_sweep(config: SweepConfig) -> SweepReport:
     """Prune a model in many ways, and leave table, figure, statistics and log in `config.save_dir`.
 
     A sweep that was stopped goes on where it was, and one that is asked for more measures only that. Under torchrun
     each process calls it; all do their share, one writes, and all return the same report.
-
-    Args:
-        config: What to do.
-
-    Raises:
-        InputError: Something in the configuration or behind its paths is wrong, or `save_dir` holds something else.
-        OutputError: A file could not be written; those before it are whole.
-        PeerError: Another process of the job failed.
     """
     check_sweep(config)
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
         progress = processes.all_gather(read_progress(config) if processes.is_main else None)[0]
-        job = prepare(config.run_config(), session)
+        job = prepare(config.run_config(), session, sweep_needs(config.settings))
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
-        check_given(job, sweep_needs(config.settings))
         refits = make_refits(job)
         _open(config, job, log, settings, fresh=progress is None)
         report = _sweep(config, job, refits, progress, settings)
@@ -191,17 +161,14 @@ def _sweep(
         if job.session.processes.is_main:
             write_state(config.save_dir, settings, report.to_dict())
 
-    def timed(pruned: nn.Module) -> tuple[float, float]:
-        return latencies(job, job.dense, pruned)
-
     evidence = _evidence(config, job, sweep_needs(missing))
     return sweep(
         job.dense,
         job.sites,
         evidence,
         config.settings,
-        lambda model: measure(job, model),
-        latency=timed if config.latency else None,
+        functools.partial(measure, job),
+        latency=functools.partial(latencies, job) if config.latency else None,
         rules=job.plan_rules,
         dense=None if progress is None else progress.dense,
         known=known,

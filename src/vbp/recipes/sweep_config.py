@@ -62,11 +62,7 @@ class SweepConfig(ProcessOptions, WidthOptions, RefitOptions, VariedOptions, Dat
 
     @property
     def settings(self) -> tuple[Setting, ...]:
-        """Return all that is asked for.
-
-        Raises:
-            InputError: A value is unknown or out of range.
-        """
+        """Return all that is asked for."""
         from vbp.recipes.checks import settings_of
 
         return settings_of(self.criteria, self.compensations, self.keep_ratios, self.scopes)

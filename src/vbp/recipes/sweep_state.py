@@ -19,8 +19,6 @@ from vbp.runtime.fingerprints import json_fingerprint
 from vbp.statistics.statistics import Statistics
 
 JSON: Final = "sweep.json"
-
-
 _FORMAT: Final = "vbp-sweep/1"
 
 
@@ -56,11 +54,7 @@ def _identity(statistics: Statistics) -> list[Any]:
 
 
 def read_progress(config: SweepConfig) -> SweepProgress | None:
-    """Read what is in the folder: nothing, or an earlier attempt; on the main process.
-
-    Raises:
-        InputError: It holds something else.
-    """
+    """Read what is in the folder: nothing, or an earlier attempt; on the main process."""
     path = config.save_dir / JSON
     if config.overwrite or not path.exists():
         check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
@@ -79,11 +73,7 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
 
 
 def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse rows of two kinds in one table.
-
-    Raises:
-        InputError: A setting differs; all that do are listed.
-    """
+    """Refuse rows of two kinds in one table."""
     if progress is None:
         return
     names = sorted({*progress.settings, *settings})
@@ -105,14 +95,5 @@ def _short(value: Any) -> str:
 
 
 def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Write what is known so far.
-
-    Args:
-        folder: Of the sweep.
-        settings: From `deciding_settings`.
-        report: From `SweepReport.to_dict`, or the beginning of it.
-
-    Raises:
-        OutputError: The file could not be written; the earlier one is whole.
-    """
+    """Write what is known so far."""
     write_json(folder / JSON, {"format": _FORMAT, "settings": dict(settings), **report})

@@ -1,4 +1,4 @@
-"""What users may choose, as literal types: flags, library and checks share them. Nothing here needs torch."""
+"""Name what users may choose, as literal types for flags, library and checks. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -11,12 +11,9 @@ Criterion = Literal[
 ]  # fmt: skip
 
 Scope = Literal["global", "per_layer", "equal"]
-
 Compensation = Literal["none", "mean", "refit"]
 
 # Whether something is done: where it is possible, always (an error where it is not), or never.
 Toggle = Literal["auto", "on", "off"]
-
 Amp = Literal["auto", "off", "bf16", "fp16"]
-
 MatmulPrecision = Literal["highest", "high"]

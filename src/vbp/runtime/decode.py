@@ -14,7 +14,6 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from vbp.errors import InputError
 
 T = TypeVar("T")
-
 _PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
 
 
@@ -45,12 +44,8 @@ def from_json(
 
     Fields may be numbers, text, Literals, Optionals, tuples, mappings from text, paths, other dataclasses, or Any.
 
-    Args:
-        kind: The dataclass.
-        value: What `to_json` returned, also after a way through JSON text. Nothing about it is taken for granted.
-        what: Begins the error text, as `the plan`.
-        remedy: Ends it.
-        use_defaults: Whether a field that has a default may be missing.
+    `what`, such as `the plan`, begins the error text, and `remedy` ends it. With `use_defaults` a field that has a
+    default may be missing.
 
     Raises:
         InputError: A name is missing or unknown, or a value is of another type; numbers must be finite.

@@ -61,15 +61,9 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
-    """Find out before any work whether results can be written into a folder, and whether they may.
+    """Create a folder if missing, and stop before any work if results cannot or may not be written into it.
 
-    Args:
-        folder: Created if missing; probed by writing.
-        overwrite: Whether results of another run may be there.
-        needed_bytes: What is going to be written.
-
-    Raises:
-        InputError: The folder holds results of another run, cannot be written, or lacks space.
+    With `overwrite` results of another run may be there.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -95,11 +89,7 @@ def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
 
 
 def clear_folder(folder: Path, names: Iterable[str]) -> None:
-    """Remove the results of an earlier run, so that no file of it is taken for one of this run.
-
-    Raises:
-        OutputError: One could not be removed.
-    """
+    """Remove the results of an earlier run, so that no file of it is taken for one of this run."""
     for name in names:
         try:
             # A killed run leaves the half of a file under its temporary name.

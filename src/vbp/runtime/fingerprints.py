@@ -1,4 +1,4 @@
-"""Short names for contents: two things with one fingerprint are the same thing."""
+"""Hash models, texts and data: what has the same fingerprint is the same."""
 
 from __future__ import annotations
 

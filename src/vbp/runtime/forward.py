@@ -47,12 +47,10 @@ Hook = Callable[..., Any]
 def hooked(
     after: Iterable[tuple[nn.Module, Hook]] = (), *, before: Iterable[tuple[nn.Module, Hook]] = ()
 ) -> Iterator[None]:
-    """Call hooks around the forward passes of modules while the body runs; none stays behind.
+    """Call hooks around the forward passes of modules while the body runs, and remove them afterwards.
 
-    Args:
-        after: Module and hook, called as `hook(module, args, output)`; what it returns, unless None, replaces the
-            output.
-        before: Module and hook, called as `hook(module, args, kwargs)`.
+    Those `before` are called as `hook(module, args, kwargs)`, those `after` as `hook(module, args, output)`; what
+    they return, unless None, replaces the arguments or the output.
     """
     with ExitStack() as hooks:
         for module, hook in before:

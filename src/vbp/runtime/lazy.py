@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used (PEP 562)."""
+"""Import the names of a package when they are first used (PEP 562)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,6 @@ def lazy_names(package: str, file: str) -> tuple[Callable[[str], Any], Callable[
 
     Its names are those that it imports as themselves, `from room.module import name as name`, under
     `if TYPE_CHECKING:`. Type checkers and editors read these lines, and so does this: there is one list of names.
-
-    Args:
-        package: Its `__name__`.
-        file: Its `__file__`.
     """
 
     @functools.cache

@@ -1,4 +1,4 @@
-"""The log file of a run: whole, from the first line, but not written before the run may write."""
+"""Write the log file of a run: from its first record on, but not before the run may write."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ class RunLog:
 
     def open(self, path: Path, *, append: bool = False) -> None:
         """Write what was collected to a file, and all that follows.
-
-        Args:
-            path: The log file.
-            append: Go on after what is there, instead of replacing it.
 
         Raises:
             OutputError: The file cannot be written, now or at a later line.

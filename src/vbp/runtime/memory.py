@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 
 # How CPUs and the libraries of GPUs say that memory is at its end, in errors of no type of their own.
 _SIGNS = ("can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED", "CUDA out of memory")
@@ -24,23 +24,15 @@ _REMEDIES = {
 
 @contextmanager
 def out_of_memory(stage: str = "fine-tuning") -> Iterator[None]:
-    """Turn an end of memory within into one error that names what helps.
-
-    Args:
-        stage: `fine-tuning`, `evaluation` or `calibration`.
-
-    Raises:
-        InputError: Memory was at its end.
-    """
+    """Turn an end of memory in a stage (fine-tuning, evaluation, calibration) into an error that says what helps."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         plain = not isinstance(error, torch.OutOfMemoryError | MemoryError)
         if plain and not any(sign in str(error) for sign in _SIGNS):
             raise
-        text = (str(error).strip() or "no further word").splitlines()[0]
         raise InputError(
-            f"{stage} needs more memory than there is{_figures()}: {text}; {_REMEDIES[stage]}"
+            f"{stage} needs more memory than there is{_figures()}: {first_line(error)}; {_REMEDIES[stage]}"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""How numbers are held and multiplied: autocast, loss scaling, TF32, and the layout of images in memory."""
+"""Choose how numbers are stored and multiplied: autocast, loss scaling, TF32, and the layout of images in memory."""
 
 from __future__ import annotations
 
@@ -17,28 +17,17 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """The type in which a forward pass computes; weights, statistics and losses stay as they are.
+    """The type of matrix products and convolutions in a forward pass; None leaves all as it is.
 
-    Attributes:
-        dtype: Of matrix products and convolutions; None leaves all as it is.
-        device_type: Where they are computed.
+    Weights, statistics and losses stay as they are.
     """
 
     dtype: torch.dtype | None = None
     device_type: str = "cpu"
 
     @staticmethod
-    def off() -> Precision:
-        """Compute in the type of the weights."""
-        return Precision()
-
-    @staticmethod
     def choose(amp: Amp, device: torch.device) -> Precision:
-        """Return what a user asked for, or for `auto` bf16 where the GPU computes in it and nothing elsewhere.
-
-        Raises:
-            InputError: The device cannot do it.
-        """
+        """Return what a user asked for, or for `auto` bf16 where the GPU computes in it and nothing elsewhere."""
         if amp == "auto":
             amp = "bf16" if device.type == "cuda" and _has_bf16(device) else "off"
         if amp == "off":
@@ -83,9 +72,6 @@ def set_matmul_precision(precision: MatmulPrecision) -> None:
     """Choose how this process multiplies float32 matrices and convolves: `high` uses TF32 where there is any.
 
     Left alone, PyTorch convolves in TF32 and multiplies matrices without it.
-
-    Raises:
-        InputError: It is neither of the two.
     """
     if precision not in ("highest", "high"):
         raise InputError(f"matmul_precision must be highest or high, got {precision!r}; high uses TF32")

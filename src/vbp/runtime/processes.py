@@ -1,4 +1,4 @@
-"""The processes of a job: how it was launched, what they exchange, and how one that fails ends all."""
+"""Launch the processes of a job, exchange data between them, and end all when one fails."""
 
 from __future__ import annotations
 
@@ -29,13 +29,8 @@ _LOST_PEER = ("gloo", "nccl", "connection", "peer", "store", "timed out", "timeo
 class Processes:
     """The processes of this job, seen from one of them. The default is a job of one.
 
-    Attributes:
-        rank: Place of this process among all.
-        world: Number of processes on all nodes.
-        local_rank: Place among those of this node.
-        local_world: Number of processes on this node.
-        control: Group for small messages on the CPU, whatever device the tensors of the job are on.
-        store: Where a process that fails writes its error for the others.
+    `local_rank` and `local_world` count those of this node. `control` is a group for small messages on the CPU,
+    whatever device the tensors of the job are on; into `store` a process that fails writes its error for the others.
     """
 
     rank: int = 0
@@ -73,7 +68,7 @@ class Processes:
         return int(largest)
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have come here."""
         if self.world > 1:
             dist.barrier(group=self.control)
 
@@ -88,11 +83,7 @@ class Processes:
         self.barrier()
 
     def check_same(self, what: str, value: str) -> None:
-        """Stop all processes if they do not hold the same.
-
-        Raises:
-            InputError: They differ.
-        """
+        """Stop all processes if they do not hold the same value."""
         values = self.all_gather(value)
         if len(set(values)) > 1:
             listed = ", ".join(f"{rank}: {value[:12]}" for rank, value in enumerate(values))
@@ -103,11 +94,7 @@ class Processes:
 
 
 def launched() -> Processes:
-    """Read from the environment how torchrun started this process; alone without it.
-
-    Raises:
-        InputError: A variable is missing or no whole number.
-    """
+    """Read from the environment how torchrun started this process; without it, it is alone."""
     if "WORLD_SIZE" not in os.environ:
         return Processes()
     numbers = []
@@ -134,11 +121,7 @@ def restarts() -> int:
 
 
 def check_launch(script: str, *, disable_ddp: bool) -> None:
-    """Check that a script meant for torchrun was started by it, or was told not to need it.
-
-    Raises:
-        InputError: Neither is so, or both at once.
-    """
+    """Check that a script meant for torchrun was either started by it, or was told not to need it."""
     if not disable_ddp and "WORLD_SIZE" not in os.environ:
         raise InputError(
             f"{script} must be started by torchrun or with --disable_ddp, got neither; type\n"
@@ -154,14 +137,9 @@ def check_launch(script: str, *, disable_ddp: bool) -> None:
 
 
 def device_of(name: str, processes: Processes) -> torch.device:
-    """Choose the device of this process.
+    """Choose the device of this process; each process of a node takes the GPU of its place.
 
-    Args:
-        name: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda`, or `cuda:N` in a job of one process.
-        processes: Each process of a node takes the GPU of its place.
-
-    Raises:
-        InputError: There is no such device, or not one for each process.
+    The name is `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda`, or `cuda:N` in a job of one process.
     """
     wanted = name
     if name == "auto":
@@ -198,10 +176,6 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
     An error of one process ends all: it writes the error into the store, and the others read it there when they are
     told to stop, lose the connection, or have waited for the time-out.
 
-    Args:
-        device: As for `device_of`.
-        timeout_minutes: Longest wait of one process for another.
-
     Raises:
         PeerError: Another process failed.
     """
@@ -233,7 +207,7 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
     try:
         yield processes, place
     except BaseException as error:
-        # This process is about to end, and has still to say why.
+        # This process is about to end, and has yet to say why.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The group is left as it is: closing it could wait for processes that are gone.
         raise _root_cause(processes, error) from error
@@ -248,7 +222,9 @@ def _root_cause(processes: Processes, error: BaseException) -> BaseException:
     text = first_line(error)
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST_PEER):
         failure = _first_failure(processes, "")
-        return PeerError(failure or f"another process ended without a word, seen by process {processes.rank}: {text}")
+        return PeerError(
+            failure or f"another process ended without an error message, seen by process {processes.rank}: {text}"
+        )
     mine = f"process {processes.rank} of {processes.world} failed: {text}"
     first = _first_failure(processes, mine)
     return error if first == mine else PeerError(first)

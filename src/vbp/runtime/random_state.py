@@ -1,4 +1,4 @@
-"""Where the random numbers of a process stand, as plain data that a checkpoint can hold."""
+"""Save and restore the states of all random generators of a process, as plain data for a checkpoint."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def random_state(device: torch.device) -> dict[str, Any]:
 
 
 def set_random_state_(state: Mapping[str, Any], device: torch.device) -> None:
-    """Go on from where `random_state` was taken."""
+    """Restore what `random_state` returned."""
     torch.set_rng_state(state["cpu"].cpu())
     if state["cuda"] is not None and device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"].cpu(), device)

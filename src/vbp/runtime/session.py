@@ -1,4 +1,4 @@
-"""One process of a job: its ranks, device and precision, its progress bars, and the seconds of each stage."""
+"""Keep together what one process of a job needs: ranks, device, precision, progress bars, seconds of each stage."""
 
 from __future__ import annotations
 
@@ -19,11 +19,7 @@ from vbp.runtime.processes import Processes
 class Session:
     """How this process takes part in a job. The default is a job of one process, on the CPU, in float32.
 
-    Attributes:
-        processes: The processes whose images count together.
-        device: Where the models are.
-        precision: Of all forward passes.
-        seconds: Stage -> seconds spent in it so far.
+    `precision` is that of all forward passes; `seconds` has the time spent in each stage so far.
     """
 
     processes: Processes = field(default_factory=Processes)
@@ -37,7 +33,7 @@ class Session:
 
     @contextmanager
     def progress_steps(self, label: str, unit: str) -> Iterator[Callable[[str], None]]:
-        """Draw progress over steps whose number nobody knows: call what is returned with each step's name."""
+        """Draw progress over an unknown number of steps: call what is returned with each step's name."""
         with tqdm(desc=label, unit=f" {unit}", leave=False, disable=self._hidden, dynamic_ncols=True) as drawn:
 
             def tell(name: str) -> None:

@@ -1,4 +1,4 @@
-"""When to write a checkpoint between two steps: a signal asks the run to stop, or enough time has gone by."""
+"""Decide when to write a checkpoint: a signal asks the run to stop, or enough time has passed."""
 
 from __future__ import annotations
 
@@ -19,16 +19,12 @@ _SAME_REQUEST_SECONDS = 2.0
 class Interruption:
     """Notes SIGTERM and SIGINT while it is entered, so that a loop can stop between two steps.
 
-    A second signal acts at once, as it would have without us. A signal that nobody has acted upon when the block is
-    left acts then: none is swallowed. Outside the main thread, where signals never arrive, only the clock is kept; a
-    signal that was ignored before (`nohup`, a job in the background) stays ignored.
-
-    Attributes:
-        signal: Number of the first signal; None if none came.
+    `signal` is the number of the first one. A second one acts at once, as it would have without us. A signal that
+    nobody has acted upon when the block is left acts then: none is lost. Outside the main thread, where signals never
+    arrive, only the clock is kept; a signal that was ignored before (`nohup`, a job in the background) stays ignored.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        """Start the clock, which gives seconds."""
         self.signal: int | None = None
         self._clock = clock
         self._start = clock()

@@ -1,4 +1,4 @@
-"""Tables as text: for the terminal with aligned columns, or in Markdown; and numbers as people read them."""
+"""Write tables as text, for the terminal with aligned columns or in Markdown, and numbers for people."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 
 
 def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence[int] = ()) -> str:
-    """Return rows as lines with aligned columns, two spaces between them.
+    """Return rows as lines with aligned columns, two spaces between them; a heading is the first row.
 
-    Args:
-        rows: All of as many cells; a heading is the first of them.
-        align: A letter for each column, `l` for left or `r` for right; further columns stand at the right.
-        widths: Of each column at least this many characters.
+    `align` holds a letter for each column, `l` for left or `r` for right; further columns are aligned to the right.
+    `widths` are the least numbers of characters.
 
     Example:
         >>> print(text_table([("model", "top-1"), ("dense", "72.02"), ("pruned", "9.50")]))

@@ -18,7 +18,6 @@ from vbp.errors import InputError, OutputError, first_line
 from vbp.runtime.files import clear_folder, write_atomically
 
 _log = logging.getLogger(__name__)
-
 CHECKPOINTS = "checkpoints"
 FORMAT = "vbp-checkpoint/1"
 _KEPT = 2
@@ -37,15 +36,10 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
     Older checkpoints go only when two newer ones are whole, this one included. Later ones go too: training was taken
     up before them.
 
-    Args:
-        save_dir: Folder of the run; checkpoints are in a folder of their own there, created if missing.
-        state: Tensors, numbers, text, None, and lists, tuples and dictionaries of them.
-        epoch: The epoch that training is in.
-        batch: Batches of this epoch that are done.
-
     Raises:
         OutputError: The file could not be written; earlier ones are whole.
-        TypeError: The state holds something that could not be read back; nothing is written.
+        TypeError: The state holds more than tensors, numbers, text, None, and lists, tuples and dictionaries of
+            them; nothing is written.
     """
     folder = save_dir / CHECKPOINTS
     path = folder / f"epoch{epoch:04d}-batch{batch:06d}.pt"
@@ -68,11 +62,7 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Read the state in a checkpoint onto the CPU; nothing in it is run as code.
-
-    Raises:
-        InputError: The file is missing, torn, damaged, something else, or of another format.
-    """
+    """Read the state in a checkpoint onto the CPU; nothing in it is run as code."""
     fault = checkpoint_fault(path)
     if fault is not None:
         raise InputError(f"{path} is no checkpoint that can be continued: {fault}")
@@ -86,13 +76,9 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """Find the newest checkpoint in a folder that can be read; each newer one that cannot is named in a warning.
+    """Return the newest checkpoint in a folder that can be read; None if there is no file.
 
-    Args:
-        folder: The one in which the files lie.
-
-    Returns:
-        None if there is no file.
+    Each newer one that cannot be read is named in a warning.
 
     Raises:
         InputError: There are files, but none can be read.
@@ -120,15 +106,7 @@ def has_checkpoints(folder: Path) -> bool:
 
 
 def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
-    """Remove the checkpoints of an earlier run, and what a killed one left half written.
-
-    Args:
-        save_dir: Folder of the run.
-        after: Only those later than this one, from which training goes on.
-
-    Raises:
-        OutputError: One could not be removed.
-    """
+    """Remove the checkpoints of an earlier run, or those `after` one; and what a killed run left half written."""
     folder = save_dir / CHECKPOINTS
     for path in _files(folder):
         if _position(path) is not None and (after is None or _place(path) > _place(after)):
@@ -137,11 +115,7 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
 
 
 def write_sealed(file: IO[bytes], content: dict[str, Any]) -> None:
-    """Write a file that torch.load reads, with a digest of all that stands before it as its end.
-
-    Raises:
-        TypeError: The content holds something that could not be read back.
-    """
+    """Write a file that torch.load reads, with a digest of all that stands before it as its end."""
     torch.save(content, file)
     # The archive's last field is the length of its comment.
     file.seek(-2, os.SEEK_END)

@@ -16,9 +16,6 @@ class Compiled(nn.Module):
     """Calls a module through torch.compile; parameters, buffers and mode are those of the module itself.
 
     It is compiled when it is first called, and again for its other mode and for a batch of another size.
-
-    Attributes:
-        module: The module as it was; its state has the names that it always had.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -29,22 +26,14 @@ class Compiled(nn.Module):
         object.__setattr__(self, "_compiled", torch.compile(module))
 
     def forward(self, pixels: Any) -> Any:
-        """Return what the module gives.
-
-        Raises:
-            InputError: It cannot be compiled here.
-        """
+        """Return the output of the module."""
         with compile_errors():
             return self._compiled(pixels)
 
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Turn an error of the compiler within into one that says what to do.
-
-    Raises:
-        InputError: The compiler failed.
-    """
+    """Turn an error of the compiler within into one that says what to do."""
     from torch._dynamo.exc import TorchDynamoException  # loading the compiler takes seconds
 
     try:

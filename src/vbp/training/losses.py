@@ -12,6 +12,12 @@ from torch import Tensor
 from vbp.errors import InputError
 
 
+def check_below_one(name: str, share: float, usual: float) -> None:
+    """Check a share that may be 0, but not 1."""
+    if not 0 <= share < 1:
+        raise InputError(f"{name} must be in [0, 1), got {share}; {usual} is usual")
+
+
 @dataclass(frozen=True)
 class DistillationLoss:
     """`alpha * CE(student, labels) + beta * T^2 * KL(teacher/T || student/T)`.
@@ -43,8 +49,7 @@ class DistillationLoss:
                 f"kd_alpha and kd_beta must be at least 0, finite and not both 0, got {self.alpha} and {self.beta}; "
                 "the paper uses 0.7 and 0.3"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
+        check_below_one("label_smoothing", self.label_smoothing, usual=0.1)
 
     def __call__(
         self,

@@ -24,36 +24,23 @@ _CHECKPOINTING: dict[str, dict[str, Any]] = {
 
 
 def enable_gradient_checkpointing_(model: nn.Module) -> None:
-    """Keep fewer activations in training and compute them again for the gradients, which stay the same.
-
-    Raises:
-        InputError: The model offers no such thing.
-    """
-    try:
-        for name, arguments in _CHECKPOINTING.items():
-            if hasattr(model, name):
-                getattr(model, name)(**arguments)
-                return
-    except (AssertionError, ValueError, NotImplementedError) as error:
-        raise InputError(f"{_no_checkpointing(model)} ({error})") from error
-    raise InputError(_no_checkpointing(model))
-
-
-def _no_checkpointing(model: nn.Module) -> str:
-    return (
+    """Keep fewer activations in training and compute them again for the gradients, which stay the same."""
+    text = (
         f"grad_checkpointing needs a timm or Hugging Face model that offers it, got {type(model).__name__} without; "
         "leave --grad_checkpointing out and lower --train_batch_size"
     )
+    switch = next((name for name in _CHECKPOINTING if hasattr(model, name)), None)
+    if switch is None:
+        raise InputError(text)
+    try:
+        getattr(model, switch)(**_CHECKPOINTING[switch])
+    except (AssertionError, ValueError, NotImplementedError) as error:
+        raise InputError(f"{text} ({error})") from error
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """The most that a dry step took of a GPU; nothing is known of a CPU.
-
-    Attributes:
-        peak: Bytes.
-        total: Bytes of the device.
-    """
+    """The most that a dry step took of a GPU; nothing is known of a CPU."""
 
     peak: int | None = None
     total: int | None = None
@@ -70,15 +57,6 @@ def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_b
 
     Everything takes part: teacher, precision, compiler, moments of the optimizer, gradients that wait for a second
     batch. Afterwards trainer, models and random numbers are as they were. All processes call it.
-
-    Args:
-        trainer: Not trained yet.
-        image: Shape of one image.
-        batch_size: Training images of one process.
-        val_batch_size: Evaluation images of one process.
-
-    Raises:
-        InputError: Memory is at its end.
     """
     cuda = trainer.device.type == "cuda"
     shared, own = (_copied(state) for state in (trainer.state_dict(), trainer.process_state()))

@@ -48,12 +48,7 @@ def steps_per_epoch(batches: int, accumulate: int = 1) -> int:
 
 
 class EpochMeter:
-    """Sums over the images and steps of this process; reading them in the loop would make a GPU wait.
-
-    Attributes:
-        learning_rate: At the epoch's first step.
-        seconds: Of training, so far.
-    """
+    """Sums over the images and steps of this process; reading them in the loop would make a GPU wait."""
 
     def __init__(self, device: torch.device) -> None:
         self.learning_rate = 0.0
@@ -80,11 +75,7 @@ class EpochMeter:
         self._values[_NORMS] += finite
 
     def result(self, epoch: int, processes: Processes, skipped_steps: int) -> EpochResult:
-        """Add up the sums of all processes, which leaves them as they are.
-
-        Raises:
-            InputError: There was no image, or the loss is no finite number; on every process alike.
-        """
+        """Add up the sums of all processes, which leaves them as they are."""
         loss, correct, images, norm, norms = processes.all_reduce_sum_(self._values.clone()).tolist()
         if images == 0:
             raise InputError("fine-tuning needs at least one image, got none; check the training images")

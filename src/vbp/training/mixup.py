@@ -13,20 +13,15 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from vbp.errors import InputError
+from vbp.training.losses import check_below_one
 
 
 @dataclass(frozen=True)
 class Mixup:
     """Mixes each image of a batch with the one at the same place from the end.
 
-    What is drawn depends on the seed, the epoch, the batch and the process alone.
-
-    Attributes:
-        mixup: Alpha of Mixup; 0 leaves it out. With both, each batch takes one of the two at random.
-        cutmix: Alpha of CutMix; 0 leaves it out.
-        label_smoothing: Share of each label that is spread over all classes.
-        num_classes: Of the model.
-        seed: Of the run.
+    `mixup` and `cutmix` are alphas; 0 leaves one out, and with both each batch takes one of them at random. What is
+    drawn depends on the seed, the epoch, the batch and the process alone.
 
     Source: Zhang et al. (2018), equation 2; Yun et al. (2019), equation 1.
     """
@@ -45,8 +40,7 @@ class Mixup:
                 f"mixup and cutmix must be at least 0, finite and not both 0, got {self.mixup} and {self.cutmix}; "
                 "0.8 and 1.0 are usual"
             )
-        if not 0 <= self.label_smoothing < 1:
-            raise InputError(f"label_smoothing must be in [0, 1), got {self.label_smoothing}; 0.1 is usual")
+        check_below_one("label_smoothing", self.label_smoothing, usual=0.1)
 
     def __call__(
         self,

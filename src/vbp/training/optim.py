@@ -11,20 +11,12 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LRScheduler
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from vbp.errors import InputError
+from vbp.training.losses import check_below_one
 
 
 def make_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """Set up an exponential moving average of weights and running statistics; it begins after the first step.
-
-    Args:
-        model: Copied.
-        decay: What remains of the average at each step.
-
-    Raises:
-        InputError: The decay is not in [0, 1).
-    """
-    if not 0 <= decay < 1:
-        raise InputError(f"ema_decay must be in [0, 1), got {decay}; 0.9998 is usual")
+    """Set up an exponential moving average of weights and running statistics; it begins after the first step."""
+    check_below_one("ema_decay", decay, usual=0.9998)
     mix = get_ema_multi_avg_fn(decay)  # type: ignore[no-untyped-call]
 
     def update(average: Sequence[Tensor], current: Sequence[Tensor], count: Tensor | int) -> None:
@@ -45,9 +37,6 @@ def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LR
 
     Step `k` of a warm-up of `w` steps, counted from 0, has `(k + 1) / (w + 1)` of the peak, so that the first step
     after it is the first with the whole.
-
-    Raises:
-        InputError: The warm-up takes all steps.
 
     Source: Loshchilov, Hutter (2017), section 3, without restarts.
     """

@@ -14,11 +14,7 @@ from vbp.training.meters import EpochResult
 
 
 def check_tracking(log_dir: Path | None) -> None:
-    """Find out before any work whether curves can be written.
-
-    Raises:
-        InputError: TensorBoard is not installed, or the folder is a file or cannot be written.
-    """
+    """Find out before any work whether curves can be written."""
     if log_dir is None:
         return
     if importlib.util.find_spec("tensorboard") is None:

@@ -104,7 +104,8 @@ class Trainer:
         steps_done: Of the optimizer, in all.
 
     Example:
-        >>> trainer = vbp.Trainer.of(pruned, steps=8, learning_rate=1e-4, device=images.device, teacher=model)
+        >>> settings = vbp.TrainerSettings(steps=8, learning_rate=1e-4)
+        >>> trainer = vbp.Trainer(pruned, settings, device=images.device, teacher=model)
     """
 
     def __init__(
@@ -262,7 +263,7 @@ class Trainer:
             self.average.update_parameters(self.student)
 
     def _share_buffers(self) -> None:
-        """Return all processes the running statistics of the first, whose model is saved."""
+        """Send the running statistics of the first process, whose model is saved, to all."""
         if self.processes.world == 1:
             return
         for model in dict.fromkeys((self.student, self.evaluated)):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from vbp.errors import InputError, first_line
-from vbp.pruning.attention import HeadChange, update_attributes_
+from vbp.pruning.cutting import HeadChange, update_attributes_
 from vbp.torch_pruning.graph import logged_warnings
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
+from vbp.pruning.choice import Candidate
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import from_json, to_json
@@ -19,7 +20,6 @@ from vbp.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from vbp.cost.budget import BudgetResult
-    from vbp.pruning.choice import Candidate
     from vbp.refit.head import HeadRefit
     from vbp.refit.producers import ProducerRefit
     from vbp.refit.refits import RefitReport
@@ -289,19 +289,12 @@ class _Convergence:
 
 
 @dataclass(frozen=True)
-class _Candidate:
-    name: str
-    divergence: float
-    widths: Mapping[str, int]
-
-
-@dataclass(frozen=True)
 class _Details:
     """What the plain data inside a report must be."""
 
     compensation: str
     convergence: _Convergence | None
-    candidates: tuple[_Candidate, ...]
+    candidates: tuple[Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]
 

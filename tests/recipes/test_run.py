@@ -205,8 +205,8 @@ def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp
 
 
 def test_compensation_none_differs_from_the_mean(quick: RunConfig, tmp_path: Path) -> None:
-    shifted = run(dataclasses.replace(quick, compare_uncompensated=True, limit_val=0))
-    bare = run(dataclasses.replace(quick, compensation="none", limit_val=0, save_dir=tmp_path / "none"))
+    shifted = run(dataclasses.replace(quick, compare_uncompensated=True, limit_val=300))
+    bare = run(dataclasses.replace(quick, compensation="none", limit_val=300, save_dir=tmp_path / "none"))
     assert shifted.uncompensated is not None
     assert bare.pruned.top1 == shifted.uncompensated.top1 != shifted.pruned.top1
 

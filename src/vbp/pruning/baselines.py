@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.method.scores import lamp, magnitude, mean_normalised, snip, taylor
-from vbp.sites.site import Site
-from vbp.sites.weights import WeightSlice, weight_slices
+from vbp.sites.site import Site, WeightSlice, weight_slices
 
 
 def random_scores(sites: Sequence[Site], *, seed: int = 0) -> dict[str, Float[Tensor, "hidden"]]:

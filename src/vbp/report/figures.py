@@ -247,7 +247,7 @@ def kept_channels(run: RunReport) -> Drawing | None:
 
 
 def reconstruction_errors(run: FinishedRun) -> Drawing | None:
-    """Draw the error that is left at each site; None where nothing tells it."""
+    """Draw the error that is left at each site; None where it is not known."""
     errors_of_sites = site_errors(run)
     if errors_of_sites is None:
         return None

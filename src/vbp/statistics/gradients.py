@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
 from vbp.runtime.processes import Processes
-from vbp.sites.site import Site
-from vbp.sites.weights import weight_slices
+from vbp.sites.site import Site, weight_slices
 
 _ALONE = Processes()
 

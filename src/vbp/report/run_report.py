@@ -28,11 +28,7 @@ if TYPE_CHECKING:
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
 # How tables call the pruned model, by its compensation.
-PRUNED_LABELS: Final[Mapping[str, str]] = {
-    "none": "pruned, no compensation",
-    "mean": "pruned, mean shift",
-    "refit": "pruned, refit",
-}
+_PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}
 
 _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
@@ -167,8 +163,8 @@ class RunReport:
         compensation = self.config["compensation"]
         steps = {"base": "dense"}
         if self.uncompensated is not None and compensation != "none":
-            steps["uncompensated"] = PRUNED_LABELS["none"]
-        steps["pruned"] = PRUNED_LABELS.get(compensation, f"pruned, {compensation}")
+            steps["uncompensated"] = _PRUNED["none"]
+        steps["pruned"] = _PRUNED.get(compensation, f"pruned, {compensation}")
         if self.final.epoch:
             # Where tuning improved it at no epoch, the pruned model above is the best.
             if self.best.epoch:
@@ -240,8 +236,12 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        rows = [_cells(label, self.models[name]) for name, label in self.steps.items()]
-        heading = ("", "top-1 %", "top-5 %", "MACs", "params", "latency")
+        rows = [("", "top-1 %", "top-5 %", "MACs", "params", "latency")]
+        for name, label in self.steps.items():
+            model = self.models[name]
+            latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
+            sizes = (format_count(model.macs), format_count(model.params))
+            rows.append((label, f"{model.top1:.2f}", f"{model.top5:.2f}", *sizes, latency))
         facts = [f"kept {self.keep_ratio:.1%} of the hidden channels"]
         if self.speedup is not None:
             facts.append(
@@ -249,7 +249,7 @@ class RunReport:
                 f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
             )
         facts.append(f"{self.images['val']} validation images")
-        lines = [text_table([heading, *rows], widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
+        lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
         if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
             lines.append(self.budget["sentence"])
         return "\n".join(lines)
@@ -279,12 +279,6 @@ class _Details:
     candidates: tuple[Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]
-
-
-def _cells(label: str, model: Measured) -> tuple[str, ...]:
-    latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
-    accuracy = (f"{model.top1:.2f}", f"{model.top5:.2f}")
-    return (label, *accuracy, format_count(model.macs), format_count(model.params), latency)
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from vbp.errors import InputError, first_line
 from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.sites.propagation import tensors_in
 from vbp.torch_pruning.graph import logged_warnings
 
 
@@ -57,7 +57,7 @@ def _failure(graph: Any, removals: Sequence[Removal], example_inputs: Any, forwa
 
 
 def _shapes(output: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [tuple(tensor.shape) for tensor in tensors_in(output)]
 
 
 def prune_copy_(trial: nn.Module, graph: Any, removals: Sequence[Removal]) -> None:

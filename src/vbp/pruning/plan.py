@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from vbp.errors import InputError
 from vbp.runtime.choices import Scope
@@ -22,7 +21,7 @@ _FORMAT = "vbp-plan/1"
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What stays of one site: the indices of the kept channels, ascending.
+    """Hold what stays of one site: the indices of the kept channels, ascending.
 
     Example:
         >>> len(plan.sites[0].keep), len(plan.sites[0].removed)
@@ -41,7 +40,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which hidden channels of a model stay.
+    """Tell which hidden channels of a model stay.
 
     Attributes:
         sites: One entry a site, in the order in which the sites were found.
@@ -94,14 +93,14 @@ class PruningPlan:
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> PruningPlan:
-        """Read what `to_dict` gave.
+        """Read what `to_dict` returned.
 
         Raises:
             InputError: The data is no plan, or of another format.
         """
-        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if found != _FORMAT:
-            raise InputError(f"a plan must have format {_FORMAT}, got {found!r}; make it again")
+        file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        if file_format != _FORMAT:
+            raise InputError(f"a plan must have format {_FORMAT}, got {file_format!r}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
         plan = from_json(PruningPlan, rest, "the plan")
         for entry in plan.sites:
@@ -140,9 +139,6 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
-    if site.heads < 1 or site.hidden % site.heads or len(set(np.bincount(_heads_of(site, keep)))) > 1:
+    size = site.hidden // max(1, site.heads)
+    if size * site.heads != site.hidden or len(set(np.bincount(np.asarray(keep) // size))) > 1:
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
-
-
-def _heads_of(site: Site, channels: Sequence[int]) -> npt.NDArray[np.int64]:
-    return np.concatenate([np.arange(0), np.asarray(channels) // (site.hidden // site.heads)]).astype(np.int64)

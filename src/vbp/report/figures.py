@@ -63,7 +63,7 @@ def plan_convergence(run: RunReport) -> Drawing | None:
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
     if run.convergence is None or not changes:
         return None
-    converged = run.convergence["settled"]
+    converged = run.convergence["converged"]
     with canvas(2.8) as (figure, axes):
         axes.plot(*zip(*changes, strict=True), "o-", color=BLUE, markersize=5)
         axes.set_xscale("log", base=2)

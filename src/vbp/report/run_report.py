@@ -267,7 +267,7 @@ def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[s
 @dataclass(frozen=True)
 class _Convergence:
     stages: tuple[Stage, ...]
-    settled: int | None
+    converged: int | None
 
 
 @dataclass(frozen=True)

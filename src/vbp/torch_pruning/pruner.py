@@ -13,7 +13,7 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.pruning.attention import HeadChange, update_attributes_
+from vbp.pruning.cutting import HeadChange, update_attributes_
 from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,

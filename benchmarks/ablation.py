@@ -32,7 +32,7 @@ import vbp
 from vbp.data.images import balanced_order
 from vbp.method.elimination import Elimination, strictly_rising
 from vbp.method.ridge import RIDGE
-from vbp.method.sampling import Draws, TokenSample, TokenSampler
+from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.pruning.auto import sensitivity_eliminations
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations
@@ -128,7 +128,7 @@ class Collected:
             part = vbp.collect_statistics(
                 model, sites, self._seen(start, stop), covariance=True,
                 tokens=TokenSample(self._options.covariance_tokens, first=start),
-                sensitivity=Draws(first=start) if sensed else None, pivots=pivots,
+                sensitivity=RandomProbes(first=start) if sensed else None, pivots=pivots,
             )  # fmt: skip
             found[stop] = found[start].merge(part) if start else part
             start = stop

@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor, nn
 
 from vbp import Site, collect_statistics, find_sites
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.recipes.options import COVARIANCE_TOKENS
 
 _FORWARD = "forward"
@@ -60,9 +60,9 @@ def passes_of(
 ) -> dict[str, Callable[[], object]]:
     """Return what is timed, by name."""
 
-    def collecting(share: float, draws: Draws | None = None) -> Callable[[], object]:
+    def collecting(share: float, probes: RandomProbes | None = None) -> Callable[[], object]:
         tokens = TokenSample(share)
-        return lambda: collect_statistics(model, sites, batches, covariance=True, tokens=tokens, sensitivity=draws)
+        return lambda: collect_statistics(model, sites, batches, covariance=True, tokens=tokens, sensitivity=probes)
 
     passes: dict[str, Callable[[], object]] = {
         _FORWARD: lambda: bare_forward(model, batches),
@@ -72,7 +72,7 @@ def passes_of(
         passes[f"covariance of {share:g} of the tokens"] = collecting(share)
     if options.sensitivity:
         passes[f"covariance of {options.covariance_tokens[0]:g} of the tokens, sensitivity"] = collecting(
-            options.covariance_tokens[0], Draws()
+            options.covariance_tokens[0], RandomProbes()
         )
     return passes
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 import vbp
 from vbp.data import digits
 from vbp.method.elimination import Elimination
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.pruning.auto import sensitivity_eliminations
 from vbp.pruning.criteria import eliminations
 from vbp.pruning.divergence import HELD_OUT_IMAGES
@@ -81,7 +81,7 @@ class Bench:
         self.sites = vbp.find_sites(model, train.pixels[:1])
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
-            tokens=TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=Draws(seed=seed),
+            tokens=TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=RandomProbes(seed=seed),
         )  # fmt: skip
         self.reference = vbp.DenseReference(model, _batches(train.pixels[:HELD_OUT_IMAGES]))
         # Where the model ends in no linear layer, this stays as it is, as in a run.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 import vbp
 from vbp.data.folder import ImageList
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.pruning.auto import auto_plan, sensitivity_eliminations
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import eliminations
@@ -151,7 +151,7 @@ class Bench(Dense):
         start = time.perf_counter()
         found = vbp.collect_statistics(
             self.model, self.sites, train,
-            covariance=True, tokens=TokenSample(COVARIANCE_TOKENS), sensitivity=Draws(),
+            covariance=True, tokens=TokenSample(COVARIANCE_TOKENS), sensitivity=RandomProbes(),
         )  # fmt: skip
         print(f"statistics, covariance and sensitivity: {time.perf_counter() - start:.1f} s", flush=True)
         if path is not None:

@@ -44,8 +44,8 @@ def first_line(error: BaseException) -> str:
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
-    """Return the first names of a list, with dots where there are more."""
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+    """Return the first names of a list, and how many more there are."""
+    return ", ".join(names[:most]) + (f", and {len(names) - most} more" if len(names) > most else "")
 
 
 def one_line(error: BaseException) -> str:

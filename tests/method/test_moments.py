@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vbp.method.moments import _CPU_CHUNK, ChannelMoments, channel_moments
+from vbp.method.moments import CPU_CHUNK, ChannelMoments, channel_moments
 
 
 def running(values: Tensor, sizes: list[int]) -> ChannelMoments:
@@ -58,7 +58,7 @@ def test_constant_channels_have_variance_zero() -> None:
 
 
 def test_more_values_than_one_piece_of_the_cache() -> None:
-    values = torch.randn(_CPU_CHUNK // 5, 16, generator=torch.Generator().manual_seed(0)) + 5
+    values = torch.randn(CPU_CHUNK // 5, 16, generator=torch.Generator().manual_seed(0)) + 5
     assert_matches(channel_moments(values), values, 2e-6)
 
 

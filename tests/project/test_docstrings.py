@@ -20,7 +20,7 @@ from PIL import Image
 import vbp
 from vbp.cli.main import parse
 from vbp.deploy.settings import LatencySettings
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.recipes.checks import check_config
 from vbp.statistics.evidence import Evidence
 
@@ -51,7 +51,7 @@ def sites() -> tuple[vbp.Site, ...]:
 
 @cache
 def statistics() -> vbp.Statistics:
-    return vbp.collect_statistics(dense(), sites(), [images()], covariance=True, sensitivity=Draws())
+    return vbp.collect_statistics(dense(), sites(), [images()], covariance=True, sensitivity=RandomProbes())
 
 
 @cache

@@ -14,7 +14,7 @@ from pairs import Pair
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.pruning.auto import auto_plan, mixed_with_uniform, scaled, sensitivity_eliminations
 from vbp.pruning.choice import PlanChoice
 from vbp.pruning.divergence import DenseReference
@@ -30,15 +30,15 @@ def setting(name: str, *, attention: bool = False, images: int = 8) -> Setting:
     family = FAMILIES[name]
     model, pixels = randomise_(family.build()).double().eval(), family.example(images)
     sites = find_sites(model, pixels[:1], attention=attention)
-    statistics = collect_statistics(model, sites, pixels.split(4), covariance=True, sensitivity=Draws())
+    statistics = collect_statistics(model, sites, pixels.split(4), covariance=True, sensitivity=RandomProbes())
     return model, sites, statistics, pixels
 
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "timm-convnext-conv"])
 def test_the_best_candidate_wins_and_keeps_the_count(name: str) -> None:
     model, sites, statistics, images = setting(name)
-    held_back = DenseReference(model, [images])
-    found = auto_plan(model, sites, statistics, held_back, keep_ratio=0.5)
+    held_out = DenseReference(model, [images])
+    found = auto_plan(model, sites, statistics, held_out, keep_ratio=0.5)
     names = [one.name for one in found.tried]
     assert {"equal shares", "variance", "sensitivity", "priced, round 1"} <= set(names)
     assert found.plan.kept == found.plan.requested
@@ -124,9 +124,9 @@ def test_two_processes_choose_what_one_does() -> None:
     def work(rank: int) -> PlanChoice:
         mine = copy.deepcopy(model)
         share = [images[rank::2]] if rank == 0 else [images[rank::2][:1], images[rank::2][1:]]
-        held_back = DenseReference(mine, share, session=Session(Pair(rank, barrier, slots)))
-        assert held_back.images == len(images)
-        return auto_plan(mine, sites, statistics, held_back, keep_ratio=0.5)
+        held_out = DenseReference(mine, share, session=Session(Pair(rank, barrier, slots)))
+        assert held_out.images == len(images)
+        return auto_plan(mine, sites, statistics, held_out, keep_ratio=0.5)
 
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(work, range(2))

@@ -1,4 +1,4 @@
-"""Stages and processes change nothing about the statistics, and all processes stop together once it is settled."""
+"""Stages and processes change nothing about the statistics, and all processes stop together once it is converged."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from vbp import InputError
 from vbp.method.moments import channel_moments
 from vbp.pruning.convergence import (
-    SETTLED_SHARE,
+    CONVERGED_SHARE,
     Convergence,
     Stage,
     calibrate,
@@ -195,7 +195,7 @@ MOVING = [range(0, 30), range(1, 31), range(2, 32), range(3, 33), range(4, 34)]
 
 
 @pytest.mark.parametrize(
-    ("kept", "auto", "used", "settled"),
+    ("kept", "auto", "used", "converged"),
     [
         (MOVING, False, 4096, None),
         (MOVING, True, 4096, None),
@@ -206,8 +206,8 @@ MOVING = [range(0, 30), range(1, 31), range(2, 32), range(3, 33), range(4, 34)]
         ([MOVING[0]] * 5, False, 4096, 512),
     ],
 )
-def test_auto_stops_where_the_plan_has_settled_and_says_so(
-    kept: list[range], auto: bool, used: int, settled: int | None, caplog: pytest.LogCaptureFixture
+def test_auto_stops_where_the_plan_has_converged_and_says_so(
+    kept: list[range], auto: bool, used: int, converged: int | None, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "vbp")
     values = images(4)
@@ -222,9 +222,9 @@ def test_auto_stops_where_the_plan_has_settled_and_says_so(
     statistics, convergence = calibrate(collect, 4096, scripted(*kept), ALONE, auto=auto)
     assert seen == list(range(used))
     assert statistics.images == used
-    assert convergence.settled == settled
-    assert ("the images ran out before the plan settled" in caplog.text) == (auto and settled is None)
-    assert (f"settled, {4096 - used:,} images are left out" in caplog.text) == (used < 4096)
+    assert convergence.converged == converged
+    assert ("the images ran out before the plan converged" in caplog.text) == (auto and converged is None)
+    assert (f"converged, {4096 - used:,} images are left out" in caplog.text) == (used < 4096)
 
 
 def test_all_processes_stop_together_whatever_their_own_plans_say() -> None:
@@ -242,18 +242,18 @@ def test_convergence_is_plain_data_and_readable() -> None:
     convergence = Convergence((Stage(512, None), Stage(1000, 0.0214)))
     assert convergence.to_dict() == {
         "stages": [{"images": 512, "changed": None}, {"images": 1000, "changed": 0.0214}],
-        "settled": None,
+        "converged": None,
     }
     assert convergence.table().splitlines() == [
         "    images  channels that changed",
         "       512  -",
         "     1,000  2.1 %",
-        "last doubling, 512 -> 1,000 images: 2.1 % of the channels would change; not settled (at most 1.0 %): give "
+        "last doubling, 512 -> 1,000 images: 2.1 % of the channels would change; not converged (at most 1.0 %): give "
         "more images",
     ]
-    settled = Convergence((*convergence.stages, Stage(2000, SETTLED_SHARE), Stage(4000, 0.004)))
-    assert settled.settled == 2000
-    assert settled.table().endswith("0.4 % of the channels would change; settled at 2,000 images")
+    converged = Convergence((*convergence.stages, Stage(2000, CONVERGED_SHARE), Stage(4000, 0.004)))
+    assert converged.converged == 2000
+    assert converged.table().endswith("0.4 % of the channels would change; converged at 2,000 images")
     alone = Convergence((Stage(9, None),))
-    assert alone.settled is None
-    assert alone.table().endswith("too few images to say whether the plan has settled; 512 or more would tell")
+    assert alone.converged is None
+    assert alone.table().endswith("too few images to say whether the plan has converged; 512 or more would tell")

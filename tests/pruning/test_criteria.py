@@ -18,7 +18,7 @@ from vbp import InputError, Site, collect_statistics, find_sites, make_plan, out
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
 from vbp.pruning.criteria import criterion_scores, eliminations, needs_of
 from vbp.runtime.choices import Criterion
-from vbp.sites.weights import weight_slices
+from vbp.sites.site import weight_slices
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum, collect_gradients
 

@@ -39,7 +39,7 @@ def test_every_criterion_prunes_as_much(quick: RunConfig, criterion: str) -> Non
 
 
 def test_the_refit_keeps_more_than_the_mean_shift(quick: RunConfig) -> None:
-    whole = dataclasses.replace(quick, limit_val=0, calib_samples=0)
+    whole = dataclasses.replace(quick, limit_val=300, calib_samples=300)
     mean, refit = (run(changed(whole, compensation=name)) for name in ("mean", "refit"))
     assert mean.sites == refit.sites
     assert refit.pruned.top1 > mean.pruned.top1 + 3
@@ -204,7 +204,7 @@ def test_refits_read_as_many_views_of_each_image_as_asked_for(
 
 
 def test_refits_bear_the_precision_of_a_gpu(quick: RunConfig) -> None:
-    whole = dataclasses.replace(quick, calib_samples=300, limit_val=0, amp="bf16")
+    whole = dataclasses.replace(quick, calib_samples=200, limit_val=300, amp="bf16")
     found = run(auto(whole, keep_ratio=0.2, refit_views=2))
     assert found.producers is not None
     assert found.stream is not None

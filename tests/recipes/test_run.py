@@ -205,8 +205,8 @@ def test_scope_normalisation_and_rounding_do_what_they_say(quick: RunConfig, tmp
 
 
 def test_compensation_none_differs_from_the_mean(quick: RunConfig, tmp_path: Path) -> None:
-    shifted = run(dataclasses.replace(quick, compare_uncompensated=True, limit_val=0))
-    bare = run(dataclasses.replace(quick, compensation="none", limit_val=0, save_dir=tmp_path / "none"))
+    shifted = run(dataclasses.replace(quick, compare_uncompensated=True, limit_val=300))
+    bare = run(dataclasses.replace(quick, compensation="none", limit_val=300, save_dir=tmp_path / "none"))
     assert shifted.uncompensated is not None
     assert bare.pruned.top1 == shifted.uncompensated.top1 != shifted.pruned.top1
 
@@ -322,14 +322,14 @@ def test_bad_input_is_refused_before_any_work(quick: RunConfig, changes: dict[st
     assert not quick.save_dir.exists() or not list(quick.save_dir.iterdir())
 
 
-def test_statistics_stop_when_the_plan_has_settled(quick: RunConfig) -> None:
+def test_statistics_stop_when_the_plan_has_converged(quick: RunConfig) -> None:
     found = run(dataclasses.replace(quick, calib_samples="auto"))
     assert found.convergence is not None
     stages = found.convergence["stages"]
     assert [stage["images"] for stage in stages] == [451, 901]
-    assert found.convergence["settled"] == 901
+    assert found.convergence["converged"] == 901
     assert found.images["calibration"] == 901
-    assert "settled at 901 images" in (quick.save_dir / "vbp_imagenet.log").read_text()
+    assert "converged at 901 images" in (quick.save_dir / "vbp_imagenet.log").read_text()
 
 
 def test_the_flags_for_speed_and_memory_work_together(quick: RunConfig) -> None:

@@ -25,6 +25,11 @@ BATCH = 32
 PRUNE_ONLY = {
     "epochs_ft": 0, "use_kd": False, "lr_ft": RunConfig.lr_ft, "train_batch_size": RunConfig.train_batch_size
 }  # fmt: skip
+# Where only the end of a job matters: no search, no refit, a few images.
+SHORT = {
+    "criterion": "variance", "compensation": "mean", "global_pruning": True, "compare_uncompensated": False,
+    "calib_samples": 100, "limit_val": 100, "val_batch_size": 32,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -119,7 +124,7 @@ def test_a_job_of_two_goes_on_by_itself_when_a_process_dies(config: RunConfig, t
 def test_an_error_of_one_process_ends_the_job_with_its_message(config: RunConfig, stage: str) -> None:
     folder = config.save_dir.parent / f"error-{stage}"
     start = time.monotonic()
-    result = finish(torchrun(DRIVE, written(config, folder), stage, "1", "error"))
+    result = finish(torchrun(DRIVE, written(config, folder, **SHORT), stage, "1", "error"))
     assert result.returncode != 0
     assert "ValueError: the image fell over" in result.stderr
     assert "stopped: process 1 of 2 failed: the image fell over" in result.stderr
@@ -129,7 +134,7 @@ def test_an_error_of_one_process_ends_the_job_with_its_message(config: RunConfig
 
 def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> None:
     folder = config.save_dir.parent / "killed"
-    result = finish(torchrun(DRIVE, written(config, folder), "training", "1", "exit"))
+    result = finish(torchrun(DRIVE, written(config, folder, **SHORT), "training", "1", "exit"))
     assert result.returncode != 0
     assert "another process ended without an error message" in result.stderr
 
@@ -137,7 +142,9 @@ def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> N
 def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig) -> None:
     folder = config.save_dir.parent / "hung"
     start = time.monotonic()
-    result = finish(torchrun(DRIVE, written(config, folder, timeout_minutes=0.15), "calibration", "1", "hang"))
+    result = finish(
+        torchrun(DRIVE, written(config, folder, timeout_minutes=0.15, **SHORT), "calibration", "1", "hang")
+    )
     assert result.returncode != 0
     assert "stopped: another process ended without an error message" in result.stderr
     assert time.monotonic() - start < 150

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vbp import InputError, find_sites
 from vbp.method import gauss_newton as module
-from vbp.method.activations import _KNOWN, find_activation, slope
-from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
-from vbp.method.sampling import Draws, priority_sample
+from vbp.method.activations import ACTIVATIONS, find_activation, slope
+from vbp.method.gauss_newton import HiddenLayers, MLPSample, fit_hidden
+from vbp.method.sampling import RandomProbes, priority_sample
 from vbp.refit.producers import refit_producers_
 from vbp.runtime.session import Session
 from vbp.sites.mlp import find_mlps
@@ -30,12 +30,12 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-@pytest.mark.parametrize("place", range(len(_KNOWN)))
+@pytest.mark.parametrize("place", range(len(ACTIVATIONS)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_an_activation_is_known_by_its_values(place: int, dtype: torch.dtype) -> None:
     before = (3 * normal(2, 50, 20)).to(dtype)
-    found = find_activation(before, _KNOWN[place](before))
-    assert found is _KNOWN[place]
+    found = find_activation(before, ACTIVATIONS[place](before))
+    assert found is ACTIVATIONS[place]
     at = before.double()
     numeric = (found(at + 1e-6) - found(at - 1e-6)) / 2e-6
     torch.testing.assert_close(slope(found, at), numeric, rtol=1e-4, atol=1e-4)
@@ -48,17 +48,17 @@ def test_what_mixes_channels_is_no_activation() -> None:
     assert find_activation(before, F.gelu(before)[:, :25]) is None
 
 
-def problem(positions: int = 400) -> tuple[HiddenLayers, HiddenSample]:
+def problem(positions: int = 400) -> tuple[HiddenLayers, MLPSample]:
     """Return an MLP of 6 hidden channels where the sample is of one of 9, and a sample with weights and a metric."""
     inputs, weights = normal(positions, 5), normal(positions, seed=1).abs() + 0.1
     up, down = normal(9, 6, seed=2), normal(4, 10, seed=3)
     outputs = F.gelu(F.pad(inputs, (0, 1), value=1.0) @ up.T) @ down[:, :-1].T + down[:, -1]
     metric = normal(4, 4, seed=4)
     layers = HiddenLayers(up[:6], torch.cat([down[:, :6], down[:, -1:]], 1))
-    return layers, HiddenSample(inputs, outputs, weights, metric @ metric.T, positions)
+    return layers, MLPSample(inputs, outputs, weights, metric @ metric.T, positions)
 
 
-def squared(layers: HiddenLayers, sample: HiddenSample) -> Tensor:
+def squared(layers: HiddenLayers, sample: MLPSample) -> Tensor:
     """Return the error by its definition."""
     assert layers.hidden is not None
     hidden = F.gelu(F.pad(sample.inputs, (0, 1), value=1.0) @ layers.hidden.T)
@@ -100,7 +100,7 @@ def test_both_layers_together_do_more_than_the_consumer_alone() -> None:
     assert float(squared(fit.layers, judging) / squared(layers, judging)) == pytest.approx(fit.after / fit.before)
     assert layers.hidden is not None
     read = F.gelu(F.pad(sample.inputs, (0, 1), value=1.0) @ layers.hidden.T)
-    bare = HiddenSample(read, sample.outputs, sample.weights, sample.metric, sample.images)
+    bare = MLPSample(read, sample.outputs, sample.weights, sample.metric, sample.images)
     alone = fit_hidden(HiddenLayers(None, layers.consumer), F.gelu, bare, ridge=0.01, damping=0.1)
     assert alone.layers.hidden is None
     assert fit.after < 0.8 * alone.after < 0.8 * alone.before == pytest.approx(0.8 * fit.before)
@@ -114,7 +114,7 @@ def test_what_does_not_help_on_other_images_is_not_done() -> None:
     given = hidden @ layers.consumer[:, :-1].T + layers.consumer[:, -1]
     outputs[:70] += 5 * normal(70, 4, seed=9)  # noise to be learnt
     outputs[70:] = given[70:] + 0.01 * normal(10, 4, seed=8)  # where the layers are right already
-    noisy = HiddenSample(sample.inputs, outputs, sample.weights, sample.metric, 80)
+    noisy = MLPSample(sample.inputs, outputs, sample.weights, sample.metric, 80)
     fit = fit_hidden(layers, F.gelu, noisy, ridge=0.01, damping=0.1)
     assert fit.layers is layers
     assert fit.after == fit.before
@@ -184,9 +184,9 @@ def test_two_processes_fit_what_one_does() -> None:
 
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
-        draws = Draws(first=first)
+        probes = RandomProbes(first=first)
         return refit_producers_(
-            mine, MLPSamples(dense, sites, images[:1], share, draws=draws, session=Session(processes))
+            mine, MLPSamples(dense, sites, images[:1], share, probes=probes, session=Session(processes))
         ), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
@@ -219,7 +219,7 @@ def test_bad_input_is_refused() -> None:
         MLPSamples(model, sites, images[:1], [])
     with torch.no_grad():
         model.blocks[1].mlp.fc1.weight[0, 0] = torch.nan  # type: ignore[union-attr, index]
-    with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and gives.* must be finite"):
+    with pytest.raises(InputError, match=r"site blocks\.\d\.mlp\.fc1 reads and returns.* must be finite"):
         MLPSamples(model, find_sites(model, images[:1]), images[:1] * 0, [images])
     gated, some = nn.Sequential(nn.Linear(4, 6), Gated(), nn.Linear(6, 3)), torch.randn(5, 4)
     with pytest.raises(InputError, match=r"needs an MLP of two layers .*, got Sequential, where there is none"):

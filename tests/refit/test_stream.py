@@ -15,7 +15,7 @@ from pairs_of_models import pruned_pair
 from torch import Tensor, nn
 
 from vbp import InputError, find_sites
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
 from vbp.refit.stream import refit_stream_
@@ -148,7 +148,7 @@ def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(module, "DEPTHS", (0.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
     monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
-    monkeypatch.setattr("vbp.method.gauss_newton.JUDGED_SHARE", 1 / 16)
+    monkeypatch.setattr("vbp.method.gauss_newton.HELD_OUT_SHARE", 1 / 16)
     model, pruned, sites, images = pruned_pair(FAMILIES[name], keep_ratio=0.25)
     join = find_residual_adds(model, images[:1], sites)[0]
     done = refit_stream_(pruned, sites, [images[:20], images[20:]], Pleased(model, [images]))
@@ -219,7 +219,7 @@ def test_two_processes_fit_what_one_does() -> None:
     def work(rank: int, share: list[Tensor], first: int) -> tuple[Any, nn.Module]:
         mine, dense, processes = copy.deepcopy(pruned), copy.deepcopy(model), Pair(rank, barrier, slots)
         judge = DenseReference(dense, [images[:6]] if rank == 0 else [], session=Session(processes))
-        return refit_stream_(mine, sites, share, judge, draws=Draws(first=first)), mine
+        return refit_stream_(mine, sites, share, judge, probes=RandomProbes(first=first)), mine
 
     for shares, firsts in (([[images[:15]], [images[15:]]], (0, 15)), ([[], [images]], (0, 0))):
         with ThreadPoolExecutor(2) as pool:

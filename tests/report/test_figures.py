@@ -152,7 +152,7 @@ def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     base = {"top1": 0.0, "top5": 0.0, "macs": 5, "params": 5}
     write_run(
-        tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}], "settled": None}
+        tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}], "converged": None}
     )
     for name in ("plan.json", "metrics.jsonl"):
         (tmp_path / name).unlink()

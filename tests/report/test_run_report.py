@@ -73,7 +73,7 @@ def test_what_is_no_summary_is_one_error(tmp_path: Path, content: str) -> None:
         {"images": [1]},
         {"sites": {"a": [3, 2]}},
         {"sites": {"a": [0, 0]}},
-        {"convergence": {"stages": [], "settled": "x"}},
+        {"convergence": {"stages": [], "converged": "x"}},
         {"candidates": [{"name": "priced", "divergence": "0.1", "widths": {}}]},
         {"budget": {"sentence": 3}},
         {"head": {}},

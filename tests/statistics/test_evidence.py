@@ -228,5 +228,5 @@ def test_given_batches_are_read_again_and_by_place() -> None:
     assert torch.equal(torch.cat([*given.pixels(range(8, 1008), "rest")]), pixels[8:])
     with pytest.raises(InputError, match="can be gone through several times"):
         GivenImages(iter([pixels]))
-    with pytest.raises(InputError, match="views must be 1 for batches that are given, got 4"):
+    with pytest.raises(InputError, match="views must be 1 for batches of prepared images, got 4"):
         given.pixels(range(3), "some", views=4)

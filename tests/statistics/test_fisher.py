@@ -11,15 +11,15 @@ from families import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.runtime.forward import logits_of
 from vbp.sites.site import Site
 
 
-def collect(model: nn.Module, batches: list[Tensor], draws: Draws = Draws()) -> Statistics:  # noqa: B008
+def collect(model: nn.Module, batches: list[Tensor], probes: RandomProbes = RandomProbes()) -> Statistics:  # noqa: B008
     """Collect all there is."""
     sites = find_sites(model, batches[0][:1])
-    return collect_statistics(model, sites, batches, covariance=True, sensitivity=draws)
+    return collect_statistics(model, sites, batches, covariance=True, sensitivity=probes)
 
 
 def weight_gradients(model: nn.Module, sites: tuple[Site, ...], image: Tensor, noise: Tensor) -> list[Tensor]:
@@ -47,7 +47,7 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
         inputs, outputs = torch.zeros_like(one.inputs), torch.zeros_like(one.outputs)
         widest = [max(len(found[s.name].outputs) for s in sites), max(s.hidden for s in sites)]
         for image in range(3):
-            noise, left, right = Draws().of(image, 1, classes, *widest)
+            noise, left, right = RandomProbes().of(image, 1, classes, *widest)
             gradient = weight_gradients(model, sites, images[image : image + 1], noise)[place]
             sketch = left[0, :out].double().T @ gradient
             inputs += sketch.T @ sketch / left.shape[2]
@@ -63,9 +63,9 @@ def test_the_sketch_has_the_gradients_product_as_its_mean() -> None:
     family = FAMILIES["timm-vit"]
     model, images = randomise_(family.build()).double().eval(), family.example(1)
     sites = find_sites(model, images)
-    found = collect(model, [images], Draws(input_columns=20_000)).sensitivities[sites[0].name]
+    found = collect(model, [images], RandomProbes(input_columns=20_000)).sensitivities[sites[0].name]
     classes = logits_of(model(images)).shape[1]
-    gradient = weight_gradients(model, sites, images, Draws().of(0, 1, classes, 1, 1)[0])[0]
+    gradient = weight_gradients(model, sites, images, RandomProbes().of(0, 1, classes, 1, 1)[0])[0]
     exact = gradient.T @ gradient
     about = found.recentred(torch.zeros(sites[0].hidden, dtype=torch.float64)).inputs
     assert float((about - exact).norm() / exact.norm()) < 0.05
@@ -75,8 +75,8 @@ def test_two_processes_and_other_batches_give_the_same() -> None:
     family = FAMILIES["timm-vit"]
     model, images = randomise_(family.build()).double().eval(), family.example(6)
     whole = collect(model, [images])
-    split = collect(model, [images[::2][:1], images[::2][1:]], Draws(first=0, step=2)).merge(
-        collect(model, [images[1::2]], Draws(first=1, step=2))
+    split = collect(model, [images[::2][:1], images[::2][1:]], RandomProbes(first=0, step=2)).merge(
+        collect(model, [images[1::2]], RandomProbes(first=1, step=2))
     )
     for name, one in whole.sensitivities.items():
         other = split.sensitivities[name].recentred(one.pivot)
@@ -98,8 +98,8 @@ def test_dealt_out_batches_around_one_point_give_all_the_same() -> None:
     def part(batches: list[Tensor], first: int, step: int, block: int) -> Statistics:
         numbers = {"first": first, "step": step, "block": block}
         return collect_statistics(
-            model, sites, batches, covariance=True, tokens=TokenSample(0.5, **numbers), sensitivity=Draws(**numbers),
-            pivots=pivots,
+            model, sites, batches, covariance=True, tokens=TokenSample(0.5, **numbers),
+            sensitivity=RandomProbes(**numbers), pivots=pivots,
         )  # fmt: skip
 
     whole = part([images], 0, 1, 1)
@@ -118,7 +118,7 @@ def test_dealt_out_batches_around_one_point_give_all_the_same() -> None:
 
 @pytest.mark.parametrize(("step", "block"), [(1, 2), (1, 0)])
 def test_numbers_that_two_images_would_share_are_refused(step: int, block: int) -> None:
-    for numbers in (Draws, TokenSample):
+    for numbers in (RandomProbes, TokenSample):
         with pytest.raises(InputError, match="the step no smaller than it"):
             numbers(step=step, block=block)
 
@@ -213,7 +213,7 @@ def test_kernels_and_bad_weights_are_errors() -> None:
     images = torch.randn(2, 3, 8, 8)
     sites = find_sites(model, images[:1], convolutions=True)
     with pytest.raises(InputError, match="read single positions"):
-        collect_statistics(model, sites, [images], sensitivity=Draws())
+        collect_statistics(model, sites, [images], sensitivity=RandomProbes())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     family = FAMILIES["timm-vit"]
     broken = family.build().eval()

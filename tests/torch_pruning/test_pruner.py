@@ -406,7 +406,7 @@ def test_bad_calibration_is_refused() -> None:
 
 def test_installing_leaves_torch_prunings_own_names_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     module = __import__("sys").modules[install_function.__module__]
-    monkeypatch.setattr(module, "_warned", False)
+    monkeypatch.setattr(module, "warned", False)
     theirs = type("VBPPruner", (), {})
     monkeypatch.setattr(tp.pruner, "VBPPruner", theirs)
     monkeypatch.delattr(tp.importance, "VarianceImportance")

@@ -10,23 +10,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from vbp import InputError, RunConfig, run
-from vbp.recipes.config import DemoConfig
-from vbp.recipes.demo import demo_run_config
 from vbp.training.tensorboard import Tracker, check_tracking
 
 
 @pytest.fixture
-def config(demo_folder: Path, tmp_path: Path) -> RunConfig:
+def config(quick: RunConfig, tmp_path: Path) -> RunConfig:
     """Return a short run that draws curves."""
-    whole = demo_run_config(DemoConfig(folder=demo_folder, epochs_ft=2))
-    return dataclasses.replace(
-        whole,
-        save_dir=tmp_path / "run",
-        log_dir=tmp_path / "curves",
-        limit_val=40,
-        calib_samples=40,
-        compare_uncompensated=False,
-    )
+    return dataclasses.replace(quick, epochs_ft=2, log_dir=tmp_path / "curves")
 
 
 def test_a_run_draws_every_curve(config: RunConfig) -> None:

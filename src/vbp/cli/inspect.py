@@ -13,26 +13,22 @@ from vbp.deploy.artifact_files import MANIFEST
 from vbp.deploy.hub import is_reference
 from vbp.errors import InputError
 from vbp.models.load import load_classifier
+from vbp.pruning.plan import PruningPlan
 
 
 def run_inspect(config: InspectConfig) -> Inspection:
     """Return the sites of a model or artefact, and what they cost."""
     place = Path(config.model)
+    plans: tuple[PruningPlan, ...] = ()
     if not (is_reference(config.model) or place.suffix == ".pth" or (place / MANIFEST).is_file()):
         classifier = load_classifier(config.model, allow_random_init=True)
-        return inspect_model(
-            classifier.model, classifier.example_input(), attention=config.attention, convolutions=config.convolutions
-        )
-    artifact = read_artifact(config.model)
-    if artifact.preprocessing is None:
-        raise InputError(
-            f"{config.model} does not say which images it takes; inspect it in Python: vbp.inspect_model"
-        )
-    image = torch.zeros(1, len(artifact.preprocessing.mean), *artifact.preprocessing.img_size)
-    return inspect_model(
-        load_pruned(config.model),
-        image,
-        attention=config.attention,
-        convolutions=config.convolutions,
-        plans=artifact.plans,
-    )
+        model, image = classifier.model, classifier.example_input()
+    else:
+        artifact = read_artifact(config.model)
+        if artifact.preprocessing is None:
+            raise InputError(
+                f"{config.model} does not say which images it takes; inspect it in Python: vbp.inspect_model"
+            )
+        image = torch.zeros(1, len(artifact.preprocessing.mean), *artifact.preprocessing.img_size)
+        model, plans = load_pruned(config.model), artifact.plans
+    return inspect_model(model, image, attention=config.attention, convolutions=config.convolutions, plans=plans)

@@ -97,7 +97,7 @@ def run_benchmark(script: str) -> int:
 
 @contextlib.contextmanager
 def _loading() -> Iterator[None]:
-    """Say, when interrupted while flags are read and libraries load, that nothing has begun."""
+    """Report an interrupt while flags are read and libraries load: nothing has begun."""
     try:
         yield
     except KeyboardInterrupt:
@@ -112,7 +112,7 @@ def guarded(job: Callable[[], None]) -> int:
     """Show the program's log on the terminal, and what a user can mend as one line without traceback."""
     place = _place()
     handler = logging.StreamHandler(sys.stderr)
-    # One process of a job tells the story; the others speak up when something is wrong.
+    # One process of a job logs its progress; the others log only warnings and errors.
     handler.setFormatter(logging.Formatter(f"{place}%(message)s"))
     handler.setLevel(logging.WARNING if place else logging.NOTSET)
     logger = logging.getLogger("vbp")
@@ -162,7 +162,7 @@ def _code(job: Callable[[], None], place: str) -> int:
 
 
 def _flushed(job: Callable[[], None]) -> None:
-    """Do a job and hand on all that it said, while an error can still be told."""
+    """Do a job and flush its output, while an error can still be reported."""
     try:
         job()
     except SystemExit:

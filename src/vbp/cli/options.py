@@ -63,14 +63,14 @@ class ExportConfig:
     """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
     to: ExportTarget = "onnx"
     """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
-    its configuration can say the widths."""
+    its configuration can hold the widths."""
     dtype: ExportPrecision = "float32"
     """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
     data_path: Path | None = None
     """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
     accuracy is measured. Without it two sample photographs prove it; int8 needs it."""
     images: int = 32
-    """Validation images on which the file must give the model's logits, at least 2."""
+    """Validation images on which the file must return the model's logits, at least 2."""
     calib_samples: int = 128
     """With --dtype int8: training images that set the ranges, chosen class-balanced by the seed."""
     limit_val: int = 1000

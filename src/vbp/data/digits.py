@@ -51,13 +51,17 @@ def write_digits(folder: Path) -> None:
     images = _encode()
     try:
         _check_only_digits(folder, images)
-        wanting = [path for path, png in images.items() if not _holds(folder / path, png)]
-        if not wanting:
+        missing = [
+            path
+            for path, png in images.items()
+            if not (folder / path).is_file() or (folder / path).read_bytes() != png
+        ]
+        if not missing:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        # An image comes into place by a rename, so that no reader and no interruption meets half of one.
+        # An image comes into place by a rename, so that neither a reader nor an interruption finds a part of one.
         with tempfile.TemporaryDirectory(dir=folder, prefix=".digits.") as staging:
-            for path in wanting:
+            for path in missing:
                 staged = Path(staging) / "image.png"
                 staged.write_bytes(images[path])
                 (folder / path).parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +96,3 @@ def _check_only_digits(folder: Path, images: Mapping[str, bytes]) -> None:
                     f"the folder for the digits must be new, empty or hold nothing but them in train and val, "
                     f"got {entry}; choose another folder"
                 )
-
-
-def _holds(file: Path, content: bytes) -> bool:
-    return file.is_file() and file.read_bytes() == content

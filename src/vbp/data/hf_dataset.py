@@ -54,21 +54,17 @@ class HuggingFaceImages:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 over the label, the file name and the size of each image, in order."""
-        paths, sizes = self._stored()
-        stored = zip(self.rows, self.labels, strict=True)
-        return text_fingerprint(f"{label}\0{paths[row]}\0{sizes[row]}\0" for row, label in stored)
-
-    def _stored(self) -> tuple[list[str], list[int]]:
-        # Arrow keeps names and sizes apart from the images' bytes, which are not touched.
         import pyarrow.compute
 
+        # Arrow keeps names and sizes apart from the images' bytes, which are not touched.
         paths: list[str] = []
         sizes: list[int] = []
         for chunk in self.reader.dataset.data.column(self.reader.image_key).chunks:
             paths += (path or "" for path in pyarrow.compute.struct_field(chunk, "path").to_pylist())
             lengths = pyarrow.compute.binary_length(pyarrow.compute.struct_field(chunk, "bytes"))
             sizes += (size or 0 for size in lengths.to_pylist())
-        return paths, sizes
+        stored = zip(self.rows, self.labels, strict=True)
+        return text_fingerprint(f"{label}\0{paths[row]}\0{sizes[row]}\0" for row, label in stored)
 
 
 def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: int) -> HuggingFaceImages:

@@ -17,7 +17,7 @@ Activation = Callable[[Tensor], Tensor]
 # Share of the square that rounding may make of it: GELU and its tanh form differ by a thousand times more.
 _ROUNDING = 1e-10
 
-_KNOWN: tuple[Activation, ...] = (
+ACTIVATIONS: tuple[Activation, ...] = (
     F.gelu,
     lambda values: F.gelu(values, approximate="tanh"),
     F.relu,
@@ -38,17 +38,12 @@ _KNOWN: tuple[Activation, ...] = (
 
 
 def find_activation(before: Tensor, after: Tensor) -> Activation | None:
-    """Return the known activation that turns one tensor into the other, value by value; None if none does.
-
-    Args:
-        before: Values, not in half precision.
-        after: As many values, in the same places.
-    """
+    """Return the known activation that turns one tensor (not in half precision) into the other, or None."""
     if before.shape != after.shape:
         return None
     given, wanted = before.double(), after.double()
     size = wanted.square().sum()
-    for activation in _KNOWN:
+    for activation in ACTIVATIONS:
         if bool((activation(given) - wanted).square().sum() <= _ROUNDING * size):
             return activation
     return None
@@ -58,5 +53,5 @@ def slope(activation: Activation, values: Tensor) -> Tensor:
     """Return the derivative at each value."""
     with torch.enable_grad():
         at = values.detach().requires_grad_()
-        (found,) = torch.autograd.grad(activation(at).sum(), at)
-    return found
+        (derivative,) = torch.autograd.grad(activation(at).sum(), at)
+    return derivative

@@ -22,7 +22,7 @@ Floats = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class AllowedWidths:
-    """The channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
+    """Hold the channel counts that a site may have, descending: all, then multiples of the step down to the floor."""
 
     counts: tuple[int, ...]
 
@@ -51,10 +51,8 @@ class AllowedWidths:
 def global_counts(scores: Sequence[Floats], bounds: Sequence[AllowedWidths], target: int) -> list[int]:
     """Remove the channels of lowest score over all sites; of equal ones the first, by site, then by order.
 
-    Args:
-        scores: Of each site's channels, ascending.
-        bounds: Of each site.
-        target: Channels to keep in all; the nearest reachable total is kept, the larger of two that are as near.
+    Scores are those of each site's channels, ascending. The total nearest to `target` that can be reached is kept,
+    the larger of two that are as near.
     """
     if not all(bound.is_gapless for bound in bounds):
         # What goes with each count of a site: its lowest scores, summed.

@@ -25,12 +25,9 @@ LEAST_BLOCK, MOST_BLOCKS = 128, 12
 
 @dataclass(frozen=True)
 class ChannelCovariance:
-    """Second moments of `count` samples of all channels together.
+    """Hold second moments of `count` samples of all channels together, float64.
 
-    Attributes:
-        count: Samples: images times the tokens or positions that were sampled.
-        mean: Mean of each channel over these samples, float64.
-        m2: Sum of products of deviations from the mean, float64, symmetric.
+    A sample is an image's token or position; `m2` is the sum of products of deviations from the mean, symmetric.
     """
 
     count: int
@@ -82,7 +79,7 @@ class ChannelCovariance:
 
 
 class RunningCovariance:
-    """Running second moments, updated in place and without synchronising with the device.
+    """Keep running second moments, updated in place and without synchronising with the device.
 
     Each piece of the values is centred and multiplied in its own precision (half precision in float32), and added
     in float64, on and above the diagonal. The step between the means of two pieces joins the product as one more row,

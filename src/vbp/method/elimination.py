@@ -35,13 +35,11 @@ _BLOCK = 64
 
 @dataclass(frozen=True)
 class Elimination:
-    """The order in which the channels of a site go.
+    """Hold the order in which the channels of a site go, the first to go first, and what that costs.
 
-    Attributes:
-        order: All channels, the first to go first.
-        cost: Entry k is the cost once the first k channels are gone, in variance of the consumer's output (summed
-            over outputs and kernel offsets). The first is 0, the last the variance of the output itself. Where
-            several heads must keep the same number, only every heads-th entry is a set that may be used.
+    Entry k of `cost` is the cost once the first k channels are gone, in variance of the consumer's output (summed
+    over outputs and kernel offsets): the first is 0, the last the variance of the output itself. Where several heads
+    must keep the same number, only every heads-th entry is a set that may be used.
     """
 
     order: Int[Tensor, "hidden"]
@@ -53,7 +51,7 @@ class Elimination:
 
     @property
     def scores(self) -> Float[Tensor, "hidden"]:
-        """Return the cost of each channel's step, by channel, so that sorting them gives the order back.
+        """Return the cost of each channel's step, by channel, so that sorting them restores the order.
 
         The steps are made to rise (the largest so far), each by at least one unit in the last place.
         """
@@ -66,10 +64,8 @@ class Elimination:
 def strictly_rising(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Return the largest value so far at each place, each at least one unit in the last place above the one before.
 
-    Sorting scores made this way gives their order back; ties would be broken by channel index.
-
-    Args:
-        values: Float64, not negative but for rounding.
+    Values are float64, not negative but for rounding. Sorting scores made this way restores their order; ties would
+    be broken by channel index.
     """
     # The bits of positive floats are whole numbers in the same order: whole units are added as rising ranks.
     places = torch.arange(len(values), device=values.device)
@@ -86,11 +82,8 @@ def eliminate(
 ) -> Elimination:
     """Remove one channel after the other, each time the one whose loss raises the cost least.
 
-    Args:
-        covariance: Of all channels of the site; where it lies, the work is done.
-        weight: The consumer's, dense.
-        ridge: As in the refit that will follow.
-        heads: Channels go in rounds, one from each head, so that the heads keep the same number.
+    The work is done where the covariance lies. With several heads, channels go in rounds, one from each, so that the
+    heads keep the same number.
 
     Raises:
         InputError: The covariance is not finite or no covariance, or the ridge is out of range or too small.
@@ -112,7 +105,7 @@ def eliminate(
 
 
 class _HeadBalance:
-    """Lets each head lose one channel before any loses the next; with one head it blocks none."""
+    """Let each head lose one channel before any loses the next; with one head it blocks none."""
 
     def __init__(self, hidden: int, heads: int, device: torch.device) -> None:
         self._head = torch.arange(hidden, device=device) // (hidden // heads)
@@ -132,7 +125,7 @@ class _HeadBalance:
 
 @dataclass
 class _State:
-    """What is left of a site: `inverse` is K, `gram` is Q, both of the channels `channels`."""
+    """Hold what is left of a site: `inverse` is K, `gram` is Q, both of the channels `channels`."""
 
     inverse: Float[Tensor, "left left"]
     gram: Float[Tensor, "left left"]

@@ -33,13 +33,10 @@ SHARE = 0.5
 
 @dataclass(frozen=True)
 class SiteSensitivity:
-    """Sums over the images of one site's consumer.
+    """Hold sums over `images` images at one site's consumer, float64.
 
-    Attributes:
-        images: Images seen.
-        pivot: What the channels are counted from, near their means, float64.
-        inputs: Sum of G'G, its last row and column that of the bias, float64.
-        outputs: Sum of GG', without the bias, float64.
+    `inputs` is the sum of G'G, its last row and column that of the bias; `outputs` the sum of GG', without the bias.
+    Channels are counted from `pivot`, which is near their means.
     """
 
     images: int
@@ -67,12 +64,8 @@ class SiteSensitivity:
     def blended_covariance(self, covariance: ChannelCovariance, share: float = SHARE) -> ChannelCovariance:
         """Return the input metric as a covariance in the place of the plain one, mixed with it.
 
-        Both are brought to one trace first. What comes out has the mean and the covariance under which the least
-        squared error is the least KL: the refit takes them as they are.
-
-        Args:
-            covariance: Of the same site.
-            share: Of the sensitivity, in [0, 1]; 0 gives the covariance itself.
+        Both are brought to one trace first; `share` is that of the sensitivity, in [0, 1]. The result has the mean
+        and the covariance under which the least squared error is the least KL: the refit takes them as they are.
         """
         here = self.recentred(covariance.mean)
         plain = covariance.covariance
@@ -93,9 +86,7 @@ class SiteSensitivity:
     ) -> Float[Tensor, "out hidden"]:
         """Return the root of the output metric times a consumer's weight: with it, removals cost nats of KL.
 
-        Args:
-            weight: Of the consumer, which reads single positions.
-            covariance: Of the same site, not `blended_covariance` of it.
+        The consumer reads single positions; `covariance` is the plain one, not `blended_covariance` of it.
         """
         values, vectors = torch.linalg.eigh(self.outputs.double())
         here = self.recentred(covariance.mean)
@@ -125,11 +116,8 @@ def fisher_direction(
     """Return for each image a random vector whose covariance is the Fisher information of its prediction.
 
     With p = softmax(z) that is diag p - p p'. The gradient of a class drawn from p has the same covariance, but where
-    the model is confident it is nearly always close to zero and rarely large: more images would be needed.
-
-    Args:
-        logits: z, of the dense model.
-        noise: Independent standard normal numbers.
+    the model is confident it is nearly always close to zero and rarely large: more images would be needed. `noise`
+    are independent standard normal numbers.
     """
     probabilities = logits.double().softmax(-1)
     spread = probabilities.sqrt() * noise

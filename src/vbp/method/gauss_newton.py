@@ -34,22 +34,18 @@ _STEPS = 4
 _LENGTHS = (1.0, 0.5, 0.25, 0.0)
 
 # Share of the sample that is held out: its last images.
-JUDGED_SHARE = 1 / 8
+HELD_OUT_SHARE = 1 / 8
 
 # The output metric is mixed half and half with the plain one, as in `vbp.method.fisher`.
 _SHARE = 0.5
 
 
 @dataclass(frozen=True)
-class HiddenSample:
-    """The input of an MLP and the output wanted of it, at some positions of some images.
+class MLPSample:
+    """Hold the input of an MLP and the output wanted of it: as many positions of each of `images` images, in order.
 
-    Attributes:
-        inputs: Of the hidden layer; where that layer is not fitted, of the consumer.
-        outputs: Wanted of the consumer.
-        weights: What each position counts for, not negative.
-        metric: Of the outputs, symmetric; its scale does not matter.
-        images: How many images the positions are of, as many of each, one image after the other.
+    `inputs` are those of the hidden layer or, where that layer is not fitted, of the consumer. `weights` say what
+    each position counts for, not negative. `metric` is that of the outputs, symmetric; its scale does not matter.
     """
 
     inputs: Float[Tensor, "positions in"]
@@ -58,27 +54,27 @@ class HiddenSample:
     metric: Float[Tensor, "out out"]
     images: int
 
-    def to(self, device: torch.device | str) -> HiddenSample:
+    def to(self, device: torch.device | str) -> MLPSample:
         """Move to another device."""
         inputs, outputs, weights, metric = (
             one.to(device) for one in (self.inputs, self.outputs, self.weights, self.metric)
         )
-        return HiddenSample(inputs, outputs, weights, metric, self.images)
+        return MLPSample(inputs, outputs, weights, metric, self.images)
 
-    def split(self) -> tuple[HiddenSample, HiddenSample]:
+    def split(self) -> tuple[MLPSample, MLPSample]:
         """Return the images that are fitted to, and the held-out ones; a single image is both."""
-        judged = max(1, round(JUDGED_SHARE * self.images)) if self.images > 1 else 0
-        rest = self.images - judged
+        last = max(1, round(HELD_OUT_SHARE * self.images)) if self.images > 1 else 0
+        rest = self.images - last
         place = rest * (len(self.weights) // self.images)
         one, other = (
-            HiddenSample(self.inputs[part], self.outputs[part], self.weights[part], self.metric, images)
-            for part, images in ((slice(None, place), rest), (slice(place if judged else 0, None), judged or rest))
+            MLPSample(self.inputs[part], self.outputs[part], self.weights[part], self.metric, images)
+            for part, images in ((slice(None, place), rest), (slice(place if last else 0, None), last or rest))
         )
         return one, other
 
 
 class HiddenLayers(NamedTuple):
-    """The weights of both layers, the bias as their last column."""
+    """Hold the weights of both layers, the bias as their last column."""
 
     hidden: Float[Tensor, "hidden in_and_one"] | None
     consumer: Float[Tensor, "out hidden_and_one"]
@@ -86,12 +82,9 @@ class HiddenLayers(NamedTuple):
 
 @dataclass(frozen=True)
 class HiddenFit:
-    """The layers that were found, and the error on held-out images, as a share of the output's variance.
+    """Hold the fitted layers, and the error on held-out images, as a share of the output's variance.
 
-    Attributes:
-        layers: What was found; what was given if nothing is better.
-        before: Of the layers that were given.
-        after: Of those found; never larger.
+    If nothing is better than what was given, the layers are those, and `after` is `before`.
     """
 
     layers: HiddenLayers
@@ -102,43 +95,39 @@ class HiddenFit:
 def fit_hidden(
     layers: HiddenLayers,
     activation: Activation,
-    sample: HiddenSample,
+    sample: MLPSample,
     *,
     ridge: float,
     damping: float,
 ) -> HiddenFit:
-    """Bring an MLP nearer to the wanted output.
+    """Bring an MLP nearer to the wanted output, from the given layers, which have the sample's type and device.
 
-    Args:
-        layers: Where to begin, of the sample's type and on its device. Without a hidden layer the consumer alone is
-            fitted, to a sample of what it reads.
-        activation: Between them.
-        sample: Inputs and wanted outputs.
-        ridge: Of the consumer's regression, which regularises its change: times `ridge_penalty` at 1.
-        damping: Of the change of the hidden layer: times its squared effect, channel by channel.
+    Without a hidden layer the consumer alone is fitted, to a sample of what it reads. `ridge` times `ridge_penalty`
+    at 1 regularises the change of the consumer; `damping` times its squared effect, channel by channel, that of the
+    hidden layer.
 
     Raises:
         InputError: Covariances are not finite.
     """
-    problem, judge = (_Problem(activation, part, ridge, damping) for part in sample.split())
-    start = judge.error(layers)
+    problem, held_out = (_Problem(activation, part, ridge, damping) for part in sample.split())
+    start = held_out.error(layers)
     if start <= torch.finfo(sample.outputs.dtype).eps:
         return HiddenFit(layers, start, start)  # rounding alone
     best, least = layers, start
     change = None if layers.hidden is None else problem.change(layers.hidden, layers.consumer)
     for length in _LENGTHS:
         hidden = None if layers.hidden is None or change is None else layers.hidden + length * change
-        found = HiddenLayers(hidden, problem.consumer(hidden, layers.consumer))
-        if (error := judge.error(found)) < least:
-            best, least = found, error
+        fitted = HiddenLayers(hidden, problem.consumer(hidden, layers.consumer))
+        if (error := held_out.error(fitted)) < least:
+            best, least = fitted, error
             break
     return HiddenFit(best, start, least)
 
 
 class _Problem:
-    """The sample with the roots of its weights; all sums over positions are so weighted means."""
+    """Hold the sample with the roots of its weights; all sums over positions are so weighted means."""
 
-    def __init__(self, activation: Activation, sample: HiddenSample, ridge: float, damping: float) -> None:
+    def __init__(self, activation: Activation, sample: MLPSample, ridge: float, damping: float) -> None:
         self._activation, self._ridge, self._damping = activation, ridge, damping
         self._inputs = F.pad(sample.inputs, (0, 1), value=1.0)
         self._outputs = sample.outputs
@@ -149,16 +138,16 @@ class _Problem:
 
     def error(self, layers: HiddenLayers) -> float:
         """Return the squared error, as a share of the output's variance."""
-        lacking = self._lacking(self._read(layers.hidden), layers.consumer)
-        return float(self._weighed(lacking).square().sum()) / max(self._energy, torch.finfo(torch.float64).tiny)
+        residual = self._residual(self._read(layers.hidden), layers.consumer)
+        return float(self._weighed(residual).square().sum()) / max(self._energy, torch.finfo(torch.float64).tiny)
 
     def consumer(self, hidden: Tensor | None, consumer: Tensor) -> Float[Tensor, "out hidden_and_one"]:
         """Return the best consumer for this hidden layer, regularised towards the present one."""
         read = self._read(hidden)
-        lacking = self._lacking(read, consumer)
+        residual = self._residual(read, consumer)
         regression = _Regression(read, self._root, self._ridge)
-        change = regression.coefficients(self._root * lacking)
-        level = (self._root.square() * lacking).sum(0)
+        change = regression.coefficients(self._root * residual)
+        level = (self._root.square() * residual).sum(0)
         return consumer + torch.cat([change.T, (level - regression.mean @ change)[:, None]], 1)
 
     def change(self, hidden: Tensor, consumer: Tensor) -> Float[Tensor, "hidden in_and_one"]:
@@ -183,20 +172,20 @@ class _Problem:
         gram.diagonal().add_(ridge_penalty(gram, 1e-3))
         factor = cholesky(gram, 1e-3)
 
-        def held(step: Tensor) -> Tensor:
+        def damped(step: Tensor) -> Tensor:
             return self._damping * size * (step.double() @ gram).to(step.dtype)
 
         def conditioned(slopes: Tensor) -> Tensor:
             solved: Tensor = torch.cholesky_solve(slopes.T.double(), factor)
             return solved.T.to(slopes.dtype) / ((1 + self._damping) * size)
 
-        slopes = backward(regression.rest(self._weighed(self._lacking(read, consumer))))
-        return _conjugate_gradient(slopes, lambda step: backward(forward(step)) + held(step), conditioned)
+        slopes = backward(regression.rest(self._weighed(self._residual(read, consumer))))
+        return _conjugate_gradient(slopes, lambda step: backward(forward(step)) + damped(step), conditioned)
 
     def _read(self, hidden: Tensor | None) -> Float[Tensor, "positions hidden"]:
         return self._inputs[:, :-1] if hidden is None else self._activation(self._inputs @ hidden.T)
 
-    def _lacking(self, read: Tensor, consumer: Tensor) -> Float[Tensor, "positions out"]:
+    def _residual(self, read: Tensor, consumer: Tensor) -> Float[Tensor, "positions out"]:
         return self._outputs - read @ consumer[:, :-1].T - consumer[:, -1]
 
     def _weighed(self, outputs: Float[Tensor, "positions out"]) -> Float[Tensor, "positions out"]:
@@ -227,7 +216,7 @@ class _Regression:
 
 def _conjugate_gradient(slopes: Tensor, matrix: Activation, conditioned: Activation) -> Tensor:
     """Solve a linear system by some steps of preconditioned conjugate gradients from zero."""
-    found = torch.zeros_like(slopes)
+    solution = torch.zeros_like(slopes)
     along = step = conditioned(slopes)
     length = (slopes * along).sum()
     for _ in range(_STEPS):
@@ -235,12 +224,12 @@ def _conjugate_gradient(slopes: Tensor, matrix: Activation, conditioned: Activat
             break  # solved
         image = matrix(step)
         share = length / (step * image).sum()
-        found = found + share * step
+        solution = solution + share * step
         slopes = slopes - share * image
         along = conditioned(slopes)
         longer = (slopes * along).sum()
         step, length = along + longer / length * step, longer
-    return found
+    return solution
 
 
 def _root_of(metric: Float[Tensor, "out out"]) -> Float[Tensor, "out out"]:

@@ -30,7 +30,7 @@ _CHANGE = 1e-6
 
 @dataclass(frozen=True)
 class HeadProblem:
-    """The convex problem of some images; `inputs` are x with a one for the shift."""
+    """Hold the convex problem of some images; `inputs` are x with a one for the shift."""
 
     weight: Float[Tensor, "classes features"]
     bias: Float[Tensor, "classes"]
@@ -73,11 +73,11 @@ class HeadProblem:
         """Return the mean KL on images left out of the fit, with all their `views`, which are neighbours."""
         images = len(self.features)
         fold = torch.arange(images) // views % FOLDS
-        found = 0.0
+        divergence = 0.0
         for number in range(FOLDS):
             out = fold == number
-            found += float(out.sum()) / images * self.rows(out).divergence(self.rows(~out).fit(strength))
-        return found
+            divergence += float(out.sum()) / images * self.rows(out).divergence(self.rows(~out).fit(strength))
+        return divergence
 
     def fit(self, strength: float) -> Float[Tensor, "features_and_one features"]:
         """Return B' and, as the last row, c."""

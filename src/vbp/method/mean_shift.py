@@ -42,16 +42,10 @@ def grouped_mean_shift(
     removed: Int[Tensor, "removed"],
     groups: int,
 ) -> Float[Tensor, "out"]:
-    """Return what the removed channels add on average to the output of a grouped convolution.
+    """Return what removed channels, counted over all groups, add on average to a grouped convolution's output.
 
-    Each group of outputs reads its own group of inputs; with `groups == hidden` (depthwise) a removed channel
-    shifts its own outputs alone. The kernel is summed over space, exact where no padding meets the channels.
-
-    Args:
-        weight: The consumer's weight, before any channel is removed.
-        mean: Mean of each hidden channel.
-        removed: Indices of the channels that go, counted over all groups.
-        groups: Number of groups; `1` gives `mean_shift`.
+    Each group of outputs reads its own group of inputs; with `groups == hidden` (depthwise) a removed channel shifts
+    its own outputs alone. The kernel is summed over space, exact where no padding meets the channels.
 
     Source: VBP paper, section 3.3, for a block-diagonal weight.
     """

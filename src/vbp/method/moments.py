@@ -13,19 +13,13 @@ from torch import Tensor
 
 # Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
-_CPU_CHUNK = 2**18
-_GPU_CHUNK = 2**25
+CPU_CHUNK = 2**18
+GPU_CHUNK = 2**25
 
 
 @dataclass(frozen=True)
 class ChannelMoments:
-    """Moments of `count` samples of each channel.
-
-    Attributes:
-        count: Samples: images times tokens or positions.
-        mean: Mean of each channel, float64.
-        m2: Sum of squared deviations from the mean, float64.
-    """
+    """Hold moments of `count` samples of each channel, float64; `m2` sums the squared deviations from the mean."""
 
     count: int
     mean: Float[Tensor, "hidden"]
@@ -63,7 +57,7 @@ class ChannelMoments:
 
 
 class RunningMoments:
-    """Moments of all values seen so far; None before the first."""
+    """Keep the moments of all values seen so far; None before the first."""
 
     def __init__(self) -> None:
         self.moments: ChannelMoments | None = None
@@ -80,19 +74,16 @@ def channel_moments(
 ) -> ChannelMoments:
     """Compute the moments of one batch, without synchronising with the device.
 
-    The values are summed after subtraction of `shift`, which costs no accuracy as long as the shift lies near
-    the mean (within some standard deviations): `E[x^2] - E[x]^2` in float32 gives a variance of 0.0 where the
-    mean is 100 and the true variance 1e-4.
-
-    Args:
-        values: Channels last. Half precision is summed in float32, float64 stays float64.
-        shift: An estimate of the mean; by default the mean of the first piece of the values.
+    Half precision is summed in float32, float64 stays float64. The values are summed after subtraction of `shift`, by
+    default the mean of their first piece, which costs no accuracy as long as it lies near the mean (within some
+    standard deviations): `E[x^2] - E[x]^2` in float32 returns a variance of 0.0 where the mean is 100 and the true
+    variance 1e-4.
     """
     rows = values.detach().reshape(-1, values.shape[-1])
     if rows.dtype in (torch.float16, torch.bfloat16):
         rows = rows.float()
     hidden = rows.shape[1]
-    chunk = max(1, (_CPU_CHUNK if rows.device.type == "cpu" else _GPU_CHUNK) // hidden)
+    chunk = max(1, (CPU_CHUNK if rows.device.type == "cpu" else GPU_CHUNK) // hidden)
     near = rows[:chunk].mean(0) if shift is None else shift.to(rows.dtype)
     total = torch.zeros(hidden, dtype=torch.float64, device=rows.device)
     squares = torch.zeros_like(total)

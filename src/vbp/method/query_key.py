@@ -30,7 +30,7 @@ from vbp.method.ridge import Reconstruction, block_diagonal, ridge_coefficients
 
 @dataclass(frozen=True)
 class LogitRefit:
-    """What becomes of the kept queries, `q <- q + turn q + shift`, and the errors of the logits.
+    """Hold what becomes of the kept queries, `q <- q + turn q + shift`, and the errors of the logits.
 
     The errors are variances over the keys, mean over the queries, summed over heads, before the softmax's scale.
     """
@@ -51,18 +51,10 @@ def logit_refit(
     heads: int,
     ridge: float,
 ) -> LogitRefit:
-    """Fit the kept queries of each head.
+    """Fit the kept queries of each head; indices of channels are counted over all heads.
 
-    Args:
-        site: Name for the result.
-        query: Covariance of the query channels; for a layer without bias, which can add no constant, their second
-            moment about zero, with zero means.
-        mean: Means of the query channels.
-        key: Covariance of the key channels.
-        keep: Indices of the channels that stay, counted over all heads.
-        removed: Indices of the channels that go.
-        heads: Number of heads, each with its own channels.
-        ridge: See `vbp.method.ridge.ridge_penalty`.
+    For a query layer without bias, which can add no constant, `query` is the second moment about zero and `mean`
+    zero.
 
     Raises:
         InputError: A covariance is unfit.

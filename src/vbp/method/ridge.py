@@ -37,15 +37,10 @@ _FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """How well a site's consumer does without the removed channels: variances, summed over its outputs.
+    """Tell how well a site's consumer does without the removed channels: variances, summed over its outputs.
 
-    A consumer with a kernel counts each offset by itself.
-
-    Attributes:
-        site: Name of the site.
-        mean_shift: Variance of the output's error after mean shift.
-        refit: The same after refit; never larger but for rounding.
-        energy: Variance of the output itself, from all channels.
+    `mean_shift` and `refit` are those of the output's error after each, the second never larger but for rounding;
+    `energy` is that of the output itself, from all channels. A consumer with a kernel counts each offset by itself.
     """
 
     site: str
@@ -55,11 +50,7 @@ class Reconstruction:
 
 
 def check_ridge(ridge: float) -> None:
-    """Check the penalty's size.
-
-    Raises:
-        InputError: It is out of range.
-    """
+    """Raise InputError if the penalty is out of range."""
     if not 0 < ridge <= 1:
         raise InputError(f"ridge must be in (0, 1], got {ridge}; {RIDGE} is the default")
 
@@ -68,13 +59,8 @@ def ridge_penalty(covariance: Float[Tensor, "hidden hidden"], ridge: float) -> F
     """Return the diagonal L that is added to the covariance: a share of each channel's own variance.
 
     A channel of very large variance so does not regularise the others, as it would if all had the mean variance as
-    their penalty.
-    After scaling to unit diagonal, which changes nothing for Cholesky's error, C + L has a condition number of at
-    most hidden / ridge + 1, whatever the range of the variances and the rank of C.
-
-    Args:
-        covariance: Of all channels of the site.
-        ridge: The share.
+    their penalty. After scaling to unit diagonal, which changes nothing for Cholesky's error, C + L has a condition
+    number of at most hidden / ridge + 1, whatever the range of the variances and the rank of C.
 
     Raises:
         InputError: The ridge is out of range.
@@ -95,12 +81,7 @@ def ridge_coefficients(
 ) -> Float[Tensor, "removed kept"]:
     """Return the coefficients A that predict the deviation of the removed channels from that of the kept ones.
 
-    Args:
-        covariance: Of all channels of the site. A consumer in groups, each of which reads its own channels, takes
-            `block_diagonal` of it.
-        keep: Indices of the channels that stay.
-        removed: Indices of the channels that go.
-        ridge: See `vbp.method.ridge.ridge_penalty`.
+    A consumer in groups, each of which reads its own channels, takes `block_diagonal` of the covariance.
 
     Raises:
         InputError: The covariance is not finite or no covariance, or the ridge is too small for its precision.
@@ -169,16 +150,7 @@ def reconstruction(
     keep: Int[Tensor, "kept"],
     removed: Int[Tensor, "removed"],
 ) -> Reconstruction:
-    """Compute what the consumer's output loses, exactly from the covariance.
-
-    Args:
-        site: Name for the result.
-        covariance: Of all channels.
-        weight: The consumer's, before anything is removed.
-        coefficients: From `ridge_coefficients`.
-        keep: Indices of the channels that stay.
-        removed: Indices of the channels that go.
-    """
+    """Compute what the consumer's output loses, exactly from the covariance; `weight` is that of all channels."""
     cov, matrix = covariance.double(), as_matrix(weight)
     gone = matrix[:, removed]
     error = torch.zeros_like(matrix)

@@ -19,15 +19,11 @@ from vbp.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class ImageNumbers:
-    """The number that each image of a process has among all images.
+    """Number each image of a process among all images.
 
-    Attributes:
-        seed: Another seed draws other random numbers for the same images.
-        first: Number of the first image that this process reads.
-        step: Distance between its images: the number of processes, if they share the images by stride; with blocks,
-            the distance between the beginnings of two of them.
-        block: Images that follow each other in the order of all: 1 where processes share the images by stride, the
-            batch size where whole batches are dealt out to them.
+    `first` is that of the first image that this process reads, `block` how many images follow each other in the order
+    of all, `step` the distance between the beginnings of two blocks: 1 and the number of processes where these share
+    the images by stride. Another seed draws other random numbers for the same images.
     """
 
     seed: int = 0
@@ -36,11 +32,7 @@ class ImageNumbers:
     block: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse values that would give two images one number.
-
-        Raises:
-            InputError: A value is out of range.
-        """
+        """Raise InputError if a value is out of range, for two images would have one number."""
         if self.seed < 0 or self.first < 0 or self.block < 1 or self.step < self.block:
             raise InputError(
                 "seed and first image must be at least 0, the block at least 1 and the step no smaller than it, "
@@ -54,20 +46,12 @@ class ImageNumbers:
 
 @dataclass(frozen=True)
 class TokenSample(ImageNumbers):
-    """A random share of the tokens or positions of every image, the same at every site.
-
-    Attributes:
-        fraction: Share of the tokens, in (0, 1]; at least one of each image.
-    """
+    """Choose a random share, in (0, 1], of the tokens of every image: at least one, the same at every site."""
 
     fraction: float = 1.0
 
     def __post_init__(self) -> None:
-        """Check the values.
-
-        Raises:
-            InputError: One is out of range.
-        """
+        """Raise InputError if a value is out of range."""
         super().__post_init__()
         if not 0 < self.fraction <= 1:
             raise InputError(
@@ -83,7 +67,7 @@ class TokenSample(ImageNumbers):
 
 
 class TokenSampler:
-    """Draws the sampled rows of one batch after the other."""
+    """Draw the sampled rows of one batch after the other."""
 
     def __init__(self, sample: TokenSample) -> None:
         self._sample = sample
@@ -121,10 +105,8 @@ def priority_sample(
 ) -> tuple[Int[Tensor, "images count"], Float[Tensor, "images count"]]:
     """Draw tokens of each image, large ones rather than small ones, so that weighted sums over them are unbiased.
 
-    Args:
-        sizes: How much each token matters, positive.
-        uniform: Independent random numbers in (0, 1).
-        count: Tokens of each image; if it has no more, all are taken.
+    Sizes are positive and say how much each token matters; `uniform` are independent random numbers in (0, 1). If an
+    image has no more than `count` tokens, all are taken.
 
     Returns:
         Their places, and what each counts for: its size, or, if larger, that of the first token left out over its
@@ -140,13 +122,8 @@ def priority_sample(
 
 
 @dataclass(frozen=True)
-class Draws(ImageNumbers):
-    """The random vectors of an image, for the Fisher information and its sketches.
-
-    Attributes:
-        input_columns: Columns of the sketch that estimates the input metric.
-        output_columns: Columns of the sketch that estimates the output metric.
-    """
+class RandomProbes(ImageNumbers):
+    """Draw the random vectors of an image, for the Fisher information and its sketches of so many columns."""
 
     input_columns: int = 8
     output_columns: int = 32

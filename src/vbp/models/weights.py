@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from vbp.errors import InputError, one_line
+from vbp.errors import InputError, one_line, some_of
 from vbp.runtime.sealed import READING_ERRORS, load_plain
 
 _log = logging.getLogger(__name__)
@@ -32,7 +32,6 @@ DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
-LISTED = 5
 StateDict = dict[str, Tensor]
 Conversion = Callable[[StateDict, nn.Module], StateDict]
 
@@ -81,7 +80,7 @@ def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module,
         raise InputError(_does_not_fit(path, fault)) from error
     resized = [name for name in converted if name in weights and converted[name].shape != weights[name].shape]
     if resized:
-        _log.warning("%s: resampled to the model's image size: %s", path, _first(resized))
+        _log.warning("%s: resampled to the model's image size: %s", path, some_of(resized))
     used = {tensor.data_ptr() for tensor in converted.values()}
     dropped = [
         name
@@ -137,12 +136,7 @@ def describe_mismatch(
     """Describe tensors missing, too many, and of another shape (name, in the file, in the model)."""
     named_shapes = [f"{name}: file {list(given)}, model {list(own)}" for name, given, own in shapes]
     kinds = (("missing", list(missing)), ("too much", list(unexpected)), ("of another shape", named_shapes))
-    return "; ".join(f"{len(names)} {kind} ({_first(names)})" for kind, names in kinds if names)
-
-
-def _first(names: list[str]) -> str:
-    more = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f", and {more} more" if more > 0 else "")
+    return "; ".join(f"{len(names)} {kind} ({some_of(names)})" for kind, names in kinds if names)
 
 
 def _does_not_fit(path: Path, fault: str) -> str:
@@ -170,7 +164,7 @@ def _read_pickle(path: Path) -> Any:
         unsafe = _unsafe_globals(path)
         if unsafe:
             raise InputError(
-                f"{path} holds more than tensors ({_first(unsafe)}) and could run code when read; only a state "
+                f"{path} holds more than tensors ({some_of(unsafe)}) and could run code when read; only a state "
                 "dict is allowed, save it as torch.save(model.state_dict(), FILE)"
             ) from error
         raise InputError(
@@ -195,7 +189,7 @@ def _unwrap(content: object, path: Path) -> StateDict:
             if wrapper is not None:
                 _log.info("weights taken from %r in %s", wrapper, path)
             return dict(inner)
-        got = _first([str(name) for name in content]) or "nothing"
+        got = some_of([str(name) for name in content]) or "nothing"
     else:
         got = type(content).__name__
     raise InputError(

@@ -37,11 +37,8 @@ from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
-
 # Price updates. One brings most of the gain, the others less and less of the rest.
 _ROUNDS = 3
-
-
 Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 
@@ -58,30 +55,24 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
                 f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
-                "statistics with covariance=True and sensitivity=Draws()"
+                "statistics with covariance=True and sensitivity=RandomProbes()"
             )
     return {
-        name: statistics.sensitivities[name].blended_covariance(found) if name in statistics.sensitivities else found
-        for name, found in statistics.covariances.items()
+        name: statistics.sensitivities[name].blended_covariance(plain) if name in statistics.sensitivities else plain
+        for name, plain in statistics.covariances.items()
     }
 
 
 def sensitivity_eliminations(
     model: nn.Module, sites: Sequence[Site], statistics: Statistics, *, ridge: float = RIDGE
 ) -> dict[str, Elimination]:
-    """Order the channels of each MLP site by what their loss costs after the refit, in nats.
-
-    Args:
-        model: The dense model; the work is done where it lies.
-        sites: From `find_sites`.
-        statistics: Of this model, with covariances and sensitivities.
-        ridge: As in the refit that will follow.
+    """Order the channels of each MLP site by what their loss costs after the refit, in nats, where the model is.
 
     Raises:
-        InputError: Statistics are missing or unfit.
+        InputError: Covariances or sensitivities are missing or unfit.
     """
     metrics = refit_metrics(sites, statistics)
-    found = {}
+    orders = {}
     for site in sites:
         if site.kind != "mlp":
             continue
@@ -92,27 +83,23 @@ def sensitivity_eliminations(
         weighed = sensitivity.scaled_weight(weight, plain)
         metric = metrics[site.name].to(weight.device).covariance
         try:
-            found[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
+            orders[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
-    return found
+    return orders
 
 
 def mixed_with_uniform(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:
     """Return scores between those given and equal shares for all sites, in the same order inside each site.
 
-    A channel's place among all channels is mixed with its place in its own site, both from 0 to 1.
-
-    Args:
-        scores: Of MLP sites.
-        share: Of the place in the own site.
+    A channel's place among all channels is mixed with a share of its place in its own site, both from 0 to 1.
     """
     everyone = torch.cat(list(scores.values()))
-    among_all, start, found = _places(everyone), 0, {}
+    among_all, start, mixed = _places(everyone), 0, {}
     for name, score in scores.items():
-        found[name] = share * _places(score) + (1 - share) * among_all[start : start + len(score)]
+        mixed[name] = share * _places(score) + (1 - share) * among_all[start : start + len(score)]
         start += len(score)
-    return found
+    return mixed
 
 
 def scaled(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tensor, "hidden"]]:
@@ -120,12 +107,12 @@ def scaled(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tenso
 
     Many neighbours are one unit in the last place apart: a product alone would let some of them fall together.
     """
-    found = {}
+    products = {}
     for name, score in scores.items():
         order = score.argsort(stable=True)
-        found[name] = torch.empty_like(score)
-        found[name][order] = strictly_rising(score[order] * prices[name])
-    return found
+        products[name] = torch.empty_like(score)
+        products[name][order] = strictly_rising(score[order] * prices[name])
+    return products
 
 
 def _places(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
@@ -178,13 +165,13 @@ def auto_plan(
     rules = PlanRules("equal" if equal_widths else "global", round_to, min_keep_ratio, attn_keep_ratio)
     if orders is None:
         orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge)
-    search = _Search(model, sites, statistics, reference, ridge, progress)
-    return search.run(keep_ratio, rules, {name: order.scores for name, order in orders.items()})
+    search = _Search(model, sites, statistics, reference, rules, ridge, keep_ratio, progress)
+    return search.run({name: order.scores for name, order in orders.items()})
 
 
 @dataclass
 class _Attempt:
-    """A candidate with its pruned model; `plan_for` gives its plan, and others like it."""
+    """Hold a candidate with its pruned model; `plan_for` makes its plan, and others like it."""
 
     divergence: float
     plan: PruningPlan
@@ -199,30 +186,30 @@ class _Search:
         sites: Sequence[Site],
         statistics: Statistics,
         reference: DenseReference,
+        rules: PlanRules,
         ridge: float,
+        keep_ratio: float,
         progress: Callable[[str], None] | None,
     ) -> None:
-        self._model, self._sites, self._reference, self._ridge = model, sites, reference, ridge
-        self._progress = progress
+        self._model, self._sites, self._reference, self._rules = model, sites, reference, rules
+        self._ridge, self._keep_ratio, self._progress = ridge, keep_ratio, progress
         self._variances = variance_scores(statistics)
         self._covariances = refit_metrics(sites, statistics)
-        self._means = statistics.means | {name: found.mean for name, found in self._covariances.items()}
+        self._means = statistics.means | {name: metric.mean for name, metric in self._covariances.items()}
         self._tried: list[Candidate] = []
         self._seen: set[tuple[int, ...]] = set()
-        self._keep_ratio, self._rules = 1.0, PlanRules()
         self.best: _Attempt | None = None
 
-    def run(self, keep_ratio: float, rules: PlanRules, costs: Scores) -> PlanChoice:
-        self._keep_ratio, self._rules = keep_ratio, rules
-        if rules.scope == "equal":
+    def run(self, costs: Scores) -> PlanChoice:
+        if self._rules.scope == "equal":
             self.attempt("equal widths", costs, scope="equal")
         else:
             self._compete(costs)
         assert self.best is not None
         best = self.best
-        found = PlanChoice(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
-        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._reference.images, found.table())
-        return found
+        choice = PlanChoice(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._reference.images, choice.table())
+        return choice
 
     def _compete(self, costs: Scores) -> None:
         self.attempt("equal shares", costs, scope="per_layer")
@@ -258,7 +245,7 @@ class _Search:
         return cost_multipliers(lost, self._reference.site_contributions(start.pruned, start.plan))
 
     def attempt(self, name: str, scores: Scores, scope: Scope = "global") -> _Attempt | None:
-        """Make a plan, prune a copy by it, and keep it if it is the best so far; give it if it is a new one."""
+        """Make a plan, prune a copy by it, and keep it if it is the best so far; return it if it is a new one."""
         rules = replace(self._rules, scope=scope)
 
         def plan_for(keep_ratio: float) -> PruningPlan:
@@ -275,15 +262,15 @@ class _Search:
         self._seen.add(key)
         divergence = self._reference.divergence(pruned)
         self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
-        found = _Attempt(divergence, plan, pruned, plan_for)
+        attempt = _Attempt(divergence, plan, pruned, plan_for)
         # A NaN is never better.
         if self.best is None or divergence < self.best.divergence:
-            self.best = found
-        return found
+            self.best = attempt
+        return attempt
 
 
 class AutoSearch:
-    """Searches plans of several sizes for one dense model; what does not depend on the size is done once.
+    """Search plans of several sizes for one dense model; what does not depend on the size is done once.
 
     All processes make it and call it alike.
     """
@@ -298,15 +285,9 @@ class AutoSearch:
         *,
         ridge: float = RIDGE,
     ) -> None:
-        """Take what is known; the work begins with the first plan.
+        """Begin with the first plan; the first of the images compare plans.
 
-        Args:
-            model: The dense model, which is pruned on copies.
-            sites: From `find_sites`.
-            statistics: Of all processes, with covariances and sensitivities.
-            images: The first of them compare the plans.
-            rules: Floor and rounding of all plans; of the scopes `equal` alone makes a difference.
-            ridge: Of the refit that will follow.
+        All plans have the floor and the rounding of the rules; of their scopes, `equal` alone makes a difference.
         """
         self._model, self._sites, self._statistics, self._images = model, sites, statistics, images
         self._rules, self._ridge = rules, ridge
@@ -327,7 +308,7 @@ class AutoSearch:
         """
         session = self._images.session
         with session.timed("search"), session.progress_steps(f"auto, keep {keep_ratio:g}", "plan") as tell:
-            search = _Search(self._model, self._sites, self._statistics, self._reference, self._ridge, tell)
-            best = search.run(keep_ratio, self._rules, {name: one.scores for name, one in self._orders.items()})
+            known = self._model, self._sites, self._statistics, self._reference, self._rules, self._ridge
+            best = _Search(*known, keep_ratio, tell).run({name: one.scores for name, one in self._orders.items()})
         session.processes.check_same("plan", json_fingerprint(best.plan.to_dict()))
         return best

@@ -1,8 +1,8 @@
 """Scores of other published criteria, over the same sites: random, magnitude, LAMP, Taylor, SNIP.
 
-A channel is judged by the weights that go with it, its group: the rows of its producers, the columns of its
+A channel is scored by the weights that go with it, its group: the rows of its producers, the columns of its
 consumer, and its place in the norms and depthwise convolutions between. Biases and bare parameters do not count, as
-in Torch-Pruning, whose importances give the same scores for the same group (there the mean over the layers of a
+in Torch-Pruning, whose importances return the same scores for the same group (there the mean over the layers of a
 group, here the sum, which ranks alike).
 """
 
@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.method.scores import lamp, magnitude, mean_normalised, snip, taylor
-from vbp.sites.site import Site
-from vbp.sites.weights import WeightSlice, weight_slices
+from vbp.sites.site import Site, WeightSlice, weight_slices
 
 
 def random_scores(sites: Sequence[Site], *, seed: int = 0) -> dict[str, Float[Tensor, "hidden"]]:
@@ -31,15 +30,10 @@ def random_scores(sites: Sequence[Site], *, seed: int = 0) -> dict[str, Float[Te
 
 
 def magnitude_scores(model: nn.Module, sites: Sequence[Site], *, power: int) -> dict[str, Float[Tensor, "hidden"]]:
-    """Sum `|w|^power` over each channel's group, and divide by the mean of the site.
+    """Sum `|w|^power` over each channel's group, and divide by the mean of the site; power 2 is the squared L2 norm.
 
     Weights of different layers differ in size for reasons that have nothing to do with importance; without the
     division a global ranking would empty the layers of small weights.
-
-    Args:
-        model: The dense model.
-        sites: From `find_sites`.
-        power: 1 for the L1 norm, 2 for the (squared) L2 norm.
 
     Source: Li et al. (2017), for L1; Torch-Pruning's GroupMagnitudeImportance, for groups and the division.
     """
@@ -63,11 +57,6 @@ def taylor_scores(
 
     It is a loss in every site, so the sites compare as they are.
 
-    Args:
-        model: The dense model.
-        sites: From `find_sites`.
-        gradients: From `collect_gradients`.
-
     Source: Molchanov et al. (2019), Importance Estimation for Neural Network Pruning.
     """
     return _by_gradients(model, sites, gradients, taylor)
@@ -79,11 +68,6 @@ def snip_scores(
     """Sum the connection sensitivities `|w * g|` over each channel's group.
 
     They compare across sites as they are: SNIP ranks all weights of a network together.
-
-    Args:
-        model: The dense model.
-        sites: From `find_sites`.
-        gradients: From `collect_gradients`.
 
     Source: Lee et al. (2019), SNIP; summed over groups.
     """

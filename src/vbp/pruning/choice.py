@@ -16,13 +16,7 @@ from vbp.runtime.tables import text_table
 
 @dataclass(frozen=True)
 class Candidate:
-    """A plan that was tried.
-
-    Attributes:
-        name: How it was made.
-        divergence: Mean KL(dense || pruned) on the held-out images, in nats.
-        widths: Site name -> channels kept.
-    """
+    """Hold a plan that was tried: mean KL(dense || pruned) on the held-out images, in nats; channels kept by site."""
 
     name: str
     divergence: float
@@ -31,7 +25,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class PlanChoice:
-    """A plan, and what surgery takes with it.
+    """Hold a plan, and what surgery takes with it.
 
     Attributes:
         plan: What stays.

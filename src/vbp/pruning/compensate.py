@@ -27,13 +27,7 @@ def compensate_(
 ) -> tuple[Reconstruction, ...]:
     """Compensate the consumers, and queries for lost query/key channels, at full width; nothing is cut.
 
-    Args:
-        model: Has the entries' sites at full width.
-        entries: Sites that lose channels.
-        means: Site name -> mean of each channel.
-        covariances: Site name -> second moments; None shifts by the means alone, which leaves
-            query/key channels out.
-        ridge: See `vbp.method.ridge.ridge_penalty`.
+    Without covariances it shifts by the means alone, which leaves query/key channels out.
 
     Returns:
         The errors before and after the refit, one a site; nothing without covariances.
@@ -128,8 +122,8 @@ def _apply_to_queries_(layer: nn.Module, entry: SitePlan, fit: LogitRefit) -> No
         old = weight[rows].double()
         weight[rows] = (old + (fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)
         if isinstance(bias, Tensor):
-            held = bias[rows].double()
-            bias[rows] = (held + fit.turn @ held + fit.shift).to(bias.dtype)
+            old_bias = bias[rows].double()
+            bias[rows] = (old_bias + fit.turn @ old_bias + fit.shift).to(bias.dtype)
 
 
 def add_to_bias_(layer: nn.Module, shift: Tensor) -> None:

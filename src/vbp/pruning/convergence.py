@@ -16,12 +16,12 @@ from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
 
-# The plan has settled when twice the images change at most one channel in a hundred. Measured on DeiT-Tiny (ImageNet,
+# Converged: twice the images change at most one channel in a hundred. Measured on DeiT-Tiny (ImageNet,
 # one image a class, 35 % of the channels removed globally; medians of 20 orders): 62 -> 125 -> 250 -> 500 -> 1,000
 # images change 2.0, 1.6, 1.2 and 0.9 %, each doubling about 0.75 times as many as the one before. These channels lie
 # at the threshold and matter little: from 124 images on, accuracy right after pruning is 68.6 to 70.9 % (two orders
 # each; 70.3 with all; standard error 1.8), so the limit errs on the side of more images.
-SETTLED_SHARE = 0.01
+CONVERGED_SHARE = 0.01
 
 # Stages are halves of all images, halves of these and so on, none smaller than this.
 _SMALLEST_STAGE = 256
@@ -29,12 +29,10 @@ _SMALLEST_STAGE = 256
 
 @dataclass(frozen=True)
 class Stage:
-    """The plan after so many images.
+    """Hold the plan's change after so many images.
 
-    Attributes:
-        images: Images seen so far.
-        changed: Share of all channels that were kept by the plan of the stage before, with half the images, and are
-            not any more; None in the first stage.
+    `changed` is the share of all channels that the plan of the stage before, with half the images, kept, and this one
+    does not; None in the first stage.
     """
 
     images: int
@@ -43,71 +41,62 @@ class Stage:
 
 @dataclass(frozen=True)
 class Convergence:
-    """How the plan changed while the images doubled.
-
-    Attributes:
-        stages: In their order.
-    """
+    """Tell how the plan changed while the images doubled, stage by stage."""
 
     stages: tuple[Stage, ...]
 
     @property
-    def settled(self) -> int | None:
-        """Return the images of the first stage from which on no doubling changed more than `SETTLED_SHARE`.
+    def converged(self) -> int | None:
+        """Return the images of the first stage from which on no doubling changed more than `CONVERGED_SHARE`.
 
         None if the last doubling still did, or there was none.
         """
-        settled = None
+        converged = None
         for stage in reversed(self.stages):
-            if stage.changed is None or stage.changed > SETTLED_SHARE:
+            if stage.changed is None or stage.changed > CONVERGED_SHARE:
                 break
-            settled = stage.images
-        return settled
+            converged = stage.images
+        return converged
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        return {"stages": [asdict(stage) for stage in self.stages], "settled": self.settled}
+        return {"stages": [asdict(stage) for stage in self.stages], "converged": self.converged}
 
     def table(self) -> str:
-        """Return the stages as lines of text, the last of which says whether the plan has settled."""
+        """Return the stages as lines of text, the last of which says whether the plan has converged."""
         stages = [(f"{stage.images:,}", _percent(stage.changed)) for stage in self.stages]
         rows = [text_table([("images", "channels that changed"), *stages], "rl", (10,))]
         if len(self.stages) < 2:
-            return "\n".join([*rows, f"too few images to say whether the plan has settled; {_enough()}"])
+            few = f"too few images to say whether the plan has converged; {2 * _SMALLEST_STAGE} or more would tell"
+            return "\n".join([*rows, few])
         before, last = self.stages[-2:]
         doubling = (
             f"last doubling, {before.images:,} -> {last.images:,} images: {_percent(last.changed)} of the channels "
             "would change"
         )
-        if self.settled is None:
-            return "\n".join(
-                [*rows, f"{doubling}; not settled (at most {_percent(SETTLED_SHARE)}): give more images"]
-            )
-        return "\n".join([*rows, f"{doubling}; settled at {self.settled:,} images"])
+        if self.converged is None:
+            outcome = f"not converged (at most {_percent(CONVERGED_SHARE)}): give more images"
+        else:
+            outcome = f"converged at {self.converged:,} images"
+        return "\n".join([*rows, f"{doubling}; {outcome}"])
 
 
 def _percent(share: float | None) -> str:
     return "-" if share is None else f"{100 * share:.1f} %"
 
 
-def _enough() -> str:
-    return f"{2 * _SMALLEST_STAGE} or more would tell"
-
-
 def merge_across(statistics: Statistics | None, processes: Processes) -> Statistics:
     """Merge what each process has seen, in the order of ranks, on every process; all of them must call this.
 
-    Args:
-        statistics: On the CPU; None from a process that had no image.
-        processes: Of this job.
+    Statistics are on the CPU, None from a process that had no image.
 
     Raises:
         InputError: No process had an image, or they observed different models.
     """
-    found = [seen for seen in processes.all_gather(statistics) if seen is not None]
-    if not found:
+    shares = [share for share in processes.all_gather(statistics) if share is not None]
+    if not shares:
         raise InputError("calibration needs at least one image, got none on any process; check the training images")
-    return reduce(Statistics.merge, found)
+    return reduce(Statistics.merge, shares)
 
 
 def changed_share(before: PruningPlan, now: PruningPlan) -> float:
@@ -136,20 +125,14 @@ def calibrate(
     *,
     auto: bool = False,
 ) -> tuple[Statistics, Convergence]:
-    """Collect statistics in stages until the images run out or, with `auto`, until the plan has settled.
+    """Collect statistics in stages until the images run out or, with `auto`, until the plan has converged.
 
-    All processes must call this, and all get the same. They meet at the ends of stages alone.
-
-    Args:
-        collect: Returns the statistics of this process's share of the images at these places, in an order of which
-            every beginning represents the whole; None if its share is empty.
-        total: Images in that order.
-        plan_of: Makes the plan whose changes are measured.
-        processes: Of this job.
-        auto: Stop as soon as a doubling changes at most `SETTLED_SHARE` of the channels.
+    All processes must call this, and all get the same. They meet at the ends of stages alone. `collect` returns the
+    statistics of this process's share of the images at these places, in an order of which every beginning represents
+    the whole, None if its share is empty; `plan_of` makes the plan whose changes are measured.
 
     Returns:
-        Statistics of all images seen, as one pass over them would give, and how the plan changed on the way.
+        Statistics of all images seen, as one pass over them would have, and how the plan changed on the way.
 
     Raises:
         InputError: There is no image.
@@ -169,11 +152,11 @@ def calibrate(
         stages.append(Stage(statistics.images, changed))
         told = "first plan" if changed is None else f"{_percent(changed)} of the channels changed since half of them"
         _log.info("calibration: %s of %s images; %s", f"{end:,}", f"{total:,}", told)
-        if auto and changed is not None and changed <= SETTLED_SHARE:
-            _log.info("calibration: settled, %s images are left out", f"{total - end:,}")
+        if auto and changed is not None and changed <= CONVERGED_SHARE:
+            _log.info("calibration: converged, %s images are left out", f"{total - end:,}")
             break
     else:
         if auto:
-            _log.warning("calibration: the images ran out before the plan settled; all %s are used", f"{total:,}")
+            _log.warning("calibration: the images ran out before the plan converged; all %s are used", f"{total:,}")
     assert statistics is not None
     return statistics, Convergence(tuple(stages))

@@ -42,12 +42,12 @@ def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> 
     """
     moments = statistics.moments
     scores = {}
-    for name, found in moments.items():
+    for name, observed in moments.items():
         if name.endswith(QUERY):
             name = name.removesuffix(QUERY)
-            scores[name] = found.second_moment * moments[name + KEY].second_moment
+            scores[name] = observed.second_moment * moments[name + KEY].second_moment
         elif not name.endswith(KEY):
-            scores[name] = found.variance
+            scores[name] = observed.variance
     if norm_per_layer:
         scores = {name: mean_normalised(score) for name, score in scores.items()}
     return scores
@@ -82,16 +82,10 @@ def eliminations(
 ) -> dict[str, Elimination]:
     """Order the channels of each site as `eliminate` does, on the model's device; query/key sites are left out.
 
-    Args:
-        model: The dense model.
-        sites: From `find_sites`.
-        statistics: Of this model, with covariances.
-        ridge: As in the refit that will follow.
-
     Raises:
         InputError: A covariance is missing or unfit.
     """
-    found = {}
+    orders = {}
     for site in sites:
         if not site.consumer:
             continue
@@ -103,20 +97,16 @@ def eliminations(
         weight = _weight(model, site)
         covariance = statistics.covariances[site.name].to(weight.device).covariance
         try:
-            found[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
+            orders[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
-    return found
+    return orders
 
 
 def _weight(model: nn.Module, site: Site) -> Tensor:
     weight = model.get_submodule(site.consumer).weight
     assert isinstance(weight, Tensor)
     return weight
-
-
-def _one_if_zero(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    return torch.where(value > 0, value, torch.ones_like(value))
 
 
 Scores = dict[str, Float[Tensor, "hidden"]]
@@ -137,8 +127,8 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
     `variance`, `output_variance`: the functions above; global as they are.
     `elimination`: inside a site the order in which channels go if the rest is refitted after each; across sites
     the counts of `output_variance`.
-    `random`, `l1`, `l2`, `lamp`, `taylor`, `snip`: their functions in `vbp.pruning.baselines`, which say what is
-    ranked globally. They judge query/key channels by their weights, too; those above take the rule of
+    `random`, `l1`, `l2`, `lamp`, `taylor`, `snip`: their functions in `vbp.pruning.baselines`, which tell what is
+    ranked globally. They score query/key channels by their weights, too; those above take the rule of
     `variance_scores`.
     `auto` has no scores: it makes plans, `vbp.auto_plan`.
 
@@ -163,13 +153,13 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
             f"criterion {criterion} makes plans, not scores, got a request for scores; call vbp.auto_plan, or "
             "choose another criterion"
         )
-    held: dict[Need, object] = {
+    available: dict[Need, object] = {
         "statistics": evidence.statistics,
         "covariance": evidence.statistics is not None and evidence.statistics.covariances,
         "sensitivity": evidence.statistics is not None and evidence.statistics.sensitivities,
         "gradients": evidence.gradients,
     }
-    if missing := sorted(need for need in rule.needs if not held[need]):
+    if missing := sorted(need for need in rule.needs if not available[need]):
         raise InputError(
             f"criterion {criterion} needs {' and '.join(missing)}, got none; collect statistics "
             "(covariance=True where it needs the covariance) or gradients"
@@ -179,7 +169,7 @@ def criterion_scores(criterion: str, model: nn.Module, sites: Sequence[Site], ev
 
 @dataclass(frozen=True)
 class _Rule:
-    """A criterion: what it needs, and how it scores; None if it makes plans without."""
+    """Hold what a criterion needs, and how it scores; None if it makes plans without."""
 
     needs: frozenset[Need]
     scores: Callable[[nn.Module, Sequence[Site], Evidence], Scores] | None
@@ -195,9 +185,9 @@ def _elimination(model: nn.Module, sites: Sequence[Site], evidence: Evidence) ->
     """Return the scores of the output's variance, permuted within each site to the order of elimination."""
     statistics = _statistics(evidence)
     scores = output_variance_scores(model, sites, statistics)
-    for name, found in eliminations(model, sites, statistics, ridge=evidence.ridge).items():
+    for name, elimination in eliminations(model, sites, statistics, ridge=evidence.ridge).items():
         permuted = torch.empty_like(scores[name], dtype=torch.float64)
-        permuted[found.order] = strictly_rising(scores[name].double().sort().values)
+        permuted[elimination.order] = strictly_rising(scores[name].double().sort().values)
         scores[name] = permuted
     return scores
 

@@ -1,42 +1,36 @@
-"""Cut channels out of one layer, in place: its parameters, their gradients, and the widths that it records."""
+"""Cut channels out of layers, in place: parameters, their gradients, and the widths that modules record."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+# The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
+_HEADS = ("num_heads", "num_attention_heads")
+_PER_HEAD = ("head_dim", "attention_head_size", "head_size", "dim_head")
+_ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
+
 
 def keep_rows_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some output channels of a `Linear` or an ungrouped convolution.
-
-    Args:
-        layer: The layer.
-        kept: Indices of the channels that stay, ascending.
-    """
+    """Keep some output channels, ascending, of a `Linear` or an ungrouped convolution."""
     keep_entries_(layer, "weight", kept, 0)
     keep_entries_(layer, "bias", kept, 0)
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
 def keep_columns_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some input channels of a `Linear` or an ungrouped convolution.
-
-    Args:
-        layer: The layer.
-        kept: Indices of the channels that stay, ascending.
-    """
+    """Keep some input channels, ascending, of a `Linear` or an ungrouped convolution."""
     keep_entries_(layer, "weight", kept, 1)
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(kept))
 
 
 def keep_channels_(module: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some channels of a layer that has as many outputs as inputs: a norm, or a depthwise convolution.
+    """Keep some channels, ascending, of a layer with as many outputs as inputs: a norm, or a depthwise convolution.
 
-    Args:
-        module: The layer. A `LayerNorm` loses channels of its last dimension.
-        kept: Indices of the channels that stay, ascending.
+    A `LayerNorm` loses channels of its last dimension.
     """
     for name in ("weight", "bias", "running_mean", "running_var"):
         if getattr(module, name, None) is not None:
@@ -64,3 +58,33 @@ def keep_entries_(owner: nn.Module, name: str, kept: Sequence[int], dim: int) ->
         if whole.grad is not None:
             part.grad = whole.grad.index_select(dim, index)
     setattr(owner, name, part)
+
+
+@dataclass(frozen=True)
+class HeadChange:
+    """Hold heads and channels of each head of one attention, before and after some of its layers were cut."""
+
+    layers: tuple[str, ...]
+    heads: int
+    head_dim: int
+    heads_left: int
+    head_dim_left: int
+
+
+def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: bool = False) -> None:
+    """Set the numbers by which the owners of the layers that were cut reshape their tensors, where they keep them.
+
+    With `implicit_scale` their `scale`, too: the fused kernel derives its own from the head dimension, and the
+    weights are rescaled so that the effective scale stays that of the original.
+    """
+    before = (change.heads, change.head_dim, change.heads * change.head_dim)
+    after = (change.heads_left, change.head_dim_left, change.heads_left * change.head_dim_left)
+    for path in {name.rpartition(".")[0] for name in change.layers}:
+        owner = model.get_submodule(path)
+        for names, old, new in zip((_HEADS, _PER_HEAD, _ALL_HEADS), before, after, strict=True):
+            for name in names:
+                if getattr(owner, name, None) == old:
+                    setattr(owner, name, new)
+        scale = getattr(owner, "scale", None)
+        if implicit_scale and isinstance(scale, float) and abs(scale - change.head_dim**-0.5) < 1e-9:
+            owner.scale = change.head_dim_left**-0.5

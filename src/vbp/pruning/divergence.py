@@ -25,7 +25,6 @@ from vbp.statistics.images import ImageSource, in_pieces
 # A share is measured on some hundred images, and near zero for a site that has lost little.
 _CLIP = 4.0
 
-
 # How many rounds the price of 1 counts for in their mean: the first then goes three quarters of the way.
 _PRIOR = 1 / 3
 
@@ -74,10 +73,7 @@ class DenseReference:
         self._device = next(model.parameters()).device
         with evaluation_mode(model), torch.no_grad():
             self.log_probabilities = [self._predict(model, batch) for batch in batches]
-        count = torch.tensor(
-            [sum(len(one) for one in self.log_probabilities)], dtype=torch.float64, device=self._device
-        )
-        self.images = int(session.processes.all_reduce_sum_(count))
+        self.images = sum(session.processes.all_gather(sum(map(len, self.log_probabilities))))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
@@ -132,8 +128,8 @@ class DenseReference:
                 loss = self._loss(self.model, batch, expected)
                 (gradient,) = torch.autograd.grad(loss, amplitudes)
                 total += gradient.double()
-        found = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
-        return {entry.site.name: share for entry, share in zip(entries, found, strict=True)}
+        shares = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
+        return {entry.site.name: share for entry, share in zip(entries, shares, strict=True)}
 
     def _loss(self, model: nn.Module, batch: Tensor, expected: Tensor) -> Tensor:
         return F.kl_div(self._predict(model, batch), expected, log_target=True, reduction="sum")
@@ -169,9 +165,7 @@ def _errors_added(
 def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:
     """Return what a predicted nat of each site really costs, against the median site; within a factor of 4 of it.
 
-    Args:
-        costs: Site name -> divergence that was predicted for what the site lost.
-        shares: From `DenseReference.site_contributions`.
+    `costs` are the divergences predicted for what the sites lost, `shares` come from `site_contributions`.
     """
     ratios = {name: max(shares[name], 0.0) / cost for name, cost in costs.items() if cost > 0}
     middle = sorted(ratios.values())[len(ratios) // 2] if ratios else 0.0
@@ -181,11 +175,7 @@ def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) ->
 
 
 def mean_multipliers(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the geometric mean of the prices that several rounds asked for, as if a part of a round had asked for 1.
-
-    Args:
-        rounds: From `cost_multipliers`, each measured on another plan; at least one.
-    """
+    """Return the geometric mean of the prices that several rounds asked for, and a part of a round for price 1."""
     return {
         name: math.exp(sum(math.log(asked[name]) for asked in rounds) / (len(rounds) + _PRIOR)) for name in rounds[0]
     }

@@ -19,15 +19,7 @@ from vbp.sites.site import Site
 
 
 def check_keep_ratio(name: str, ratio: float) -> None:
-    """Check one share of channels to keep.
-
-    Args:
-        name: Of the setting, for the error.
-        ratio: The share.
-
-    Raises:
-        InputError: It is out of range.
-    """
+    """Raise InputError if a share of channels to keep, the setting of this name, is out of range."""
     if not 0 < ratio <= 1:
         raise InputError(f"{name} must be in (0, 1], got {ratio}; 0.65 keeps 65 % of the channels")
 
@@ -35,11 +27,7 @@ def check_keep_ratio(name: str, ratio: float) -> None:
 def check_ratios(
     keep_ratio: float, min_keep_ratio: float, round_to: int, attn_keep_ratio: float | None = None
 ) -> None:
-    """Check the numbers that a plan is made from.
-
-    Raises:
-        InputError: One is out of range.
-    """
+    """Raise InputError if one of the numbers that a plan is made from is out of range."""
     for name, ratio in (("keep_ratio", keep_ratio), ("attn_keep_ratio", attn_keep_ratio)):
         if ratio is not None:
             check_keep_ratio(name, ratio)
@@ -122,14 +110,7 @@ def make_plan(
 
 @dataclass(frozen=True)
 class PlanRules:
-    """What all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
-
-    Attributes:
-        scope: Whether channels of all sites compete.
-        round_to: A site that loses channels keeps a multiple of it.
-        min_keep_ratio: Floor of each site, as a share of its channels.
-        attn_keep_ratio: Share of its channels that every head of an attention keeps.
-    """
+    """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio."""
 
     scope: Scope = "global"
     round_to: int = 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ _MOST_CHANNELS = 2**24
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What stays of one site: the indices of the kept channels, ascending.
+    """Hold what stays of one site: the indices of the kept channels, ascending.
 
     Example:
         >>> len(plan.sites[0].keep), len(plan.sites[0].removed)
@@ -40,7 +40,7 @@ class SitePlan:
 
 @dataclass(frozen=True)
 class PruningPlan:
-    """Which hidden channels of a model stay.
+    """Tell which hidden channels of a model stay.
 
     Attributes:
         sites: One entry a site, in the order in which the sites were found.
@@ -93,14 +93,14 @@ class PruningPlan:
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> PruningPlan:
-        """Read what `to_dict` gave.
+        """Read what `to_dict` returned.
 
         Raises:
             InputError: The data is no plan, or of another format.
         """
-        found = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if found != _FORMAT:
-            raise InputError(f"a plan must have format {_FORMAT}, got {found!r}; make it again")
+        file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
+        if file_format != _FORMAT:
+            raise InputError(f"a plan must have format {_FORMAT}, got {file_format!r}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
         plan = from_json(PruningPlan, rest, "the plan")
         for entry in plan.sites:
@@ -144,10 +144,10 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
             f"got {site.hidden} from {site.offsets or 0}; make the plan again"
         )
-    if not 1 <= site.heads <= len(keep) or site.hidden % site.heads or not _same_in_each_head(site, keep):
+    size = site.hidden // max(1, site.heads)
+    if (
+        not 1 <= site.heads <= len(keep)
+        or size * site.heads != site.hidden
+        or (len(set(np.bincount(np.asarray(keep) // size, minlength=site.heads))) > 1)
+    ):
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
-
-
-def _same_in_each_head(site: Site, keep: Sequence[int]) -> bool:
-    counts = np.bincount(np.asarray(keep) // (site.hidden // site.heads), minlength=site.heads)
-    return bool((counts == counts[0]).all())

@@ -13,9 +13,15 @@ from torch import Tensor, nn
 from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
-from vbp.pruning.attention import HeadChange, update_attributes_
 from vbp.pruning.compensate import compensate_, refits_logits
-from vbp.pruning.cutting import keep_channels_, keep_columns_, keep_entries_, keep_rows_
+from vbp.pruning.cutting import (
+    HeadChange,
+    keep_channels_,
+    keep_columns_,
+    keep_entries_,
+    keep_rows_,
+    update_attributes_,
+)
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode
 from vbp.sites.layers import input_channels, output_channels
@@ -152,10 +158,10 @@ def _check_fits(
                     f"{ranges[1:5]}; make the plan again"
                 )
         if means is not None and site.consumer:
-            found = tuple(means[site.name].shape) if site.name in means else "none"
-            if found != (site.hidden,):
+            shape = tuple(means[site.name].shape) if site.name in means else "none"
+            if shape != (site.hidden,):
                 raise InputError(
-                    f"means of site {site.name} must be {site.hidden} numbers, got {found}; collect its statistics"
+                    f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
                 )
         if covariances is not None and (site.consumer or refits_logits(site)):
             for name in observed_names(site):

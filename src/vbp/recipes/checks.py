@@ -1,4 +1,4 @@
-"""What is wrong with a configuration and can be said before any work, without reading a file."""
+"""Check a configuration before any work, without reading a file."""
 
 from __future__ import annotations
 

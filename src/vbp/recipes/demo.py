@@ -1,4 +1,4 @@
-"""The main job on an embedded default: handwritten digits and a small ViT that the package carries."""
+"""A run on data and a model that the package carries: handwritten digits and a small ViT."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _TUNING: Final[Mapping[str, Any]] = {"lr_ft": 5e-4, "use_kd": True}
 
 
 def demo_run_config(demo: DemoConfig) -> RunConfig:
-    """Return the configuration of the run that the demo is."""
+    """Return the configuration of the demo's run."""
     return RunConfig(
         data_path=str(demo.folder / "data"),
         model_type="vit",

@@ -41,7 +41,7 @@ _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 @dataclass
 class _Progress:
-    """How far fine-tuning has come, beside the trainer's own state."""
+    """State of fine-tuning beside the trainer's own: metrics of each epoch, and the best model."""
 
     job: Job
     plan: PruningPlan
@@ -51,7 +51,7 @@ class _Progress:
 
     @staticmethod
     def begin(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport) -> _Progress:
-        """Begin with the pruned model as epoch 0, or where the checkpoint is that a run goes on from."""
+        """Begin with the pruned model as epoch 0, or with the checkpoint that a run goes on from."""
         if job.resumed is not None:
             return _Progress(job, plan, report, list(job.resumed.state["rows"]), job.resumed.state["best_weights"])
         row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
@@ -72,7 +72,7 @@ class _Progress:
         self.write_rows()
 
     def checkpoint(self, trainer: Trainer) -> None:
-        """Write what is needed to go on, in such a way that it makes no difference."""
+        """Write all that is needed to go on as if the run had not been interrupted."""
         processes = self.job.session.processes
         own = processes.all_gather(trainer.process_state())
         if not processes.is_main:
@@ -126,16 +126,7 @@ def finetune(
     progress.save(BEST, report.best, progress.best_weights)
     progress.write_rows()
     if job.config.epochs_ft > 0:
-        loader = _loader(job)
-        trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
-        if job.resumed is not None:
-            state = job.resumed.state
-            trainer.load_state_dict(state["trainer"], state["processes"][job.session.processes.rank])
-        log_dir = job.config.log_dir if job.session.processes.is_main else None
-        with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
-            tracker.sites(plan.widths)
-            _epochs(job, progress, loader, trainer, interruption, tracker)
-        pruned = trainer.evaluated
+        pruned = _train(job, pruned, progress, teacher)
     progress.save(FINAL, progress.report.final, pruned.state_dict())
     return progress.report
 
@@ -214,27 +205,34 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
     )  # fmt: skip
 
 
-def _epochs(
-    job: Job, progress: _Progress, loader: ImageLoader, trainer: Trainer, interruption: Interruption, tracker: Tracker
-) -> None:
-    epochs, session = job.config.epochs_ft, job.session
+def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module | None) -> nn.Module:
+    """Train for all epochs, or for those that are left; return the model to evaluate and to save."""
+    epochs, session, loader = job.config.epochs_ft, job.session, _loader(job)
+    trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
+    if job.resumed is not None:
+        state = job.resumed.state
+        trainer.load_state_dict(state["trainer"], state["processes"][session.processes.rank])
     save = partial(progress.checkpoint, trainer)
-    if trainer.epoch == 0:
-        save()
-    for epoch in range(max(1, trainer.epoch), epochs + 1):
-        after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
-        with session.timed("finetune"), out_of_memory():
-            result = trainer.train_epoch(
-                loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
-            )
-        progress.add(trainer.evaluated, result)
-        tracker.epoch(progress.rows[-1], result)
+    log_dir = job.config.log_dir if session.processes.is_main else None
+    with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:
+        tracker.sites(progress.plan.widths)
+        if trainer.epoch == 0:
+            save()
+        for epoch in range(max(1, trainer.epoch), epochs + 1):
+            after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
+            with session.timed("finetune"), out_of_memory():
+                result = trainer.train_epoch(
+                    loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
+                )
+            progress.add(trainer.evaluated, result)
+            tracker.epoch(progress.rows[-1], result)
+    return trainer.evaluated
 
 
 def _after_step(
     job: Job, trainer: Trainer, batches: int, interruption: Interruption, save: Callable[[], None]
 ) -> None:
-    """Write a checkpoint where it is time: at the end of an epoch, every so many minutes, or when told to stop."""
+    """Write a checkpoint at the end of an epoch, every `checkpoint_minutes`, and when told to stop."""
     wish, processes = _GO_ON, job.session.processes
     if trainer.batches_done == batches or (processes.is_main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE

@@ -1,6 +1,8 @@
-"""What a run measures on a model: accuracy, size, time."""
+"""Measure a model in a run: accuracy, size, time."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from torch import nn
 
@@ -40,9 +42,6 @@ def describe(model: Measured) -> str:
 
 def latencies(job: Job, pruned: nn.Module) -> tuple[float, float]:
     """Return the milliseconds of a batch of the dense and the pruned model, which take turns on the main process."""
-    timed, processes = None, job.session.processes
-    if processes.is_main:
-        timed = compare_models(job.dense, pruned, job.latency_images, precision=job.session.precision)
-    timed = processes.all_gather(timed)[0]
-    assert timed is not None
+    compare = partial(compare_models, job.dense, pruned, job.latency_images, precision=job.session.precision)
+    timed = job.session.processes.from_main(compare)
     return timed.dense_ms.median, timed.pruned_ms.median

@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 class Role(enum.Enum):
-    """What a setting is for. Each field has one of the first five, and those of fine-tuning TUNING besides."""
+    """The purpose of a setting. Each field has one of the first five, and those of fine-tuning TUNING besides."""
 
     RESULT = enum.auto()
     """Decides the result by its value. The batch size of evaluation, compilation and checkpointing of activations

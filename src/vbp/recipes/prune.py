@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -98,7 +99,7 @@ def _by_scores(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
 
 
 def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Search at the size that the budget comes to; once more if the sites' costs make it another."""
+    """Search at the size that the budget is expected to need; once more if the sites' costs make it another."""
     assert evidence.statistics is not None
     search = AutoSearch(
         job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules, ridge=job.config.ridge
@@ -112,16 +113,11 @@ def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResu
 
 
 def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
-    processes = job.session.processes
-
     def compare(plan: PruningPlan) -> LatencyComparison:
-        """Time on the main process, for all."""
-        timed = None
-        if processes.is_main:
-            timed = compare_in_turns(job.dense, plan, job.latency_images, precision=job.session.precision)
-        timed = processes.all_gather(timed)[0]
-        assert timed is not None
-        return timed
+        session, images = job.session, job.latency_images
+        return session.processes.from_main(
+            partial(compare_in_turns, job.dense, plan, images, precision=session.precision)
+        )
 
     assert plan_for is not None
     return job.target.meet(plan_for, job.dense, job.example, compare, compensated=job.config.compensation != "none")

@@ -22,13 +22,13 @@ _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensati
 
 
 def check_shipping(config: RunConfig) -> None:
-    """Find out before the work whether its result may be written and published."""
+    """Check before the work that its result may be written and published."""
     check_target(config.save_dir / ARTIFACT)
     if config.push_to_hub is not None:
         check_login(config.push_to_hub)
 
 
-def write_artifact(save_dir: Path, report: RunReport) -> Path:
+def write_artifact(save_dir: Path, report: RunReport) -> None:
     """Write the best model of a run as a folder, with what was measured and how it was made; whole or not at all."""
     best = read_artifact(save_dir / BEST)
     save_pruned(
@@ -41,7 +41,6 @@ def write_artifact(save_dir: Path, report: RunReport) -> Path:
         metrics=_metrics(report),
         settings=published_settings(report.config),
     )
-    return save_dir / ARTIFACT
 
 
 def publish_artifact(config: RunConfig) -> str:
@@ -66,7 +65,7 @@ def base_model_of(config: RunConfig) -> str | None:
 
 
 def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the settings of a run that say how its model was made, as far as they are not the usual ones.
+    """Return the settings of a run that show how its model was made, as far as they are not the defaults.
 
     Paths of this machine are left out.
     """
@@ -86,10 +85,10 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _metrics(report: RunReport) -> dict[str, Any]:
     """Return what was measured on this model, and on those that it came from."""
-    found = report.to_dict()
-    # A time says nothing without the machine on which it was taken.
+    plain = report.to_dict()
+    # A time means nothing without the machine on which it was taken.
     models = {
-        "dense" if name == "base" else name: {key: value for key, value in found[name].items() if key != "latency_ms"}
+        "dense" if name == "base" else name: {key: value for key, value in plain[name].items() if key != "latency_ms"}
         for name in report.models
     }
     calibration = report.images.get("calibration")

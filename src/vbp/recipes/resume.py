@@ -1,4 +1,4 @@
-"""Which checkpoint a run continues, and whether it may: it never starts over silently, nor with other settings."""
+"""Find the checkpoint that a run continues; it never starts over silently, nor goes on with other settings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from vbp.runtime.files import check_folder
 from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
 
 _log = logging.getLogger(__name__)
-AUTO = "auto"
 
 # The first file that a run writes; the last is its summary.
 CONFIG: Final = "config.json"
@@ -45,7 +44,7 @@ def find_checkpoint(
     Raises:
         InputError: There is nothing at the path, nothing there can be read, or `save_dir` holds another run.
     """
-    given = None if resume in (None, AUTO) else Path(str(resume))
+    given = None if resume in (None, "auto") else Path(str(resume))
     if resume is None and not restarted:
         _check_new(save_dir, overwrite)
         return None

@@ -1,4 +1,4 @@
-"""The whole story: a trained classifier and its data in, a pruned, fine-tuned, reported one out."""
+"""A whole run: a trained classifier and its data in; a pruned, fine-tuned one and its report out."""
 
 from __future__ import annotations
 
@@ -136,7 +136,7 @@ def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:
 
 
 def _circumstances(job: Job) -> dict[str, Any]:
-    """Return what a report says of this attempt: an earlier one may have run elsewhere."""
+    """Return device, versions, seconds and files of this attempt: an earlier one may have run elsewhere."""
     folder = job.config.save_dir
     return {
         "seconds": dict(job.session.seconds),
@@ -167,7 +167,7 @@ def _open_folder(job: Job, log: RunLog) -> None:
 
 
 def _write_results(config: RunConfig, report: RunReport) -> None:
-    """Write what the run has come to; the summary last but for the pages that are drawn from it."""
+    """Write the results: the summary last, but for the pages that are drawn from it."""
     write_artifact(config.save_dir, report)
     write_json(config.save_dir / SUMMARY, report.to_dict())
     from vbp.report.html import write_report  # drawing takes a second to import

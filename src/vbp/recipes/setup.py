@@ -1,4 +1,4 @@
-"""What a run works on, all checked before any work: model, sites, images, device, plan rules and budget."""
+"""Prepare a run: model, sites, images, device, plan rules and budget, all checked before any work."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -113,7 +114,7 @@ class Resumed:
 
 @dataclass(frozen=True)
 class Job:
-    """What a run works on, checked and ready; private to the recipes.
+    """Model, data and settings of a run, checked and ready; private to the recipes.
 
     Attributes:
         latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
@@ -170,19 +171,20 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     with processes.local_main_first():
         classifier = _classifier(config)
         train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
-        classifier = _named(classifier, config.data_path)
+        if classifier.class_names is None:  # then they are those of the data
+            names = dataset_class_names(class_folders(config.data_path), classifier.num_classes)
+            classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
-    if given is not None and config.stats_path is not None:
-        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
     if resumed is not None:
         check_same_settings(resumed.state["settings"], settings, resumed.path)
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:
+        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
@@ -241,12 +243,8 @@ def loader_options(config: RunConfig, processes: Processes) -> dict[str, Any]:
 
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
     """Find the checkpoint to go on from: the main process chooses, all read the same."""
-    path = None
-    if processes.is_main:
-        path = find_checkpoint(
-            config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite, restarted=restarts() > 0
-        )
-    path = processes.all_gather(path)[0]
+    find = partial(find_checkpoint, config.resume, config.save_dir, config.to_dict(), overwrite=config.overwrite)
+    path = processes.from_main(partial(find, restarted=restarts() > 0))
     if path is None:
         return None
     _log.info("going on from %s", path)
@@ -254,7 +252,7 @@ def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:
 
 
 def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> None:
-    """See that the disk holds what a run writes at most."""
+    """Check that the disk has space for the most that a run writes."""
     if not processes.is_main:
         return
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
@@ -270,13 +268,6 @@ def _classifier(config: RunConfig) -> Classifier:
     classifier = load_classifier(**options)
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
     return classifier
-
-
-def _named(classifier: Classifier, data_path: str) -> Classifier:
-    """Name the classes after those of the data, where the weights do not say what they are."""
-    if classifier.class_names is not None:
-        return classifier
-    return replace(classifier, class_names=dataset_class_names(class_folders(data_path), classifier.num_classes))
 
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:

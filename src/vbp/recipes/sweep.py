@@ -69,7 +69,7 @@ def sweep(
     One copy exists at a time, beside those of a planner; scores are computed once for a criterion. `evidence` must
     hold what `sweep_needs` says of the settings that are not among the `known` rows, which are not measured again.
     `latency` returns the milliseconds of the dense and of a pruned model. `planners` make the plans of criteria that
-    decide more than scores can say (`auto`). `after_refit` changes a pruned model whose compensation is the refit.
+    need more than scores (`auto`). `after_refit` changes a pruned model whose compensation is the refit.
     `on_row` is called with all that is known, after the dense model and after each row.
     """
     for setting in settings:
@@ -85,9 +85,9 @@ def sweep(
 
     missing = [setting for setting in settings if setting not in rows]
     by_scores = _planner(model, sites, evidence, rules)
-    for number, setting in enumerate(missing):
-        if on_row is not None and number == 0:
-            on_row(report())
+    if missing and on_row is not None:
+        on_row(report())
+    for number, setting in enumerate(missing, 1):
         planned = (planners or {}).get(setting.criterion, by_scores)(setting)
         choice = planned.compensated_by(setting.compensation)
         plan, pruned = choice.plan, copy.deepcopy(model)
@@ -98,7 +98,7 @@ def sweep(
         measured = measure(pruned)
         rows[setting] = SweepRow(setting, plan.kept, plan.total, replace(measured, latency_ms=times[1]), times[0])
         _log.info(
-            "%d of %d: %s, kept %.3f: top-1 %.2f %%", number + 1, len(missing), setting.method,
+            "%d of %d: %s, kept %.3f: top-1 %.2f %%", number, len(missing), setting.method,
             plan.kept / plan.total if plan.total else 1.0, measured.top1,
         )  # fmt: skip
         del pruned
@@ -110,7 +110,7 @@ def sweep(
 def _planner(
     model: nn.Module, sites: Sequence[Site], evidence: Evidence, rules: PlanRules
 ) -> Callable[[Setting], PlanChoice]:
-    """Return what makes plans from scores, which are computed once for a criterion."""
+    """Return a function that makes plans from scores, which are computed once for a criterion."""
     scores = functools.cache(lambda criterion: criterion_scores(criterion, model, sites, evidence))
     statistics = evidence.statistics
 
@@ -135,7 +135,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     check_sweep(config)
     with run_log() as log, open_session(config.run_config()) as session:
         processes = session.processes
-        progress = processes.all_gather(read_progress(config) if processes.is_main else None)[0]
+        progress = processes.from_main(functools.partial(read_progress, config))
         job = prepare(config.run_config(), session, sweep_needs(config.settings))
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
@@ -206,7 +206,7 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
 
 
 def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], PlanChoice]]:
-    """Return what makes plans, for the criteria that have no scores."""
+    """Return a function that makes plans for each criterion without scores."""
     if evidence.statistics is None:
         return {}
     search = AutoSearch(
@@ -216,18 +216,17 @@ def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], Pla
 
 
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:
-    """Read statistics that were given, or that an earlier attempt left with all that is needed now."""
+    """Return statistics that were given, or those of an earlier attempt if they hold all that is needed now."""
     processes = job.session.processes
     if job.given_statistics is not None:
         if processes.is_main:
             job.given_statistics.save(config.save_dir / STATISTICS)
         return job.given_statistics
     path = config.save_dir / STATISTICS
-    # The main process's word: the folder may not be on every node.
-    if not processes.all_gather(path.is_file())[0]:
+    # As the main process finds it: the folder may not be on every node.
+    if not processes.from_main(path.is_file):
         return None
-    statistics = processes.all_gather(Statistics.load(path) if processes.is_main else None)[0]
-    assert statistics is not None
+    statistics = processes.from_main(functools.partial(Statistics.load, path))
     statistics.check_made_for(job.settings["model"], job.calibration.fingerprint, path)
     for need, held in (("covariance", statistics.covariances), ("sensitivity", statistics.sensitivities)):
         if need in needs and not held:

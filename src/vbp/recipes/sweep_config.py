@@ -37,7 +37,7 @@ class VariedOptions:
     """What stands in for removed channels: none, mean, refit; for each criterion that names none, but auto."""
     scopes: Source[tuple[str, ...]] = ("global",)
     """global (the channels of all layers compete), per_layer (each keeps the same share), equal (layers of one width
-    keep exactly as many), or several of them."""
+    keep equally many), or several of them."""
     latency: Result[bool] = False
     """Also time each pruned model, in turns with the dense one."""
 
@@ -71,7 +71,7 @@ class SweepConfig(ProcessOptions, WidthOptions, RefitOptions, VariedOptions, Dat
         """Return the configuration by which model and data are loaded, as for a run that only prunes."""
         names = {field.name for field in dataclasses.fields(RunConfig)}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
-        # What is needed of the images, and whether the folder may be written, is the sweep's to say: its own results
+        # The sweep itself checks what is needed of the images, and whether the folder may be written: its own results
         # may be there.
         fixed = {"criterion": "variance", "compensation": "refit", "epochs_ft": 0, "overwrite": True}
         return RunConfig(**shared | fixed | {"keep_ratio": min(self.keep_ratios)})

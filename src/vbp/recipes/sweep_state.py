@@ -24,7 +24,7 @@ _FORMAT: Final = "vbp-sweep/1"
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """What an earlier attempt left: its settings, and what it measured."""
+    """Settings and rows of an earlier attempt."""
 
     settings: Mapping[str, Any]
     dense: Measured | None
@@ -60,11 +60,11 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
         return None
     try:
-        found = read_json(path)
-        if found["format"] != _FORMAT:
-            raise ValueError(f"format {found['format']!r} where {_FORMAT} belongs")
-        dense = None if found["dense"] is None else Measured(**found["dense"])
-        return SweepProgress(found["settings"], dense, tuple(map(SweepRow.from_dict, found["rows"])))
+        stored = read_json(path)
+        if stored["format"] != _FORMAT:
+            raise ValueError(f"format {stored['format']!r} where {_FORMAT} belongs")
+        dense = None if stored["dense"] is None else Measured(**stored["dense"])
+        return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
@@ -73,7 +73,7 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
 
 
 def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse rows of two kinds in one table."""
+    """Refuse rows that were measured with different settings in one table."""
     if progress is None:
         return
     names = sorted({*progress.settings, *settings})

@@ -2,7 +2,7 @@
 
 What the sites' own refits leave adds up on its way to the classifier. There the errors of all sites are seen
 together, and the divergence is a convex function of the last layer's weight. `vbp.method.head_fit` has the problem,
-whose one solution is folded into the layer. One forward pass of each model gives all that it needs.
+whose one solution is folded into the layer. One forward pass of each model is all that it needs.
 
 Few images say little of so many coefficients, so cross-validation decides: if the fit does not help, one
 with ten times the penalty is tried, and if that does not help either, the layer stays as it is.
@@ -36,14 +36,10 @@ _STRENGTH_TIMES_IMAGES = 25_000.0
 
 @dataclass(frozen=True)
 class HeadRefit:
-    """What the refit of the last layer did, on images that the compared fits had not seen (cross-validation).
+    """Tell what the refit of the last layer did: mean KL(dense || pruned) before and after, in nats.
 
-    Attributes:
-        layer: Name of the layer.
-        images: Images of all processes.
-        strength: Of the penalty; infinite if the layer was left as it was, for no refit was better.
-        before: Mean KL(dense || pruned) without it, in nats.
-        after: The same with it.
+    It is cross-validated: on images that the compared fits had not seen. The strength of the penalty is infinite if
+    the layer was left as it was, for no refit was better.
     """
 
     layer: str
@@ -57,7 +53,7 @@ class HeadRefit:
         return asdict(self) | {"strength": self.strength if math.isfinite(self.strength) else None}
 
     def sentence(self) -> str:
-        """Say in words what became of the layer."""
+        """Return in words what became of the layer."""
         if not math.isfinite(self.strength):
             return f"the last layer, {self.layer}, stays as it is: no refit to {self.images} images helped"
         return (
@@ -70,10 +66,6 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     """Refit the last linear layer to the dense model's predictions, if cross-validation says that it helps.
 
     Same result on all processes of `reference`, which must all call it.
-
-    Args:
-        pruned: The model, pruned; its last layer changes.
-        reference: Predictions of the dense model.
 
     Raises:
         InputError: There are too few images, the models do not end in one linear layer, or a value is not finite.
@@ -91,7 +83,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     problem = HeadProblem.of(layer, features, _gathered(reference.log_probabilities, session.processes))
     if not bool(problem.features.isfinite().all() and problem.logits.isfinite().all()):
         raise InputError(
-            f"what {name} reads and gives must be finite, got NaN or infinity; prune less, or in float32"
+            f"what {name} reads and returns must be finite, got NaN or infinity; prune less, or in float32"
         )
     before = problem.divergence(None)
     strength = _STRENGTH_TIMES_IMAGES / len(features)
@@ -113,26 +105,18 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
 
 
 def check_images(images: int) -> None:
-    """Refuse too few images.
-
-    Raises:
-        InputError: There are fewer than the folds of the cross-validation.
-    """
+    """Raise InputError if there are fewer images than folds of the cross-validation."""
     if images < FOLDS:
         raise InputError(f"the refit of the last layer needs at least {FOLDS} images, got {images}; give more")
 
 
 def last_linear(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the linear layer whose output the model's logits are.
-
-    Raises:
-        InputError: There is none.
-    """
+    """Return the name of the linear layer whose output the model's logits are; raise InputError if there is none."""
     return _seen_by_head(model, example, Precision())[0]
 
 
 def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:
-    """Run a batch; give the name of the linear layer whose output the logits are, what it read, and the logits.
+    """Return the name of the linear layer whose output the logits of a batch are, what it read, and the logits.
 
     Raises:
         InputError: The logits come from no such layer.
@@ -161,8 +145,8 @@ def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "im
 
 
 def _agreed(names: Sequence[str], processes: Processes) -> str:
-    """Return the one name that all batches of all processes found; a process without images has none."""
-    found = {name for one in processes.all_gather(sorted(set(names))) for name in one}
-    if len(found) != 1:
-        raise InputError(f"all images must end in one layer, got {', '.join(sorted(found)) or 'none'}")
-    return found.pop()
+    """Return the one name that all batches of all processes end in; a process without images has none."""
+    layers = {name for one in processes.all_gather(sorted(set(names))) for name in one}
+    if len(layers) != 1:
+        raise InputError(f"all images must end in one layer, got {', '.join(sorted(layers)) or 'none'}")
+    return layers.pop()

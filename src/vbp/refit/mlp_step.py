@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.activations import Activation
-from vbp.method.gauss_newton import HiddenLayers, HiddenSample, fit_hidden
-from vbp.pruning.compensate import add_to_bias_
+from vbp.method.gauss_newton import HiddenLayers, MLPSample, fit_hidden
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.sites.site import Site
 
 
 @dataclass(frozen=True)
 class MLPStep:
-    """What is to be added to the layers of a site, on the CPU, and what comes of it: see `HiddenFit`."""
+    """Hold what is to be added to the layers of a site, on the CPU, and the errors without and with it."""
 
     layers: HiddenLayers
     before: float
@@ -24,7 +24,7 @@ class MLPStep:
 
     @property
     def better(self) -> bool:
-        """Return whether anything comes of it."""
+        """Return whether the step lowers the error."""
         return self.after < self.before
 
 
@@ -32,23 +32,18 @@ def step_of(
     model: nn.Module,
     site: Site,
     activation: Activation | None,
-    sample: HiddenSample,
+    sample: MLPSample,
     *,
     ridge: float,
     damping: float,
 ) -> MLPStep:
-    """Find what is to be added to the layers of a site; the work is done where the model is.
+    """Return what is to be added to the layers of a pruned model's MLP site; the work is done where the model is.
 
-    Args:
-        model: Pruned; left as it was.
-        site: An MLP site of it.
-        activation: Of a plain hidden layer; None to fit the consumer alone.
-        sample: For it.
-        ridge: As for `fit_hidden`.
-        damping: As for `fit_hidden`.
+    Without an activation, where the hidden layer is not a plain one, the consumer alone is fitted. Ridge and damping
+    are as for `fit_hidden`.
 
     Raises:
-        InputError: What the layers give is not finite.
+        InputError: The output of the layers is not finite.
     """
     consumer = model.get_submodule(site.consumer)
     sample = sample.to(next(consumer.parameters()).device)
@@ -59,13 +54,13 @@ def step_of(
         fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, damping=damping)
     except InputError as error:
         raise InputError(f"site {site.name}: {error}") from error
-    found = fit.layers
-    step = None if found.hidden is None or hidden is None else (found.hidden - hidden).cpu()
-    return MLPStep(HiddenLayers(step, (found.consumer - layers.consumer).cpu()), fit.before, fit.after)
+    fitted = fit.layers
+    step = None if fitted.hidden is None or hidden is None else (fitted.hidden - hidden).cpu()
+    return MLPStep(HiddenLayers(step, (fitted.consumer - layers.consumer).cpu()), fit.before, fit.after)
 
 
 def add_step_(model: nn.Module, site: Site, step: MLPStep) -> None:
-    """Add to the layers of a site what `step_of` gave."""
+    """Add to the layers of a site what `step_of` returned."""
     if step.layers.hidden is not None:
         _add_(model.get_submodule(site.producers[0]), step.layers.hidden)
     _add_(model.get_submodule(site.consumer), step.layers.consumer)
@@ -87,7 +82,5 @@ def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 def _add_(layer: nn.Module, step: Tensor) -> None:
     weight = layer.weight
     assert isinstance(weight, Tensor)
-    change = step[:, :-1].reshape(weight.shape).to(weight.device, torch.float64)
-    with torch.no_grad():
-        weight.copy_((weight.double() + change).to(weight.dtype))
-    add_to_bias_(layer, step[:, -1].to(weight.device))
+    add_in_float64_(weight, step[:, :-1].reshape(weight.shape))
+    add_to_bias_(layer, step[:, -1])

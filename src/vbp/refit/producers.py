@@ -2,10 +2,10 @@
 
 The refit of a site changes the consumer alone: it predicts what is gone from what stays. The producer can do its
 share, for its rows were made for a layer in which all channels took part. Site by site, both layers take one
-Gauss-Newton step towards what the dense MLP gives (`vbp.method.gauss_newton`), at the positions that matter to the
+Gauss-Newton step towards what the dense MLP returns (`vbp.method.gauss_newton`), at the positions that matter to the
 predictions (`vbp.statistics.mlp_samples`): many positions for few numbers, without labels.
 
-An eighth of the images takes no part and judges, site by site, which of two steps is taken, one bold and one
+An eighth of the images is held out and decides, site by site, which of two steps is taken, one bold and one
 cautious, or none. Predictions are not compared here: statistics and plan have usually seen the images that
 could, and look better on them than on new ones.
 """
@@ -25,17 +25,15 @@ from vbp.statistics.mlp_samples import MLPSamples
 
 # Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
 # of the error on other images, the cautious one 0.86; in late ones, where one token matters, only the latter helps.
-_HELD = ((0.01, 0.1), (1.0, 1.0))
+_PENALTIES = ((0.01, 0.1), (1.0, 1.0))
 
 
 @dataclass(frozen=True)
 class ProducerRefit:
-    """What refitting the producers did.
+    """Tell what refitting the producers did, on the held-out eighth of the images of the samples.
 
-    Attributes:
-        images: Images of the samples, of which an eighth judged.
-        errors: Site name -> error of its MLP's output on those that judged, before and after, as a share of the
-            output's variance, each position and direction weighted by how much the predictions depend on it.
+    `errors` are those of each site's MLP output before and after, as a share of the output's variance, each position
+    and direction weighted by how much the predictions depend on it.
     """
 
     images: int
@@ -46,7 +44,7 @@ class ProducerRefit:
         return asdict(self) | {"errors": {name: list(errors) for name, errors in self.errors.items()}}
 
     def sentence(self) -> str:
-        """Say in words what became of the model."""
+        """Return in words what became of the model."""
         before, after = (sum(one[place] for one in self.errors.values()) for place in range(2))
         better, sites = sum(one[1] < one[0] for one in self.errors.values()), max(1, len(self.errors))
         return (
@@ -56,28 +54,21 @@ class ProducerRefit:
 
 
 def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
-    """Bring each pruned MLP nearer to what the dense one gives.
+    """Bring each pruned MLP nearer to the dense one, once all steps are found; the model is on its device.
 
     Same result on all processes of the samples, which must all call it; the sites are shared out among them.
 
-    Args:
-        pruned: The model, pruned, on its device; producers and consumers change, once all steps are found.
-        samples: Of the dense model.
-
     Raises:
-        InputError: What the pruned model gives is not finite.
+        InputError: A value that the pruned model computes is not finite.
     """
-    mlps = [mlp for mlp in samples.mlps if _width(pruned, mlp) < mlp.site.hidden]
+    widths = {mlp: output_channels(pruned.get_submodule(mlp.site.producers[0])) for mlp in samples.mlps}
+    mlps = [mlp for mlp, width in widths.items() if width < mlp.site.hidden]
     steps = _steps(pruned, mlps, samples)
     for mlp, step in zip(mlps, steps, strict=True):
         if step.better:
             add_step_(pruned, mlp.site, step)
     errors = {mlp.site.name: (step.before, step.after) for mlp, step in zip(mlps, steps, strict=True)}
     return ProducerRefit(samples.images, errors)
-
-
-def _width(model: nn.Module, mlp: FoundMLP) -> int:
-    return output_channels(model.get_submodule(mlp.site.producers[0]))
 
 
 def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[MLPStep]:
@@ -95,6 +86,7 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> 
 def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> MLPStep:
     sample = samples.samples[mlp.site.name]
     tried = (
-        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping) for ridge, damping in _HELD
+        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping)
+        for ridge, damping in _PENALTIES
     )
     return min(tried, key=lambda step: step.after)

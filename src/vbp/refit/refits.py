@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Final, Literal, get_args
@@ -14,7 +14,7 @@ from vbp.errors import InputError
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
-from vbp.refit.stream import StreamRefit, check_stream, refit_stream_
+from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
 from vbp.runtime.choices import Toggle
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.mlp import check_mlps
@@ -23,20 +23,25 @@ from vbp.statistics.images import GivenImages, ImageSource
 from vbp.statistics.mlp_samples import MLPSamples
 
 _log = logging.getLogger(__name__)
-
 Refit = Literal["producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 
-
 # One image in this many, and no more than the plans of `auto` are compared by, judges the refit of the stream.
 _ONE_IN = 4
+
+# What is said of a refit that is not possible.
+_LEFT_OUT: Final[Mapping[Refit, str]] = {
+    "producers": "the producers stay as they are",
+    "stream": "the residual stream stays as it is",
+    "head": "the last layer stays as it is",
+}
 
 
 @dataclass(frozen=True)
 class RefitReport:
-    """What the refits did; None for one that is not wanted or not possible."""
+    """Hold what the refits did; None for one that is not wanted or not possible."""
 
     producers: ProducerRefit | None = None
     stream: StreamRefit | None = None
@@ -44,7 +49,7 @@ class RefitReport:
 
 
 class Refits:
-    """Refits pruned models to one dense model. What does not depend on the pruned model is computed once.
+    """Refit pruned models to one dense model. What does not depend on the pruned model is computed once.
 
     The first images, a quarter and no more than 256, judge the refit of the stream; producers and stream are refitted
     to the 1,000 that follow, the last layer to the first 1,000.
@@ -62,17 +67,9 @@ class Refits:
         head: Toggle = "auto",
         views: int = 1,
     ) -> None:
-        """See what can be refitted; say in the log what cannot, and why.
+        """Find what can be refitted, and log what cannot, and why; `on` must be possible.
 
-        Args:
-            dense: The dense model, on its device; left as it was.
-            sites: From `find_sites`.
-            example: One image or more on the model's device.
-            images: Calibration images; all processes of their session make this object, and call it alike.
-            producers: Whether the layers before the hidden channels take part: `on` must be possible.
-            stream: Whether the residual stream is brought back to the dense model's.
-            head: Whether the last linear layer is refitted.
-            views: Of each image.
+        All processes of the images' session make this object, and call it alike.
 
         Raises:
             InputError: What is `on` has no such MLP, stream or last layer, or too few images.
@@ -84,11 +81,7 @@ class Refits:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
 
     def refit_(self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit)) -> RefitReport:
-        """Refit a pruned model, in place.
-
-        Args:
-            pruned: After `prune_`, on the dense model's device.
-            only: Of those that are wanted and possible, the ones to do.
+        """Refit a pruned model in place, on the dense model's device, as far as is wanted, possible and in `only`.
 
         Raises:
             InputError: No image can be read, or a value is not finite.
@@ -100,7 +93,7 @@ class Refits:
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
-                stream = refit_stream_(pruned, self._sites, others, self._judge, draws=others.probes)
+                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
                 _log.info("%s", stream.sentence())
             if "head" in wanted:
                 head = refit_head_(pruned, self._reference)
@@ -127,17 +120,27 @@ class Refits:
         return range(judging, judging + REFIT_IMAGES)
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
-        check, what = _CHECKS[name]
         if toggle == "off":
             return False
         try:
-            check(self._dense, self._sites, self._example, len(self._images))
+            self._check(name)
         except InputError as error:
             if toggle == "on":
                 raise
-            _log.info("%s: %s", what, error)
+            _log.info("%s: %s", _LEFT_OUT[name], error)
             return False
         return True
+
+    def _check(self, name: Refit) -> None:
+        images = len(self._images)
+        if name == "head":
+            last_linear(self._dense, self._example)
+            check_images(images)
+            return
+        what, find = ("producers", check_mlps) if name == "producers" else ("residual stream", residual_adds)
+        if images < _ONE_IN:
+            raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
+        find(self._dense, self._example, self._sites)
 
 
 def refit_(
@@ -183,31 +186,3 @@ def refit_(
         producers="auto" if producers else "off", stream="auto" if stream else "off", head="auto" if head else "off",
     )  # fmt: skip
     return refits.refit_(pruned)
-
-
-def _check_judged(images: int, what: str) -> None:
-    if images < _ONE_IN:
-        raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
-
-
-def _check_producers(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    _check_judged(images, "producers")
-    check_mlps(dense, example, sites)
-
-
-def _check_stream(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    _check_judged(images, "residual stream")
-    check_stream(dense, example, sites)
-
-
-def _check_head(dense: nn.Module, sites: Sequence[Site], example: Tensor, images: int) -> None:
-    last_linear(dense, example)
-    check_images(images)
-
-
-# By refit: what must hold, and what is said of it where it does not.
-_CHECKS: Final[Mapping[Refit, tuple[Callable[[nn.Module, Sequence[Site], Tensor, int], None], str]]] = {
-    "producers": (_check_producers, "the producers stay as they are"),
-    "stream": (_check_stream, "the residual stream stays as it is"),
-    "head": (_check_head, "the last layer stays as it is"),
-}

@@ -2,9 +2,9 @@
 
 A site's own refit makes up for that site's channels, from what the dense model reads there. What it leaves adds up
 along the residual stream, and the layers behind read it. So at a few depths one MLP gets a second task: from what it
-reads in the pruned model, it gives what the stream after it lacks as well,
+reads in the pruned model, it returns what the stream after it lacks as well,
 
-    y = what it gives + (stream of the dense model - stream of the pruned model),
+    y = what it returns + (stream of the dense model - stream of the pruned model),
 
 by one step of `vbp.method.gauss_newton` at random positions of all images, strongly regularised, without labels and
 without a backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one
@@ -27,8 +27,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.gauss_newton import HiddenSample
-from vbp.method.sampling import Draws
+from vbp.method.gauss_newton import MLPSample
+from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.mlp_step import add_step_, step_of
 from vbp.runtime.forward import evaluation_mode, hooked
@@ -40,11 +40,10 @@ from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
-_FIRST = Draws()
+_FIRST = RandomProbes()
 
 # Where the stream is mended: after these parts of the sites that write into it.
 DEPTHS = (0.25, 0.5, 0.75)
-
 
 # Ridge and damping, times the number of images: more of them can tell more coefficients.
 PENALTY_TIMES_IMAGES = 1_000.0
@@ -52,14 +51,10 @@ PENALTY_TIMES_IMAGES = 1_000.0
 
 @dataclass(frozen=True)
 class StreamRefit:
-    """What bringing the stream back did, on images that it was not fitted to.
+    """Tell what refitting the stream to so many images did: mean KL(dense || pruned) on other images, in nats.
 
-    Attributes:
-        sites: Whose layers changed; none if the predictions did not come closer.
-        images: Images fitted to, of all processes.
-        judged: Other images, on which the predictions were compared.
-        before: Mean KL(dense || pruned) on these without it, in nats.
-        after: The same with it.
+    `sites` are those whose layers changed, none if the predictions did not come closer; `judged` counts the other
+    images.
     """
 
     sites: tuple[str, ...]
@@ -73,7 +68,7 @@ class StreamRefit:
         return asdict(self) | {"sites": list(self.sites)}
 
     def sentence(self) -> str:
-        """Say in words what became of the model."""
+        """Return in words what became of the model."""
         if not self.sites:
             return f"the residual stream stays as it is: no refit to {self.images} images helped"
         return (
@@ -88,43 +83,38 @@ def refit_stream_(
     batches: Iterable[Tensor],
     judge: DenseReference,
     *,
-    draws: Draws = _FIRST,
+    probes: RandomProbes = _FIRST,
 ) -> StreamRefit:
     """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
-    Same result on all processes of `judge`, which must all call it.
-
-    Args:
-        pruned: The model, pruned; up to three MLPs change.
-        sites: Those that were pruned, from `find_sites` on the dense model.
-        batches: Calibration images, without labels, which can be gone through several times; none is allowed where
-            another process has some.
-        judge: Other images, the dense model, which is left as it was, and its predictions.
-        draws: The random numbers of the images of this process.
+    Same result on all processes of `judge`, which holds the dense model and its predictions for the other images; all
+    must call it. Batches can be gone through several times; none is allowed where another process has some. `probes`
+    are the random numbers of this process's images. Up to three MLPs change.
 
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
     dense, session, example = judge.model, judge.session, judge.example()
-    joins = _at_depths(_found(dense, example, sites))
+    every = residual_adds(dense, example, sites)
+    adds = [every[place] for place in dict.fromkeys(int(len(every) * depth) for depth in DEPTHS)]
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, draws, session)
+    work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)
-    layers = {name for join in joins for name in (*join.site.producers, join.site.consumer)}
+    layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
     with _restored_unless_kept(pruned, layers) as keep:
         images, changed = 0, []
         with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
-            for join in joins:
-                mlp = plain.get(join.site)
-                sample, images = work.sample(join, mlp, batches)
-                held = PENALTY_TIMES_IMAGES / images
+            for add in adds:
+                mlp = plain.get(add.site)
+                sample, images = work.sample(add, mlp, batches)
+                penalty = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(pruned, join.site, activation, sample, ridge=held, damping=held)
+                step = step_of(pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
                 step = session.processes.all_gather(step)[0]
                 if step.better:
-                    add_step_(pruned, join.site, step)
-                    changed.append(join.site.name)
+                    add_step_(pruned, add.site, step)
+                    changed.append(add.site.name)
         after = judge.divergence(pruned)
         if not changed or not after < before:
             return StreamRefit((), images, judge.images, before, before)
@@ -132,33 +122,20 @@ def refit_stream_(
     return StreamRefit(tuple(changed), images, judge.images, before, after)
 
 
-def check_stream(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> None:
-    """Refuse a model in which no MLP writes into a residual stream.
-
-    Raises:
-        InputError: It is one.
-    """
-    _found(model, example, sites)
-
-
-def _found(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
-    joins = find_residual_adds(model, example, sites)
-    if not joins:
+def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
+    """Return where MLPs write into a residual stream; raise InputError if none does."""
+    adds = find_residual_adds(model, example, sites)
+    if not adds:
         raise InputError(
             f"the refit of the residual stream needs an MLP whose output is added to a stream, got "
             f"{type(model).__name__}, where none is; leave the stream as it is"
         )
-    return joins
-
-
-def _at_depths(joins: Sequence[ResidualAdd]) -> tuple[ResidualAdd, ...]:
-    places = dict.fromkeys(int(len(joins) * depth) for depth in DEPTHS)
-    return tuple(joins[place] for place in places)
+    return adds
 
 
 @contextmanager
 def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
-    """Return layers their weights back in the end, whatever happened, unless what is given was called."""
+    """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
     saved = {
         (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
         for layer in layers
@@ -173,36 +150,36 @@ def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[C
 
 @dataclass(frozen=True)
 class _Work:
-    """Both models, and how they are run."""
+    """Hold both models, and how they are run."""
 
     pruned: nn.Module
     dense: nn.Module
-    draws: Draws
+    probes: RandomProbes
     session: Session
 
-    def sample(self, join: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[HiddenSample, int]:
-        """Run both models as far as the join on all images; give the sample, and the images of all processes."""
+    def sample(self, add: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
+        """Run both models as far as the add on all images; return the sample, and the images of all processes."""
         parts, images = [], 0
-        reader = join.site.consumer if mlp is None else join.site.producers[0]
-        # Squares of the stream count, not of what the consumer gives.
-        metric = join.gain.square().diag()
-        gain = torch.where(join.gain == 0, torch.inf, join.gain)
+        reader = add.site.consumer if mlp is None else add.site.producers[0]
+        # Squares of the stream count, not of what the consumer returns.
+        metric = add.gain.square().diag()
+        gain = torch.where(add.gain == 0, torch.inf, add.gain)
         for batch in batches:
             pixels = batch.to(next(self.dense.parameters()).device, non_blocking=True)
-            _, _, wanted = self._run(self.dense, join, reader, pixels)
-            read, given, found = self._run(self.pruned, join, reader, pixels)
-            target = given + (wanted - found) / gain.to(given)
-            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.draws, images))
+            _, _, wanted = self._run(self.dense, add, reader, pixels)
+            read, returned, stream = self._run(self.pruned, add, reader, pixels)
+            target = returned + (wanted - stream) / gain.to(returned)
+            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
             images += len(batch)
         total = sum(self.session.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return gather_sample(join.site.name, parts, metric, self.session.processes), total
+        return gather_sample(add.site.name, parts, metric, self.session.processes), total
 
     def _run(
-        self, model: nn.Module, join: ResidualAdd, reader: str, pixels: Tensor
+        self, model: nn.Module, add: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
-        """Return what the reader reads, what the consumer gives, and the stream after it; no layer behind it runs."""
+        """Return what the reader reads, what the consumer returns, and the stream after it; then stop."""
         seen: dict[str, Tensor] = {}
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -214,16 +191,16 @@ class _Work:
         def stop(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             stream = first_tensor(output)
             assert stream is not None
-            seen["stream"] = rows(stream, join.dim, len(pixels))
+            seen["stream"] = rows(stream, add.dim, len(pixels))
             raise _ReachedError
 
-        after = [(model.get_submodule(join.site.consumer), given), (model.get_submodule(join.module), stop)]
+        after = [(model.get_submodule(add.site.consumer), given), (model.get_submodule(add.module), stop)]
         try:
             with hooked(after, before=[(model.get_submodule(reader), read)]), self.session.precision.autocast():
                 model(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])
-        raise AssertionError(f"{join.module} did not run")
+        raise AssertionError(f"{add.module} did not run")
 
 
 class _ReachedError(Exception):

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
-from vbp.report.run_report import SUMMARY, RunReport
+from vbp.report.run_report import SUMMARY, RunReport, setting_text
 from vbp.runtime.tables import format_count, text_table
 
 _MODELS: Final = {
@@ -25,13 +25,9 @@ _GAP, _LONGEST = 2, 32
 
 @dataclass(frozen=True)
 class RunComparison:
-    """Runs side by side.
+    """Runs side by side: a short name, different for each, the folder and the report of each.
 
-    Attributes:
-        names: A short name for each run, no two alike.
-        folders: Of the runs, in the order in which they were given.
-        runs: In the same order.
-        incidental: Settings about how a run was started: they differ without being a reason for other results.
+    The `incidental` settings are about how a run was started; they are no reason for other results.
     """
 
     names: tuple[str, ...]
@@ -59,8 +55,7 @@ class RunComparison:
     def table(self, width: int = 120) -> str:
         """Return a table for the terminal, a column for each run.
 
-        Args:
-            width: Characters in a line; runs that do not fit stand in another table below, at least one in each.
+        Runs that do not fit into lines of `width` characters stand in another table below, at least one in each.
         """
         rows = [("", *self.names), *self._rows()]
         sizes = [max(len(row[column]) for row in rows) for column in range(len(self.names) + 1)]
@@ -76,22 +71,19 @@ class RunComparison:
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
-        told = [_cells(run) for run in self.runs]
+        columns = [_cells(run) for run in self.runs]
         stages = dict.fromkeys(stage for run in self.runs for stage in run.seconds)
         labels = [*_MODELS.values(), "MACs", "parameters", "latency", "measured with", "speed-up"]
         labels = ["hidden channels kept", *labels, *(f"seconds, {stage}" for stage in stages), "seconds"]
-        # No row about which no run has anything to say.
-        return rows + [
-            (label, *(one.get(label, "") for one in told)) for label in labels if any(label in o for o in told)
-        ]
+        # No row that would be empty.
+        labels = [label for label in labels if any(label in cells for cells in columns)]
+        return rows + [(label, *(cells.get(label, "") for cells in columns)) for label in labels]
 
 
 def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> RunComparison:
-    """Read runs to compare them.
+    """Read runs to compare them, each from its `save_dir` or from the folder of the pruned model in it.
 
-    Args:
-        folders: The `save_dir` of each, or the folder of the pruned model in it.
-        incidental: Settings that are not shown, for they say how a run was started.
+    The `incidental` settings are not shown: they are about how a run was started.
 
     Raises:
         InputError: There are fewer than two, one is given twice, or one is no finished run.
@@ -142,13 +134,13 @@ def _figures(run: RunReport) -> dict[str, Any]:
 
 
 def _text(value: Any) -> str:
-    text = " ".join(map(str, value)) if isinstance(value, list) else "-" if value is None else str(value)
-    # Of a long path the end tells more; the JSON has it whole.
+    text = setting_text(value)
+    # The end of a long path is the part that differs; the JSON has it whole.
     return text if len(text) <= _LONGEST else "…" + text[1 - _LONGEST :]
 
 
 def _cells(run: RunReport) -> dict[str, str]:
-    """Return what is known of a run, by the label of its row."""
+    """Return the cells of a run, by the labels of their rows."""
     base, pruned = run.base, run.pruned
     cells = {"hidden channels kept": f"{run.keep_ratio:.1%}", "seconds": f"{sum(run.seconds.values()):.1f}"}
     cells |= {label: f"{run.models[name].top1:.2f} %" for name, label in _MODELS.items() if name in run.models}

@@ -63,7 +63,7 @@ def plan_convergence(run: RunReport) -> Drawing | None:
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
     if run.convergence is None or not changes:
         return None
-    converged = run.convergence["settled"]
+    converged = run.convergence["converged"]
     with canvas(2.8) as (figure, axes):
         axes.plot(*zip(*changes, strict=True), "o-", color=BLUE, markersize=5)
         axes.set_xscale("log", base=2)
@@ -247,7 +247,7 @@ def kept_channels(run: RunReport) -> Drawing | None:
 
 
 def reconstruction_errors(run: FinishedRun) -> Drawing | None:
-    """Draw the error that is left at each site; None where nothing tells it."""
+    """Draw the error that is left at each site; None where it is not known."""
     errors_of_sites = site_errors(run)
     if errors_of_sites is None:
         return None

@@ -1,11 +1,11 @@
-"""The report of a run for people who would rather look: one HTML file, its figures, and a table for a README."""
+"""The report of a run as one HTML file, its figures, and a table for a README."""
 
 from __future__ import annotations
 
 import os
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
@@ -21,7 +21,7 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
-from vbp.report.run_report import FinishedRun, RunReport, read_run
+from vbp.report.run_report import FinishedRun, RunReport, read_run, setting_text
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, write_bytes
@@ -42,13 +42,9 @@ _MISSING: Final = {
 
 
 def write_report(folder: Path) -> Path:
-    """Write `report.html`, `report.md` and `figures/` beside the results of a finished run.
+    """Write `report.html`, `report.md` and `figures/` into the `save_dir` of a finished run.
 
-    Args:
-        folder: The `save_dir` of the run.
-
-    Returns:
-        The path of the HTML file, which needs no other.
+    Returns the path of the HTML file, which needs no other file.
 
     Raises:
         InputError: The folder is no finished run, or a file in it is damaged.
@@ -56,7 +52,8 @@ def write_report(folder: Path) -> Path:
     """
     run = read_run(folder)
     drawings = draw(run)
-    page = _page(run.report, drawings, _artefacts(folder))
+    artefacts = _artefacts(folder)
+    page = _page(run.report, drawings, artefacts)
     clear_report(folder)
     try:
         (folder / FIGURES).mkdir(exist_ok=True)
@@ -65,7 +62,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(folder)).encode())
+    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(artefacts)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -100,7 +97,6 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
 def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
     base, pruned, best = run.base, run.pruned, run.best
-    tuned = f"{best.top1:.2f}" if best.epoch else "-"
     latency = "-"
     if base.latency_ms and pruned.latency_ms:
         latency = f"{base.latency_ms:.2f} → {pruned.latency_ms:.2f} ms ({run.speedup:.2f}x)"
@@ -109,7 +105,7 @@ def summary_row(run: RunReport) -> str:
         "Kept": f"{run.keep_ratio:.1%}",
         "Top-1 dense": f"{base.top1:.2f}",
         "Pruned": f"{pruned.top1:.2f}",
-        "Fine-tuned": tuned,
+        "Fine-tuned": f"{best.top1:.2f}" if best.epoch else "-",
         "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": latency,
@@ -138,12 +134,12 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
         artefacts=artefacts,
         markdown=summary_row(run),
         seconds=[(stage, f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
-        settings=[(name, _setting(value)) for name, value in run.config.items()],
+        settings=[(name, setting_text(value)) for name, value in run.config.items()],
     )
 
 
 def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
-    """Return what matters most: label, figure, remark."""
+    """Return the main results: label, number, remark."""
     base, pruned, best = run.base, run.pruned, run.best
     keys = [
         ("Top-1 accuracy", f"{best.top1:.2f} %", f"dense {base.top1:.2f} %, right after pruning {pruned.top1:.2f} %"),
@@ -154,19 +150,12 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     if run.speedup is not None:
         ideal = f"{base.macs / pruned.macs:.2f}x by MACs" if pruned.macs else ""
         keys.append(("Speed-up", f"{run.speedup:.2f}x", f"batch {run.latency_batch} on {run.device}; {ideal}"))
-    keys.append(
-        (
-            "Time",
-            f"{sum(run.seconds.values()) / 60:.1f} min",
-            "one process" if run.processes == 1 else f"{run.processes} processes",
-        )
-    )
-    return keys
+    processes = "one process" if run.processes == 1 else f"{run.processes} processes"
+    return [*keys, ("Time", f"{sum(run.seconds.values()) / 60:.1f} min", processes)]
 
 
-def _loading(folder: Path) -> str:
+def _loading(artefacts: list[tuple[str, str]]) -> str:
     """Return the lines that load the first pruned model, for Markdown."""
-    artefacts = _artefacts(folder)
     return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({artefacts[0][1]})\n```\n" if artefacts else ""
 
 
@@ -174,9 +163,3 @@ def _artefacts(folder: Path) -> list[tuple[str, str]]:
     """Return each pruned model in the folder: its name, and its path as Python writes it; `artifact` sorts first."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".pth" or (path / "vbp.json").is_file())
     return [(path.name, repr(os.fspath(path))) for path in paths]
-
-
-def _setting(value: Any) -> str:
-    if isinstance(value, list | tuple):
-        return " ".join(str(item) for item in value)
-    return "-" if value is None else str(value)

@@ -13,15 +13,11 @@ SOURCE: Final = (
 
 @dataclass(frozen=True)
 class PublishedPoint:
-    """One published pruned model, relative to its dense one.
+    """MACs and top-1 of one published model right after pruning and after fine-tuning, in percent of the dense one's.
 
     Attributes:
-        model: Name of the architecture; points of one name are joined by a line beside a sweep.
         removed: Share of the MLP channels removed, in percent.
-        macs: MACs left, in percent of the dense model's.
-        pruned: Top-1 right after pruning, in percent of the dense model's; None where it is not published.
-        tuned: Top-1 after fine-tuning, in percent of the dense model's.
-        source: Where it was published.
+        pruned: None where it is not published.
     """
 
     model: str
@@ -74,7 +70,7 @@ _PAPER_NAMES: Final = {
 
 
 def points_of(model_name: str) -> tuple[PublishedPoint, ...]:
-    """Return what the paper has of a model by its timm or Hugging Face name, each named `paper, MODEL, pruned`."""
+    """Return the paper's points of a model with this timm or Hugging Face name, named `paper, MODEL, pruned`."""
     name = model_name.rpartition("/")[2].replace("-", "_")
     if "distilled" in name:
         return ()

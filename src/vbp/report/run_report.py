@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
+from vbp.pruning.choice import Candidate
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import from_json, parse_json, read_json, to_json
@@ -18,7 +19,6 @@ from vbp.statistics.statistics import Statistics
 
 if TYPE_CHECKING:
     from vbp.cost.budget import BudgetResult
-    from vbp.pruning.choice import Candidate
     from vbp.refit.head import HeadRefit
     from vbp.refit.producers import ProducerRefit
     from vbp.refit.refits import RefitReport
@@ -27,27 +27,18 @@ if TYPE_CHECKING:
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
 # How tables call the pruned model, by its compensation.
-PRUNED_LABELS: Final[Mapping[str, str]] = {
-    "none": "pruned, no compensation",
-    "mean": "pruned, mean shift",
-    "refit": "pruned, refit",
-}
+_PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}
 
 _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run.
+    """One model of a run: accuracies in percent on `images` validation images, and MACs of one image.
 
     Attributes:
-        top1: Top-1 accuracy in percent.
-        top5: Top-5 accuracy in percent.
-        macs: Multiply-accumulates of one image.
-        params: Number of parameters.
-        latency_ms: Median time of one batch in milliseconds, where it was measured.
+        latency_ms: Median time of one batch, where it was measured.
         epoch: Epochs of fine-tuning behind it, where that applies.
-        images: Validation images behind the accuracy.
     """
 
     top1: float
@@ -59,11 +50,7 @@ class Measured:
     images: int | None = None
 
     def __post_init__(self) -> None:
-        """Check the counts.
-
-        Raises:
-            InputError: One is negative.
-        """
+        """Raise an `InputError` if a count is negative."""
         if min(self.macs, self.params, self.epoch or 0, self.images or 0) < 0:
             raise InputError(f"MACs, parameters, epoch and images must be counts, got {self}; measure again")
 
@@ -141,17 +128,7 @@ class RunReport:
     ) -> RunReport:
         """Return the report of a run that has pruned its model and not fine-tuned it: it is the best and the last.
 
-        Args:
-            plan: What was kept.
-            base: The dense model.
-            pruned: Right after surgery and refits.
-            budget: From the choice of the plan.
-            candidates: Plans that the criterion auto tried; none otherwise.
-            errors: From `prune_`; none without refit.
-            refits: What was refitted after surgery.
-            convergence: From `Convergence.to_dict`; None for statistics from a file.
-            calibration_images: Images behind the statistics.
-            rest: Further fields, as they are.
+        The errors come from `prune_`, convergence from `Convergence.to_dict`; `rest` are further fields, as they are.
         """
         return RunReport(
             base=base,
@@ -176,19 +153,19 @@ class RunReport:
     @property
     def models(self) -> dict[str, Measured]:
         """Return the measured models by name: `uncompensated` only where it was measured."""
-        models = {name: getattr(self, name) for name in ("base", "uncompensated", "pruned", "best", "final")}
-        return {name: model for name, model in models.items() if model is not None}
+        names = ("base", "uncompensated", "pruned", "best", "final")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
     def steps(self) -> dict[str, str]:
-        """Return how tables call the models, by name: in the order in which they came about, each model once."""
+        """Return how tables call each model, by name, in the order in which they were made."""
         compensation = self.config["compensation"]
         steps = {"base": "dense"}
         if self.uncompensated is not None and compensation != "none":
-            steps["uncompensated"] = PRUNED_LABELS["none"]
-        steps["pruned"] = PRUNED_LABELS.get(compensation, f"pruned, {compensation}")
+            steps["uncompensated"] = _PRUNED["none"]
+        steps["pruned"] = _PRUNED.get(compensation, f"pruned, {compensation}")
         if self.final.epoch:
-            # Where tuning helped at no epoch, the pruned model above is the best.
+            # Where tuning improved it at no epoch, the pruned model above is the best.
             if self.best.epoch:
                 steps["best"] = f"fine-tuned, best (epoch {self.best.epoch})"
             steps["final"] = f"fine-tuned, final (epoch {self.final.epoch})"
@@ -229,16 +206,13 @@ class RunReport:
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(f"sites must keep some of their channels, got {dict(report.sites)}; run it again")
         parts = [part for part in (report.budget or None, *report._refits) if part is not None]
-        try:
-            details = {
-                "compensation": report.config["compensation"],
-                "convergence": report.convergence,
-                "candidates": report.candidates,
-                "reconstruction": [{"site": site, **errors} for site, errors in report.reconstruction.items()],
-                "sentences": [part["sentence"] for part in parts],
-            }
-        except (KeyError, TypeError) as error:
-            raise InputError(f"the report of a run is damaged: it lacks {error}; run it again") from error
+        details = {
+            "compensation": report.config.get("compensation"),
+            "convergence": report.convergence,
+            "candidates": report.candidates,
+            "reconstruction": [{"site": site, **errors} for site, errors in report.reconstruction.items()],
+            "sentences": [part.get("sentence") for part in parts],
+        }
         from_json(_Details, details, "the report of a run", "run it again")
         return report
 
@@ -261,20 +235,28 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        rows = [_cells(label, self.models[name]) for name, label in self.steps.items()]
-        heading = ("", "top-1 %", "top-5 %", "MACs", "params", "latency")
-        lines = [text_table([heading, *rows], widths=(0, 8, 8, 9, 9, 10))]
-        ratio = f"kept {self.keep_ratio:.1%} of the hidden channels"
-        speed = ""
+        rows = [("", "top-1 %", "top-5 %", "MACs", "params", "latency")]
+        for name, label in self.steps.items():
+            model = self.models[name]
+            latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
+            sizes = (format_count(model.macs), format_count(model.params))
+            rows.append((label, f"{model.top1:.2f}", f"{model.top5:.2f}", *sizes, latency))
+        facts = [f"kept {self.keep_ratio:.1%} of the hidden channels"]
         if self.speedup is not None:
-            speed = (
-                f"; {self.speedup:.2f}x as fast at batch {self.latency_batch} "
+            facts.append(
+                f"{self.speedup:.2f}x as fast at batch {self.latency_batch} "
                 f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
             )
-        lines.append(f"{ratio}{speed}; {self.images['val']} validation images")
+        facts.append(f"{self.images['val']} validation images")
+        lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
         if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
             lines.append(self.budget["sentence"])
         return "\n".join(lines)
+
+
+def setting_text(value: Any) -> str:
+    """Return the value of a setting as tables show it."""
+    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
 
 
 def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
@@ -284,36 +266,23 @@ def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[s
 @dataclass(frozen=True)
 class _Convergence:
     stages: tuple[Stage, ...]
-    settled: int | None
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    name: str
-    divergence: float
-    widths: Mapping[str, int]
+    converged: int | None
 
 
 @dataclass(frozen=True)
 class _Details:
-    """What the plain data inside a report must be."""
+    """The types of the plain data inside a report."""
 
     compensation: str
     convergence: _Convergence | None
-    candidates: tuple[_Candidate, ...]
+    candidates: tuple[Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]
 
 
-def _cells(label: str, model: Measured) -> tuple[str, ...]:
-    latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
-    accuracy = (f"{model.top1:.2f}", f"{model.top5:.2f}")
-    return (label, *accuracy, format_count(model.macs), format_count(model.params), latency)
-
-
 @dataclass(frozen=True)
 class FinishedRun:
-    """A run whole: its report and, where the folder still has them, curves, plan and statistics."""
+    """The report of a run and, where its folder still has them, the curves, the plan and the statistics."""
 
     report: RunReport
     epochs: tuple[Mapping[str, Any], ...]

@@ -18,12 +18,9 @@ from vbp.report.style import BLUE, GREY, INK, ORANGE, Drawing, canvas, render
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The channels of one site from the largest variance to the smallest.
+    """The channels of one site from the largest variance to the smallest, and whether each is kept.
 
-    Attributes:
-        site: Name of the site.
-        scores: Variances, descending; of query/key channels the product of their mean squares, as in the ranking.
-        kept: Whether each of them stays.
+    Scores are variances; of query/key channels the product of their mean squares, as in the ranking.
     """
 
     site: str
@@ -48,12 +45,11 @@ def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
 
 @dataclass(frozen=True)
 class SiteError:
-    """What a site lacks after pruning: squared error as a share of the variance that there was.
+    """The squared errors of a site after pruning, as shares of the variance that there was.
 
     Attributes:
-        site: Name of the site.
-        before: Without refit: with the mean shift or, in a run without compensation, with nothing.
-        refit: With refit, where the run did one.
+        before: Without refit: with the mean shift, if the run did one.
+        refit: With refit, if the run did one.
     """
 
     site: str
@@ -71,9 +67,8 @@ class SiteErrors:
     """The errors of all sites.
 
     Attributes:
-        at: Where they were taken: at the `output` of the layer that reads the channels, as the run measured them, or
-            on the `hidden` channels themselves, as their means and variances give it.
-        errors: One a site.
+        at: Measured at the `output` of the layer that reads the channels, or computed for the `hidden` channels from
+            their means and variances.
     """
 
     at: Literal["output", "hidden"]
@@ -81,7 +76,7 @@ class SiteErrors:
 
 
 def site_errors(run: FinishedRun) -> SiteErrors | None:
-    """Return the reconstruction error of each site; None where neither the summary nor statistics tell it."""
+    """Return the reconstruction error of each site; None where neither the summary nor statistics have it."""
     measured = run.report.reconstruction
     if measured:
         errors = (
@@ -110,11 +105,7 @@ def _share(part: float, whole: float) -> float:
 
 
 def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
-    """Return what tells names apart, and the pattern that they share, for axes with little room.
-
-    Returns:
-        The pattern, `*` where names differ (empty if they share none), and a short name for each.
-    """
+    """Return the pattern that names share, `*` where they differ (empty if they share none), and the rest of each."""
     parts = [name.split(".") for name in names]
     if len(parts) < 2 or len({len(part) for part in parts}) > 1:
         return "", tuple(names)
@@ -129,7 +120,6 @@ def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 # Drawn over as many decades as the largest values need; what lies below is drawn at the bottom.
 _DECADES: Final = 8
-
 _GAP: Final = (0.12, 0.55)
 
 

@@ -19,11 +19,8 @@ from matplotlib.figure import Figure
 
 # Okabe and Ito's colours, which all kinds of colour vision tell apart.
 BLUE, ORANGE, GREEN, PINK, SKY, RED = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00"
-
 INK, GREY, FAINT, PAPER = "#1f2329", "#76808a", "#d9dde2", "#ffffff"
-
 WIDTH: Final = 4.6
-
 _DPI: Final = 160
 
 # What stands in an SVG file, and what stands for it on the page, which has a style sheet.
@@ -54,13 +51,9 @@ class Drawing:
 
     Attributes:
         name: Stem of its files.
-        title: A few words.
         caption: How to read it.
         alt: What it shows, in words.
-        columns: Headings of the numbers behind it.
-        rows: These numbers, as text.
-        svg: A whole SVG file.
-        png: The same as a picture.
+        columns: Headings of the numbers behind it, which `rows` holds as text.
         wide: Whether it needs the width of the page.
     """
 
@@ -87,13 +80,9 @@ class Drawing:
 
 @contextmanager
 def canvas(height: float, columns: int = 1, width: float = WIDTH, **options: Any) -> Iterator[tuple[Figure, Any]]:
-    """Return an empty figure of the house style and its axes, to draw on within the block.
+    """Return an empty figure of this project's style and its axes (several: an array), to draw on within the block.
 
-    Args:
-        height: In inches.
-        columns: Axes beside each other; of more than one axes the second value is a list.
-        width: In inches.
-        options: Of `Figure.subplots`.
+    Height and width are in inches; the options are those of `Figure.subplots`.
     """
     with mpl.rc_context(_STYLE):
         figure = Figure(figsize=(width, height), layout="constrained")
@@ -101,19 +90,14 @@ def canvas(height: float, columns: int = 1, width: float = WIDTH, **options: Any
 
 
 def render(figure: Figure, name: str) -> tuple[bytes, bytes]:
-    """Return a figure as SVG and PNG; the same figure gives the same bytes.
-
-    Args:
-        figure: From `canvas`.
-        name: Of the figure: identifiers in SVGs of different names are different.
-    """
+    """Return a figure as SVG and PNG, the same bytes each time; SVGs of other names have other identifiers."""
     svg, png = io.BytesIO(), io.BytesIO()
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # A name in a script that the font lacks shows boxes in the PNG; the SVG has it as text.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        # `savefig` draws everything twice, once to measure; the layout engine has no need of that.
+        # `savefig` draws everything twice, once to measure, which the layout engine does not need.
         FigureCanvasSVG(figure).print_svg(svg, metadata=_NO_METADATA)  # type: ignore[no-untyped-call]
-        # Nor need the places of the axes be found again.
+        # The layout is the same for both files.
         figure.set_layout_engine("none")
         figure.set_dpi(_DPI)
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]

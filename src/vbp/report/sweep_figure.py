@@ -12,22 +12,17 @@ from vbp.report.published import PublishedPoint
 from vbp.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, canvas
 from vbp.report.sweep_report import SweepReport
 
-# All kinds of colour vision tell them apart; the markers go on where they are used up.
+# After the last colour come the same colours with another marker.
 _COLOURS: Final = (BLUE, ORANGE, GREEN, PINK, SKY, RED, INK)
-
 _MARKERS: Final = ("o", "s", "^", "D", "v", "P", "X")
-
 _PANELS: Final = {"macs": "MACs left (%)", "params": "parameters left (%)", "latency": "latency left (%)"}
 
 
 def draw_sweep(report: SweepReport, references: Sequence[PublishedPoint] = ()) -> Figure:
     """Draw what is left of the dense model's top-1 against what is left of its cost, a line for each method.
 
-    A panel without any point is left out.
-
-    Args:
-        report: Of a sweep.
-        references: Published points of the same model, of which those right after pruning are drawn.
+    Of the references, points of the same model, those right after pruning are drawn. A panel without points is left
+    out.
     """
     references = [point for point in references if point.pruned is not None]
     lines = _lines(report)

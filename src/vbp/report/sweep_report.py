@@ -16,14 +16,7 @@ from vbp.runtime.tables import format_count, text_table
 
 @dataclass(frozen=True)
 class Setting:
-    """One way to prune.
-
-    Attributes:
-        criterion: A name of `vbp.pruning.criteria.Criterion`.
-        compensation: What stands in for removed channels.
-        scope: Whether the channels of all layers compete.
-        keep_ratio: Share of the channels to keep.
-    """
+    """One way to prune; `criterion` is a name of `vbp.pruning.criteria.Criterion`."""
 
     criterion: str
     compensation: Compensation
@@ -38,15 +31,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One pruned model.
-
-    Attributes:
-        setting: How it was pruned.
-        kept: MLP channels that stayed.
-        total: MLP channels of the dense model.
-        measured: Its accuracy and size; its latency where that was measured.
-        dense_latency_ms: The dense model's latency, measured in turns with it.
-    """
+    """One pruned model, which keeps `kept` of `total` MLP channels; latencies are measured in turns."""
 
     setting: Setting
     kept: int
@@ -70,7 +55,7 @@ class SweepRow:
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> SweepRow:
-        """Read what `to_dict` gave."""
+        """Return the row of which this is the plain JSON data."""
         parts = {
             name: {part.name: value[part.name] for part in fields(kind) if part.name in value}
             for name, kind in (("setting", Setting), ("measured", Measured))
@@ -81,13 +66,7 @@ class SweepRow:
 
 @dataclass(frozen=True)
 class SweepReport:
-    """Everything that a sweep measured.
-
-    Attributes:
-        dense: The dense model.
-        rows: The pruned ones, in the order in which they were asked for.
-        about: What is known of the run besides: images, device, versions; plain JSON data.
-    """
+    """Everything that a sweep measured; `about` is plain JSON data: images, device, versions."""
 
     dense: Measured
     rows: tuple[SweepRow, ...]

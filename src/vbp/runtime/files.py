@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import IO, Any
 
-from vbp.errors import InputError, OutputError
+from vbp.errors import InputError, OutputError, some_of
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
@@ -29,8 +29,10 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        # A temporary file is private by default; what we leave behind follows the user's umask.
-        temporary.chmod(0o666 & ~_umask())
+        # A temporary file is private by default; the file that stays follows the user's umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        temporary.chmod(0o666 & ~umask)
         temporary.replace(path)
     except BaseException as error:
         if temporary is not None:
@@ -42,12 +44,6 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
                 f"{path} could not be written ({error}); earlier files are whole; free space or choose another folder"
             ) from error
         raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -83,7 +79,7 @@ def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
         )
     if present and not overwrite:
         raise InputError(
-            f"save_dir must be empty or new, got {folder} with {', '.join(present[:5])}; choose another --save_dir "
+            f"save_dir must be empty or new, got {folder} with {some_of(present)}; choose another --save_dir "
             "or pass --overwrite to replace the results in it"
         )
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -52,6 +52,10 @@ class Processes:
         values: list[_T | None] = [None] * self.world
         dist.all_gather_object(values, value, group=self.control)
         return values  # type: ignore[return-value]
+
+    def from_main(self, compute: Callable[[], _T]) -> _T:
+        """Return to all processes what the main one computes."""
+        return self.all_gather(compute() if self.is_main else None)[0]  # type: ignore[return-value]
 
     def all_reduce_sum_(self, values: Tensor) -> Tensor:
         """Add up a tensor over all processes, in place, on the device where it lies."""

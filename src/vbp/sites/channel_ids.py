@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 Ids = npt.NDArray[np.int64]
 
-# `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution on their way;
+# `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution that they pass;
 # `parameter`: a bare parameter with one element a channel.
 OwnerKind = Literal["layer", "inner", "parameter"]
 
@@ -29,7 +31,7 @@ class Owner:
 
 @dataclass
 class Channels:
-    """The id of every channel, and what the trace learns of it.
+    """The id of every channel, and what the trace shows of it.
 
     Channels that are combined one to one (a gate with its value, a channel with its norm's weight) become one class.
     """
@@ -41,12 +43,12 @@ class Channels:
     readers: dict[int, set[str]] = field(default_factory=dict)
     _parent: list[int] = field(default_factory=list)
 
-    def add(self, kind: OwnerKind, name: str, channels: int) -> Owner:
-        """Assign ids to the channels of a new owner, and return it."""
-        owner = Owner(kind, name, len(self._parent), channels)
-        self.owners.append(owner)
-        self._parent.extend(range(owner.first, owner.first + channels))
-        return owner
+    def add(self, kind: OwnerKind, name: str, channels: int) -> Int[Tensor, "channels"]:
+        """Add an owner, and return the ids of its channels."""
+        first = len(self._parent)
+        self.owners.append(Owner(kind, name, first, channels))
+        self._parent.extend(range(first, first + channels))
+        return torch.arange(first, first + channels, dtype=torch.int32)
 
     def owner_of(self, identity: int) -> Owner:
         """Return the owner of a channel."""
@@ -69,14 +71,14 @@ class Channels:
 
     def classes(self) -> dict[int, list[int]]:
         """Return the channels of each class, by its representative."""
-        found: dict[int, list[int]] = {}
+        members: dict[int, list[int]] = {}
         for identity in range(len(self._parent)):
-            found.setdefault(self.root(identity), []).append(identity)
-        return found
+            members.setdefault(self.root(identity), []).append(identity)
+        return members
 
-    def leak(self, ids: Tensor, reason: str) -> None:
-        """Note that channels are used in a way that pruning would break."""
-        for identity in present(ids):
+    def leak(self, identities: Iterable[int], reason: str) -> None:
+        """Record that channels are used in a way that pruning would break."""
+        for identity in identities:
             self.leaks.setdefault(identity, reason)
 
 

@@ -13,9 +13,7 @@ from torch.nn.modules.conv import _ConvNd
 def mixes_channels(module: nn.Module, *, convolutions: bool) -> bool:
     """Return whether a module is a linear map of all channels: `Linear`, or an ungrouped `Conv2d`.
 
-    Args:
-        module: Any module.
-        convolutions: Count kernels of any size; otherwise 1x1 kernels alone, which work at every position by itself.
+    Without `convolutions` only 1x1 kernels count, which map every position by itself.
     """
     if isinstance(module, nn.Conv2d):
         return module.groups == 1 and (convolutions or module.kernel_size == (1, 1))
@@ -41,19 +39,19 @@ def channel_dim(layer: nn.Module) -> int:
 
 def output_channels(layer: nn.Module) -> int:
     """Return the number of output channels of a `Linear` or convolution."""
-    if isinstance(layer, nn.Linear):
-        return layer.out_features
-    if isinstance(layer, _ConvNd):
-        return layer.out_channels
-    raise TypeError(f"layer must be Linear or a convolution, got {type(layer).__name__}")
+    return _input_and_output_channels(layer)[1]
 
 
 def input_channels(layer: nn.Module) -> int:
     """Return the number of input channels of a `Linear` or convolution."""
+    return _input_and_output_channels(layer)[0]
+
+
+def _input_and_output_channels(layer: nn.Module) -> tuple[int, int]:
     if isinstance(layer, nn.Linear):
-        return layer.in_features
+        return layer.in_features, layer.out_features
     if isinstance(layer, _ConvNd):
-        return layer.in_channels
+        return layer.in_channels, layer.out_channels
     raise TypeError(f"layer must be Linear or a convolution, got {type(layer).__name__}")
 
 

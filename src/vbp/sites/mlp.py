@@ -26,12 +26,9 @@ class FoundMLP:
 
 
 def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
-    """Return the sites whose hidden layer can be refitted: none that is gated or has a norm inside.
+    """Return the sites of a dense model whose hidden layer can be refitted: none that is gated or has a norm inside.
 
-    Args:
-        model: The dense model.
-        example: Images that it takes.
-        sites: From `find_sites`.
+    The example is a batch of images.
     """
     plain = [site for site in sites if _is_plain(model, site)]
     seen: dict[str, list[Tensor]] = {}
@@ -44,12 +41,12 @@ def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple
     hooks = [(model.get_submodule(name), partial(record, name)) for name in names]
     with hooked(hooks), evaluation_mode(model), torch.no_grad():
         model(example)
-    found = []
+    mlps = []
     for site in plain:
         made, read = seen.get(site.producers[0], []), seen.get(site.consumer, [])
         if len(made) == len(read) == 2 and (activation := find_activation(made[1], read[0])) is not None:
-            found.append(FoundMLP(site, activation))
-    return tuple(found)
+            mlps.append(FoundMLP(site, activation))
+    return tuple(mlps)
 
 
 def check_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
@@ -58,13 +55,13 @@ def check_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tupl
     Raises:
         InputError: There is none.
     """
-    found = find_mlps(model, example, sites)
-    if not found:
+    mlps = find_mlps(model, example, sites)
+    if not mlps:
         raise InputError(
             f"the refit of the producers needs an MLP of two layers with an activation of single values between "
             f"them, got {type(model).__name__}, where there is none; leave the producers as they are"
         )
-    return found
+    return mlps
 
 
 def _is_plain(model: nn.Module, site: Site) -> bool:

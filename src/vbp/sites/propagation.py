@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
@@ -67,7 +68,7 @@ QUERIES = _names(
 
 @dataclass(frozen=True)
 class Read:
-    """A linear layer's input: the channel at each of its columns."""
+    """The channel at each column of a linear layer."""
 
     layer: str
     ids: Tensor
@@ -75,22 +76,21 @@ class Read:
 
 @dataclass
 class Attention:
-    """One attention call: the channels of queries, keys and values, "heads head_dim" each.
+    """The channels of one attention call; `value` is None if the values' channels could not be followed.
 
     Attributes:
-        implicit_scale: The softmax scale follows from the number of query channels that are left.
-        value: None if the values' channels could not be followed.
+        implicit_scale: Whether the softmax scale follows from the number of query channels that are left.
     """
 
-    query: Tensor
-    key: Tensor
+    query: Int[Tensor, "heads head_dim"]
+    key: Int[Tensor, "heads head_dim"]
     implicit_scale: bool
-    value: Tensor | None = None
+    value: Int[Tensor, "heads head_dim"] | None = None
 
 
 @dataclass
 class Trace:
-    """What one forward pass shows."""
+    """Everything that one forward pass shows."""
 
     channels: Channels = field(default_factory=Channels)
     reads: list[Read] = field(default_factory=list)
@@ -99,31 +99,24 @@ class Trace:
 
 
 class ChannelFlow:
-    """Keeps a tensor of channel ids beside every tensor whose channels are known.
-
-    Attributes:
-        ids: Tensor -> compact ids of the same shape.
-        mixtures: Tensor computed across channels -> the set of those channels.
-        from_image: Tensors computed from the model's input.
-        trace: What has been learnt so far.
-    """
+    """Keeps a tensor of channel ids beside every tensor whose channels are known."""
 
     def __init__(self, parameters: Mapping[nn.Parameter, str]) -> None:
         self._parameters = parameters
-        self.ids: Any = WeakIdKeyDictionary()
-        self.mixtures: Any = WeakIdKeyDictionary()
-        self.from_image: Any = WeakIdKeyDictionary()
+        self.ids: Any = WeakIdKeyDictionary()  # tensor -> compact ids of the same shape
+        self.mixtures: Any = WeakIdKeyDictionary()  # tensor computed across channels -> the set of those channels
+        self.from_image: Any = WeakIdKeyDictionary()  # tensors computed from the model's input
         self.trace = Trace()
 
     def follow(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
     ) -> None:
-        """Assign ids to the output of a function, or note that the function uses channels in an unknown way."""
+        """Assign ids to the output of a function, or record that the function uses channels in an unknown way."""
         if any(operand in self.ids for operand in operands):
             if not self._follow(func, name, args, kwargs, operands, output):
                 self.leak(operands, name or "an unnamed operation")
         elif any(operand in self.mixtures for operand in operands):
-            self._follow_mixture(name, operands, [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)])
+            self._follow_mixture(name, operands, tensors_in(output))
 
     def _follow(
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
@@ -153,8 +146,7 @@ class ChannelFlow:
         return name in ELEMENTWISE and self._follow_elementwise(name, operands, output)
 
     def _follow_view(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> bool:
-        leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        if any(leaf not in self.ids and leaf in self.from_image for leaf in leaves):
+        if any(leaf not in self.ids and leaf in self.from_image for leaf in tensors_in((args, kwargs))):
             return False
 
         def swap(leaf: Any) -> Any:
@@ -226,15 +218,14 @@ class ChannelFlow:
         name = self._parameters.get(source) if isinstance(source, nn.Parameter) else None
         if name is None or len(varying) != 1 or operand.numel() != ids.shape[varying[0]]:
             return False
-        found = columns(ids, varying[0])
-        if found is None:
+        channels = columns(ids, varying[0])
+        if channels is None:
             return False
-        owner = self.trace.channels.add("parameter", name, operand.numel())
-        self.trace.channels.couple(found, torch.arange(owner.first, owner.first + owner.channels, dtype=torch.int32))
+        self.trace.channels.couple(channels, self.trace.channels.add("parameter", name, operand.numel()))
         return True
 
     def _follow_product(self, name: str, args: Any, kwargs: Any, output: Any) -> bool:
-        """Note `softmax(q k) v`, whether fused or written out as two products."""
+        """Record `softmax(q k) v`, whether fused or written out as two products."""
         if name == "scaled_dot_product_attention":
             given = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3]
             query, key, value = (self.ids.get(tensor) for tensor in given)
@@ -283,12 +274,16 @@ class ChannelFlow:
             self.leak(operands, name)
 
     def leak(self, tensors: Iterable[Tensor], reason: str) -> None:
-        """Note that the channels of these tensors are used in a way that pruning would break."""
+        """Record that the channels of these tensors are used in a way that pruning would break."""
         for tensor in tensors:
             if tensor in self.ids:
-                self.trace.channels.leak(self.ids[tensor], reason)
-            for identity in self.mixtures.get(tensor, ()):
-                self.trace.channels.leaks.setdefault(identity, reason)
+                self.trace.channels.leak(present(self.ids[tensor]), reason)
+            self.trace.channels.leak(self.mixtures.get(tensor, ()), reason)
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """Return the tensors in nested tuples, lists and dicts."""
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 def _reduced_dims(name: str, args: Any, kwargs: Any, ndim: int) -> set[int]:

@@ -1,6 +1,6 @@
 """Find where a site's consumer writes into the residual stream.
 
-Libraries nest and name their blocks differently, so the place is found by what happens: a known disturbance of the
+Libraries nest and name their blocks differently, so the place is found by a test: a known disturbance of the
 consumer's output must arrive in the output of a module around it, unchanged but for one factor a channel
 (LayerScale), beside something that does not come from the consumer.
 """
@@ -26,13 +26,12 @@ _ROUNDING = 1e-4
 
 @dataclass(frozen=True)
 class ResidualAdd:
-    """The end of a residual branch.
+    """The end of a residual branch, which the site's consumer writes.
 
     Attributes:
-        site: Whose consumer ends the branch.
         module: Name of the module whose output is the stream after the branch was added.
-        dim: Of its channels, -1 or -3.
-        gain: Change of the stream by a unit change of the consumer's output; per channel, float64, on the CPU.
+        dim: Dimension of its channels, -1 or -3.
+        gain: Change of the stream by a unit change of the consumer's output; float64, on the CPU.
     """
 
     site: Site
@@ -44,17 +43,14 @@ class ResidualAdd:
 def find_residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
     """Return where the MLP sites add to the residual stream, in the order in which they run.
 
-    Args:
-        model: Takes `example`; left as it was.
-        example: A batch of images.
-        sites: From `find_sites`, of this model or of the one that it was before pruning.
+    The sites are those of this model, or of the dense one that it was before pruning.
     """
     named = {site.consumer: site for site in sites if site.kind == "mlp"}
     around = {name: _ancestors(name) for name in named}
     with evaluation_mode(model), torch.no_grad():
         clean = _run(model, example, {*named, *(one for names in around.values() for one in names)})
-        found = [_find(model, example, named[name], around[name], clean) for name in clean.order if name in named]
-    return tuple(join for join in found if join is not None)
+        adds = [_find(model, example, named[name], around[name], clean) for name in clean.order if name in named]
+    return tuple(add for add in adds if add is not None)
 
 
 class _Outputs(NamedTuple):
@@ -65,16 +61,16 @@ class _Outputs(NamedTuple):
 
 
 def _run(model: nn.Module, example: Tensor, names: set[str]) -> _Outputs:
-    found = _Outputs({}, [])
+    outputs = _Outputs({}, [])
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        found.order.append(name)
+        outputs.order.append(name)
         if (values := first_tensor(output)) is not None:
-            found.of[name] = values.clone()  # some models add to it in place
+            outputs.of[name] = values.clone()  # some models add to it in place
 
     with hooked((model.get_submodule(name), partial(record, name)) for name in names):
         model(example)
-    return found
+    return outputs
 
 
 def _ancestors(name: str) -> list[str]:
@@ -86,7 +82,7 @@ def _ancestors(name: str) -> list[str]:
 def _find(
     model: nn.Module, example: Tensor, site: Site, around: Sequence[str], clean: _Outputs
 ) -> ResidualAdd | None:
-    # A module that is only a container, or gives no tensor, has no output of its own.
+    # A module that is only a container, or returns no tensor, has no output of its own.
     around = [name for name in around if clean.order.count(name) == 1 and name in clean.of]
     if clean.order.count(site.consumer) != 1 or not around:
         return None

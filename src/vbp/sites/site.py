@@ -1,4 +1,4 @@
-"""Find the sites of a model: the hidden channels that can be removed."""
+"""Find the sites of a model, the hidden channels that can be removed, and the weights that belong to them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
@@ -123,7 +124,7 @@ def find_sites(
 
 
 def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Leave out sites that share a layer with rows of no site: the model's code cuts that layer at fixed places."""
+    """Return the sites without those that share a layer with rows of no site, which the model's code splits."""
     while True:
         claimed: dict[str, int] = defaultdict(int)
         for site in sites:
@@ -172,13 +173,14 @@ class _Finder:
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
-        reads = [] if call.value is None else self._reads_of(call.value)
+        values = None if call.value is None else call.value.flatten().tolist()
+        reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
         label = self.trace.channels.owner_of(int(call.query[0, 0])).name
-        if len(reads) != 1 or call.value is None:
+        if len(reads) != 1 or values is None or call.value is None:
             _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
             return []
         heads = call.value.shape[0]
-        value = self._site(call.value.flatten().tolist(), reads[0], "value", heads)
+        value = self._site(values, reads[0], "value", heads)
         pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
             pair = Rejected("queries and values have different numbers of channels")
@@ -197,10 +199,6 @@ class _Finder:
             _log.info(
                 "the attention behind %s is no site: not all of queries, keys and values come from layers", name
             )
-
-    def _reads_of(self, ids: Tensor) -> list[str]:
-        wanted = ids.flatten().tolist()
-        return [read.layer for read in self.trace.reads if read.ids.tolist() == wanted]
 
     def _members(self, ids: list[int]) -> set[int]:
         channels = self.trace.channels
@@ -262,3 +260,30 @@ def _meets_zero_padding(consumer: nn.Module) -> bool:
         and consumer.padding_mode == "zeros"
         and consumer.padding not in ("valid", (0, 0))
     )
+
+
+@dataclass(frozen=True)
+class WeightSlice:
+    """The part of one weight, by its dotted name, that belongs to the channels of a site, from `first` on."""
+
+    parameter: str
+    dim: int
+    first: int
+    channels: int
+
+    def of(self, tensor: Tensor) -> Float[Tensor, "hidden rest"]:
+        """Return the slice of the weight, or of a tensor of its shape, a row a channel, in float64."""
+        rows = tensor.detach().narrow(self.dim, self.first, self.channels).movedim(self.dim, 0)
+        return rows.reshape(self.channels, -1).double()
+
+
+def weight_slices(model: nn.Module, site: Site) -> tuple[WeightSlice, ...]:
+    """Return the parts of a model's weights that belong to a site's channels."""
+    slices = [WeightSlice(f"{name}.weight", 0, first, site.hidden) for name, first in site.rows]
+    for name in site.inner:
+        inner = model.get_submodule(name)
+        if isinstance(inner.weight, Tensor):  # a norm may have none
+            slices.append(WeightSlice(f"{name}.weight", -1 if isinstance(inner, nn.LayerNorm) else 0, 0, site.hidden))
+    if site.consumer:
+        slices.append(WeightSlice(f"{site.consumer}.weight", 1, 0, site.hidden))
+    return tuple(slices)

@@ -9,19 +9,17 @@ that combine channels one to one couple them; all else is noted as a leak, and l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
 from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels
-from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace
+from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace, tensors_in
 
 
 class _Tracer(TorchFunctionMode):
@@ -37,22 +35,14 @@ class _Tracer(TorchFunctionMode):
         self.flow = ChannelFlow(parameters)
         self.trace = self.flow.trace
 
-    # Modules
-
-    def attached(self) -> AbstractContextManager[None]:
+    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         modules = (*self._linear, *self._inner)
-        return hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
-
-    def mark_input(self, inputs: Iterable[Any]) -> None:
-        for leaf in tree_leaves(list(inputs)):
-            if isinstance(leaf, Tensor):
+        hooks = hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
+        with hooks, evaluation_mode(model), torch.no_grad(), self:
+            for leaf in tensors_in(inputs):
                 self.flow.from_image[leaf] = True
-
-    def close(self, output: Any) -> None:
-        """Count a tensor with channels among the model's outputs as a use of them."""
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self.flow.leak([leaf], "the model's output")
+            output = model(*inputs)
+        self.flow.leak(tensors_in(output), "the model's output")
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
@@ -66,12 +56,12 @@ class _Tracer(TorchFunctionMode):
             self.flow.leak([values], name)
         if values not in self.flow.ids:
             return
-        found = columns(self.flow.ids[values], channel_dim(module))
-        if found is None:
+        channels = columns(self.flow.ids[values], channel_dim(module))
+        if channels is None:
             self.flow.leak([values], f"{name}, along another dimension")
             return
-        self.trace.reads.append(Read(name, found))
-        for identity in present(found):
+        self.trace.reads.append(Read(name, channels))
+        for identity in present(channels):
             self.trace.channels.readers.setdefault(identity, set()).add(name)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -83,33 +73,32 @@ class _Tracer(TorchFunctionMode):
         # Tables of positions, masks and the like run through layers too; their channels are not image features.
         elif output in self.flow.from_image:
             dim = channel_dim(module)
-            owner = self.trace.channels.add("layer", self._linear[module], output.shape[dim])
-            ids = torch.arange(owner.first, owner.first + owner.channels, dtype=torch.int32)
+            ids = self.trace.channels.add("layer", self._linear[module], output.shape[dim])
             shape = [1] * output.ndim
             shape[dim] = -1
             self.flow.ids[output] = ids.reshape(shape).expand(output.shape)
 
     def _pass_inner(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Couple a norm's or depthwise convolution's own channels with those that pass through it."""
-        if not args or not isinstance(args[0], Tensor) or args[0] not in self.flow.ids:
-            if args and isinstance(args[0], Tensor):
-                self.flow.leak([args[0]], self._inner[module])
+        if not args or not isinstance(args[0], Tensor):
             return
-        ids, name = self.flow.ids[args[0]], self._inner[module]
-        varying, after = varying_dims(ids), respread(ids, tuple(output.shape))
-        found = columns(ids, varying[0]) if len(varying) == 1 else None
-        if found is None or after is None or found.numel() != _own_channels(module):
+        name = self._inner[module]
+        if args[0] not in self.flow.ids:
             self.flow.leak([args[0]], name)
             return
-        owner = self.trace.channels.add("inner", name, found.numel())
-        self.trace.channels.couple(found, torch.arange(owner.first, owner.first + owner.channels, dtype=torch.int32))
+        ids = self.flow.ids[args[0]]
+        varying, after = varying_dims(ids), respread(ids, tuple(output.shape))
+        own = columns(ids, varying[0]) if len(varying) == 1 else None
+        if own is None or after is None or own.numel() != _own_channels(module):
+            self.flow.leak([args[0]], name)
+            return
+        channels = self.trace.channels
+        channels.couple(own, channels.add("inner", name, own.numel()))
         if any(not isinstance(child, nn.Identity) for child in module.children()):
-            self.trace.channels.activated.update(present(found))  # timm's norms may hold their activation
+            channels.activated.update(present(own))  # timm's norms may hold their activation
         if isinstance(module, nn.LayerNorm | nn.GroupNorm):
-            self.trace.channels.mixed.update(present(found))
+            channels.mixed.update(present(own))
         self.flow.ids[output] = after
-
-    # Functions
 
     def __torch_function__(
         self,
@@ -121,10 +110,10 @@ class _Tracer(TorchFunctionMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        tensors = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        tensors = tensors_in(output)
         if not tensors and (name in QUERIES or name == "__get__"):
             return output
-        operands = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        operands = tensors_in((args, kwargs))
         if any(operand in self.flow.from_image for operand in operands):
             for leaf in tensors:
                 self.flow.from_image[leaf] = True
@@ -145,17 +134,11 @@ def _own_channels(module: nn.Module) -> int:
 
 
 def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, convolutions: bool = False) -> Trace:
-    """Run one forward pass in evaluation mode and report where each linear layer's channels go.
+    """Run one forward pass in evaluation mode and return where each linear layer's channels go.
 
-    Args:
-        model: Left as it was: its training flags are restored and no hook stays behind.
-        example_inputs: A tensor, or the positional arguments of `model.forward`, on the model's device.
-        convolutions: Follow the channels of convolutions with kernels of any size too.
+    With `convolutions` the channels of convolutions with kernels of any size are followed too.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = _Tracer(model, convolutions=convolutions)
-    with tracer.attached(), evaluation_mode(model), torch.no_grad(), tracer:
-        tracer.mark_input(inputs)
-        output = model(*inputs)
-    tracer.close(output)
+    tracer.run(model, inputs)
     return tracer.trace

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance, RunningCovariance
 from vbp.method.moments import ChannelMoments, RunningMoments
-from vbp.method.sampling import Draws, TokenSample, TokenSampler
+from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
@@ -20,9 +20,11 @@ from vbp.sites.site import Site
 from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import Statistics, observed_names
 
+Moments = TypeVar("Moments", ChannelMoments, ChannelCovariance)
+
 
 class Observer(RunningMoments):
-    """Moments of all values that it is shown, and the covariance of a sample of them if it is given a sampler."""
+    """Collect moments of all values that it is shown and, with a sampler, the covariance of a sample of them."""
 
     def __init__(self, sampler: TokenSampler | None = None) -> None:
         super().__init__()
@@ -85,7 +87,7 @@ def collect_statistics(
     data: str = "",
     covariance: bool = False,
     tokens: TokenSample | None = None,
-    sensitivity: Draws | None = None,
+    sensitivity: RandomProbes | None = None,
     pivots: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
     """Observe what reaches each site's consumer over all batches, in evaluation mode.
@@ -102,7 +104,7 @@ def collect_statistics(
         sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
             takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
         pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
-            mean of the first batch. Passes that are merged give what one would only if they have the same.
+            mean of the first batch. Merged passes equal a single one only if they have the same.
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
@@ -128,35 +130,26 @@ def collect_statistics(
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}
-    covariances = {}
-    for name, observer in observers.items():
-        if observer.covariance is not None:
-            covariances[name] = _finite_covariance(name, observer.covariance)
+    # Products of large values overflow before the values themselves do.
+    covariances = {
+        name: _finite(name, observer.covariance.finish())
+        for name, observer in observers.items()
+        if observer.covariance is not None
+    }
     fraction = sample.fraction if covariance else 1.0
-    found = {} if sums is None else sums.finish()
-    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, found)
+    sensitivities = {} if sums is None else sums.finish()
+    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities)
 
 
-def _finite(name: str, moments: ChannelMoments | None) -> ChannelMoments:
+def _finite(name: str, moments: Moments | None) -> Moments:
+    """Return the moments on the CPU."""
     if moments is None:
         raise InputError(f"site {name} was never run during calibration; it cannot be pruned from statistics")
-    found = moments.to("cpu")
-    _check_finite(name, found.mean.isfinite() & found.m2.isfinite())
-    return found
-
-
-def _finite_covariance(name: str, running: RunningCovariance) -> ChannelCovariance:
-    taken = running.finish()
-    assert taken is not None
-    found = taken.to("cpu")
-    # Products of large values overflow before the values themselves do.
-    _check_finite(name, found.m2.isfinite().all(0))
-    return found
-
-
-def _check_finite(name: str, channels: Tensor) -> None:
-    if bad := int((~channels).sum()):
+    moments = moments.to("cpu")
+    finite = moments.mean.isfinite() & moments.m2.isfinite().reshape(len(moments.mean), -1).all(1)
+    if bad := int((~finite).sum()):
         raise InputError(
             f"activations at site {name} must be finite, got NaN or infinity in {bad} channels during "
             "calibration; check the weights and the preprocessing, or run in float32"
         )
+    return moments

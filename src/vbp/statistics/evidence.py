@@ -14,7 +14,7 @@ from vbp.data.preprocessing import evaluation_transform
 from vbp.method.covariance import covariance_bytes
 from vbp.method.fisher import sensitivity_bytes
 from vbp.method.ridge import RIDGE
-from vbp.method.sampling import Draws, TokenSample
+from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.layers import output_channels
 from vbp.sites.site import Site
@@ -25,20 +25,15 @@ from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
 
-
 # What has to be collected from calibration images: moments, also covariance or sensitivity, gradients with labels.
 Need = Literal["statistics", "covariance", "sensitivity", "gradients"]
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a dense model.
+    """Hold what is known of a dense model: statistics with what a criterion or the refit needs, gradients by weight.
 
-    Attributes:
-        statistics: With covariances and sensitivities where a criterion or the refit needs them.
-        gradients: From `collect_gradients`.
-        seed: Of the random criterion.
-        ridge: As in the refit that will follow.
+    `seed` is that of the random criterion, `ridge` that of the refit that will follow.
     """
 
     statistics: Statistics | None = None
@@ -50,16 +45,15 @@ class Evidence:
 # What comes from observing the model, and is kept in `Statistics`.
 FROM_STATISTICS: Final[frozenset[Need]] = frozenset({"statistics", "covariance", "sensitivity"})
 
-
 # Enough for a point near the channels' means; every process reads them.
 _PIVOT_IMAGES = 32
 
 
 class EvidenceReader:
-    """Reads calibration images part by part, each once for all that is needed of it.
+    """Read calibration images part by part, each once for all that is needed of it.
 
-    Random draws belong to an image's place in the order, so that any number of processes and of parts, once merged,
-    gives what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
+    Random numbers belong to an image's place in the order, so that any number of processes and of parts, once merged,
+    has what one pass over all images would; an image that cannot be read leaves its numbers to the next one.
     """
 
     def __init__(
@@ -71,15 +65,7 @@ class EvidenceReader:
         *,
         covariance_tokens: float = 1.0,
     ) -> None:
-        """Say what the sums will take, and read nothing.
-
-        Args:
-            model: The dense model, which is observed.
-            sites: From `find_sites`.
-            images: What is read.
-            needs: What to collect.
-            covariance_tokens: Share of the tokens of each image that count for the covariance.
-        """
+        """Log what the sums will take, and read nothing; `covariance_tokens` is the share of each image's tokens."""
         self._model, self._sites, self._images, self._session = model, sites, images, images.session
         self._needs, self._tokens = frozenset(needs), covariance_tokens
         self._gradients = GradientSum(model, sites, self._session.device) if "gradients" in needs else None
@@ -90,12 +76,9 @@ class EvidenceReader:
             )
 
     def read(self, part: range) -> Statistics | None:
-        """Take in this process's share of the images at these places.
+        """Take in this process's share of the images at these places, without gaps.
 
         All processes call it with the same parts, each part after the one before it.
-
-        Args:
-            part: Places in the order, without gaps.
 
         Returns:
             Statistics of the share, for `merge_across`; None if none are needed or the share is empty. Gradients are
@@ -147,7 +130,7 @@ class EvidenceReader:
                 data=self._images.fingerprint,
                 covariance="covariance" in self._needs,
                 tokens=TokenSample(self._tokens, **numbers),
-                sensitivity=Draws(**numbers) if sensitivity else None,
+                sensitivity=RandomProbes(**numbers) if sensitivity else None,
                 pivots=self._pivots,
             )
 
@@ -158,7 +141,7 @@ class EvidenceReader:
             evaluation_transform(self._images.preprocessing),
             batch_size=_PIVOT_IMAGES,
             num_workers=0,
-            # How many are too many is for the reading itself to say.
+            # How many are too many is decided by the reading itself.
             max_unreadable=1.0,
         )
         with self._session.precision.autocast():

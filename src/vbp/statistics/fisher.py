@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, rows
@@ -27,11 +27,13 @@ from vbp.sites.site import Site
 
 
 class FisherCollector:
-    """Collects `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
+    """Collect `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
-    def __init__(self, sites: Sequence[Site], draws: Draws, pivots: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
+    ) -> None:
         self._sites = [site for site in sites if site.kind == "mlp"]
-        self._draws, self._pivots = draws, pivots or {}
+        self._probes, self._pivots = probes, pivots or {}
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
@@ -63,7 +65,7 @@ class FisherCollector:
         hidden = max(h.shape[dim] for h, _, dim in self._seen.values())
         noise, left, right = (
             draw.to(logits.device, non_blocking=True)
-            for draw in self._draws.of(self._images, images, logits.shape[1], outputs, hidden)
+            for draw in self._probes.of(self._images, images, logits.shape[1], outputs, hidden)
         )
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
@@ -80,21 +82,16 @@ class FisherCollector:
     def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
         out, hidden = slopes.shape[-1], read.shape[-1]
         if name not in self._sums:
-            zero = read.new_zeros((), dtype=torch.float64)
             pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
-            self._sums[name] = SiteSensitivity(
-                0,
-                pivot.double(),
-                zero.expand(hidden + 1, hidden + 1).clone(),
-                zero.expand(out, out).clone(),
-            )
+            inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (hidden + 1, out))
+            self._sums[name] = SiteSensitivity(0, pivot.double(), inputs, outputs)
         sums = self._sums[name]
         with torch.autocast(read.device.type, enabled=False):
             centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
-            sketch = (slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred
-            sums.inputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / left.shape[-1])
-            sketch = (centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes
-            sums.outputs.add_(_gram(sketch.flatten(0, 1)), alpha=1 / right.shape[-1])
+            sketch = ((slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred).flatten(0, 1)
+            sums.inputs.add_(sketch.T @ sketch, alpha=1 / left.shape[-1])
+            sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
+            sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
         self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
     def finish(self) -> dict[str, SiteSensitivity]:
@@ -103,26 +100,21 @@ class FisherCollector:
         Raises:
             InputError: A gradient was not finite.
         """
-        found = {}
-        for name, sums in self._sums.items():
-            one = sums.to("cpu")
-            if not bool(one.inputs.isfinite().all() and one.outputs.isfinite().all()):
+        sensitivities = {}
+        for name, running in self._sums.items():
+            sums = running.to("cpu")
+            if not bool(sums.inputs.isfinite().all() and sums.outputs.isfinite().all()):
                 raise InputError(
                     f"gradients at site {name} must be finite, got NaN or infinity during calibration; check the "
                     "weights and the preprocessing, or run in float32"
                 )
-            found[name] = SiteSensitivity(
-                one.images, one.pivot, (one.inputs + one.inputs.T) / 2, (one.outputs + one.outputs.T) / 2
-            )
-        return found
+            inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
+            sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
+        return sensitivities
 
 
 def check_single_positions(site: Site, consumer: nn.Module) -> None:
-    """Refuse a consumer whose kernel reads several positions or groups of channels.
-
-    Raises:
-        InputError: It is one.
-    """
+    """Raise InputError if a consumer's kernel reads several positions or groups of channels."""
     if isinstance(consumer, nn.Conv2d) and (
         consumer.kernel_size != (1, 1) or consumer.stride != (1, 1) or consumer.groups != 1
     ):
@@ -139,7 +131,3 @@ def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:
             f"what reaches site {name} must hold as many positions for each image, got shape {tuple(values.shape)} "
             f"for {images} images; rank these channels by variance instead"
         )
-
-
-def _gram(rows: Float[Tensor, "rows columns"]) -> Float[Tensor, "columns columns"]:
-    return rows.T @ rows

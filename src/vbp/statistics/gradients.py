@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
 from vbp.runtime.processes import Processes
-from vbp.sites.site import Site
-from vbp.sites.weights import weight_slices
+from vbp.sites.site import Site, weight_slices
 
 _ALONE = Processes()
 
@@ -22,19 +21,13 @@ _IMAGES = 32
 
 
 class GradientSum:
-    """Adds up the gradient of the cross-entropy with respect to the weights that go with the sites' channels.
+    """Add up the gradient of the cross-entropy with respect to the weights that go with the sites' channels.
 
     It works on a copy of the model, so that whoever observes the model meanwhile sees none of it.
     """
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], device: torch.device | str | None = None) -> None:
-        """Begin with no images.
-
-        Args:
-            model: The dense model; left as it was.
-            sites: From `find_sites`.
-            device: Where the images go; by default where the model is.
-        """
+        """Begin with no images, on a copy of the dense model; they go to the device, by default the model's."""
         self._model = copy.deepcopy(model).eval().requires_grad_(False)
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         names = dict.fromkeys(part.parameter for site in sites for part in weight_slices(model, site))
@@ -48,8 +41,8 @@ class GradientSum:
             for start in range(0, labels.shape[0], _IMAGES):
                 images, classes = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
                 loss = F.cross_entropy(logits_of(self._model(images)), classes, reduction="sum")
-                found = torch.autograd.grad(loss, list(self._weights.values()))
-                for running, gradient in zip(self._sums.values(), found, strict=True):
+                gradients = torch.autograd.grad(loss, list(self._weights.values()))
+                for running, gradient in zip(self._sums.values(), gradients, strict=True):
                     running += gradient
         self._images += labels.shape[0]
 
@@ -62,8 +55,7 @@ class GradientSum:
     def mean(self, processes: Processes = _ALONE) -> dict[str, Tensor]:
         """Return the gradient of the mean loss over the images of all processes, which all call this.
 
-        Returns:
-            Dotted name of a weight -> gradient, float64, on the CPU.
+        By a weight's dotted name, in float64, on the CPU.
 
         Raises:
             InputError: No image came, to any process, or a gradient is not finite.
@@ -89,17 +81,9 @@ def collect_gradients(
     device: torch.device | str | None = None,
     processes: Processes = _ALONE,
 ) -> dict[str, Tensor]:
-    """Return the gradient of the mean cross-entropy over all images, in evaluation mode.
+    """Return the gradient of the mean cross-entropy over all images, in evaluation mode, by a weight's dotted name.
 
-    Args:
-        model: The dense model; left as it was.
-        sites: From `find_sites`.
-        batches: Images and labels: this process's share, which may be none.
-        device: Where the images go; by default where the model is.
-        processes: Whose images count together; all of them call this, and get the same.
-
-    Returns:
-        Dotted name of each weight that goes with a site's channels -> gradient.
+    All processes call it, each with its share of images and labels, which may be none, and get the same.
 
     Raises:
         InputError: No image came, or a gradient is not finite.

@@ -13,7 +13,7 @@ from vbp.data.images import Images, balanced_order
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, Transform, ViewTransform, evaluation_transform
 from vbp.errors import InputError
-from vbp.method.sampling import Draws
+from vbp.method.sampling import RandomProbes
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.session import ALONE, Session
 
@@ -21,10 +21,8 @@ from vbp.runtime.session import ALONE, Session
 # hour a plan on DeiT-tiny.
 _GPU_VIEWS = 4
 
-
 # Least share of the image in a view: those by which networks are trained may show next to nothing.
 _LEAST_CROP = 0.35
-
 
 # Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
 # megabytes an image on a ViT-Base.
@@ -35,14 +33,11 @@ _CPU_PIECE, _GPU_PIECE = 16, 64
 class Pixels:
     """Batches of images without labels, which can be gone through again: this process's share.
 
-    Attributes:
-        read: Begins to read them.
-        probes: The random numbers of these images.
-        views: So many that follow each other are views of one image.
+    So many that follow each other as `views` says are views of one image; `probes` are their random numbers.
     """
 
     read: Callable[[], Iterable[Tensor]]
-    probes: Draws = field(default_factory=Draws)
+    probes: RandomProbes = field(default_factory=RandomProbes)
     views: int = 1
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -51,18 +46,11 @@ class Pixels:
 
 @dataclass(frozen=True)
 class CalibrationImages:
-    """Labelled images, read as for evaluation, in the order of `balanced_order`.
+    """Labelled images, read as for evaluation, in the order of `balanced_order`, shared by the session's processes.
 
-    Attributes:
-        images: All of them.
-        preprocessing: Of the dense model.
-        session: Whose processes share them.
-        seed: Of their order, and of all random numbers that belong to them.
-        batch_size: Images that a process loads at a time.
-        num_workers: Processes that decode.
-        prefetch: Batches that each of these reads ahead.
-        hflip: Mirror every second view.
-        crop_scale: Least and greatest share of an image that a view shows.
+    The seed is that of the order and of all random numbers that belong to the images; `prefetch` the batches that
+    each worker reads ahead. Every second view is mirrored with `hflip`, and shows a share of the image in
+    `crop_scale`.
     """
 
     images: Images
@@ -89,11 +77,10 @@ class CalibrationImages:
         return json_fingerprint([self.images.fingerprint(), self.preprocessing.to_dict()])
 
     def share(self, places: range, views: int = 1) -> ImageLoader | None:
-        """Load this process's share of the images at some places, with labels.
+        """Load this process's share of the images at some places of the order, with labels.
 
-        Args:
-            places: In the order, for all processes; those beyond the last are left out.
-            views: Of each image, one after the other, the same ones whenever they are loaded; they count as images.
+        Places beyond the last are left out. Views of an image follow each other, the same whenever they are loaded,
+        and count as images.
 
         Returns:
             Small batches, so that every process has one; None if there are fewer images than processes.
@@ -117,12 +104,12 @@ class CalibrationImages:
         )
         return loader if len(loader) else None
 
-    def probes(self, share: ImageLoader | None) -> Draws:
+    def probes(self, share: ImageLoader | None) -> RandomProbes:
         """Return the random numbers of the images of a share: as if one process read them all."""
         size = 1 if share is None else share.batch_size
         rank, world = self.session.processes.rank, self.session.processes.world
         # Batch b is that of process b mod world.
-        return Draws(seed=self.seed, first=rank * size, step=world * size, block=size)
+        return RandomProbes(seed=self.seed, first=rank * size, step=world * size, block=size)
 
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
         """Load a share as `share` does, without labels, with a progress bar."""
@@ -142,22 +129,16 @@ class CalibrationImages:
 
 @dataclass(frozen=True)
 class GivenImages:
-    """Batches of prepared images that a caller has, in the order in which they come; of one process.
+    """Batches of prepared images that a caller has, with or without labels, in the order in which they come.
 
-    Attributes:
-        batches: Image tensors "batch channels height width", or tuples that begin with one; can be gone through
-            several times.
+    They are of one process, and can be gone through several times.
     """
 
     batches: Iterable[Tensor | Sequence[Tensor]]
     session: Session = ALONE
 
     def __post_init__(self) -> None:
-        """Refuse what can be gone through only once.
-
-        Raises:
-            InputError: It is an iterator.
-        """
+        """Raise InputError for an iterator, which can be gone through only once."""
         if iter(self.batches) is self.batches:
             raise InputError(
                 f"batches must be a list or a loader that can be gone through several times, got "
@@ -172,13 +153,9 @@ class GivenImages:
         return sum(len(pixels_of(batch)) for batch in self.batches)
 
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
-        """Return the images at some places, as they are.
-
-        Raises:
-            InputError: Several views are asked for.
-        """
+        """Return the images at some places, as they are; several views raise InputError."""
         if views != 1:
-            raise InputError(f"views must be 1 for batches that are given, got {views}; give the views as images")
+            raise InputError(f"views must be 1 for batches of prepared images, got {views}; pass the views as images")
         return Pixels(partial(self._between, places))
 
     def _between(self, places: range) -> Iterator[Tensor]:

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, fisher_direction
-from vbp.method.gauss_newton import HiddenSample
-from vbp.method.sampling import Draws, priority_sample
+from vbp.method.gauss_newton import MLPSample
+from vbp.method.sampling import RandomProbes, priority_sample
 from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
@@ -30,13 +30,11 @@ from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource, in_pieces
 
-_FIRST = Draws()
-
+_FIRST = RandomProbes()
 _log = logging.getLogger(__name__)
 
 # Positions of an image, whatever their number: 32 of DeiT-tiny's 197 serve as well as 50.
 POSITIONS = 32
-
 
 # Share of a position's size that is that of the image's mean position: the gradient comes from one random probe.
 _EVEN = 0.25
@@ -45,13 +43,7 @@ _EVEN = 0.25
 class MLPSamples:
     """Samples of the dense model's MLPs, of the images of all processes, in the memory of the host.
 
-    Made once, they serve any number of pruned models.
-
-    Attributes:
-        mlps: The MLPs, in the order of the sites.
-        samples: Site name -> sample, the same on all processes.
-        images: Images of all processes.
-        session: Whose these are.
+    Made once, they serve any number of pruned models. Keyed by site name, the same on all processes.
     """
 
     def __init__(
@@ -61,25 +53,19 @@ class MLPSamples:
         example: Tensor,
         batches: Iterable[Tensor],
         *,
-        draws: Draws = _FIRST,
+        probes: RandomProbes = _FIRST,
         session: Session = ALONE,
     ) -> None:
-        """Run the dense model forward and backward over all images once.
+        """Run the dense model forward and backward over all images once; all processes of the session do.
 
-        Args:
-            dense: The dense model, on its device; left as it was.
-            sites: From `find_sites`.
-            example: An image, for a look at the model.
-            batches: Calibration images, without labels; none is allowed where another process has some.
-            draws: The random numbers of the images of this process.
-            session: All of its processes make this object.
+        No batch is allowed where another process has some; `probes` are the random numbers of this process's images.
 
         Raises:
             InputError: There is no image, no site has a plain hidden layer, or values are not finite.
         """
         self.session, processes = session, session.processes
         self.mlps = check_mlps(dense, example, sites)
-        self._draws = draws
+        self._probes = probes
         device = next(dense.parameters()).device
         parts: dict[str, list[Positions]] = {mlp.site.name: [] for mlp in self.mlps}
         metrics: dict[str, Tensor] = {}
@@ -90,7 +76,7 @@ class MLPSamples:
                 for name, read, given, slopes in self._seen(dense, pixels, images):
                     flat = slopes.flatten(0, 1)
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
-                    parts[name].append(sample_positions(read, given, _sizes(slopes), draws, images))
+                    parts[name].append(sample_positions(read, given, _sizes(slopes), probes, images))
                 images += len(batch)
         self.images = sum(processes.all_gather(images))
         if not self.images:
@@ -109,7 +95,7 @@ class MLPSamples:
         pixels = images.pixels(places, "hidden layers", views)
         with out_of_memory("calibration"):
             pieces = in_pieces(pixels, next(dense.parameters()).device)
-            samples = cls(dense, sites, example, pieces, draws=pixels.probes, session=images.session)
+            samples = cls(dense, sites, example, pieces, probes=pixels.probes, session=images.session)
         _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
         return samples
 
@@ -144,19 +130,19 @@ class MLPSamples:
         with hooked(consumers, before=producers), torch.enable_grad(), self.session.precision.autocast():
             # A tensor of its own: the caller's images are not to learn.
             logits = logits_of(dense(pixels.detach().requires_grad_()))
-        noise, _, _ = self._draws.of(start, len(pixels), logits.shape[1], 0, 0)
+        noise, _, _ = self._probes.of(start, len(pixels), logits.shape[1], 0, 0)
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
         gradients = torch.autograd.grad(logits, list(given.values()), cotangent.to(logits.dtype))
         slopes = dict(zip(given, gradients, strict=True))
-        found = []
+        seen = []
         for mlp in self.mlps:
             name, dim = mlp.site.name, channel_dim(dense.get_submodule(mlp.site.consumer))
             inputs, outputs, slope = (
                 in_float32(rows(one, dim, len(pixels))) for one in (read[name], values[name], slopes[name] / scale)
             )
-            found.append((name, inputs, outputs, slope))
-        return found
+            seen.append((name, inputs, outputs, slope))
+        return seen
 
 
 def _sizes(slopes: Float[Tensor, "images positions out"]) -> Float[Tensor, "images positions"]:
@@ -167,7 +153,7 @@ def _sizes(slopes: Float[Tensor, "images positions out"]) -> Float[Tensor, "imag
 
 @dataclass(frozen=True)
 class Positions:
-    """Positions of some images, on the CPU: what is read and given there, "images positions channels"; weights."""
+    """Positions of some images, on the CPU: what is read and returned there, "images positions channels"; weights."""
 
     numbers: tuple[int, ...]
     inputs: Tensor
@@ -177,27 +163,22 @@ class Positions:
 
 def sample_positions(
     read: Float[Tensor, "images positions in"],
-    given: Float[Tensor, "images positions out"],
+    wanted: Float[Tensor, "images positions out"],
     sizes: Float[Tensor, "images positions"],
-    draws: Draws,
+    probes: RandomProbes,
     start: int,
 ) -> Positions:
-    """Sample positions of each image.
+    """Sample positions of each image, where `sizes` says how much each matters.
 
-    Args:
-        read: What is read at each.
-        given: What should be given there.
-        sizes: How much each matters, positive.
-        draws: The random numbers of the images.
-        start: Place of the first among those of this process.
+    `wanted` is what the consumer should return there; `start` is the first image's place among those of this process.
     """
-    uniform = draws.uniform(start, *sizes.shape).to(sizes)
+    uniform = probes.uniform(start, *sizes.shape).to(sizes)
     places, weights = priority_sample(sizes, uniform, POSITIONS)
-    inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, given))
-    return Positions(tuple(map(draws.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
+    inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, wanted))
+    return Positions(tuple(map(probes.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
 
 
-def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> HiddenSample:
+def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> MLPSample:
     """Put the batches of all processes together, in the order of the images' numbers.
 
     Raises:
@@ -212,7 +193,7 @@ def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, 
     total = torch.stack([one.cpu() for one in processes.all_gather(metric) if one is not None]).sum(0)
     if not all(bool(one.isfinite().all()) for one in (inputs, outputs, weights, total)):
         raise InputError(
-            f"what site {name} reads and gives, and the slopes there, must be finite, got NaN or infinity; check the "
-            "weights and the preprocessing, prune less, or run in float32"
+            f"what site {name} reads and returns, and the slopes there, must be finite, got NaN or infinity; check "
+            "the weights and the preprocessing, prune less, or run in float32"
         )
-    return HiddenSample(inputs, outputs, weights, (total + total.T) / 2, len(order))
+    return MLPSample(inputs, outputs, weights, (total + total.T) / 2, len(order))

@@ -93,19 +93,14 @@ class Statistics:
                 f"{len(self.sensitivities)} and {len(other.sensitivities)}; collect them again"
             )
         merged = {name: moments.merge(other.moments[name]) for name, moments in self.moments.items()}
-        covariances = {name: found.merge(other.covariances[name]) for name, found in self.covariances.items()}
-        sensitivities = {name: found.merge(other.sensitivities[name]) for name, found in self.sensitivities.items()}
+        covariances = {name: own.merge(other.covariances[name]) for name, own in self.covariances.items()}
+        sensitivities = {name: own.merge(other.sensitivities[name]) for name, own in self.sensitivities.items()}
         data = self.data if self.data == other.data else ""
         images = self.images + other.images
         return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
-        """Refuse statistics of another model or other data.
-
-        Args:
-            model: Fingerprint of the model at hand.
-            data: Fingerprint of the images at hand and their preprocessing.
-            path: Where they were read, for the message.
+        """Refuse statistics of another model or other data, by their fingerprints; `path` is for the message.
 
         Raises:
             InputError: They were made for something else.
@@ -121,23 +116,19 @@ class Statistics:
     def check_holds(
         self, sites: Sequence[Site], path: Path, *, covariance: bool = False, sensitivity: bool = False
     ) -> None:
-        """Refuse statistics that lack a site, such as those of a run without attention.
-
-        Args:
-            sites: What will be pruned.
-            path: Where they were read, for the message.
-            covariance: Refuse them also if they lack a site's covariance, as those of a run without refit do.
-            sensitivity: Refuse them also if they lack an MLP site's sensitivity.
+        """Refuse statistics that lack a site, as those of a run without attention, or what a site needs.
 
         Raises:
-            InputError: A site is missing, or has another number of channels.
+            InputError: A site is missing, has another number of channels, or has no covariance or (an MLP) no
+            sensitivity
+                where that is wanted.
         """
         for site in sites:
             for name in observed_names(site):
-                found = len(self.moments[name].mean) if name in self.moments else "none"
-                if found != site.hidden:
+                width = len(self.moments[name].mean) if name in self.moments else "none"
+                if width != site.hidden:
                     raise InputError(
-                        f"{path} must hold {site.hidden} channels of {name}, got {found}; leave --stats_path out to "
+                        f"{path} must hold {site.hidden} channels of {name}, got {width}; leave --stats_path out to "
                         "collect the statistics of these sites"
                     )
                 if covariance and name not in self.covariances:
@@ -153,26 +144,23 @@ class Statistics:
 
     def save(self, path: Path | str) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for name, moments in self.moments.items():
-            tensors[f"{name}/mean"] = moments.mean.cpu().contiguous()
-            tensors[f"{name}/m2"] = moments.m2.cpu().contiguous()
-        for name, found in self.covariances.items():
-            tensors[f"{name}/covariance_mean"] = found.mean.cpu().contiguous()
-            tensors[f"{name}/covariance_m2"] = found.packed().cpu()
-        for name, seen in self.sensitivities.items():
-            tensors[f"{name}/sensitivity_pivot"] = seen.pivot.cpu().contiguous()
-            tensors[f"{name}/sensitivity_inputs"] = seen.inputs.cpu().contiguous()
-            tensors[f"{name}/sensitivity_outputs"] = seen.outputs.cpu().contiguous()
+            tensors |= {f"{name}/mean": moments.mean, f"{name}/m2": moments.m2}
+        for name, covariance in self.covariances.items():
+            tensors |= {f"{name}/covariance_mean": covariance.mean, f"{name}/covariance_m2": covariance.packed()}
+        for name, sums in self.sensitivities.items():
+            tensors |= {f"{name}/sensitivity_{part}": getattr(sums, part) for part in _SENSITIVITY_PARTS}
         header = {
             "images": self.images,
             "model": self.model,
             "data": self.data,
             "counts": {name: moments.count for name, moments in self.moments.items()},
-            "covariance_counts": {name: found.count for name, found in self.covariances.items()},
+            "covariance_counts": {name: covariance.count for name, covariance in self.covariances.items()},
             "token_fraction": self.token_fraction,
-            "sensitivity_images": {name: seen.images for name, seen in self.sensitivities.items()},
+            "sensitivity_images": {name: sums.images for name, sums in self.sensitivities.items()},
         }
+        tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(header)
         metadata = {"format": _FORMAT, "header": text, "sha256": _digest(_FORMAT + text, tensors)}
         write_bytes(Path(path), save(tensors, metadata=metadata))

@@ -1,86 +1,91 @@
-"""Move what pruned channels contributed on average into the layers that read them; estimate BatchNorm again."""
+"""Move what pruned channels contributed on average into the layers that read them, and the means for it."""
 
 from __future__ import annotations
 
-import logging
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
 from vbp.method.mean_shift import grouped_mean_shift
+from vbp.method.moments import ChannelMoments
 from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.runtime.forward import evaluation_mode, hooked
-from vbp.torch_pruning.graph import Coupling
-from vbp.torch_pruning.means import ChannelMeans
-
-_log = logging.getLogger(__name__)
+from vbp.sites.layers import input_channels
+from vbp.torch_pruning.graph import Coupling, Edge
 
 
-def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
-    """Replace the running mean and variance of every BatchNorm by the average over all batches.
+class ChannelMeans(dict[nn.Module, Tensor]):
+    """Mean of each output channel by producer, as it reaches the layers that read it.
 
-    Pruning changes the variance that a BatchNorm sees, which the mean shift does not mend. Nothing else of the model
-    changes; dropout stays off.
+    A plain dict of that form serves as well; it lacks `inputs`, which differ from it where several consumers read
+    a channel at different places, or one reads it at several positions (flatten).
 
-    Args:
-        model: A model with BatchNorm layers.
-        loader: Image tensors "batch channels height width", or tuples that begin with one; each batch counts the
-            same, so give batches of one size, as large as the memory allows.
-        device: Where the images go; by default where the model is.
-
-    Raises:
-        InputError: The model has no BatchNorm with running statistics, or there is no image; nothing changes then.
+    Attributes:
+        inputs: Mean of each input channel by consumer.
     """
-    norms = [
-        module for module in model.modules() if isinstance(module, _BatchNorm) and module.running_mean is not None
-    ]
-    if not norms:
+
+    def __init__(
+        self, producers: Mapping[nn.Module, Tensor], inputs: Mapping[nn.Module, Tensor] | None = None
+    ) -> None:
+        super().__init__(producers)
+        self.inputs: dict[nn.Module, Tensor] = dict(inputs or {})
+
+    def at(self, edge: Edge, coupling: Coupling, name: str) -> Float[Tensor, "hidden"]:
+        """Return the mean of each input channel of one of a group's consumers; those outside the edge are 0.
+
+        Raises:
+            InputError: There is no mean, or it has another width.
+        """
+        means = torch.zeros(input_channels(edge.layer), dtype=torch.float64)
+        values = self.inputs.get(edge.layer)
+        if values is None:
+            means[edge.channels] = self._from_producers(edge, coupling, name)
+            return means
+        if len(edge.channels) and int(edge.channels.max()) >= len(values):
+            raise InputError(
+                f"means at the input of {name} must cover {len(means)} channels, got {len(values)}; they were "
+                "collected on a model of another width: collect them again"
+            )
+        means[edge.channels] = values.double().cpu()[edge.channels]
+        return means
+
+    def _from_producers(self, edge: Edge, coupling: Coupling, name: str) -> Tensor:
+        for producer in coupling.producers:
+            values = self.get(producer.layer)
+            if values is None or not len(producer.channels) or int(producer.channels.max()) >= len(values):
+                continue
+            size = 1 + max(int(edge.roots.max()), int(producer.roots.max()))
+            by_root = torch.zeros(size, dtype=torch.float64)
+            by_root[producer.roots] = values.double().cpu()[producer.channels]
+            return by_root[edge.roots]
         raise InputError(
-            f"{type(model).__name__} has no BatchNorm with running statistics; there is none to estimate"
+            f"mean_dict must hold the producer of every pruned channel, got none for the input of {name}; give "
+            "imp.means of an importance that collected its statistics on this very model object"
         )
-    target = torch.device(device) if device is not None else next(model.parameters()).device
-    before = [
-        (norm, norm.momentum, {key: value.clone() for key, value in norm.state_dict().items()}) for norm in norms
-    ]
-    images = 0
-    try:
-        with evaluation_mode(model), torch.no_grad():
-            for norm in norms:
-                norm.reset_running_stats()
-                norm.momentum = None  # a plain average over batches
-                norm.train()
-            for batch in loader:
-                pixels = batch if isinstance(batch, Tensor) else batch[0]
-                model(pixels.to(target, non_blocking=True))
-                images += pixels.shape[0]
-    finally:
-        for norm, momentum, state in before:
-            norm.momentum = momentum
-            if not images:
-                norm.load_state_dict(state)
-    if not images:
-        raise InputError("BatchNorm statistics need at least one image, got none; check the loader")
+
+    def cut_(self, coupling: Coupling) -> None:
+        """Drop the channels of a group that is about to be pruned."""
+        for entries, edges in ((self, coupling.producers), (self.inputs, coupling.consumers)):
+            for edge in edges:
+                if edge.layer in entries:
+                    entries[edge.layer] = without(entries[edge.layer], edge.channels)
 
 
 def compensate_(
     coupling: Coupling, means: ChannelMeans, following: Mapping[nn.Module, _BatchNorm], names: Mapping[nn.Module, str]
 ) -> None:
-    """Add the mean shift of a group's channels to each consumer, before the channels are cut out.
+    """Add the mean shift of a group's channels to each consumer, before the channels are removed.
 
-    The shift goes into the bias. A consumer without one whose output goes into a BatchNorm alone hands it to the
-    running mean instead: the same function in evaluation; in training the batch mean takes a constant away either
-    way, and the running mean fits what it will see. Any other consumer without bias gains one.
-
-    Args:
-        coupling: The channels that go.
-        means: Means at the consumers' inputs.
-        following: Consumer -> the BatchNorm that alone reads its output.
-        names: Layer -> dotted name, for messages.
+    The shift goes into the bias. Of a consumer without bias whose output goes into a BatchNorm alone (`following`) it
+    goes into the running mean: the same function in evaluation; in training the batch mean takes a constant away
+    either way, and the running mean fits what it will see. Any other consumer without bias gets one.
 
     Raises:
         InputError: A mean is missing or of the wrong width; nothing is changed then.
@@ -107,10 +112,9 @@ def compensate_(
 
 @contextmanager
 def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
-    """Note, while the body runs the model, which BatchNorm takes the output of which layer as it is.
+    """Record, while the body runs the model, which BatchNorm reads the output of which layer as it is.
 
-    Yields:
-        Layer -> BatchNorm; filled when the body is done. A layer or norm that runs more than once is left out.
+    The dict is filled when the body is done. A layer or norm that runs more than once is left out.
     """
     written: dict[int, tuple[nn.Module, Tensor]] = {}
     readers: dict[nn.Module, _BatchNorm] = {}
@@ -126,16 +130,62 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
         if args and id(args[0]) in written and isinstance(module, _BatchNorm):
             readers[written[id(args[0])][0]] = module
 
-    layers = [
-        (module, wrote) for module in model.modules() if isinstance(module, nn.Linear | nn.modules.conv._ConvNd)
-    ]
-    norms = [(module, reads) for module in model.modules() if isinstance(module, _BatchNorm)]
+    layers = [(layer, wrote) for layer in model.modules() if isinstance(layer, nn.Linear | nn.modules.conv._ConvNd)]
+    norms = [(norm, reads) for norm in model.modules() if isinstance(norm, _BatchNorm)]
     with hooked(layers, before=norms):
         yield following
     following.update({layer: norm for layer, norm in readers.items() if calls[layer] == calls[norm] == 1})
 
 
-def only_read_by_norm(graph: object, layer: nn.Module) -> bool:
-    """Return whether the graph shows one reader of a layer's output."""
-    node = graph.module2node.get(layer)  # type: ignore[attr-defined]
-    return node is not None and len(node.outputs) == 1
+def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
+    """Replace the running mean and variance of every BatchNorm by the average over all batches.
+
+    Pruning changes the variance that a BatchNorm sees, which the mean shift does not restore. Nothing else of the
+    model changes; dropout stays off.
+
+    Args:
+        model: A model with BatchNorm layers.
+        loader: Image tensors "batch channels height width", or tuples that begin with one; each batch counts the
+            same, so give batches of one size, as large as the memory allows.
+        device: Where the images go; by default where the model is.
+
+    Raises:
+        InputError: The model has no BatchNorm with running statistics, or there is no image; nothing changes then.
+    """
+    norms = [norm for norm in model.modules() if isinstance(norm, _BatchNorm) and norm.running_mean is not None]
+    if not norms:
+        raise InputError(
+            f"{type(model).__name__} has no BatchNorm with running statistics; there is none to estimate"
+        )
+    target = torch.device(device) if device is not None else next(model.parameters()).device
+    before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
+    images = 0
+    try:
+        with evaluation_mode(model), torch.no_grad():
+            for norm in norms:
+                norm.reset_running_stats()
+                norm.momentum = None  # a plain average over batches
+                norm.train()
+            for batch in loader:
+                pixels = batch if isinstance(batch, Tensor) else batch[0]
+                model(pixels.to(target, non_blocking=True))
+                images += pixels.shape[0]
+    finally:
+        for norm, momentum, state in before:
+            norm.momentum = momentum
+            if not images:
+                norm.load_state_dict(state)
+    if not images:
+        raise InputError("BatchNorm statistics need at least one image, got none; check the loader")
+
+
+def moments_without(moments: ChannelMoments, removed: Tensor) -> ChannelMoments:
+    """Return the moments of the channels that stay."""
+    return ChannelMoments(moments.count, without(moments.mean, removed), without(moments.m2, removed))
+
+
+def without(values: Float[Tensor, "channels"], removed: Tensor) -> Float[Tensor, "kept"]:
+    """Return a vector without some of its entries."""
+    keep = torch.ones(len(values), dtype=torch.bool, device=values.device)
+    keep[removed.to(values.device)] = False
+    return values[keep]

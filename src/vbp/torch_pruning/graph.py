@@ -19,6 +19,7 @@ from torch_pruning.pruner import function
 
 from vbp.errors import InputError, first_line
 from vbp.pruning.cutting import keep_channels_
+from vbp.runtime.forward import evaluation_mode
 
 _log = logging.getLogger(__name__)
 
@@ -35,22 +36,21 @@ def logged_warnings(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def tracing(model: nn.Module) -> Iterator[None]:
-    """Prepare a model for Torch-Pruning's tracer, and leave it unchanged.
+    """Prepare a model for Torch-Pruning's tracer, and leave it unchanged; its warnings go to the log.
 
-    The tracer follows autograd, so gradients are on and frozen parameters count for its time; the training flags,
-    which it would leave at evaluation, come back. Its warnings go to the log.
+    The tracer follows autograd, so gradients are on and frozen parameters require them meanwhile. It would leave the
+    model in evaluation mode.
 
     Raises:
         InputError: The body failed: the model cannot be traced.
     """
     if torch.is_inference_mode_enabled():
         raise InputError("Torch-Pruning traces gradients, got torch.inference_mode(); call this outside of it")
-    training = {module: module.training for module in model.modules()}
     frozen = [
         parameter for parameter in model.parameters() if not parameter.requires_grad and parameter.is_floating_point()
     ]
     try:
-        with logged_warnings(model), torch.enable_grad():
+        with evaluation_mode(model), logged_warnings(model), torch.enable_grad():
             for parameter in frozen:
                 parameter.requires_grad_(True)
             yield
@@ -66,8 +66,6 @@ def tracing(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-        for module, mode in training.items():
-            module.training = mode
 
 
 def run_model(model: nn.Module, example_inputs: Any) -> Any:
@@ -81,11 +79,7 @@ def run_model(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def build_graph(model: nn.Module, example_inputs: Any) -> Any:
-    """Build a `tp.DependencyGraph` and leave the model as it was.
-
-    Args:
-        model: Any model that Torch-Pruning can trace.
-        example_inputs: A tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
+    """Return a `tp.DependencyGraph` of a model, which is left as it was; the inputs are those of `run_model`.
 
     Raises:
         InputError: The model cannot be traced.
@@ -97,22 +91,24 @@ def build_graph(model: nn.Module, example_inputs: Any) -> Any:
 
 
 def correct_graph_(graph: Any) -> None:
-    """Mend how a fresh dependency graph follows channels through reshapes and splits.
+    """Correct how a fresh dependency graph follows channels through reshapes and splits.
 
     Torch-Pruning 1.6.1 guesses from the whole model whether a reshape flattens feature maps, since it looks for sizes
     under a name that PyTorch no longer uses; on a channels-last model such as torchvision's Swin it then never comes
-    to an end. Here a reshape flattens only if its own input has feature maps of that many positions. Norms are cut
-    in order.
+    to an end. Here a reshape flattens only if its own input has feature maps of that many positions. Norms keep the
+    order of their channels.
     """
-    _mend_layer_norms_(graph)
+    _correct_layer_norms_(graph)
     for node in graph.module2node.values():
         sizes = _input_sizes(node)
         if node.type != ops.OPTYPE.RESHAPE or len(sizes) in (0, 2):
             continue
-        strides = {mapping._stride for mapping in _flattenings(node)}
+        strides = {dependency.index_mapping[0]._stride for dependency in _flattenings(node, node.inputs)}
         positions = sizes[2] * sizes[3] if len(sizes) == 4 else 0
         if positions != 1 and strides != {positions}:
-            _forget_flatten(node)
+            node.type = ops.OPTYPE.ELEMENTWISE
+            for dependency in _flattenings(node, [*node.inputs, *node.outputs]):
+                dependency.index_mapping[0] = None
     pair_gates_(graph)
 
 
@@ -130,17 +126,17 @@ class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
-def _mend_layer_norms_(graph: Any) -> None:
+def _correct_layer_norms_(graph: Any) -> None:
     """Make every later pruning of this graph's norms keep the order of their channels."""
-    faulty, mended = graph.REGISTERED_PRUNERS[ops.OPTYPE.LN], _LayerNormPruner()
+    faulty, corrected = graph.REGISTERED_PRUNERS[ops.OPTYPE.LN], _LayerNormPruner()
     if isinstance(faulty, _LayerNormPruner):
         return
-    graph.REGISTERED_PRUNERS[ops.OPTYPE.LN] = mended
-    graph._in_channel_pruning_fn.add(mended.prune_in_channels)
-    graph._out_channel_pruning_fn.add(mended.prune_out_channels)
+    graph.REGISTERED_PRUNERS[ops.OPTYPE.LN] = corrected
+    graph._in_channel_pruning_fn.add(corrected.prune_in_channels)
+    graph._out_channel_pruning_fn.add(corrected.prune_out_channels)
     replaced = {
-        faulty.prune_in_channels: mended.prune_in_channels,
-        faulty.prune_out_channels: mended.prune_out_channels,
+        faulty.prune_in_channels: corrected.prune_in_channels,
+        faulty.prune_out_channels: corrected.prune_out_channels,
     }
     for node in graph.module2node.values():
         for dependency in node.dependencies:
@@ -152,32 +148,21 @@ def _input_sizes(node: Any) -> tuple[int, ...]:
     return tuple(int(size) for size in getattr(node.grad_fn, "_saved_self_sym_sizes", ()))
 
 
-def _flattenings(node: Any) -> list[Any]:
-    neighbours = [(node, other) for other in node.inputs] + [(other, node) for other in node.inputs]
-    found = [
-        dependency.index_mapping[0]
-        for source, target in neighbours
+def _flattenings(node: Any, neighbours: Sequence[Any]) -> list[Any]:
+    """Return the dependencies between a node and its neighbours that number positions of feature maps."""
+    return [
+        dependency
+        for other in neighbours
+        for source, target in ((node, other), (other, node))
         for dependency in source.dependencies
-        if dependency.target is target
+        if dependency.target is target and isinstance(dependency.index_mapping[0], index_mapping._FlattenIndexMapping)
     ]
-    return [mapping for mapping in found if isinstance(mapping, index_mapping._FlattenIndexMapping)]
-
-
-def _forget_flatten(node: Any) -> None:
-    """Let channel numbers pass a reshape unchanged, for good."""
-    node.type = ops.OPTYPE.ELEMENTWISE
-    for other in [*node.inputs, *node.outputs]:
-        for source, target in ((node, other), (other, node)):
-            for dependency in source.dependencies:
-                mapping = dependency.index_mapping[0]
-                if dependency.target is target and isinstance(mapping, index_mapping._FlattenIndexMapping):
-                    dependency.index_mapping[0] = None
 
 
 def pair_gates_(graph: Any) -> None:
-    """Teach a dependency graph that a channel-last `chunk` or `split` cuts the channels into parts.
+    """Correct the graph where a channel-last `chunk` or `split` splits the channels.
 
-    Torch-Pruning follows splits of dimension 1 alone. After a packed gate (SwiGLU: one Linear whose output is cut
+    Torch-Pruning follows splits of dimension 1 alone. After a packed gate (SwiGLU: one Linear whose output is split
     into gate and value along the last dimension) it takes the channel numbers of the whole for those of a part, and
     the pruned model fails. Call it again after each pruning: Torch-Pruning leaves the offsets where they were.
     """
@@ -196,7 +181,7 @@ def pair_gates_(graph: Any) -> None:
 
 
 def _cuts_last_of_three(node: Any) -> bool:
-    sizes = getattr(node.grad_fn, "_saved_self_sym_sizes", ())
+    sizes = _input_sizes(node)
     dim = getattr(node.grad_fn, "_saved_dim", 1)
     # Autograd keeps a negative dimension as an unsigned 64-bit number.
     last = dim in (len(sizes) - 1, 2**64 - 1, -1)
@@ -214,12 +199,9 @@ _LAYERS = (nn.Linear, nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, 
 
 @dataclass(frozen=True, eq=False)
 class Edge:
-    """Channels of one layer that belong to a group.
+    """Output channels (of a producer) or input channels (of a consumer) of one layer that belong to a group.
 
-    Attributes:
-        layer: The layer.
-        channels: Its output channels (a producer) or input channels (a consumer).
-        roots: For each of them, the channel of the group's root that it goes with.
+    `roots` holds for each of them the channel of the group's root that it goes with.
     """
 
     layer: nn.Module
@@ -229,14 +211,12 @@ class Edge:
 
 @dataclass(frozen=True, eq=False)
 class Coupling:
-    """A group, read: the layers that write its channels and those that read them.
+    """The layers that write a group's channels and those that read them; `root` is the layer that numbers them.
 
     Attributes:
-        root: The layer by whose channels the group is counted.
-        channels: The root's channels in the group.
         producers: Layers whose output channels are pruned, depthwise convolutions among them.
         consumers: `Linear` and convolution layers whose input channels are pruned.
-        norms: Names of normalisations over the group's channels: behind them a constant channel is none.
+        norms: Names of normalisations over the group's channels: behind them a constant channel is not constant.
         opaque: Names of layers that read the channels in a way that cannot be compensated.
     """
 

@@ -11,7 +11,7 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_warned = False
+warned = False  # whether the warning below was given
 
 
 def install() -> None:
@@ -75,14 +75,14 @@ def _places(tp: ModuleType) -> tuple[tuple[ModuleType, str], tuple[ModuleType, s
 
 
 def _brings_its_own(tp: ModuleType) -> bool:
-    global _warned
+    global warned
     theirs = [
         f"{module.__name__}.{name}"
         for module, name in _places(tp)
         if name in vars(module) and not vars(module)[name].__module__.startswith("vbp.")
     ]
-    if theirs and not _warned:
-        _warned = True
+    if theirs and not warned:
+        warned = True
         warnings.warn(
             f"Torch-Pruning {tp.__version__} brings {' and '.join(theirs)} itself; they are left alone, vbp's are "
             "vbp.torch_pruning.VarianceImportance and vbp.torch_pruning.VBPPruner",

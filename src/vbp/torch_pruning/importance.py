@@ -13,67 +13,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.moments import ChannelMoments
+from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import input_channels, output_channels
 from vbp.statistics.collect import Observer
-from vbp.torch_pruning.graph import (
-    Coupling,
-    Edge,
-    build_graph,
-    canonical_roots,
-    logged_warnings,
-    read_group,
-)
-from vbp.torch_pruning.means import ChannelMeans, moments_without, without
+from vbp.torch_pruning.compensate import ChannelMeans, moments_without, without
+from vbp.torch_pruning.graph import Coupling, Edge, build_graph, canonical_roots, logged_warnings, read_group
 
 
-def observe(
-    model: nn.Module,
-    images: Iterable[Tensor],
-    consumers: Iterable[nn.Module],
-    outputs: Mapping[nn.Module, Callable[[Tensor], Tensor]],
-    names: Mapping[nn.Module, str],
-) -> tuple[dict[nn.Module, ChannelMoments], dict[nn.Module, ChannelMoments]]:
-    """Return the moments at the input of each consumer, and those of a function of each named output.
-
-    Args:
-        model: Left as it was.
-        images: Batches on the model's device.
-        consumers: `Linear` and convolution layers.
-        outputs: Layer -> function of its output.
-        names: Layer -> dotted name, for messages.
+def finish(running: RunningMoments, name: str) -> ChannelMoments:
+    """Return the moments seen at a layer, on the CPU.
 
     Raises:
-        InputError: A layer never ran, or a value is not finite.
+        InputError: The layer never ran, or a value is not finite.
     """
-    inputs, targets = {layer: Observer() for layer in consumers}, {layer: Observer() for layer in outputs}
-    read = [(layer, seen.of_input) for layer, seen in inputs.items()]
-    made = [(layer, seen.of_output(outputs[layer])) for layer, seen in targets.items()]
-    with hooked(made, before=read), evaluation_mode(model), torch.no_grad():
-        for batch in images:
-            model(batch)
-    return _finished(inputs, names), _finished(targets, names)
-
-
-def _finished(
-    observed: Mapping[nn.Module, Observer], names: Mapping[nn.Module, str]
-) -> dict[nn.Module, ChannelMoments]:
-    found = {}
-    for layer, running in observed.items():
-        if running.moments is None:
-            raise InputError(
-                f"{names[layer]} was traced but never ran during calibration; the statistics of its input are missing"
-            )
-        moments = running.moments.to("cpu")
-        bad = int((~(moments.mean.isfinite() & moments.m2.isfinite())).sum())
-        if bad or moments.count < 2:
-            raise InputError(
-                f"activations at {names[layer]} must be finite and at least 2 samples, got {bad} channels with "
-                f"NaN or infinity and {moments.count} samples; check weights and preprocessing, or give more images"
-            )
-        found[layer] = moments
-    return found
+    if running.moments is None:
+        raise InputError(
+            f"{name} was traced but never ran during calibration; the statistics of its input are missing"
+        )
+    moments = running.moments.to("cpu")
+    bad = int((~(moments.mean.isfinite() & moments.m2.isfinite())).sum())
+    if bad or moments.count < 2:
+        raise InputError(
+            f"activations at {name} must be finite and at least 2 samples, got {bad} channels with "
+            f"NaN or infinity and {moments.count} samples; check weights and preprocessing, or give more images"
+        )
+    return moments
 
 
 Target = tuple[nn.Module, Callable[[Tensor], Tensor]]
@@ -114,7 +79,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         *,
         ignored_layers: Sequence[nn.Module] = (),
     ) -> None:
-        """Observe the model over all batches, in evaluation mode and without gradients; earlier statistics go.
+        """Observe the model over all batches, in evaluation mode and without gradients; replaces earlier statistics.
 
         Args:
             model: The model to be pruned; left as it was.
@@ -136,11 +101,16 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
             groups = list(graph.get_all_groups(ignored_layers=ignored))
             canonical = [canonical_roots(group) for group in groups]
         couplings = [read_group(group) for group in groups]
-        consumers = {edge.layer for coupling in couplings for edge in coupling.consumers}
         names = {module: name for name, module in model.named_modules()}
-        outputs = dict(self.target_layers)
-        self._inputs, targets = observe(model, itertools.chain([first], batches), consumers, outputs, names)
-        self._override(couplings, targets, names)
+        inputs = {edge.layer: Observer() for coupling in couplings for edge in coupling.consumers}
+        targets = {layer: (Observer(), part) for layer, part in self.target_layers}
+        read = [(layer, seen.of_input) for layer, seen in inputs.items()]
+        made = [(layer, seen.of_output(part)) for layer, (seen, part) in targets.items()]
+        with hooked(made, before=read), evaluation_mode(model), torch.no_grad():
+            for images in itertools.chain([first], batches):
+                model(images)
+        self._inputs = {layer: finish(seen, names[layer]) for layer, seen in inputs.items()}
+        self._override(couplings, {layer: finish(seen, names[layer]) for layer, (seen, _) in targets.items()}, names)
         self._summarise(couplings, canonical)
 
     def __call__(self, group: Any) -> Float[Tensor, "roots"] | None:
@@ -153,7 +123,13 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         if not coupling.consumers:
             return None
         for edge in coupling.consumers:
-            self._check(edge, group._DG)
+            seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)
+            if seen is None or len(seen.mean) != width:
+                raise InputError(
+                    f"statistics at the input of {group._DG._module2name[edge.layer]} must cover {width} channels, "
+                    f"got {'none' if seen is None else len(seen.mean)}; call collect_statistics on this model as it "
+                    "is now (VBPPruner carries them through its own steps)"
+                )
         whole = torch.equal(coupling.channels, torch.arange(len(group[0].idxs)))
         canonical = canonical_roots(group) if whole else coupling.channels
         scores, read = self._by_root(coupling, lambda moments: moments.variance)
@@ -164,11 +140,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         return scores
 
     def state_by_name(self, model: nn.Module) -> dict[str, Any]:
-        """Return the statistics as plain data keyed by dotted module names, for `torch.save` or another process.
-
-        Args:
-            model: The model they were collected on.
-        """
+        """Return the statistics as plain data keyed by dotted module names, for `torch.save` or another process."""
         names = {module: name for name, module in model.named_modules()}
         return {
             "variance": {names[layer]: value for layer, value in self.variance.items()},
@@ -177,7 +149,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         }
 
     def load_by_name(self, model: nn.Module, state: Mapping[str, Any]) -> None:
-        """Take what `state_by_name` gave, for a model of the same structure and widths.
+        """Take what `state_by_name` returned, for a model of the same structure and widths.
 
         Raises:
             InputError: The data is of another form, or names a layer that the model does not have.
@@ -190,7 +162,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"statistics must fit {type(model).__name__}, got {error!r} that it or they lack; give what "
-                "state_by_name gave for a model of this structure"
+                "state_by_name returned for a model of this structure"
             ) from error
         self._inputs, self.variance = inputs, variance
         self.means = ChannelMeans(means, {layer: moments.mean for layer, moments in inputs.items()})
@@ -205,19 +177,10 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
             if edge.layer in self._inputs:
                 self._inputs[edge.layer] = moments_without(self._inputs[edge.layer], edge.channels)
 
-    def _check(self, edge: Edge, graph: Any) -> None:
-        seen, width = self._inputs.get(edge.layer), input_channels(edge.layer)
-        if seen is None or len(seen.mean) != width:
-            raise InputError(
-                f"statistics at the input of {graph._module2name[edge.layer]} must cover {width} channels, got "
-                f"{'none' if seen is None else len(seen.mean)}; call collect_statistics on this model as it is now "
-                "(VBPPruner carries them through its own steps)"
-            )
-
     def _by_root(
         self, coupling: Coupling, value: Callable[[ChannelMoments], Tensor]
     ) -> tuple[Float[Tensor, "roots"], Tensor]:
-        """Average a statistic over positions, then over consumers; say which roots are read at all."""
+        """Return a statistic, averaged over positions, then over consumers, and which roots are read at all."""
         size = 1 + max([int(coupling.channels.max()), *(int(edge.roots.max()) for edge in coupling.consumers)])
         total, readers = torch.zeros(size, dtype=torch.float64), torch.zeros(size, dtype=torch.float64)
         for edge in coupling.consumers:

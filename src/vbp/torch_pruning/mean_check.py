@@ -15,8 +15,8 @@ from torch.utils._pytree import tree_map_only
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import channel_dim
+from vbp.torch_pruning.compensate import moments_without
 from vbp.torch_pruning.graph import Coupling
-from vbp.torch_pruning.means import moments_without
 
 _log = logging.getLogger(__name__)
 
@@ -35,22 +35,15 @@ class MeanMovement:
 
 
 class MeanCheck:
-    """The reference: one forward pass before pruning; `finish` repeats it afterwards on the same images.
+    """Compare one forward pass before pruning with one afterwards on the same images.
 
-    Where a BatchNorm took the shift into its running mean, the output counts from that running mean.
+    Where a BatchNorm took the shift into its running mean, the output is counted from that running mean.
     """
 
     def __init__(
         self, model: nn.Module, following: Mapping[nn.Module, _BatchNorm], example_inputs: Any, forward: Any
     ) -> None:
-        """Watch a model.
-
-        Args:
-            model: The model.
-            following: Layer -> the BatchNorm that alone reads its output.
-            example_inputs: Reference images if the model is not run before it is pruned.
-            forward: Called as `forward(model, example_inputs)`.
-        """
+        """Watch a model; `following` is the BatchNorm that alone reads the output of a layer."""
         self._model, self._following = model, following
         self._example_inputs, self._forward = example_inputs, forward
         self._call: tuple[tuple[Any, ...], dict[str, Any]] | None = None
@@ -60,7 +53,7 @@ class MeanCheck:
         self._handle = model.register_forward_pre_hook(self._reference, with_kwargs=True)
 
     def ensure_reference(self) -> None:
-        """Run the example inputs if no forward pass came yet."""
+        """Run the example inputs if the model was not run yet."""
         if self._call is None:
             with evaluation_mode(self._model), torch.no_grad():
                 self._forward(self._model, self._example_inputs)

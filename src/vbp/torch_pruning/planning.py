@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.method.allocation import AllowedWidths, global_counts
-from vbp.pruning.attention import HeadChange
+from vbp.pruning.cutting import HeadChange
 from vbp.torch_pruning.graph import Coupling, canonical_roots, check_indices, pair_gates_, read_group
 from vbp.torch_pruning.trial import Removal
 
@@ -23,13 +23,9 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Units of one layer that may go.
+    """Units of one layer, each of `width` channels, of which those with the lowest scores are removed.
 
-    Attributes:
-        scores: One a unit; the lowest go first.
-        width: Channels in each unit.
-        removable: Units that may go at most.
-        step: A layer that loses units keeps a multiple of this many.
+    At most `removable` units are removed; a layer that loses any keeps a multiple of `step`.
     """
 
     scores: Float[Tensor, "units"]
@@ -37,20 +33,13 @@ class Stack:
     removable: int = 0
     step: int = 1
 
-    def bounds(self) -> AllowedWidths:
-        """Return the channel counts that the layer may have: all, then multiples of the step down to its floor."""
-        units = len(self.scores)
-        return AllowedWidths.down_to(max(units - self.removable, self.step), units, self.step, self.width)
-
 
 def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "gone"]], int]:
-    """Choose the units to remove: the lowest scores over all stacks, `budget` channels in total.
+    """Return for each stack the indices of the units to remove, ascending, and the number of channels they hold.
 
-    Equal scores go in the order of the stacks, then of the units. Where steps, widths or floors make the number
-    unreachable, the nearest one is taken, the smaller of two that are as near.
-
-    Returns:
-        Indices of the units that go, ascending, for each stack; and the number of channels they hold.
+    They have the lowest scores over all stacks, equal ones in the order of the stacks, then of the units, and hold
+    `budget` channels. Where steps, widths or floors make the number unreachable, the nearest one is taken, the
+    smaller of two that are as near.
     """
     orders = [torch.argsort(stack.scores, stable=True) for stack in stacks]
     scores = [
@@ -58,7 +47,12 @@ def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "go
         for stack, order in zip(stacks, orders, strict=True)
     ]
     total = sum(len(channels) for channels in scores)
-    kept = global_counts(scores, [stack.bounds() for stack in stacks], total - max(budget, 0))
+    allowed = []
+    for stack in stacks:
+        units = len(stack.scores)
+        floor = max(units - stack.removable, stack.step)
+        allowed.append(AllowedWidths.down_to(floor, units, stack.step, stack.width))
+    kept = global_counts(scores, allowed, total - max(budget, 0))
     chosen = [
         order[: len(stack.scores) - count // stack.width].sort().values
         for stack, order, count in zip(stacks, orders, kept, strict=True)
@@ -68,14 +62,11 @@ def allocate(stacks: Sequence[Stack], budget: int) -> tuple[list[Int[Tensor, "go
 
 @dataclass(frozen=True, eq=False)
 class Candidate:
-    """One group that may lose channels.
+    """One whole group that may lose channels, with a score for each channel of its root.
 
     Attributes:
-        group: The whole group.
-        coupling: The group, read.
         heads: Query, key and value layers, if it is an attention.
-        units: Channels of the root that go together, one row a unit.
-        scores: One a root channel.
+        units: Channels of the root that are removed together, one row a unit.
     """
 
     group: Any
@@ -90,7 +81,7 @@ class Candidate:
         return self.coupling.root
 
 
-def candidates(pruner: Any) -> Iterator[Candidate]:
+def candidates(pruner: Any) -> list[Candidate]:
     """Return the groups that a pruner may cut, in the order in which their first layers stand in the model.
 
     Raises:
@@ -99,7 +90,7 @@ def candidates(pruner: Any) -> Iterator[Candidate]:
     graph = pruner.DG
     pair_gates_(graph)
     order = {module: index for index, module in enumerate(pruner.model.modules())}
-    found = []
+    groups: list[tuple[int, Candidate]] = []
     for whole in graph.get_all_groups(
         ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
     ):
@@ -121,9 +112,8 @@ def candidates(pruner: Any) -> Iterator[Candidate]:
             continue
         scores = _checked(scores, len(coupling.channels), name)
         first = min(order.get(edge.layer, len(order)) for edge in coupling.producers or coupling.consumers)
-        found.append((first, Candidate(group, coupling, tuple(heads), _units(pruner, group, name), scores)))
-    for _, candidate in sorted(found, key=lambda pair: pair[0]):
-        yield candidate
+        groups.append((first, Candidate(group, coupling, tuple(heads), _units(pruner, group, name), scores)))
+    return [candidate for _, candidate in sorted(groups, key=lambda pair: pair[0])]
 
 
 def _checked(scores: Tensor, width: int, name: str) -> Tensor:
@@ -137,14 +127,13 @@ def _checked(scores: Tensor, width: int, name: str) -> Tensor:
 
 
 def _units(pruner: Any, group: Any, name: str) -> Tensor:
-    """Return the root channels that must go together: one of each channel group, a gate with its value."""
+    """Return the root channels that must be removed together: one of each channel group, a gate with its value."""
     width = len(group[0].idxs)
-    declared = [1]
+    groups = 1
     for dependency, _ in group.items:
         writes = pruner.DG.is_out_channel_pruning_fn(dependency.handler)
         by_layer = pruner.out_channel_groups if writes else pruner.in_channel_groups
-        declared.append(by_layer.get(dependency.target.module, 1))
-    groups = math.lcm(*declared)
+        groups = math.lcm(groups, by_layer.get(dependency.target.module, 1))
     canonical = canonical_roots(group)
     gated = not torch.equal(canonical, torch.arange(width))
     if width % groups or (gated and groups > 1):
@@ -159,39 +148,35 @@ def _units(pruner: Any, group: Any, name: str) -> Tensor:
 
 
 def plan_step(pruner: Any) -> list[Removal]:
-    """Decide what the pruner's current step removes.
+    """Return what the pruner's current step removes.
 
     Raises:
         InputError: A group is refused.
     """
-    found = list(candidates(pruner))
-    for candidate in found:
-        pruner._initial_units.setdefault(candidate.root, (len(candidate.units), candidate.units.shape[1]))
-    heads_gone = _plan_heads(pruner, found)
-    scopes: dict[Hashable, list[Candidate]] = {}
-    ratios: dict[Hashable, float] = {}
-    for candidate in found:
-        if candidate.heads and not pruner.prune_head_dims:
-            continue
-        scope, ratio = _scope(pruner, candidate)
-        scopes.setdefault(scope, []).append(candidate)
-        ratios.setdefault(scope, ratio)
+    groups = list(candidates(pruner))
+    for candidate in groups:
+        pruner.initial_units.setdefault(candidate.root, (len(candidate.units), candidate.units.shape[1]))
+    heads_gone = _plan_heads(pruner, groups)
+    scopes: dict[Hashable, tuple[float, list[Candidate]]] = {}
+    for candidate in groups:
+        if pruner.prune_head_dims or not candidate.heads:
+            scope, ratio = _scope(pruner, candidate)
+            scopes.setdefault(scope, (ratio, []))[1].append(candidate)
     gone: dict[nn.Module, Tensor] = {}
-    for scope, members in scopes.items():
-        gone.update(_plan_scope(pruner, members, ratios[scope], heads_gone))
-    return [removal for candidate in found if (removal := _removal(pruner, candidate, gone, heads_gone)).channels]
+    for ratio, members in scopes.values():
+        gone.update(_plan_scope(pruner, members, ratio, heads_gone))
+    return [removal for candidate in groups if (removal := _removal(pruner, candidate, gone, heads_gone)).channels]
 
 
 def _plan_scope(
     pruner: Any, members: list[Candidate], ratio: float, heads_gone: dict[nn.Module, Tensor]
 ) -> dict[nn.Module, Tensor]:
-    initial = [pruner._initial_units[member.root] for member in members]
-    budget = round(sum(units * width for units, width in initial) * ratio)
-    budget -= sum(
-        (units - len(member.units)) * width for member, (units, width) in zip(members, initial, strict=True)
-    )
-    stacks = []
-    for member, (units, width) in zip(members, initial, strict=True):
+    stacks: list[Stack] = []
+    total = already = 0
+    for member in members:
+        units, width = pruner.initial_units[member.root]
+        total += units * width
+        already += (units - len(member.units)) * width
         heads_left = member.units.shape[1] - len(heads_gone.get(member.root, ()))
         kept_least = units * width - math.floor(units * width * pruner.max_pruning_ratio + 1e-9)
         least = max(1, math.ceil(kept_least / heads_left))
@@ -199,6 +184,7 @@ def _plan_scope(
         step = (pruner.round_to or 1) // math.gcd(pruner.round_to or 1, heads_left)
         scores = member.scores[member.units].mean(1)
         stacks.append(Stack(scores, width, max(0, len(member.units) - least), step))
+    budget = round(total * ratio) - already
     chosen, removed = allocate(stacks, budget)
     if removed != max(budget, 0):
         _log.warning(
@@ -211,13 +197,11 @@ def _plan_scope(
     return {member.root: units for member, units in zip(members, chosen, strict=True)}
 
 
-def _plan_heads(pruner: Any, found: list[Candidate]) -> dict[nn.Module, Tensor]:
+def _plan_heads(pruner: Any, groups: list[Candidate]) -> dict[nn.Module, Tensor]:
     """Choose whole heads, if the pruner removes them: all attentions together, or each by itself."""
-    if not pruner.prune_num_heads:
-        return {}
     scopes: dict[Hashable, list[Candidate]] = {}
-    for candidate in found:
-        if candidate.heads:
+    for candidate in groups:
+        if candidate.heads and pruner.prune_num_heads:
             own = not pruner.global_pruning or candidate.heads[0] in pruner.head_pruning_ratio_dict
             scopes.setdefault(candidate.root if own else "all attentions", []).append(candidate)
     gone = {}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,8 +13,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.pruning.attention import HeadChange, update_attributes_
-from vbp.torch_pruning.compensate import compensate_, only_read_by_norm, watching_norms
+from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
     correct_graph_,
@@ -27,22 +26,15 @@ from vbp.torch_pruning.graph import (
 )
 from vbp.torch_pruning.importance import VarianceImportance
 from vbp.torch_pruning.mean_check import MeanCheck, MeanMovement
-from vbp.torch_pruning.means import ChannelMeans
 from vbp.torch_pruning.planning import plan_step
 from vbp.torch_pruning.trial import Removal, check_removals
-
-_log = logging.getLogger(__name__)
 
 # The base class has one dict for all pruners as the default of each of these, and writes into it.
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
 
 
 def own_containers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
-    """Copy what the base class would share between pruners or change in the caller's hands.
-
-    Args:
-        model: The model to be pruned.
-        options: The base class's arguments by name.
+    """Copy those of the base class's arguments that it would share between pruners, or change for the caller.
 
     Raises:
         InputError: An entry of `ignored_layers` is none of its kinds.
@@ -64,11 +56,7 @@ def own_containers(model: nn.Module, options: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_options(options: Mapping[str, Any]) -> None:
-    """Check the arguments of a pruner.
-
-    Raises:
-        InputError: One is out of range, or would do nothing.
-    """
+    """Raise an `InputError` if an argument of the base class is out of range, or would do nothing."""
     ratio = options["pruning_ratio"] if options["ch_sparsity"] is None else options["ch_sparsity"]
     shares = {"pruning_ratio": ratio, "max_pruning_ratio": options["max_pruning_ratio"]}
     shares["head_pruning_ratio"] = options["head_pruning_ratio"]
@@ -103,17 +91,11 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check: bool = True,
         **kwargs: Any,
     ) -> None:
-        """Trace the model; nothing in it is changed.
+        """Trace the model; nothing in it is changed. The arguments are those of the base class, and two more.
 
-        Args:
-            model: The model to be pruned.
-            example_inputs: A tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
-            importance: `VarianceImportance`, or any other Torch-Pruning importance.
-            *args: As in the base class, from `global_pruning` on.
-            mean_dict: `imp.means`; needed for compensation. Or a dict: pruned layer -> mean of each output channel
-                as it reaches its consumers.
-            check: Before each step, prune a copy of the model and run it on the example inputs.
-            **kwargs: As in the base class.
+        Compensation needs `mean_dict`: `imp.means`, or a dict from the pruned layers to the mean of each output
+        channel as it reaches its consumers. With `check`, each step first prunes a copy of the model and runs it on
+        the example inputs: a tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
 
         Raises:
             InputError: An argument is out of range, or the model cannot be traced.
@@ -129,12 +111,17 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self.example_inputs, self.forward_fn, self.check = example_inputs, options["forward_fn"], check
         with tracing(model), watching_norms(model) as following:
             super().__init__(**options)
-        self._following = {layer: norm for layer, norm in following.items() if only_read_by_norm(self.DG, layer)}
+        nodes = self.DG.module2node
+        self._following = {
+            layer: norm for layer, norm in following.items() if layer in nodes and len(nodes[layer].outputs) == 1
+        }
         self._names = {module: name for name, module in model.named_modules()}
-        self._initial_units: dict[nn.Module, tuple[int, int]] = {}
+        self.initial_units: dict[nn.Module, tuple[int, int]] = {}  # root -> units, and channels of each
         self._warned: set[str] = set()
         self._mean_check: MeanCheck | None = None
-        self.mean_dict = None if mean_dict is None else ChannelMeans.copy_of(mean_dict)
+        self.mean_dict: ChannelMeans | None = None
+        if mean_dict is not None:
+            self.mean_dict = ChannelMeans(mean_dict, getattr(mean_dict, "inputs", None))
 
     @property
     def DG(self) -> Any:  # noqa: N802  the base class's name
@@ -183,10 +170,8 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def enable_meancheck(self, model: nn.Module) -> None:
         """Watch how far pruning moves the output mean of each layer that loses input channels.
 
-        The next forward pass is the reference; without one before `step`, the example inputs are.
-
-        Args:
-            model: The pruner's model.
+        The next forward pass of `model`, the pruner's own, is the reference; without one before `step`, the example
+        inputs are.
 
         Raises:
             InputError: It is another model, or is watched already.
@@ -200,8 +185,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
     def disable_meancheck(self) -> dict[str, MeanMovement]:
         """Run the reference images through the model as it is now, log and return how far each output mean moved.
 
-        Returns:
-            Consumer name -> movement, for the layers that lost input channels.
+        The keys are the names of the layers that lost input channels.
 
         Raises:
             InputError: The check is not on.
@@ -212,10 +196,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         return check.finish(self._names)
 
     def plan_removals(self, compensated: bool) -> list[Removal]:
-        """Return what the current step removes, checked.
-
-        Args:
-            compensated: Whether the means will be needed.
+        """Return what the current step removes, checked; `compensated`: the means are needed.
 
         Raises:
             InputError: The step would remove nothing, lacks means, or would break the model.
@@ -234,7 +215,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             if len(group[0].idxs) != len(removal.channels):
                 raise InputError(
                     f"{self._names[removal.root]} must lose {len(removal.channels)} channels, got "
-                    f"{len(group[0].idxs)}, for its channels hang together (an attention?); give num_heads for it, "
+                    f"{len(group[0].idxs)}, because its channels are coupled (an attention?); give num_heads for it, "
                     "or put it into ignored_layers"
                 )
             if compensated:
@@ -243,7 +224,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                     self.mean_dict.at(edge, coupling, self._names[edge.layer])
                 self._warn_inexact(coupling, removal)
         if self.check:
-            check_removals(self.model, self.DG, removals, self.example_inputs, self.forward_fn)
+            check_removals(self.DG, removals, self.example_inputs, self.forward_fn)
         return removals
 
     def _warn_inexact(self, coupling: Coupling, removal: Removal) -> None:
@@ -281,7 +262,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         idxs: list[int] | None = None,
         record_history: bool = True,
     ) -> None:
-        """Stand in for `Group.prune`: compensate, prune, and let statistics and settings follow."""
+        """Replace `Group.prune`: compensate, prune, and update statistics and settings."""
         if idxs is not None:
             root = group[0].dep
             pair_gates_(self.DG)
@@ -296,15 +277,9 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for name in frozen:
             # Torch-Pruning makes new parameters, which would learn.
             self.model.get_parameter(name).requires_grad_(False)
-        self._follow(coupling, attention)
-
-    def _follow(self, coupling: Coupling, attention: HeadChange | None) -> None:
-        if self.mean_dict is not None:
-            self.mean_dict.cut_(coupling)
-        if isinstance(self.importance, VarianceImportance):
-            self.importance.cut_(coupling)
-        if self._mean_check is not None:
-            self._mean_check.cut_(coupling)
+        for kept in (self.mean_dict, self.importance, self._mean_check):
+            if isinstance(kept, ChannelMeans | VarianceImportance | MeanCheck):
+                kept.cut_(coupling)
         if attention is not None:
             update_attributes_(self.model, attention)
             for name in attention.layers:

@@ -8,24 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from vbp.errors import InputError, first_line
-from vbp.pruning.attention import HeadChange, update_attributes_
+from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.sites.propagation import tensors_in
 from vbp.torch_pruning.graph import logged_warnings
 
 
 @dataclass(frozen=True, eq=False)
 class Removal:
-    """Channels of one group that are to go.
-
-    Attributes:
-        root: The layer by whose channels the group is counted.
-        handler: Torch-Pruning's function that prunes them.
-        channels: Their indices, ascending.
-        attention: What becomes of the heads, where the group belongs to an attention.
-    """
+    """Channels of one group that are to be removed, ascending: output channels of `root`, pruned by `handler`."""
 
     root: nn.Module
     handler: Any
@@ -33,49 +26,38 @@ class Removal:
     attention: HeadChange | None = None
 
 
-def check_removals(
-    model: nn.Module, graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any
-) -> None:
-    """Prune a copy and run it.
-
-    Args:
-        model: Left untouched; as much memory again is used for a moment.
-        graph: Its dependency graph.
-        removals: What is to be pruned.
-        example_inputs: What the model is run on.
-        forward: Called as `forward(model, example_inputs)`.
+def check_removals(graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any) -> None:
+    """Prune a copy of the graph's model and run it; for a moment the copy takes as much memory again.
 
     Raises:
-        InputError: The pruned copy fails, or gives outputs of another shape.
+        InputError: The pruned copy fails, or returns outputs of another shape.
     """
-    failure = _failure(model, graph, removals, example_inputs, forward)
+    failure = _failure(graph, removals, example_inputs, forward)
     if failure is None:
         return
-    culprits = [one for one in removals if _failure(model, graph, [one], example_inputs, forward) is not None]
+    culprits = [one for one in removals if _failure(graph, [one], example_inputs, forward) is not None]
     named = ", ".join(graph._module2name[one.root] for one in culprits) or "several layers together"
     raise InputError(
-        f"pruning {named} must leave a {type(model).__name__} that runs, got {failure}; Torch-Pruning follows these "
-        "channels wrongly, or the model keeps their number elsewhere: put the layers into ignored_layers, or give "
-        "num_heads for an attention (nothing was modified)"
+        f"pruning {named} must leave a {type(graph.model).__name__} that runs, got {failure}; Torch-Pruning follows "
+        "these channels wrongly, or the model keeps their number elsewhere: put the layers into ignored_layers, or "
+        "give num_heads for an attention (nothing was modified)"
     )
 
 
-def _failure(
-    model: nn.Module, graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any
-) -> str | None:
-    trial = copy.deepcopy(model).eval()
+def _failure(graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any) -> str | None:
+    trial = copy.deepcopy(graph.model).eval()
     try:
         with torch.no_grad():
             expected = _shapes(forward(trial, example_inputs)) if len(removals) > 1 else None
             prune_copy_(trial, graph, removals)
-            found = _shapes(forward(trial, example_inputs))
+            shapes = _shapes(forward(trial, example_inputs))
     except Exception as error:  # noqa: BLE001  whatever a broken model raises
         return f"{type(error).__name__}: {first_line(error)}"
-    return None if expected in (None, found) else f"outputs of shape {found} in place of {expected}"
+    return None if expected in (None, shapes) else f"outputs of shape {shapes} in place of {expected}"
 
 
 def _shapes(output: Any) -> list[tuple[int, ...]]:
-    return [tuple(leaf.shape) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [tuple(tensor.shape) for tensor in tensors_in(output)]
 
 
 def prune_copy_(trial: nn.Module, graph: Any, removals: Sequence[Removal]) -> None:

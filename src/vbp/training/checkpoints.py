@@ -20,7 +20,7 @@ _NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
 
 
 def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, batch: int) -> Path:
-    """Write a checkpoint of a run, then remove those that it makes needless; one process of a job calls it.
+    """Write a checkpoint of a run, then remove those that are no longer needed; one process of a job calls it.
 
     Older checkpoints go only when two newer ones are whole, this one included. Later ones go too: training was taken
     up before them.

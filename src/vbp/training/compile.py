@@ -1,4 +1,4 @@
-"""Call a model through torch.compile, and say in one line why that does not work where it does not."""
+"""Call a model through torch.compile; where that does not work, one line tells why."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from vbp.errors import InputError, first_line
 
 
 class Compiled(nn.Module):
-    """Calls a module through torch.compile; parameters, buffers and mode are those of the module itself.
+    """Call a module through torch.compile; parameters, buffers and mode are those of the module itself.
 
     It is compiled when it is first called, and again for its other mode and for a batch of another size.
     """
@@ -33,7 +33,7 @@ class Compiled(nn.Module):
 
 @contextmanager
 def compile_errors() -> Iterator[None]:
-    """Turn an error of the compiler within into one that says what to do."""
+    """Turn an error of the compiler into one that names the remedy."""
     from torch._dynamo.exc import TorchDynamoException  # loading the compiler takes seconds
 
     try:

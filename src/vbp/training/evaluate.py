@@ -48,7 +48,7 @@ def evaluate(
     precision: Precision = _OFF,
     processes: Processes = _ALONE,
 ) -> Accuracy:
-    """Count the right answers of a model in evaluation mode; with fewer than five classes top-5 takes them all.
+    """Count the right predictions of a model in evaluation mode; with fewer than five classes top-5 takes them all.
 
     Args:
         model: A classifier.

@@ -18,6 +18,12 @@ def check_below_one(name: str, share: float, usual: float) -> None:
         raise InputError(f"{name} must be in [0, 1), got {share}; {usual} is usual")
 
 
+def check_weights(names: str, first: float, second: float, usual: str) -> None:
+    """Check two weights of which one may be 0."""
+    if not (0 <= first < math.inf and 0 <= second < math.inf and first + second > 0):
+        raise InputError(f"{names} must be at least 0, finite and not both 0, got {first} and {second}; {usual}")
+
+
 @dataclass(frozen=True)
 class DistillationLoss:
     """`alpha * CE(student, labels) + beta * T^2 * KL(teacher/T || student/T)`.
@@ -43,12 +49,7 @@ class DistillationLoss:
         """Check the values."""
         if not 0 < self.temperature < math.inf:
             raise InputError(f"kd_T must be above 0 and finite, got {self.temperature}; the paper uses 2.0")
-        weights = (self.alpha, self.beta)
-        if not all(0 <= weight < math.inf for weight in weights) or sum(weights) == 0:
-            raise InputError(
-                f"kd_alpha and kd_beta must be at least 0, finite and not both 0, got {self.alpha} and {self.beta}; "
-                "the paper uses 0.7 and 0.3"
-            )
+        check_weights("kd_alpha and kd_beta", self.alpha, self.beta, "the paper uses 0.7 and 0.3")
         check_below_one("label_smoothing", self.label_smoothing, usual=0.1)
 
     def __call__(

@@ -1,4 +1,4 @@
-"""Fit training into memory: gradient checkpointing, a dry step before the work, and errors that say what helps."""
+"""Fit training into memory: gradient checkpointing, and a dry step before the work."""
 
 from __future__ import annotations
 

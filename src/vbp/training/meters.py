@@ -1,4 +1,4 @@
-"""What an epoch of training did: sums that stay on the device, and what they come to on all processes."""
+"""Loss, accuracy and gradient norm of an epoch: sums that stay on the device, added up over all processes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _LOSS, _CORRECT, _IMAGES, _NORM, _NORMS = range(5)
 
 @dataclass(frozen=True)
 class EpochResult:
-    """What one epoch of training did, on all processes together.
+    """Loss, accuracy and speed of one epoch of training, on all processes together.
 
     Attributes:
         learning_rate: At the epoch's first step.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,13 +11,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from vbp.errors import InputError
-from vbp.training.losses import check_below_one
+from vbp.training.losses import check_below_one, check_weights
 
 
 @dataclass(frozen=True)
 class Mixup:
-    """Mixes each image of a batch with the one at the same place from the end.
+    """Mix each image of a batch with the one at the same place from the end.
 
     `mixup` and `cutmix` are alphas; 0 leaves one out, and with both each batch takes one of them at random. What is
     drawn depends on the seed, the epoch, the batch and the process alone.
@@ -34,12 +32,7 @@ class Mixup:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        alphas = (self.mixup, self.cutmix)
-        if not all(0 <= alpha < math.inf for alpha in alphas) or sum(alphas) == 0:
-            raise InputError(
-                f"mixup and cutmix must be at least 0, finite and not both 0, got {self.mixup} and {self.cutmix}; "
-                "0.8 and 1.0 are usual"
-            )
+        check_weights("mixup and cutmix", self.mixup, self.cutmix, "0.8 and 1.0 are usual")
         check_below_one("label_smoothing", self.label_smoothing, usual=0.1)
 
     def __call__(

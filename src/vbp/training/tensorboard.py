@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from vbp.errors import InputError
 from vbp.training.meters import EpochResult
@@ -29,8 +29,8 @@ def check_tracking(log_dir: Path | None) -> None:
         raise InputError(f"log_dir must be a folder that can be written, got {log_dir}; choose another --log_dir")
 
 
-class Tracker:
-    """Writes curves to a folder; without one it does nothing."""
+class Tracker(AbstractContextManager["Tracker"]):
+    """Write curves to a folder; without one do nothing."""
 
     def __init__(self, log_dir: Path | None, first_epoch: int = 0) -> None:
         self._writer: Any = None
@@ -40,13 +40,7 @@ class Tracker:
             # What a run that was stopped wrote after its last checkpoint would be drawn twice.
             self._writer = SummaryWriter(str(log_dir), purge_step=first_epoch)
 
-    def __enter__(self) -> Self:
-        """Return the tracker."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Write what is buffered."""
         if self._writer is not None:
             self._writer.close()

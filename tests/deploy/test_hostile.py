@@ -97,7 +97,7 @@ def test_each_command_refuses_it(door: str, honest: Any, tmp_path: Path) -> None
         "latency": lambda: run_latency(LatencyConfig(artifact=str(path))),
         "export": lambda: run_export(ExportConfig(str(path), tmp_path / "m.onnx")),
     }
-    with pytest.raises(InputError, match="takes no argument 'pretrained_cfg'"):
+    with pytest.raises(InputError, match="the argument 'pretrained_cfg'"):
         jobs[door]()
     assert not (tmp_path / "m.onnx").exists()
 
@@ -209,3 +209,19 @@ def test_a_plan_that_reaches_beyond_its_layer_is_refused() -> None:
         with pytest.raises(InputError, match="must have the rows 0 to 8 of 0"):
             prune_(model, PruningPlan((SitePlan(site, (0, 1)),), 0.25, "per_layer"))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class _Harmless:
+    """A type that no plain file holds."""
+
+
+def test_the_advice_to_run_a_file_is_not_passed_on(tmp_path: Path) -> None:
+    """Kin to reports of users who set weights_only=False because the error said so."""
+    for content in ({"format": "vbp-pruned/2", "x": _Harmless()}, _Harmless()):
+        torch.save(content, tmp_path / "m.pth")
+        with pytest.raises(InputError) as refused:
+            load_pruned(tmp_path / "m.pth")
+        assert "weights_only" not in str(refused.value)
+        with pytest.raises(InputError) as refused:
+            load_classifier("test_vit", checkpoint=tmp_path / "m.pth")
+        assert "weights_only" not in str(refused.value)

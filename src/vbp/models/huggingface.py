@@ -15,7 +15,7 @@ from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
-from vbp.models.limits import ANY, Limits, bounded_construction, check_configuration
+from vbp.models.limits import ANY, Limits, bounded_construction, check_description
 from vbp.models.weights import describe_mismatch
 from vbp.runtime.choices import ModelType
 from vbp.runtime.decode import read_json
@@ -77,7 +77,7 @@ def load_huggingface(
 
 def build_huggingface(source: ModelSource, limits: Limits) -> nn.Module:
     """Build the untrained architecture of `source`, in evaluation mode and float32, within limits."""
-    check_configuration(source.arguments, f"the configuration of {source.name}")
+    check_description(source.arguments, f"the configuration of {source.name}")
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
     try:
@@ -107,7 +107,7 @@ def _config(model_name: str) -> Any:
         raise _cannot_load(model_name, error) from error
     if values.get("model_type") == "timm_wrapper":
         raise InputError(f"{model_name} is a timm model, give it as hf-hub:{model_name}")
-    check_configuration(values, f"the configuration of {model_name}")
+    check_description(values, f"the configuration of {model_name}")
     try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     except LOADING_ERRORS as error:

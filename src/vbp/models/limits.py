@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import inspect
 import math
+import re
+import reprlib
 import sys
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,8 +26,10 @@ RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pret
 _NOT_SIZES = {"self", "args", "kwargs", "device", "dtype", *RESERVED}
 
 # Entries of a Hugging Face configuration that make transformers load code, kernels or further weights.
-_CODE = ("auto_map", "custom_pipelines", "kernel_config", "quantization_config", "use_kernels",
-         "backbone", "backbone_kwargs", "use_pretrained_backbone", "use_timm_backbone")  # fmt: skip
+_CODE = (
+    *("auto_map", "custom_pipelines", "kernel_config", "quantization_config", "use_kernels", "architecture"),
+    *("backbone", "backbone_kwargs", "model_args", "use_pretrained_backbone", "use_timm_backbone"),
+)
 _ATTENTION = ("eager", "sdpa")  # all others may fetch a kernel from the hub
 
 # Names with these parts may be numbers of layers, each of which takes time to build.
@@ -50,26 +54,28 @@ class Limits:
 ANY = Limits()
 
 
-def check_numbers(values: Any, what: str, most: int = LARGEST_NUMBER, depth: int = 0) -> None:
-    """Raise InputError for numbers, lists or nesting that no architecture needs; `what` begins the text.
+def check_description(value: Any, what: str, name: str = "", depth: int = 0) -> None:
+    """Raise InputError for code, kernels, other weights and endless sizes in what describes an architecture.
 
-    A list counts by the sum of its numbers: these may be the depths of stages.
+    `what` begins the text. A list counts by the sum of its numbers: these may be the depths of stages.
     """
-    items = values if isinstance(values, list | tuple) else [values]
+    most = MOST_LAYERS if any(part in name for part in _DEPTHS) else LARGEST_NUMBER
+    items = value if isinstance(value, list | tuple) else [value]
     sizes = [abs(item) for item in items if isinstance(item, int | float)]
-    if not all(size <= most for size in sizes) or sum(sizes) > most or len(items) > LONGEST_LIST or depth > DEEPEST:
-        raise InputError(
-            f"{what} must be numbers up to {most}, or at most {LONGEST_LIST} of them with that sum, nested at most "
-            f"{DEEPEST} deep, got more; give those of an image classifier"
-        )
-    if isinstance(values, Mapping):
-        for name, item in values.items():
-            if name not in ("id2label", "label2id"):  # as long as there are classes
-                most = MOST_LAYERS if any(part in name for part in _DEPTHS) else LARGEST_NUMBER
-                check_numbers(item, f"{what[:200]}: {name[:40]}", most, depth + 1)
-    elif items is values:
-        for item in items:
-            check_numbers(item, what, most, depth + 1)
+    attention = name.endswith(("attn_implementation", "attn_implementation_internal"))
+    if (name in _CODE and value) or (attention and value not in (None, *_ATTENTION)):
+        fault = f"nothing but an architecture, with attention {' or '.join(_ATTENTION)}"
+    elif not all(size <= most for size in sizes) or sum(sizes) > most:
+        fault = f"numbers up to {most}, also in sum"
+    elif len(items) > LONGEST_LIST or depth > DEEPEST:
+        fault = f"lists up to {LONGEST_LIST} long and {DEEPEST} deep"
+    else:
+        inner = value.items() if isinstance(value, Mapping) else ((name, item) for item in items if items is value)
+        for key, item in inner:
+            if key not in ("id2label", "label2id"):  # as long as there are classes
+                check_description(item, what, str(key), depth + 1)
+        return
+    raise InputError(f"{what} must hold {fault}, got {name[:40]} = {reprlib.repr(value)}; leave it out")
 
 
 def check_timm_arguments(name: str, arguments: Mapping[str, Any]) -> None:
@@ -79,48 +85,24 @@ def check_timm_arguments(name: str, arguments: Mapping[str, Any]) -> None:
     """
     from timm.models import model_entrypoint  # timm takes seconds to import
 
-    classes = [
-        item for item in vars(sys.modules[model_entrypoint(name).__module__]).values() if inspect.isclass(item)
-    ]
-    parents = {
-        parent for item in classes if issubclass(item, nn.Module) or is_dataclass(item) for parent in item.__mro__
-    }
     known = {"img_size", "in_chans", "num_classes"}
-    for parent in parents - {nn.Module, object}:
-        known.update(inspect.signature(parent).parameters)
+    for kind in vars(sys.modules[model_entrypoint(name).__module__]).values():
+        if inspect.isclass(kind) and (issubclass(kind, nn.Module) or is_dataclass(kind)):
+            for parent in {*kind.__mro__} - {nn.Module, object}:
+                known.update(inspect.signature(parent).parameters)
     for argument, value in arguments.items():
-        if argument not in known - _NOT_SIZES:
+        if argument not in known - _NOT_SIZES or not _is_plain(value):
             raise InputError(
-                f"{name} takes no argument {argument[:80]!r} that describes its architecture; leave it out"
-            )
-        if not _is_plain(value):
-            raise InputError(
-                f"the argument {argument} of {name} must be a number, a single word, null or a list of these, got "
-                f"{str(value)[:80]!r}; leave it out"
+                f"timm cannot build {name} from the argument {argument[:80]!r} = {reprlib.repr(value)}: allowed are "
+                "those of its classes, with numbers, single words, null or lists of these; leave it out"
             )
 
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, list | tuple):
         return all(map(_is_plain, value))
-    word = isinstance(value, str) and len(value) <= 40 and value.replace("_", "a").isalnum()
-    return value is None or value == "" or word or isinstance(value, int | float)
-
-
-def check_configuration(values: Mapping[str, Any], what: str) -> None:
-    """Raise InputError for a Hugging Face configuration with code, kernels, other weights or endless sizes."""
-    check_numbers(dict(values), what)
-    for name, value in values.items():
-        attention = name.endswith(("attn_implementation", "attn_implementation_internal"))
-        if (name in _CODE and value) or (attention and value not in (None, *_ATTENTION)):
-            raise InputError(
-                f"{what} must describe an architecture alone, got {name} = {str(value)[:80]!r}; nothing else is "
-                f"loaded: remove it (attention may be {' or '.join(_ATTENTION)})"
-            )
-        if isinstance(value, Mapping) and name not in ("id2label", "label2id"):
-            check_configuration(value, what)
-    if values.get("model_type") == "timm_wrapper":
-        raise InputError(f"{what} is that of a timm model; give its name in timm")
+    word = isinstance(value, str) and re.fullmatch(r"\w{0,40}", value)
+    return value is None or bool(word) or isinstance(value, int | float)
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
-from vbp.models.limits import ANY, Limits, bounded_construction, check_numbers, check_timm_arguments
+from vbp.models.limits import ANY, Limits, bounded_construction, check_description, check_timm_arguments
 from vbp.models.timm_names import Architecture, check_known, resolve
 from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
 from vbp.runtime.choices import ModelType
@@ -88,7 +88,7 @@ def build_timm(source: ModelSource, limits: Limits) -> nn.Module:
     """Build the untrained architecture of `source`, in evaluation mode, if it is within the limits."""
     check_known(source.name)
     check_timm_arguments(source.name, source.arguments)
-    check_numbers(source.arguments, f"the arguments of {source.name}")
+    check_description(source.arguments, f"the arguments of {source.name}")
     return _build(source.name, source.arguments, limits).eval()
 
 

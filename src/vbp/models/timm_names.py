@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 
 from vbp.errors import InputError
 from vbp.models.classifier import cannot_fetch, hub_repository
-from vbp.models.limits import RESERVED, check_numbers
+from vbp.models.limits import RESERVED, check_description
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def _plain_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
         raise InputError(
             f"the model arguments must be numbers, texts, lists and tables, got {dict(model_kwargs)!r} ({error})"
         ) from error
-    check_numbers(plain, "the model arguments")
+    check_description(plain, "the model arguments")
     return plain
 
 

@@ -61,14 +61,9 @@ def load_huggingface(
         model = _from_config(config)
     else:
         if folder.is_dir():  # transformers would build what its files do not hold, too
-            held = sum(
-                file.stat().st_size for ending in ("safetensors", "bin") for file in folder.glob(f"*.{ending}")
-            )
-            try:
-                with torch.device("meta"):
-                    _from_config(config, Limits(elements=held + 2**22))
-            except InputError as error:
-                raise _cannot_load(model_name, error) from error
+            held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+            with torch.device("meta"):
+                _from_config(config, Limits(elements=held + 2**22))
         model = _with_weights(model_name, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
     names = huggingface_class_names(source.arguments)
@@ -149,7 +144,7 @@ def _from_config(config: Any, limits: Limits = ANY) -> nn.Module:
         with bounded_construction(limits):
             model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
     except (*LOADING_ERRORS, MemoryError, ArithmeticError) as error:
-        raise InputError(f"transformers cannot build an image classifier: {one_line(error)}") from error
+        raise InputError(f"transformers cannot load an image classifier: {one_line(error)}") from error
     return model
 
 

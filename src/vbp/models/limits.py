@@ -21,15 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vbp.errors import InputError
 
-# Arguments of timm.create_model that load weights, name files or change the kind of model.
-RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
-_NOT_SIZES = {"self", "args", "kwargs", "device", "dtype", *RESERVED}
-
-# Entries of a Hugging Face configuration that make transformers load code, kernels or further weights.
-_CODE = (
+# What makes timm or transformers load weights, code or kernels, names files, or makes another kind of model.
+_MORE_THAN_ARCHITECTURE = (
+    *("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay"),
     *("auto_map", "custom_pipelines", "kernel_config", "quantization_config", "use_kernels", "architecture"),
     *("backbone", "backbone_kwargs", "model_args", "use_pretrained_backbone", "use_timm_backbone"),
 )
+_NO_ARGUMENTS = {"self", "args", "kwargs", "device", "dtype", *_MORE_THAN_ARCHITECTURE}
 _ATTENTION = ("eager", "sdpa")  # all others may fetch a kernel from the hub
 
 # Names with these parts may be numbers of layers, each of which takes time to build.
@@ -63,19 +61,19 @@ def check_description(value: Any, what: str, name: str = "", depth: int = 0) -> 
     items = value if isinstance(value, list | tuple) else [value]
     sizes = [abs(item) for item in items if isinstance(item, int | float)]
     attention = name.endswith(("attn_implementation", "attn_implementation_internal"))
-    if (name in _CODE and value) or (attention and value not in (None, *_ATTENTION)):
-        fault = f"nothing but an architecture, with attention {' or '.join(_ATTENTION)}"
+    if (name in _MORE_THAN_ARCHITECTURE and value) or (attention and value not in (None, *_ATTENTION)):
+        fault = f"describe (with {' or '.join(_ATTENTION)} attention) the architecture only"
     elif not all(size <= most for size in sizes) or sum(sizes) > most:
-        fault = f"numbers up to {most}, also in sum"
+        fault = f"hold numbers up to {most}, also in sum"
     elif len(items) > LONGEST_LIST or depth > DEEPEST:
-        fault = f"lists up to {LONGEST_LIST} long and {DEEPEST} deep"
+        fault = f"hold lists up to {LONGEST_LIST} long and {DEEPEST} deep"
     else:
         inner = value.items() if isinstance(value, Mapping) else ((name, item) for item in items if items is value)
         for key, item in inner:
             if key not in ("id2label", "label2id"):  # as long as there are classes
                 check_description(item, what, str(key), depth + 1)
         return
-    raise InputError(f"{what} must hold {fault}, got {name[:40]} = {reprlib.repr(value)}; leave it out")
+    raise InputError(f"{what} must {fault}, got {name[:40]} = {reprlib.repr(value)}; leave it out")
 
 
 def check_timm_arguments(name: str, arguments: Mapping[str, Any]) -> None:
@@ -91,7 +89,7 @@ def check_timm_arguments(name: str, arguments: Mapping[str, Any]) -> None:
             for parent in {*kind.__mro__} - {nn.Module, object}:
                 known.update(inspect.signature(parent).parameters)
     for argument, value in arguments.items():
-        if argument not in known - _NOT_SIZES or not _is_plain(value):
+        if argument not in known - _NO_ARGUMENTS or not _is_plain(value):
             raise InputError(
                 f"timm cannot build {name} from the argument {argument[:80]!r} = {reprlib.repr(value)}: allowed are "
                 "those of its classes, with numbers, single words, null or lists of these; leave it out"

@@ -13,7 +13,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 
 from vbp.errors import InputError
 from vbp.models.classifier import cannot_fetch, hub_repository
-from vbp.models.limits import RESERVED, check_description
+from vbp.models.limits import check_description
 
 
 @dataclass(frozen=True)
@@ -59,12 +59,6 @@ def resolve(
 
 
 def _plain_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    reserved = sorted(set(model_kwargs) & set(RESERVED))
-    if reserved:
-        raise InputError(
-            f"the model arguments must describe the architecture only, got {', '.join(reserved)}; use the "
-            "model name and the checkpoint for the weights"
-        )
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(model_kwargs), allow_nan=False))
     except (TypeError, ValueError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -49,15 +49,36 @@ def hooked(
 ) -> Iterator[None]:
     """Call hooks around the forward passes of modules while the body runs, and remove them afterwards.
 
-    Those `before` are called as `hook(module, args, kwargs)`, those `after` as `hook(module, args, output)`; what
-    they return, unless None, replaces the arguments or the output.
+    Those `before` are called as `hook(module, args, kwargs)`, those `after` as `hook(module, values, output)`, where
+    `values` are all arguments, those given by name last; what they return, unless None, replaces the arguments or the
+    output.
     """
     with ExitStack() as hooks:
         for module, hook in before:
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for module, hook in after:
-            hooks.callback(module.register_forward_hook(hook).remove)
+            hooks.callback(module.register_forward_hook(_after_call(hook), with_kwargs=True).remove)
         yield
+
+
+def _after_call(hook: Hook) -> Hook:
+    return lambda module, args, kwargs, output: hook(module, call_values(args, kwargs), output)
+
+
+def call_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call, those given by name last: a layer may be called as `layer(input=x)`."""
+    return (*args, *kwargs.values())
+
+
+# The one argument of a model, its arguments in their order, or by name.
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def run_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call a model with a tensor, the sequence of its arguments, or the mapping of its named ones."""
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
 
 
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:

@@ -6,12 +6,13 @@ import logging
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
+from vbp.runtime.forward import ExampleInputs
 from vbp.sites.channel_ids import Owner
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
@@ -76,7 +77,7 @@ class Site:
 
 def find_sites(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: ExampleInputs,
     *,
     attention: bool = False,
     convolutions: bool = False,
@@ -89,7 +90,8 @@ def find_sites(
 
     Args:
         model: Any image classifier.
-        example_inputs: An input of the model, "1 channels height width", on the model's device.
+        example_inputs: An input of the model, "1 channels height width", on the model's device; or all its arguments,
+            in their order (a tuple) or by name (a dict). Give noise or a real image: a blank one hides differences.
         attention: Also find the value, and the query and key, channels inside attention.
         convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
             the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.

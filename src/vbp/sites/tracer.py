@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
 from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels
 from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace, tensors_in
@@ -35,21 +35,22 @@ class _Tracer(TorchFunctionMode):
         self.flow = ChannelFlow(parameters)
         self.trace = self.flow.trace
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def run(self, model: nn.Module, inputs: ExampleInputs) -> None:
         modules = (*self._linear, *self._inner)
         hooks = hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
         with hooks, evaluation_mode(model), torch.no_grad(), self:
             for leaf in tensors_in(inputs):
                 self.flow.from_image[leaf] = True
-            output = model(*inputs)
+            output = run_model(model, inputs)
         self.flow.leak(tensors_in(output), "the model's output")
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._inside += 1
         name = self._linear.get(module) or self._inner.get(module, "")
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
-        if module in self._linear and args and isinstance(args[0], Tensor):
-            self._read(module, args[0], self._linear[module])
+        values = call_values(args, kwargs)
+        if module in self._linear and values and isinstance(values[0], Tensor):
+            self._read(module, values[0], self._linear[module])
 
     def _read(self, module: nn.Module, values: Tensor, name: str) -> None:
         if values in self.flow.mixtures:
@@ -133,12 +134,11 @@ def _own_channels(module: nn.Module) -> int:
     return module.num_features
 
 
-def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, convolutions: bool = False) -> Trace:
+def trace_model(model: nn.Module, example_inputs: ExampleInputs, *, convolutions: bool = False) -> Trace:
     """Run one forward pass in evaluation mode and return where each linear layer's channels go.
 
     With `convolutions` the channels of convolutions with kernels of any size are followed too.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = _Tracer(model, convolutions=convolutions)
-    tracer.run(model, inputs)
+    tracer.run(model, example_inputs)
     return tracer.trace

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.runtime.forward import run_model
 from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
@@ -21,7 +22,6 @@ from vbp.torch_pruning.graph import (
     logged_warnings,
     pair_gates_,
     read_group,
-    run_model,
     tracing,
 )
 from vbp.torch_pruning.importance import VarianceImportance

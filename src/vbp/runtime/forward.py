@@ -6,10 +6,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
+from vbp.runtime.random_state import random_state, set_random_state_
 
 
 @contextmanager
@@ -25,6 +28,50 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def snapshot(modules: Iterable[nn.Module], *, parameters: bool) -> Callable[[], None]:
+    """Return a function that restores modes, attributes and buffers of modules, and `parameters` if asked."""
+    saved = []
+    for module in modules:
+        own = vars(module)
+        tables = {key: dict(own[key]) for key in ("_parameters", "_buffers") if isinstance(own.get(key), dict)}
+        values = [
+            *tables.get("_buffers", {}).values(),
+            *(tables.get("_parameters", {}).values() if parameters else ()),
+        ]
+        saved.append((module, dict(own), tables, [(one, one.detach().clone()) for one in values if one is not None]))
+
+    def restore() -> None:
+        for module, own, tables, values in saved:
+            vars(module).clear()
+            vars(module).update(own)
+            for key, table in tables.items():
+                own[key].clear()
+                own[key].update(table)
+            with torch.no_grad():
+                for value, before in values:
+                    if not value.is_meta and not torch.equal(value, before):
+                        value.copy_(before)
+
+    return restore
+
+
+@contextmanager
+def training_paths(model: nn.Module) -> Iterator[None]:
+    """Let modules take the paths that their code takes in training alone, and restore the model and random numbers.
+
+    The layers of torch itself stay in evaluation mode: they have no such path, and norms would learn from the body.
+    """
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    state, restore = random_state(device), snapshot(model.modules(), parameters=False)
+    for module in model.modules():
+        module.training = not type(module).__module__.startswith("torch.") and not isinstance(module, _BatchNorm)
+    try:
+        yield
+    finally:
+        restore()
+        set_random_state_(state, device)
 
 
 @contextmanager

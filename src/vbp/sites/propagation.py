@@ -96,6 +96,7 @@ class Trace:
     reads: list[Read] = field(default_factory=list)
     attentions: list[Attention] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
+    unusual: dict[str, str] = field(default_factory=dict)  # layer -> why its own parameters do not describe it
 
 
 class ChannelFlow:

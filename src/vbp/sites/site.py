@@ -11,9 +11,10 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, first_line
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.channel_ids import Owner
+from vbp.sites.layer_use import unusual_layer
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.tracer import trace_model
@@ -108,21 +109,51 @@ def find_sites(
     if attention:
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
-    sites = _whole(model, sites)
+    sites = _whole(model, _also_in_training(finder, sites, example_inputs, convolutions=convolutions))
+    why = f"; {'; '.join(finder.rejected[:3])}" if finder.rejected else ""
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
             "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
-            "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out{why}"
+        )
+    if not sites and finder.unusual:
+        raise InputError(
+            f"no prunable site in {type(model).__name__}: {'; '.join(list(finder.unusual.values())[:3])}"
         )
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
             "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
             "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
-            "larger kernels too: find_sites(..., convolutions=True)"
+            f"larger kernels too: find_sites(..., convolutions=True){why}"
         )
     return tuple(sites)
+
+
+def _also_in_training(
+    finder: _Finder, sites: list[Site], example_inputs: ExampleInputs, *, convolutions: bool
+) -> list[Site]:
+    """Return the sites whose channels a forward pass in training does not use in another way."""
+    model = finder.model
+    if not sites:
+        return sites
+    try:
+        trace = trace_model(model, example_inputs, convolutions=convolutions, training=True)
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        _log.warning(
+            "%s does not run in training mode on the example input (%s): paths that only training takes are not "
+            "looked at", type(model).__name__, first_line(error),
+        )  # fmt: skip
+        return sites
+    training = _Finder(model, trace)
+    kept = []
+    for site in sites:
+        if reason := training.conflict(site):
+            finder.reject(f"{site.name} is no site: in training {reason}")
+        else:
+            kept.append(site)
+    return kept
 
 
 def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
@@ -154,6 +185,28 @@ class _Finder:
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model, self.trace = model, trace
         self._classes = trace.channels.classes()
+        self.rejected: list[str] = []  # sentences
+        self.unusual: dict[str, str] = {}
+
+    def reject(self, sentence: str) -> None:
+        """Log why something is no site, and keep it for an error."""
+        _log.info("%s", sentence)
+        self.rejected.append(sentence)
+
+    def conflict(self, site: Site) -> str:
+        """Return how this trace uses the channels of a site of another trace differently; empty if it does not."""
+        name, first = site.rows[0]
+        owner = next((one for one in self.trace.channels.owners if one.name == name), None)
+        if owner is None:
+            return ""
+        start = owner.first + first
+        here = self._site(list(range(start, start + site.hidden)), site.consumer, site.kind, site.heads)
+        if isinstance(here, Rejected):
+            return here.reason
+        parts = set(here.producers + here.inner + here.parameters) ^ set(
+            site.producers + site.inner + site.parameters
+        )
+        return f"its channels meet others: {', '.join(sorted(parts))}" if parts else ""
 
     def mlps(self) -> Iterator[Site]:
         attended = {
@@ -171,7 +224,7 @@ class _Finder:
             if isinstance(site, Site):
                 yield site
             else:
-                _log.info("the input of %s is no site: %s", read.layer, site.reason)
+                self.reject(f"the input of {read.layer} is no site: {site.reason}")
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
@@ -179,7 +232,7 @@ class _Finder:
         reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
         label = self.trace.channels.owner_of(int(call.query[0, 0])).name
         if len(reads) != 1 or values is None or call.value is None:
-            _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
+            self.reject(f"the attention behind {label} is no site: no single layer reads its values in order")
             return []
         heads = call.value.shape[0]
         value = self._site(values, reads[0], "value", heads)
@@ -190,7 +243,7 @@ class _Finder:
             return [value, pair]
         for one in (value, pair):
             if isinstance(one, Rejected):
-                _log.info("the attention behind %s is no site: %s", label, one.reason)
+                self.reject(f"the attention behind {label} is no site: {one.reason}")
         return []
 
     def log_unfollowed_attention(self) -> None:
@@ -198,8 +251,8 @@ class _Finder:
         channels = self.trace.channels
         ends = {channels.owner_of(one).name for one, reason in channels.leaks.items() if reason in PRODUCTS}
         for name in sorted(ends):
-            _log.info(
-                "the attention behind %s is no site: not all of queries, keys and values come from layers", name
+            self.reject(
+                f"the attention behind {name} is no site: not all of queries, keys and values come from layers"
             )
 
     def _members(self, ids: list[int]) -> set[int]:
@@ -248,6 +301,9 @@ class _Finder:
         if len({id(group) for group in groups}) != len(groups):
             return "some of its channels are bound together"
         names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        for name in sorted(names & self.trace.unusual.keys()):
+            self.unusual[name] = unusual_layer(name, self.trace.unusual[name])
+            return self.unusual[name]
         if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
             return f"{', '.join(repeated)} runs more than once in a forward pass"
         if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):

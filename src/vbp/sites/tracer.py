@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
+from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model, training_paths
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
+from vbp.sites.layer_use import watching_layers
 from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels
 from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace, tensors_in
 
@@ -38,7 +40,7 @@ class _Tracer(TorchFunctionMode):
     def run(self, model: nn.Module, inputs: ExampleInputs) -> None:
         modules = (*self._linear, *self._inner)
         hooks = hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
-        with hooks, evaluation_mode(model), torch.no_grad(), self:
+        with watching_layers(model) as self.trace.unusual, hooks, torch.no_grad(), self, _ShowCompiled():  # type: ignore[no-untyped-call]
             for leaf in tensors_in(inputs):
                 self.flow.from_image[leaf] = True
             output = run_model(model, inputs)
@@ -110,7 +112,7 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]
         tensors = tensors_in(output)
         if not tensors and (name in QUERIES or name == "__get__"):
             return output
@@ -121,6 +123,19 @@ class _Tracer(TorchFunctionMode):
         if not self._inside:
             self.flow.follow(func, name, args, kwargs, operands, output)
         return output
+
+
+class _ShowCompiled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Repeats what runs outside of Python, such as TorchScript, operation by operation where the tracer sees it."""
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        return func(*args, **(kwargs or {}))
 
 
 def _own_channels(module: nn.Module) -> int:
@@ -134,11 +149,15 @@ def _own_channels(module: nn.Module) -> int:
     return module.num_features
 
 
-def trace_model(model: nn.Module, example_inputs: ExampleInputs, *, convolutions: bool = False) -> Trace:
+def trace_model(
+    model: nn.Module, example_inputs: ExampleInputs, *, convolutions: bool = False, training: bool = False
+) -> Trace:
     """Run one forward pass in evaluation mode and return where each linear layer's channels go.
 
-    With `convolutions` the channels of convolutions with kernels of any size are followed too.
+    With `convolutions` the channels of convolutions with kernels of any size are followed too; with `training` the
+    model takes the paths of training.
     """
     tracer = _Tracer(model, convolutions=convolutions)
-    tracer.run(model, example_inputs)
+    with training_paths(model) if training else evaluation_mode(model):
+        tracer.run(model, example_inputs)
     return tracer.trace

@@ -23,8 +23,7 @@ from vbp.pruning.cutting import (
 )
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
-from vbp.sites.layer_use import unusual_layer, unusual_layers
-from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.site import Site
 from vbp.statistics.statistics import observed_names
 
@@ -67,7 +66,7 @@ def prune_(
     _check_fits(model, plan, means, covariances)
     check_ridge(ridge)
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
-    restore = snapshot(_touched(model, entries), parameters=True)
+    restore = snapshot(_touched(model, entries), "_parameters", "_buffers")
     try:
         errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
         for entry in entries:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -30,25 +31,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def snapshot(modules: Iterable[nn.Module], *, parameters: bool) -> Callable[[], None]:
-    """Return a function that restores modes, attributes and buffers of modules, and `parameters` if asked."""
+def snapshot(modules: Iterable[nn.Module], *tables: Literal["_parameters", "_buffers"]) -> Callable[[], None]:
+    """Return a function that restores modes and attributes of modules, and the tensors of these tables."""
     saved = []
     for module in modules:
         own = vars(module)
-        tables = {key: dict(own[key]) for key in ("_parameters", "_buffers") if isinstance(own.get(key), dict)}
-        values = [
-            *tables.get("_buffers", {}).values(),
-            *(tables.get("_parameters", {}).values() if parameters else ()),
-        ]
-        saved.append((module, dict(own), tables, [(one, one.detach().clone()) for one in values if one is not None]))
+        kept = {key: dict(own[key]) for key in tables}
+        values = [value for table in kept.values() for value in table.values() if value is not None]
+        saved.append((module, dict(own), kept, [(value, value.detach().clone()) for value in values]))
 
     def restore() -> None:
-        for module, own, tables, values in saved:
-            vars(module).clear()
-            vars(module).update(own)
-            for key, table in tables.items():
-                own[key].clear()
-                own[key].update(table)
+        for module, own, kept, values in saved:
+            for target, state in ((vars(module), own), *((own[key], kept[key]) for key in kept)):
+                target.clear()
+                target.update(state)
             with torch.no_grad():
                 for value, before in values:
                     if not value.is_meta and not torch.equal(value, before):
@@ -64,7 +60,7 @@ def training_paths(model: nn.Module) -> Iterator[None]:
     The layers of torch itself stay in evaluation mode: they have no such path, and norms would learn from the body.
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
-    state, restore = random_state(device), snapshot(model.modules(), parameters=False)
+    state, restore = random_state(device), snapshot(model.modules(), "_buffers")
     for module in model.modules():
         module.training = not type(module).__module__.startswith("torch.") and not isinstance(module, _BatchNorm)
     try:
@@ -104,12 +100,12 @@ def hooked(
         for module, hook in before:
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for module, hook in after:
-            hooks.callback(module.register_forward_hook(_after_call(hook), with_kwargs=True).remove)
+            hooks.callback(module.register_forward_hook(partial(_call_after, hook), with_kwargs=True).remove)
         yield
 
 
-def _after_call(hook: Hook) -> Hook:
-    return lambda module, args, kwargs, output: hook(module, call_values(args, kwargs), output)
+def _call_after(hook: Hook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return hook(module, call_values(args, kwargs), output)
 
 
 def call_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:

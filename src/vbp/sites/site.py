@@ -11,11 +11,10 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.errors import InputError, first_line
+from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.channel_ids import Owner
-from vbp.sites.layer_use import unusual_layer
-from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.layers import input_channels, output_channels, unusual_layer
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.tracer import trace_model
 
@@ -85,9 +84,10 @@ def find_sites(
 ) -> tuple[Site, ...]:
     """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
 
-    The channels are followed through one forward pass, so names and nesting of the modules do not matter. Between
-    the two layers there may be activations, gates, norms, depthwise convolutions and changes of shape. What is used
-    in any other way is left out, with a log line saying why.
+    The channels are followed through a forward pass in evaluation mode and one in training mode, so names and nesting
+    of the modules do not matter. Between the two layers there may be activations, gates, norms, depthwise
+    convolutions and changes of shape. What is used in any other way, or is made or read by a layer that is more than
+    its `weight` and `bias`, is left out, with a log line saying why.
 
     Args:
         model: Any image classifier.
@@ -109,7 +109,7 @@ def find_sites(
     if attention:
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
-    sites = _whole(model, _also_in_training(finder, sites, example_inputs, convolutions=convolutions))
+    sites = _whole(model, sites)
     why = f"; {'; '.join(finder.rejected[:3])}" if finder.rejected else ""
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
@@ -118,9 +118,7 @@ def find_sites(
             f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out{why}"
         )
     if not sites and finder.unusual:
-        raise InputError(
-            f"no prunable site in {type(model).__name__}: {'; '.join(list(finder.unusual.values())[:3])}"
-        )
+        raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(finder.unusual[:3])}")
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
@@ -129,31 +127,6 @@ def find_sites(
             f"larger kernels too: find_sites(..., convolutions=True){why}"
         )
     return tuple(sites)
-
-
-def _also_in_training(
-    finder: _Finder, sites: list[Site], example_inputs: ExampleInputs, *, convolutions: bool
-) -> list[Site]:
-    """Return the sites whose channels a forward pass in training does not use in another way."""
-    model = finder.model
-    if not sites:
-        return sites
-    try:
-        trace = trace_model(model, example_inputs, convolutions=convolutions, training=True)
-    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
-        _log.warning(
-            "%s does not run in training mode on the example input (%s): paths that only training takes are not "
-            "looked at", type(model).__name__, first_line(error),
-        )  # fmt: skip
-        return sites
-    training = _Finder(model, trace)
-    kept = []
-    for site in sites:
-        if reason := training.conflict(site):
-            finder.reject(f"{site.name} is no site: in training {reason}")
-        else:
-            kept.append(site)
-    return kept
 
 
 def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
@@ -172,13 +145,6 @@ def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
         sites = [site for site in sites if not partial & set(site.producers)]
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """Channels that are no site, and why."""
-
-    reason: str
-
-
 class _Finder:
     """Reads sites off a trace."""
 
@@ -186,27 +152,12 @@ class _Finder:
         self.model, self.trace = model, trace
         self._classes = trace.channels.classes()
         self.rejected: list[str] = []  # sentences
-        self.unusual: dict[str, str] = {}
+        self.unusual: list[str] = []  # those among them that name a layer, with the remedy
 
     def reject(self, sentence: str) -> None:
         """Log why something is no site, and keep it for an error."""
         _log.info("%s", sentence)
         self.rejected.append(sentence)
-
-    def conflict(self, site: Site) -> str:
-        """Return how this trace uses the channels of a site of another trace differently; empty if it does not."""
-        name, first = site.rows[0]
-        owner = next((one for one in self.trace.channels.owners if one.name == name), None)
-        if owner is None:
-            return ""
-        start = owner.first + first
-        here = self._site(list(range(start, start + site.hidden)), site.consumer, site.kind, site.heads)
-        if isinstance(here, Rejected):
-            return here.reason
-        parts = set(here.producers + here.inner + here.parameters) ^ set(
-            site.producers + site.inner + site.parameters
-        )
-        return f"its channels meet others: {', '.join(sorted(parts))}" if parts else ""
 
     def mlps(self) -> Iterator[Site]:
         attended = {
@@ -224,7 +175,7 @@ class _Finder:
             if isinstance(site, Site):
                 yield site
             else:
-                self.reject(f"the input of {read.layer} is no site: {site.reason}")
+                self.reject(f"the input of {read.layer} is no site: {site}")
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
@@ -238,12 +189,12 @@ class _Finder:
         value = self._site(values, reads[0], "value", heads)
         pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
-            pair = Rejected("queries and values have different numbers of channels")
+            pair = "queries and values have different numbers of channels"
         if isinstance(value, Site) and isinstance(pair, Site):
             return [value, pair]
         for one in (value, pair):
-            if isinstance(one, Rejected):
-                self.reject(f"the attention behind {label} is no site: {one.reason}")
+            if isinstance(one, str):
+                self.reject(f"the attention behind {label} is no site: {one}")
         return []
 
     def log_unfollowed_attention(self) -> None:
@@ -261,18 +212,18 @@ class _Finder:
 
     def _site(
         self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
-    ) -> Site | Rejected:
+    ) -> Site | str:
         """Return the site of these channels, or why they are none."""
         channels = self.trace.channels
         groups = [self._classes[channels.root(identity)] for identity in ids]
         if reason := self._why_unfit(groups, consumer):
-            return Rejected(reason)
+            return reason
         owners: list[tuple[Owner, int]] = []
         for place, first in enumerate(sorted(groups[0])):
             owner = channels.owner_of(first)
             rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
             if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
-                return Rejected(f"its channels are scattered over the rows of {owner.name}")
+                return f"its channels are scattered over the rows of {owner.name}"
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)
@@ -301,9 +252,9 @@ class _Finder:
         if len({id(group) for group in groups}) != len(groups):
             return "some of its channels are bound together"
         names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
-        for name in sorted(names & self.trace.unusual.keys()):
-            self.unusual[name] = unusual_layer(name, self.trace.unusual[name])
-            return self.unusual[name]
+        if unusual := sorted(names & self.trace.unusual.keys()):
+            self.unusual.append(unusual_layer(unusual[0], self.trace.unusual[unusual[0]]))
+            return self.unusual[-1]
         if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
             return f"{', '.join(repeated)} runs more than once in a forward pass"
         if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -187,7 +188,7 @@ class _Finder:
             return []
         heads = call.value.shape[0]
         value = self._site(values, reads[0], "value", heads)
-        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, self._follows_head(call, label))
         if call.query.shape != call.value.shape:
             pair = "queries and values have different numbers of channels"
         if isinstance(value, Site) and isinstance(pair, Site):
@@ -196,6 +197,19 @@ class _Finder:
             if isinstance(one, str):
                 self.reject(f"the attention behind {label} is no site: {one}")
         return []
+
+    def _follows_head(self, call: Attention, query: str) -> bool:
+        """Return whether the softmax scale shrinks with the heads: code computes it, and no module keeps it."""
+        root = call.query.shape[1] ** 0.5
+        parts = query.split(".")[:-1]
+        around = [self.model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+        numbers = [value for module in around for value in vars(module).values() if isinstance(value, float)]
+
+        def is_scale(value: float) -> bool:
+            return math.isclose(value, root) or math.isclose(value, 1 / root)
+
+        computed = call.factor is not None and is_scale(call.factor) and not any(map(is_scale, numbers))
+        return call.implicit_scale or computed
 
     def log_unfollowed_attention(self) -> None:
         """Name the layers whose channels meet others of unknown origin in an attention."""

@@ -24,7 +24,7 @@ from vbp.refit.head import HeadRefit
 from vbp.refit.producers import ProducerRefit
 from vbp.refit.stream import StreamRefit
 from vbp.report.html import clear_report, summary_row, write_report
-from vbp.report.run_report import read_run
+from vbp.report.run_report import read_run, refit_data
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 FIGURES = [
@@ -263,10 +263,10 @@ def test_the_page_says_what_each_refit_did(tmp_path: Path) -> None:
     stream = StreamRefit((), 500, 250, 0.5, 0.5)
     head = HeadRefit("head", 1000, math.inf, 0.25, 0.25)
     refits = {"producers": producers, "stream": stream, "head": head}
-    write_run(tmp_path, **{name: {**one.to_dict(), "sentence": one.sentence()} for name, one in refits.items()})
+    write_run(tmp_path, **{name: refit_data(one) for name, one in refits.items()})
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
     assert [item.text for item in page.all("li")] == [one.sentence() for one in refits.values()]
-    write_run(tmp_path, head={**head.to_dict(), "sentence": HOSTILE})
+    write_run(tmp_path, head={**(refit_data(head) or {}), "sentence": HOSTILE})
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
     assert [item.text for item in page.all("li")] == [HOSTILE]
 

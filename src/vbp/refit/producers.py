@@ -13,8 +13,7 @@ could, and look better on them than on new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -38,10 +37,6 @@ class ProducerRefit:
 
     images: int
     errors: Mapping[str, tuple[float, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return asdict(self) | {"errors": {name: list(errors) for name, errors in self.errors.items()}}
 
     def sentence(self) -> str:
         """Return in words what became of the model."""

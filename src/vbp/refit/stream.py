@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -62,10 +62,6 @@ class StreamRefit:
     judged: int
     before: float
     after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return asdict(self) | {"sites": list(self.sites)}
 
     def sentence(self) -> str:
         """Return in words what became of the model."""

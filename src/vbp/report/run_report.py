@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -35,11 +36,9 @@ _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, and MACs of one image.
+    """One model of a run: accuracies in percent on `images` validation images, MACs of one image, epochs of tuning.
 
-    Attributes:
-        latency_ms: Median time of one batch, where it was measured.
-        epoch: Epochs of fine-tuning behind it, where that applies.
+    `latency_ms` is the median time of one batch, where it was measured.
     """
 
     top1: float
@@ -145,9 +144,9 @@ class RunReport:
             reconstruction={
                 one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
             },
-            producers=_refit_data(refits.producers),
-            stream=_refit_data(refits.stream),
-            head=_refit_data(refits.head),
+            producers=refit_data(refits.producers),
+            stream=refit_data(refits.stream),
+            head=refit_data(refits.head),
             **rest,
         )
 
@@ -260,8 +259,12 @@ def setting_text(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
 
 
-def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
-    return None if refit is None else {**refit.to_dict(), "sentence": refit.sentence()}
+def refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
+    """Return what a refit did as plain JSON data, and in words; the strength of a head left as it was is None."""
+    if refit is None:
+        return None
+    plain = {name: None if value == math.inf else value for name, value in to_json(refit).items()}
+    return {**plain, "sentence": refit.sentence()}
 
 
 @dataclass(frozen=True)

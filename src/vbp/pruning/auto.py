@@ -23,11 +23,10 @@ from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE
-from vbp.pruning.choice import Candidate, PlanChoice
 from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint

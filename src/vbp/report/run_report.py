@@ -12,9 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
-from vbp.pruning.choice import Candidate
 from vbp.pruning.convergence import Stage
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics

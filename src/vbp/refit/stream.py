@@ -30,7 +30,7 @@ from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
-from vbp.refit.mlp_step import add_step_, step_of
+from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session

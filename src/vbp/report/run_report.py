@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
@@ -17,13 +16,6 @@ from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
-
-if TYPE_CHECKING:
-    from vbp.cost.budget import BudgetResult
-    from vbp.refit.head import HeadRefit
-    from vbp.refit.producers import ProducerRefit
-    from vbp.refit.refits import RefitReport
-    from vbp.refit.stream import StreamRefit
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
@@ -110,44 +102,6 @@ class RunReport:
     producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
-
-    @staticmethod
-    def of(
-        plan: PruningPlan,
-        base: Measured,
-        pruned: Measured,
-        *,
-        budget: BudgetResult,
-        candidates: Sequence[Candidate],
-        errors: Sequence[Reconstruction],
-        refits: RefitReport,
-        convergence: Mapping[str, Any] | None,
-        calibration_images: int,
-        **rest: Any,
-    ) -> RunReport:
-        """Return the report of a run that has pruned its model and not fine-tuned it: it is the best and the last.
-
-        The errors come from `prune_`, convergence from `Convergence.to_dict`; `rest` are further fields, as they are.
-        """
-        return RunReport(
-            base=base,
-            pruned=pruned,
-            best=pruned,
-            final=pruned,
-            keep_ratio=plan.kept / plan.total if plan.total else 1.0,
-            sites=plan.widths,
-            images={"calibration": calibration_images, "val": base.images or 0},
-            convergence=convergence,
-            budget=budget.to_dict(),
-            candidates=[to_json(one) for one in candidates],
-            reconstruction={
-                one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
-            },
-            producers=refit_data(refits.producers),
-            stream=refit_data(refits.stream),
-            head=refit_data(refits.head),
-            **rest,
-        )
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -256,14 +210,6 @@ class RunReport:
 def setting_text(value: Any) -> str:
     """Return the value of a setting as tables show it."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
-
-
-def refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
-    """Return what a refit did as plain JSON data, and in words; the strength of a head left as it was is None."""
-    if refit is None:
-        return None
-    plain = {name: None if value == math.inf else value for name, value in to_json(refit).items()}
-    return {**plain, "sentence": refit.sentence()}
 
 
 @dataclass(frozen=True)

@@ -119,9 +119,7 @@ class Statistics:
         """Refuse statistics that lack a site, as those of a run without attention, or what a site needs.
 
         Raises:
-            InputError: A site is missing, has another number of channels, or has no covariance or (an MLP) no
-            sensitivity
-                where that is wanted.
+            InputError: A site is missing or has another number of channels, or lacks what is wanted.
         """
         for site in sites:
             for name in observed_names(site):

@@ -60,6 +60,11 @@ class Preprocessing:
         _check_size_and_crop(self)
         _check_normalisation(self)
 
+    def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
+        """Return noise of the network's size, the same at every call: on blank images all tokens are equal."""
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(batch, len(self.mean), *self.img_size, generator=generator)
+
     def override(
         self,
         *,

@@ -6,23 +6,15 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
-from vbp.pruning.choice import Candidate
 from vbp.pruning.convergence import Stage
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, parse_json, read_json, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
-
-if TYPE_CHECKING:
-    from vbp.cost.budget import BudgetResult
-    from vbp.refit.head import HeadRefit
-    from vbp.refit.producers import ProducerRefit
-    from vbp.refit.refits import RefitReport
-    from vbp.refit.stream import StreamRefit
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 
@@ -34,11 +26,9 @@ _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, and MACs of one image.
+    """One model of a run: accuracies in percent on `images` validation images, MACs of one image, epochs of tuning.
 
-    Attributes:
-        latency_ms: Median time of one batch, where it was measured.
-        epoch: Epochs of fine-tuning behind it, where that applies.
+    `latency_ms` is the median time of one batch, where it was measured.
     """
 
     top1: float
@@ -111,44 +101,6 @@ class RunReport:
     producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
-
-    @staticmethod
-    def of(
-        plan: PruningPlan,
-        base: Measured,
-        pruned: Measured,
-        *,
-        budget: BudgetResult,
-        candidates: Sequence[Candidate],
-        errors: Sequence[Reconstruction],
-        refits: RefitReport,
-        convergence: Mapping[str, Any] | None,
-        calibration_images: int,
-        **rest: Any,
-    ) -> RunReport:
-        """Return the report of a run that has pruned its model and not fine-tuned it: it is the best and the last.
-
-        The errors come from `prune_`, convergence from `Convergence.to_dict`; `rest` are further fields, as they are.
-        """
-        return RunReport(
-            base=base,
-            pruned=pruned,
-            best=pruned,
-            final=pruned,
-            keep_ratio=plan.kept / plan.total if plan.total else 1.0,
-            sites=plan.widths,
-            images={"calibration": calibration_images, "val": base.images or 0},
-            convergence=convergence,
-            budget=budget.to_dict(),
-            candidates=[to_json(one) for one in candidates],
-            reconstruction={
-                one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
-            },
-            producers=_refit_data(refits.producers),
-            stream=_refit_data(refits.stream),
-            head=_refit_data(refits.head),
-            **rest,
-        )
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -257,10 +209,6 @@ class RunReport:
 def setting_text(value: Any) -> str:
     """Return the value of a setting as tables show it."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
-
-
-def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
-    return None if refit is None else {**refit.to_dict(), "sentence": refit.sentence()}
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from torch import nn
 
 from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
+from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
@@ -74,6 +75,21 @@ def run(config: RunConfig) -> RunReport:
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
         if session.processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
+    return report
+
+
+def run_to_budget(config: RunConfig) -> RunReport:
+    """Call `run`, and raise at its end if a target was missed, unless `config.best_effort` accepts that.
+
+    Raises:
+        InputError: Likewise; or as `run`.
+    """
+    report = run(config)
+    if config.budget.quantity != "keep_ratio" and not (report.budget["met"] or config.best_effort):
+        raise InputError(
+            f"{report.budget['sentence']}; the results are in {config.save_dir}: change the target, or give "
+            "--best_effort to accept the nearest plan"
+        )
     return report
 
 

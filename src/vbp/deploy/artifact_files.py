@@ -8,6 +8,7 @@ import json
 import pickle
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vbp.errors import InputError, OutputError, one_line
-from vbp.models.weights import PREFIXES
+from vbp.models.weights import uncompiled, unwrapped_state
+from vbp.pruning.plan import PruningPlan
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
@@ -30,10 +32,7 @@ State = dict[str, Tensor]
 
 def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
     """Return the state of a model as contiguous tensors on the CPU that share no memory; tied ones are one object."""
-    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    for prefix in PREFIXES * 2:  # DistributedDataParallel and torch.compile put them there; either may be outside
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state: Mapping[str, Any] = unwrapped_state(model.state_dict() if isinstance(model, nn.Module) else model)
     name = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if name is not None:
         raise InputError(
@@ -47,6 +46,33 @@ def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
         # A view would carry the whole storage that it is cut from into the file.
         plain[name] = plain[shared[name]] if name in shared else own.clone(memory_format=torch.contiguous_format)
     return plain
+
+
+def unwrapped_plan(plan: PruningPlan, state: State) -> PruningPlan:
+    """Return a plan that names the layers of `plain_state`, whatever wrapped the model when its sites were found."""
+
+    def own(name: str) -> str:
+        name = uncompiled(name)
+        while name.startswith("module.") and not any(key == name or key.startswith(f"{name}.") for key in state):
+            name = name.removeprefix("module.")
+        return name
+
+    return replace(
+        plan,
+        sites=tuple(
+            replace(
+                entry,
+                site=replace(
+                    entry.site,
+                    producers=tuple(map(own, entry.site.producers)),
+                    consumer=own(entry.site.consumer),
+                    inner=tuple(map(own, entry.site.inner)),
+                    parameters=tuple(map(own, entry.site.parameters)),
+                ),
+            )
+            for entry in plan.sites
+        ),
+    )
 
 
 def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:

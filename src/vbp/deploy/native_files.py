@@ -30,6 +30,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
+        for file in temporary.iterdir():
+            file.chmod(0o666 & ~mask)
         if folder.exists():
             folder.rmdir()
         temporary.replace(folder)

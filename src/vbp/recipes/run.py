@@ -18,14 +18,14 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
-from vbp.recipes.finetune import BEST, FINAL, check_memory, finetune
+from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.measure import describe, latencies, measure
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
-from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact
+from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import RefitReport, Refits
-from vbp.report.run_report import METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
+from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.precision import move_

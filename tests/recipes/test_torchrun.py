@@ -28,7 +28,7 @@ PRUNE_ONLY = {
 # Where only the end of a job matters: no search, no refit, a few images.
 SHORT = {
     "criterion": "variance", "compensation": "mean", "global_pruning": True, "compare_uncompensated": False,
-    "calib_samples": 100, "limit_val": 100,
+    "calib_samples": 100, "limit_val": 100, "val_batch_size": 32,
 }  # fmt: skip
 
 

@@ -95,9 +95,9 @@ def render(figure: Figure, name: str) -> tuple[bytes, bytes]:
     with mpl.rc_context({**_STYLE, "svg.hashsalt": name}), warnings.catch_warnings():
         # A name in a script that the font lacks shows boxes in the PNG; the SVG has it as text.
         warnings.filterwarnings("ignore", message=r"Glyph .* missing from")
-        # `savefig` draws everything twice, once to measure; the layout engine has no need of that.
+        # `savefig` draws everything twice, once to measure, which the layout engine does not need.
         FigureCanvasSVG(figure).print_svg(svg, metadata=_NO_METADATA)  # type: ignore[no-untyped-call]
-        # Nor need the places of the axes be found again.
+        # The layout is the same for both files.
         figure.set_layout_engine("none")
         figure.set_dpi(_DPI)
         FigureCanvasAgg(figure).print_png(png, metadata={"Software": None})  # type: ignore[no-untyped-call]

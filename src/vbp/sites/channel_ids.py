@@ -14,7 +14,7 @@ from torch import Tensor
 
 Ids = npt.NDArray[np.int64]
 
-# `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution on their way;
+# `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution that they pass;
 # `parameter`: a bare parameter with one element a channel.
 OwnerKind = Literal["layer", "inner", "parameter"]
 

@@ -1,6 +1,6 @@
 """Find where a site's consumer writes into the residual stream.
 
-Libraries nest and name their blocks differently, so the place is found by what happens: a known disturbance of the
+Libraries nest and name their blocks differently, so the place is found by a test: a known disturbance of the
 consumer's output must arrive in the output of a module around it, unchanged but for one factor a channel
 (LayerScale), beside something that does not come from the consumer.
 """

@@ -162,8 +162,8 @@ def watching_norms(model: nn.Module) -> Iterator[dict[nn.Module, _BatchNorm]]:
 def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch.device | str | None = None) -> None:
     """Replace the running mean and variance of every BatchNorm by the average over all batches.
 
-    Pruning changes the variance that a BatchNorm sees, which the mean shift does not mend. Nothing else of the model
-    changes; dropout stays off.
+    Pruning changes the variance that a BatchNorm sees, which the mean shift does not restore. Nothing else of the
+    model changes; dropout stays off.
 
     Args:
         model: A model with BatchNorm layers.

@@ -98,7 +98,7 @@ def correct_graph_(graph: Any) -> None:
     to an end. Here a reshape flattens only if its own input has feature maps of that many positions. Norms keep the
     order of their channels.
     """
-    _mend_layer_norms_(graph)
+    _correct_layer_norms_(graph)
     for node in graph.module2node.values():
         sizes = _input_sizes(node)
         if node.type != ops.OPTYPE.RESHAPE or len(sizes) in (0, 2):
@@ -126,17 +126,17 @@ class _LayerNormPruner(function.LayernormPruner):  # type: ignore[misc]
     prune_in_channels = prune_out_channels
 
 
-def _mend_layer_norms_(graph: Any) -> None:
+def _correct_layer_norms_(graph: Any) -> None:
     """Make every later pruning of this graph's norms keep the order of their channels."""
-    faulty, mended = graph.REGISTERED_PRUNERS[ops.OPTYPE.LN], _LayerNormPruner()
+    faulty, corrected = graph.REGISTERED_PRUNERS[ops.OPTYPE.LN], _LayerNormPruner()
     if isinstance(faulty, _LayerNormPruner):
         return
-    graph.REGISTERED_PRUNERS[ops.OPTYPE.LN] = mended
-    graph._in_channel_pruning_fn.add(mended.prune_in_channels)
-    graph._out_channel_pruning_fn.add(mended.prune_out_channels)
+    graph.REGISTERED_PRUNERS[ops.OPTYPE.LN] = corrected
+    graph._in_channel_pruning_fn.add(corrected.prune_in_channels)
+    graph._out_channel_pruning_fn.add(corrected.prune_out_channels)
     replaced = {
-        faulty.prune_in_channels: mended.prune_in_channels,
-        faulty.prune_out_channels: mended.prune_out_channels,
+        faulty.prune_in_channels: corrected.prune_in_channels,
+        faulty.prune_out_channels: corrected.prune_out_channels,
     }
     for node in graph.module2node.values():
         for dependency in node.dependencies:
@@ -160,9 +160,9 @@ def _flattenings(node: Any, neighbours: Sequence[Any]) -> list[Any]:
 
 
 def pair_gates_(graph: Any) -> None:
-    """Teach a dependency graph that a channel-last `chunk` or `split` cuts the channels into parts.
+    """Correct the graph where a channel-last `chunk` or `split` splits the channels.
 
-    Torch-Pruning follows splits of dimension 1 alone. After a packed gate (SwiGLU: one Linear whose output is cut
+    Torch-Pruning follows splits of dimension 1 alone. After a packed gate (SwiGLU: one Linear whose output is split
     into gate and value along the last dimension) it takes the channel numbers of the whole for those of a part, and
     the pruned model fails. Call it again after each pruning: Torch-Pruning leaves the offsets where they were.
     """

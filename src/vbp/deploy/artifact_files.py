@@ -21,6 +21,7 @@ from vbp.errors import InputError, OutputError, one_line
 from vbp.models.weights import uncompiled, unwrapped_state
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
+from vbp.sites.site import Site
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
@@ -57,22 +58,13 @@ def unwrapped_plan(plan: PruningPlan, state: State) -> PruningPlan:
             name = name.removeprefix("module.")
         return name
 
-    return replace(
-        plan,
-        sites=tuple(
-            replace(
-                entry,
-                site=replace(
-                    entry.site,
-                    producers=tuple(map(own, entry.site.producers)),
-                    consumer=own(entry.site.consumer),
-                    inner=tuple(map(own, entry.site.inner)),
-                    parameters=tuple(map(own, entry.site.parameters)),
-                ),
-            )
-            for entry in plan.sites
-        ),
-    )
+    def renamed(site: Site) -> Site:
+        producers, inner, parameters = (
+            tuple(map(own, names)) for names in (site.producers, site.inner, site.parameters)
+        )
+        return replace(site, producers=producers, consumer=own(site.consumer), inner=inner, parameters=parameters)
+
+    return replace(plan, sites=tuple(replace(entry, site=renamed(entry.site)) for entry in plan.sites))
 
 
 def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:

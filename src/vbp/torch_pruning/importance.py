@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -137,7 +136,8 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 model(images)
         moments = {layer: finish(seen, names[layer]) for layer, seen in inputs.items()}
         own = {layer: finish(seen, names[layer]) for layer, (seen, _) in targets.items()}
-        self._summarise(couplings, canonical, _overridden(moments, couplings, own, names))
+        _check_targets(own, couplings, names)
+        self._summarise(couplings, canonical, moments, own)
 
     def __call__(self, group: Any) -> Float[Tensor, "roots"] | None:
         """Score the root channels of a `tp.dependency.Group` by `variance`; `None` where no layer reads them.
@@ -212,19 +212,49 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 self.variance[edge.layer] = without(self.variance[edge.layer], edge.channels)
 
     def _summarise(
-        self, couplings: Sequence[Coupling], canonical: Sequence[Tensor], inputs: Mapping[nn.Module, ChannelMoments]
+        self,
+        couplings: Sequence[Coupling],
+        canonical: Sequence[Tensor],
+        inputs: Mapping[nn.Module, ChannelMoments],
+        own: Mapping[nn.Module, ChannelMoments],
     ) -> None:
+        """Take the statistics of the layers that read channels, or `own` ones, for the layers that write them."""
+        variances = {layer: moments.variance for layer, moments in inputs.items()}
         self.variance = {}
         self.means = ChannelMeans({}, {layer: moments.mean for layer, moments in inputs.items()})
         for coupling, roots in zip(couplings, canonical, strict=True):
             if not coupling.consumers:
                 continue
-            variance = _by_root(coupling, {layer: moments.variance for layer, moments in inputs.items()})
-            mean = _by_root(coupling, self.means.inputs)
-            for edge in _written(coupling):
-                for entries, by_root in ((self.variance, variance[roots]), (self.means, mean[roots])):
+            for entries, read, part in (
+                (self.variance, variances, "variance"),
+                (self.means, self.means.inputs, "mean"),
+            ):
+                by_root = _by_root(coupling, read)
+                for made in (edge for edge in coupling.producers if edge.layer in own):
+                    by_root[made.roots] = getattr(own[made.layer], part)[made.channels]
+                    for edge in coupling.consumers:
+                        there = torch.isin(edge.roots, made.roots)
+                        read[edge.layer][edge.channels[there]] = by_root[edge.roots[there]]
+                for edge in _written(coupling):
                     entries.setdefault(edge.layer, torch.zeros(_width(edge), dtype=torch.float64))
-                    entries[edge.layer][edge.channels] = by_root[edge.roots]
+                    entries[edge.layer][edge.channels] = by_root[roots][edge.roots]
+
+
+def _check_targets(
+    own: Mapping[nn.Module, ChannelMoments], couplings: Sequence[Coupling], names: Mapping[nn.Module, str]
+) -> None:
+    known = {edge.layer for coupling in couplings if coupling.consumers for edge in coupling.producers}
+    for layer, moments in own.items():
+        if layer not in known:
+            raise InputError(
+                f"target_layers must be layers whose output channels can be pruned, got {names[layer]!r}; "
+                "name the Linear or convolution layer and give the activation as the function"
+            )
+        width, got = output_channels(layer), len(moments.mean)
+        if got != width:
+            raise InputError(
+                f"target_layers: the function for {names[layer]} must keep its {width} channels, got {got}"
+            )
 
 
 def _written(coupling: Coupling) -> tuple[Edge, ...]:
@@ -249,44 +279,6 @@ def _by_root(coupling: Coupling, values: Mapping[nn.Module, Tensor]) -> Float[Te
         total += torch.zeros_like(total).index_add_(0, edge.roots, seen) / times.clamp(min=1)
         readers += times > 0
     return total / readers.clamp(min=1)
-
-
-def _overridden(
-    inputs: Mapping[nn.Module, ChannelMoments],
-    couplings: Sequence[Coupling],
-    targets: Mapping[nn.Module, ChannelMoments],
-    names: Mapping[nn.Module, str],
-) -> dict[nn.Module, ChannelMoments]:
-    """Return the statistics at the consumers, those of `target_layers` in their place."""
-    result, left = dict(inputs), dict(targets)
-    for coupling in couplings:
-        for producer in coupling.producers:
-            moments = left.pop(producer.layer, None) if coupling.consumers else None
-            if moments is None:
-                continue
-            if len(moments.mean) != output_channels(producer.layer):
-                raise InputError(
-                    f"target_layers: the function for {names[producer.layer]} must keep its "
-                    f"{output_channels(producer.layer)} channels, got {len(moments.mean)}"
-                )
-            for edge in coupling.consumers:
-                result[edge.layer] = _overwritten(result[edge.layer], moments, producer, edge)
-    if left:
-        raise InputError(
-            f"target_layers must be layers whose output channels can be pruned, got {names[next(iter(left))]!r}; "
-            "name the Linear or convolution layer and give the activation as the function"
-        )
-    return result
-
-
-def _overwritten(seen: ChannelMoments, moments: ChannelMoments, producer: Edge, edge: Edge) -> ChannelMoments:
-    channel_of = dict(zip(producer.roots.tolist(), producer.channels.tolist(), strict=True))
-    pairs = zip(edge.channels.tolist(), edge.roots.tolist(), strict=True)
-    places, sources = zip(*((place, channel_of[root]) for place, root in pairs if root in channel_of), strict=True)
-    mean, m2 = seen.mean.clone(), seen.m2.clone()
-    mean[list(places)] = moments.mean[list(sources)]
-    m2[list(places)] = moments.variance[list(sources)] * (seen.count - 1)
-    return replace(seen, mean=mean, m2=m2)
 
 
 def _images(batch: Any) -> Tensor:

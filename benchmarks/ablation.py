@@ -34,8 +34,8 @@ from vbp.method.elimination import Elimination, strictly_rising
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.pruning.auto import sensitivity_eliminations
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import criterion_scores, eliminations
+from vbp.pruning.plan import PlanChoice
 from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
 from vbp.runtime.forward import hooked

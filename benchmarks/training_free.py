@@ -31,8 +31,8 @@ import vbp
 from vbp.data.folder import ImageList
 from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.pruning.auto import auto_plan, sensitivity_eliminations
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.criteria import eliminations
+from vbp.pruning.plan import PlanChoice
 from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
 from vbp.statistics.images import GivenImages

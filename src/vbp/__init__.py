@@ -50,12 +50,12 @@ if TYPE_CHECKING:
     from vbp.models.load import build_model as build_model
     from vbp.models.load import load_classifier as load_classifier
     from vbp.pruning.auto import auto_plan as auto_plan
-    from vbp.pruning.choice import PlanChoice as PlanChoice
     from vbp.pruning.criteria import criterion_scores as criterion_scores
     from vbp.pruning.criteria import output_variance_scores as output_variance_scores
     from vbp.pruning.criteria import variance_scores as variance_scores
     from vbp.pruning.divergence import DenseReference as DenseReference
     from vbp.pruning.make_plan import make_plan as make_plan
+    from vbp.pruning.plan import PlanChoice as PlanChoice
     from vbp.pruning.plan import PruningPlan as PruningPlan
     from vbp.pruning.plan import SitePlan as SitePlan
     from vbp.pruning.surgery import prune_ as prune_

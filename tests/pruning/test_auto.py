@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.auto import auto_plan, mixed_with_uniform, scaled, sensitivity_eliminations
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.divergence import DenseReference
+from vbp.pruning.plan import PlanChoice
 from vbp.runtime.forward import logits_of
 from vbp.runtime.session import Session
 from vbp.sites.site import Site

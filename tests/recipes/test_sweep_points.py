@@ -26,8 +26,8 @@ from vbp import (
     prune_,
 )
 from vbp.pruning.baselines import random_scores
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.make_plan import PlanRules
+from vbp.pruning.plan import PlanChoice
 from vbp.recipes.checks import settings_of, sweep_needs
 from vbp.recipes.sweep import sweep
 from vbp.report.published import PublishedPoint

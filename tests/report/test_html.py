@@ -22,6 +22,7 @@ from runs import sites, write_run
 from vbp import InputError, Site
 from vbp.refit.head import HeadRefit
 from vbp.refit.producers import ProducerRefit
+from vbp.refit.refits import RefitReport
 from vbp.refit.stream import StreamRefit
 from vbp.report.html import clear_report, summary_row, write_report
 from vbp.report.run_report import read_run
@@ -262,11 +263,10 @@ def test_the_page_says_what_each_refit_did(tmp_path: Path) -> None:
     producers = ProducerRefit(750, {"a": (0.5, 0.25), "b": (0.25, 0.25)})
     stream = StreamRefit((), 500, 250, 0.5, 0.5)
     head = HeadRefit("head", 1000, math.inf, 0.25, 0.25)
-    refits = {"producers": producers, "stream": stream, "head": head}
-    write_run(tmp_path, **{name: {**one.to_dict(), "sentence": one.sentence()} for name, one in refits.items()})
+    write_run(tmp_path, **RefitReport(producers, stream, head).to_dict())
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
-    assert [item.text for item in page.all("li")] == [one.sentence() for one in refits.values()]
-    write_run(tmp_path, head={**head.to_dict(), "sentence": HOSTILE})
+    assert [item.text for item in page.all("li")] == [one.sentence() for one in (producers, stream, head)]
+    write_run(tmp_path, head={**RefitReport(head=head).to_dict()["head"], "sentence": HOSTILE})
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
     assert [item.text for item in page.all("li")] == [HOSTILE]
 

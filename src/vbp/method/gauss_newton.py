@@ -91,6 +91,11 @@ class HiddenFit:
     before: float
     after: float
 
+    @property
+    def better(self) -> bool:
+        """Return whether the fit lowers the error."""
+        return self.after < self.before
+
 
 def fit_hidden(
     layers: HiddenLayers,

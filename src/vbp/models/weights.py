@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import pickle
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vbp.errors import InputError, one_line, some_of
+from vbp.runtime.sealed import READING_ERRORS, load_plain
 
 T = TypeVar("T")
 _log = logging.getLogger(__name__)
@@ -34,8 +34,6 @@ PREFIXES = ("model.", "net.", "backbone.", "module.")
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
-# What torch raises on damaged and foreign files.
-READING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
 StateDict = dict[str, Tensor]
@@ -210,7 +208,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         # timm's training script stores its command line as a Namespace: plain data, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_plain(path)
     except READING_ERRORS as error:
         unsafe = _unsafe_globals(path)
         if unsafe:

@@ -23,11 +23,10 @@ from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE
-from vbp.pruning.choice import Candidate, PlanChoice
 from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
@@ -179,36 +178,34 @@ class _Attempt:
     plan_for: Callable[[float], PruningPlan]
 
 
+@dataclass
 class _Search:
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        statistics: Statistics,
-        reference: DenseReference,
-        rules: PlanRules,
-        ridge: float,
-        keep_ratio: float,
-        progress: Callable[[str], None] | None,
-    ) -> None:
-        self._model, self._sites, self._reference, self._rules = model, sites, reference, rules
-        self._ridge, self._keep_ratio, self._progress = ridge, keep_ratio, progress
-        self._variances = variance_scores(statistics)
-        self._covariances = refit_metrics(sites, statistics)
-        self._means = statistics.means | {name: metric.mean for name, metric in self._covariances.items()}
+    model: nn.Module
+    sites: Sequence[Site]
+    statistics: Statistics
+    reference: DenseReference
+    rules: PlanRules
+    ridge: float
+    keep_ratio: float
+    progress: Callable[[str], None] | None
+
+    def __post_init__(self) -> None:
+        self._variances = variance_scores(self.statistics)
+        self._covariances = refit_metrics(self.sites, self.statistics)
+        self._means = self.statistics.means | {name: metric.mean for name, metric in self._covariances.items()}
         self._tried: list[Candidate] = []
         self._seen: set[tuple[int, ...]] = set()
         self.best: _Attempt | None = None
 
     def run(self, costs: Scores) -> PlanChoice:
-        if self._rules.scope == "equal":
+        if self.rules.scope == "equal":
             self.attempt("equal widths", costs, scope="equal")
         else:
             self._compete(costs)
         assert self.best is not None
         best = self.best
         choice = PlanChoice(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
-        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self._reference.images, choice.table())
+        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self.reference.images, choice.table())
         return choice
 
     def _compete(self, costs: Scores) -> None:
@@ -242,25 +239,25 @@ class _Search:
             for entry in start.plan.sites
             if entry.site.kind == "mlp"
         }
-        return cost_multipliers(lost, self._reference.site_contributions(start.pruned, start.plan))
+        return cost_multipliers(lost, self.reference.site_contributions(start.pruned, start.plan))
 
     def attempt(self, name: str, scores: Scores, scope: Scope = "global") -> _Attempt | None:
         """Make a plan, prune a copy by it, and keep it if it is the best so far; return it if it is a new one."""
-        rules = replace(self._rules, scope=scope)
+        rules = replace(self.rules, scope=scope)
 
         def plan_for(keep_ratio: float) -> PruningPlan:
-            return rules.plan(self._sites, {**self._variances, **scores}, keep_ratio)
+            return rules.plan(self.sites, {**self._variances, **scores}, keep_ratio)
 
-        plan = plan_for(self._keep_ratio)
+        plan = plan_for(self.keep_ratio)
         key = tuple(hash(entry.keep) for entry in plan.sites)
         if key in self._seen:
             return None
-        if self._progress is not None:
-            self._progress(name)
-        pruned = copy.deepcopy(self._model)
-        prune_(pruned, plan, self._means, self._covariances, ridge=self._ridge)
+        if self.progress is not None:
+            self.progress(name)
+        pruned = copy.deepcopy(self.model)
+        prune_(pruned, plan, self._means, self._covariances, ridge=self.ridge)
         self._seen.add(key)
-        divergence = self._reference.divergence(pruned)
+        divergence = self.reference.divergence(pruned)
         self._tried.append(Candidate(name, divergence, {entry.site.name: len(entry.keep) for entry in plan.sites}))
         attempt = _Attempt(divergence, plan, pruned, plan_for)
         # A NaN is never better.
@@ -269,36 +266,28 @@ class _Search:
         return attempt
 
 
+@dataclass(frozen=True)
 class AutoSearch:
     """Search plans of several sizes for one dense model; what does not depend on the size is done once.
 
-    All processes make it and call it alike.
+    All processes make it and call it alike. The first of the images compare plans. All plans have the floor and the
+    rounding of the rules; of their scopes, `equal` alone makes a difference.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        statistics: Statistics,
-        images: ImageSource,
-        rules: PlanRules,
-        *,
-        ridge: float = RIDGE,
-    ) -> None:
-        """Begin with the first plan; the first of the images compare plans.
-
-        All plans have the floor and the rounding of the rules; of their scopes, `equal` alone makes a difference.
-        """
-        self._model, self._sites, self._statistics, self._images = model, sites, statistics, images
-        self._rules, self._ridge = rules, ridge
+    model: nn.Module
+    sites: Sequence[Site]
+    statistics: Statistics
+    images: ImageSource
+    rules: PlanRules
+    ridge: float = RIDGE
 
     @cached_property
     def _orders(self) -> Mapping[str, Elimination]:
-        return sensitivity_eliminations(self._model, self._sites, self._statistics, ridge=self._ridge)
+        return sensitivity_eliminations(self.model, self.sites, self.statistics, ridge=self.ridge)
 
     @cached_property
     def _reference(self) -> DenseReference:
-        return DenseReference.held_out(self._model, self._images, range(HELD_OUT_IMAGES))
+        return DenseReference.held_out(self.model, self.images, range(HELD_OUT_IMAGES))
 
     def plan(self, keep_ratio: float) -> PlanChoice:
         """Search the plan that keeps this share.
@@ -306,9 +295,9 @@ class AutoSearch:
         Raises:
             InputError: Statistics are missing or unfit, or the processes do not find the same.
         """
-        session = self._images.session
+        session = self.images.session
         with session.timed("search"), session.progress_steps(f"auto, keep {keep_ratio:g}", "plan") as tell:
-            known = self._model, self._sites, self._statistics, self._reference, self._rules, self._ridge
+            known = self.model, self.sites, self.statistics, self._reference, self.rules, self.ridge
             best = _Search(*known, keep_ratio, tell).run({name: one.scores for name, one in self._orders.items()})
         session.processes.check_same("plan", json_fingerprint(best.plan.to_dict()))
         return best

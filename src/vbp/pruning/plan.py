@@ -1,22 +1,25 @@
-"""Which channels stay: plain data that can be read, saved, sent and applied."""
+"""Which channels stay: plain data that can be read, saved, sent and applied, and what surgery takes with it."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from vbp.errors import InputError
-from vbp.runtime.choices import Scope
-from vbp.runtime.decode import from_json, to_json
+from vbp.method.covariance import ChannelCovariance
+from vbp.runtime.choices import Compensation, Scope
+from vbp.runtime.decode import from_json, read_json, to_json
 from vbp.runtime.files import write_json
+from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/1"
+_MOST_CHANNELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,7 @@ class PruningPlan:
             InputError: The file is missing, damaged or something else.
         """
         try:
-            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+            return PruningPlan.from_dict(read_json(Path(path)))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
 
@@ -139,6 +142,71 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
+    if site.hidden > _MOST_CHANNELS or any(not 0 <= first <= _MOST_CHANNELS for first in site.offsets):
+        raise InputError(
+            f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
+            f"got {site.hidden} from {site.offsets or 0}; make the plan again"
+        )
     size = site.hidden // max(1, site.heads)
-    if size * site.heads != site.hidden or len(set(np.bincount(np.asarray(keep) // size))) > 1:
+    if (
+        not 1 <= site.heads <= len(keep)
+        or size * site.heads != site.hidden
+        or (len(set(np.bincount(np.asarray(keep) // size, minlength=site.heads))) > 1)
+    ):
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Hold a plan that was tried: mean KL(dense || pruned) on the held-out images, in nats; channels kept by site."""
+
+    name: str
+    divergence: float
+    widths: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class PlanChoice:
+    """Hold a plan, and what surgery takes with it.
+
+    Attributes:
+        plan: What stays.
+        means: For the mean shift and the refit; None without compensation.
+        covariances: For the refit: its metric; None without.
+        tried: The candidates of the criterion auto, in the order in which they were tried.
+        plan_for: Keep ratio -> plan, by the same scores and scope: other sizes without a search, for a budget that is
+            not counted in channels.
+
+    Example:
+        >>> vbp.auto_plan(model, sites, statistics, reference, keep_ratio=0.5).plan.kept
+        128
+    """
+
+    plan: PruningPlan
+    means: Mapping[str, Tensor] | None
+    covariances: Mapping[str, ChannelCovariance] | None
+    tried: tuple[Candidate, ...] = ()
+    plan_for: Callable[[float], PruningPlan] | None = None
+
+    def compensated_by(self, compensation: Compensation) -> PlanChoice:
+        """Return the choice with what a compensation takes, and nothing else.
+
+        Raises:
+            InputError: What it takes is not there.
+        """
+        if compensation != "none" and self.means is None:
+            raise InputError(f"compensation {compensation} needs statistics, got none; collect them")
+        if compensation == "refit" and self.covariances is None:
+            raise InputError(
+                "compensation refit needs covariances, got none; collect statistics with covariance=True"
+            )
+        return replace(
+            self,
+            means=None if compensation == "none" else self.means,
+            covariances=self.covariances if compensation == "refit" else None,
+        )
+
+    def table(self) -> str:
+        """Return the candidates as lines of text."""
+        rows = [(one.name, f"{one.divergence:.4f}") for one in self.tried]
+        return text_table([("candidate", "KL on held-out images"), *rows])

@@ -13,10 +13,9 @@ from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
 from vbp.pruning.auto import AutoSearch
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.recipes.setup import Job, comparison_by_main
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint

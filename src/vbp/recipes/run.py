@@ -26,6 +26,7 @@ from vbp.recipes.resume import CONFIG
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
+from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.precision import move_
@@ -112,21 +113,27 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
     _log.info("pruned: %s", describe(small))
     dense_ms, pruned_ms = latencies(job, pruned)
     assert evidence.statistics is not None
-    report = RunReport.of(
-        choice.plan,
-        replace(dense, latency_ms=dense_ms),
-        replace(small, latency_ms=pruned_ms, epoch=0),
-        budget=budget,
-        candidates=choice.tried,
-        errors=errors,
-        refits=refitted,
-        convergence=None if convergence is None else convergence.to_dict(),
-        calibration_images=evidence.statistics.images,
-        uncompensated=uncompensated,
+    small, plan = replace(small, latency_ms=pruned_ms, epoch=0), choice.plan
+    report = RunReport(
+        base=replace(dense, latency_ms=dense_ms),
+        pruned=small,
+        best=small,  # until it is fine-tuned
+        final=small,
+        keep_ratio=plan.kept / plan.total if plan.total else 1.0,
+        sites=plan.widths,
+        images={"calibration": evidence.statistics.images, "val": dense.images or 0},
         latency_batch=job.latency_batch,
+        uncompensated=uncompensated,
+        convergence=None if convergence is None else convergence.to_dict(),
+        budget=budget.to_dict(),
+        candidates=to_json(choice.tried),
+        reconstruction={
+            one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
+        },
+        **refitted.to_dict(),
         **_circumstances(job),
     )
-    return pruned, choice.plan, report
+    return pruned, plan, report
 
 
 def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:

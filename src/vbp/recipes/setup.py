@@ -131,11 +131,8 @@ class Resumed:
 class Job:
     """Model, data and settings of a run, checked and ready; private to the recipes.
 
-    Attributes:
-        latency_batch: Images in the batch that is timed, for the budget and for the report; chosen once, by the dense
-            model.
-        given_statistics: From a file, in the place of a calibration pass.
-        settings: What must be the same when a checkpoint of this run is taken up again.
+    `given_statistics` stand in the place of a calibration pass; `settings` must be the same when a checkpoint of this
+    run is taken up again.
     """
 
     config: RunConfig

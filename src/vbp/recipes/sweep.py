@@ -6,37 +6,34 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Final
 
 from torch import nn
 
 from vbp.deploy.artifact import installed_versions
+from vbp.errors import InputError
 from vbp.pruning.auto import AutoSearch
-from vbp.pruning.choice import PlanChoice
 from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules, check_ratios
+from vbp.pruning.plan import PlanChoice
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.measure import latencies, measure
+from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.recipes.sweep_config import SweepConfig
-from vbp.recipes.sweep_state import (
-    JSON,
-    SweepProgress,
-    check_may_go_on,
-    deciding_settings,
-    read_progress,
-    write_state,
-)
 from vbp.refit.refits import Refits
 from vbp.report.published import points_of
 from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
-from vbp.runtime.files import check_folder, clear_folder, write_bytes
+from vbp.runtime.decode import read_json
+from vbp.runtime.files import check_folder, clear_folder, write_bytes, write_json
+from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.sites.site import Site
 from vbp.statistics.evidence import FROM_STATISTICS, Evidence, EvidenceReader, Need, evidence_bytes
@@ -123,7 +120,8 @@ def _planner(
     return plan
 
 
-LOG, CSV, SVG, PNG = "vbp_sweep.log", "sweep.csv", "sweep.svg", "sweep.png"
+LOG, JSON, CSV, SVG, PNG = "vbp_sweep.log", "sweep.json", "sweep.csv", "sweep.svg", "sweep.png"
+_FORMAT: Final = "vbp-sweep/1"
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -257,3 +255,80 @@ def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]
     svg, png = render(draw_sweep(report, points_of(config.model_name)), "sweep")
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)
+
+
+@dataclass(frozen=True)
+class SweepProgress:
+    """Settings and rows of an earlier attempt."""
+
+    settings: Mapping[str, Any]
+    dense: Measured | None
+    rows: tuple[SweepRow, ...]
+
+
+def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
+    """Return what must be the same for rows of two attempts to stand in one table; plain JSON data."""
+    given, session = job.given_statistics, job.session
+    facts = {
+        "model": job.settings["model"],
+        "calibration": job.calibration.fingerprint,
+        "val": json_fingerprint([job.settings["val"], job.classifier.preprocessing.to_dict()]),
+        "statistics": "collected" if given is None else json_fingerprint(_identity(given)),
+        "device": session.device.type,
+        "amp": session.precision.name,
+        "processes": session.processes.world,
+    }
+    # Model and images are compared by their contents.
+    return facts | {name: getattr(config, name) for name in fields_with(SweepConfig, Role.RESULT)}
+
+
+def _identity(statistics: Statistics) -> list[Any]:
+    sums = {name: [seen.count, seen.mean.tolist(), seen.m2.tolist()] for name, seen in statistics.moments.items()}
+    covariances = {name: float(seen.m2.sum()) for name, seen in statistics.covariances.items()}
+    return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
+
+
+def read_progress(config: SweepConfig) -> SweepProgress | None:
+    """Read what is in the folder: nothing, or an earlier attempt; on the main process."""
+    path = config.save_dir / JSON
+    if config.overwrite or not path.exists():
+        check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
+        return None
+    try:
+        stored = read_json(path)
+        if stored["format"] != _FORMAT:
+            raise ValueError(f"format {stored['format']!r} where {_FORMAT} belongs")
+        dense = None if stored["dense"] is None else Measured(**stored["dense"])
+        return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
+            "--overwrite to begin again"
+        ) from error
+
+
+def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
+    """Refuse rows that were measured with different settings in one table."""
+    if progress is None:
+        return
+    names = sorted({*progress.settings, *settings})
+    different = [
+        f"{name} {_short(progress.settings.get(name))} there, {_short(settings.get(name))} here"
+        for name in names
+        if progress.settings.get(name) != settings.get(name)
+    ]
+    if different:
+        raise InputError(
+            f"a sweep goes on with the settings it began with, got others than in {folder}: {'; '.join(different)}; "
+            "choose another --save_dir, or pass --overwrite to begin again"
+        )
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 16 else text[:12]
+
+
+def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:
+    """Write what is known so far."""
+    write_json(folder / JSON, {"format": _FORMAT, "settings": dict(settings), **report})

@@ -12,10 +12,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -47,10 +46,6 @@ class HeadRefit:
     strength: float
     before: float
     after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data; a layer that was left as it was has no strength."""
-        return asdict(self) | {"strength": self.strength if math.isfinite(self.strength) else None}
 
     def sentence(self) -> str:
         """Return in words what became of the layer."""

@@ -13,14 +13,18 @@ could, and look better on them than on new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from vbp.refit.mlp_step import MLPStep, add_step_, step_of
+from vbp.errors import InputError
+from vbp.method.activations import Activation
+from vbp.method.gauss_newton import HiddenFit, HiddenLayers, MLPSample, fit_hidden
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
+from vbp.sites.site import Site
 from vbp.statistics.mlp_samples import MLPSamples
 
 # Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
@@ -38,10 +42,6 @@ class ProducerRefit:
 
     images: int
     errors: Mapping[str, tuple[float, float]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return asdict(self) | {"errors": {name: list(errors) for name, errors in self.errors.items()}}
 
     def sentence(self) -> str:
         """Return in words what became of the model."""
@@ -71,7 +71,7 @@ def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
     return ProducerRefit(samples.images, errors)
 
 
-def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[MLPStep]:
+def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[HiddenFit]:
     """Return what is to be added to both layers of each site; each process finds some, all get all."""
     processes = samples.session.processes
     mine = {
@@ -83,10 +83,68 @@ def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> 
     return [merged[place] for place in range(len(mlps))]
 
 
-def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> MLPStep:
+def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> HiddenFit:
     sample = samples.samples[mlp.site.name]
     tried = (
         step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping)
         for ridge, damping in _PENALTIES
     )
     return min(tried, key=lambda step: step.after)
+
+
+def step_of(
+    model: nn.Module,
+    site: Site,
+    activation: Activation | None,
+    sample: MLPSample,
+    *,
+    ridge: float,
+    damping: float,
+) -> HiddenFit:
+    """Return what is to be added to the layers of a pruned model's MLP site, on the CPU, and the errors with it.
+
+    The work is done where the model is. Without an activation, where the hidden layer is not a plain one, the
+    consumer alone is fitted. Ridge and damping are as for `fit_hidden`.
+
+    Raises:
+        InputError: The output of the layers is not finite.
+    """
+    consumer = model.get_submodule(site.consumer)
+    sample = sample.to(next(consumer.parameters()).device)
+    dtype = sample.inputs.dtype
+    hidden = None if activation is None else _matrix(model.get_submodule(site.producers[0]), dtype)
+    layers = HiddenLayers(hidden, _matrix(consumer, dtype))
+    try:
+        fit = fit_hidden(layers, activation or _same, sample, ridge=ridge, damping=damping)
+    except InputError as error:
+        raise InputError(f"site {site.name}: {error}") from error
+    fitted = fit.layers
+    step = None if fitted.hidden is None or hidden is None else (fitted.hidden - hidden).cpu()
+    return replace(fit, layers=HiddenLayers(step, (fitted.consumer - layers.consumer).cpu()))
+
+
+def add_step_(model: nn.Module, site: Site, step: HiddenFit) -> None:
+    """Add to the layers of a site what `step_of` returned."""
+    if step.layers.hidden is not None:
+        _add_(model.get_submodule(site.producers[0]), step.layers.hidden)
+    _add_(model.get_submodule(site.consumer), step.layers.consumer)
+
+
+def _same(values: Tensor) -> Tensor:
+    return values
+
+
+def _matrix(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """Return a layer's weight, its bias as the last column."""
+    weight, bias = layer.weight, layer.bias
+    assert isinstance(weight, Tensor)
+    column = weight.new_zeros(len(weight)) if bias is None else bias
+    assert isinstance(column, Tensor)
+    return torch.cat([weight.detach().flatten(1), column.detach()[:, None]], 1).to(dtype)
+
+
+def _add_(layer: nn.Module, step: Tensor) -> None:
+    weight = layer.weight
+    assert isinstance(weight, Tensor)
+    add_in_float64_(weight, step[:, :-1].reshape(weight.shape))
+    add_to_bias_(layer, step[:, -1])

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Final, Literal, get_args
+from typing import Any, Final, Literal, get_args
 
 from torch import Tensor, nn
 
@@ -16,6 +17,7 @@ from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
 from vbp.runtime.choices import Toggle
+from vbp.runtime.decode import to_json
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
@@ -46,6 +48,15 @@ class RefitReport:
     producers: ProducerRefit | None = None
     stream: StreamRefit | None = None
     head: HeadRefit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return each as plain JSON data, with a sentence; the strength of a head that was left as it was is None."""
+        plain: dict[str, Any] = dict.fromkeys(get_args(Refit))
+        for name in plain:
+            if (refit := getattr(self, name)) is not None:
+                data = {key: None if value == math.inf else value for key, value in to_json(refit).items()}
+                plain[name] = data | {"sentence": refit.sentence()}
+        return plain
 
 
 class Refits:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,8 +30,8 @@ from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
-from vbp.refit.mlp_step import add_step_, step_of
-from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.refit.producers import add_step_, step_of
+from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
@@ -62,10 +62,6 @@ class StreamRefit:
     judged: int
     before: float
     after: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON data."""
-        return asdict(self) | {"sites": list(self.sites)}
 
     def sentence(self) -> str:
         """Return in words what became of the model."""
@@ -183,7 +179,7 @@ class _Work:
         seen: dict[str, Tensor] = {}
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["read"] = rows(args[0], channel_dim(module), len(pixels))
+            seen["read"] = rows(call_values(args, kwargs)[0], channel_dim(module), len(pixels))
 
         def given(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             seen["given"] = rows(output, channel_dim(module), len(pixels)).clone()  # some models add to it in place

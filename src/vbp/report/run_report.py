@@ -2,28 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
-from vbp.pruning.choice import Candidate
 from vbp.pruning.convergence import Stage
-from vbp.pruning.plan import PruningPlan
-from vbp.runtime.decode import from_json, to_json
+from vbp.pruning.plan import Candidate, PruningPlan
+from vbp.runtime.decode import from_json, parse_json, read_json, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
-
-if TYPE_CHECKING:
-    from vbp.cost.budget import BudgetResult
-    from vbp.refit.head import HeadRefit
-    from vbp.refit.producers import ProducerRefit
-    from vbp.refit.refits import RefitReport
-    from vbp.refit.stream import StreamRefit
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 BEST, FINAL, ARTIFACT = "vbp_best.pth", "vbp_final.pth", "artifact"
@@ -46,11 +37,9 @@ def with_error(percent: float, images: int | None) -> str:
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, and MACs of one image.
+    """One model of a run: accuracies in percent on `images` validation images, MACs of one image, epochs of tuning.
 
-    Attributes:
-        latency_ms: Median time of one batch, where it was measured.
-        epoch: Epochs of fine-tuning behind it, where that applies.
+    `latency_ms` is the median time of one batch, where it was measured.
     """
 
     top1: float
@@ -133,44 +122,6 @@ class RunReport:
     producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
-
-    @staticmethod
-    def of(
-        plan: PruningPlan,
-        base: Measured,
-        pruned: Measured,
-        *,
-        budget: BudgetResult,
-        candidates: Sequence[Candidate],
-        errors: Sequence[Reconstruction],
-        refits: RefitReport,
-        convergence: Mapping[str, Any] | None,
-        calibration_images: int,
-        **rest: Any,
-    ) -> RunReport:
-        """Return the report of a run that has pruned its model and not fine-tuned it: it is the best and the last.
-
-        The errors come from `prune_`, convergence from `Convergence.to_dict`; `rest` are further fields, as they are.
-        """
-        return RunReport(
-            base=base,
-            pruned=pruned,
-            best=pruned,
-            final=pruned,
-            keep_ratio=plan.kept / plan.total if plan.total else 1.0,
-            sites=plan.widths,
-            images={"calibration": calibration_images, "val": base.images or 0},
-            convergence=convergence,
-            budget=budget.to_dict(),
-            candidates=[to_json(one) for one in candidates],
-            reconstruction={
-                one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
-            },
-            producers=_refit_data(refits.producers),
-            stream=_refit_data(refits.stream),
-            head=_refit_data(refits.head),
-            **rest,
-        )
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -259,7 +210,7 @@ class RunReport:
                 f"a run must be a folder with {SUMMARY}, got {folder}; give the save_dir of a run that has ended"
             )
         try:
-            return RunReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return RunReport.from_dict(read_json(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable summary of a run ({error}); run it again") from error
 
@@ -289,10 +240,6 @@ class RunReport:
 def setting_text(value: Any) -> str:
     """Return the value of a setting as tables show it."""
     return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
-
-
-def _refit_data(refit: ProducerRefit | StreamRefit | HeadRefit | None) -> dict[str, Any] | None:
-    return None if refit is None else {**refit.to_dict(), "sentence": refit.sentence()}
 
 
 @dataclass(frozen=True)
@@ -345,7 +292,7 @@ def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         # A loss may be NaN where training went wrong; that is worth a report too.
         return tuple(
             {name: float(row[name]) for name in _CURVES if name in row} | {"epoch": operator.index(row["epoch"])}

@@ -45,12 +45,7 @@ def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
 
 @dataclass(frozen=True)
 class SiteError:
-    """The squared errors of a site after pruning, as shares of the variance that there was.
-
-    Attributes:
-        before: Without refit: with the mean shift, if the run did one.
-        refit: With refit, if the run did one.
-    """
+    """The squared errors of a site after pruning without and with refit, as shares of the variance that there was."""
 
     site: str
     before: float
@@ -64,12 +59,7 @@ class SiteError:
 
 @dataclass(frozen=True)
 class SiteErrors:
-    """The errors of all sites.
-
-    Attributes:
-        at: Measured at the `output` of the layer that reads the channels, or computed for the `hidden` channels from
-            their means and variances.
-    """
+    """The errors of all sites: measured at the readers' `output`, or computed for the `hidden` channels."""
 
     at: Literal["output", "hidden"]
     errors: tuple[SiteError, ...]

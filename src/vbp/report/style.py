@@ -47,14 +47,9 @@ _STYLE: Final[dict[Any, Any]] = {
 
 @dataclass(frozen=True)
 class Drawing:
-    """One figure with all that a reader who cannot see it needs.
+    """One figure with all that a reader who cannot see it needs: `alt` says in words what it shows, `caption` how.
 
-    Attributes:
-        name: Stem of its files.
-        caption: How to read it.
-        alt: What it shows, in words.
-        columns: Headings of the numbers behind it, which `rows` holds as text.
-        wide: Whether it needs the width of the page.
+    `name` is the stem of its files; `wide` is whether it needs the width of the page.
     """
 
     name: str

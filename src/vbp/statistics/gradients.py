@@ -71,24 +71,3 @@ class GradientSum:
                     "and the preprocessing"
                 )
         return gradients
-
-
-def collect_gradients(
-    model: nn.Module,
-    sites: Sequence[Site],
-    batches: Iterable[tuple[Tensor, Tensor]],
-    *,
-    device: torch.device | str | None = None,
-    processes: Processes = _ALONE,
-) -> dict[str, Tensor]:
-    """Return the gradient of the mean cross-entropy over all images, in evaluation mode, by a weight's dotted name.
-
-    All processes call it, each with its share of images and labels, which may be none, and get the same.
-
-    Raises:
-        InputError: No image came, or a gradient is not finite.
-    """
-    running = GradientSum(model, sites, device)
-    for pixels, labels in batches:
-        running.add_(pixels, labels)
-    return running.mean(processes)

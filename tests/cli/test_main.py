@@ -88,6 +88,7 @@ SWITCHES = (
     "global_pruning",
     "norm_per_layer",
     "use_kd",
+    "best_effort",
     "disable_ddp",
     "overwrite",
     "allow_random_init",

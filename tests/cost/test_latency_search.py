@@ -10,7 +10,7 @@ from families import FAMILIES
 
 from vbp import InputError, PruningPlan, Site, find_sites, make_plan, prune_
 from vbp.cost.budget import Budget
-from vbp.cost.latency_search import compare_in_turns, meet_latency
+from vbp.cost.latency_search import check_reachable_time, compare_in_turns, meet_latency
 from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.timing import LatencyComparison, Spread
 from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
@@ -47,6 +47,18 @@ class Machine:
         dense, pruned = 120.0, 120.0 / speed
         spread = [Spread(value, value * 0.999, value * 1.001) for value in (dense, pruned, speed)]
         return LatencyComparison(*spread, rounds=9, seconds=self.seconds, load=0.5)
+
+
+@pytest.mark.parametrize(("budget", "got"), [(Budget("speedup", 5.0), "2.17"), (Budget("latency_ms", 10.0), "55.20")])
+def test_a_time_out_of_reach_is_refused_by_a_measurement(budget: Budget, got: str) -> None:
+    machine, floor = Machine(), plan_for(0.1)
+    with pytest.raises(
+        InputError, match=rf"{budget.flag} must be within reach, got {budget.amount:g}: .*{got} was m"
+    ):
+        check_reachable_time(budget, floor, TIMES, machine)
+    check_reachable_time(budget, floor, TIMES, Machine(1.8))  # the layer times promised less than there is
+    check_reachable_time(Budget("speedup", 1.5), floor, TIMES, machine)
+    assert machine.seen == [floor]
 
 
 @pytest.mark.parametrize("efficiency", [1.0, 0.7, 1.4])

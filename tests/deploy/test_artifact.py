@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ import torch
 from families import FAMILIES, Family
 from pruned_models import logits, pruned_in_place
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
-from vbp import InputError, ModelSource, load_classifier, load_pruned, read_artifact, save_pruned
+from vbp import InputError, ModelSource, load_classifier, load_pruned, prune_, read_artifact, save_pruned
 
 
 def test_models_of_ones_own_come_back_through_a_fresh_one(family: Family, tmp_path: Path) -> None:
@@ -146,3 +148,52 @@ def test_a_failed_write_leaves_the_earlier_file_whole(
         save_pruned(vit, file, plans=plan)
     assert file.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.pth"]
+
+
+def _compiled_block(model: nn.Module) -> nn.Module:
+    model.blocks[0] = torch.compile(model.blocks[0], backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("pruned_inside", [True, False])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        nn.DataParallel,
+        AveragedModel,
+        lambda model: torch.compile(model, backend="eager"),
+        _compiled_block,
+        lambda model: nn.DataParallel(torch.compile(_compiled_block(model), backend="eager")),
+    ],
+    ids=["DataParallel", "AveragedModel", "compiled", "a compiled block", "nested"],
+)
+def test_what_wraps_a_model_is_not_saved(
+    wrap: Callable[[nn.Module], nn.Module], pruned_inside: bool, tmp_path: Path
+) -> None:
+    """Kin to checkpoints of wrapped models, whose layers have names that the model itself lacks."""
+    family = FAMILIES["timm-vit"]
+    model, images = family.build().eval(), family.example(2, torch.float32)
+    if pruned_inside:
+        wrapped = wrap(model)
+        plan = pruned_in_place(wrapped, images)
+    else:
+        plan = pruned_in_place(model, images)
+        wrapped = wrap(model)
+    for saved in (wrapped, wrapped.state_dict()):
+        save_pruned(saved, tmp_path / "m", plans=plan)
+        loaded = load_pruned(tmp_path / "m", model=family.build())
+        with torch.no_grad():
+            assert torch.equal(loaded(images), wrapped(images))
+    assert read_artifact(tmp_path / "m").plans[0].sites[0].site.producers == ("blocks.0.mlp.fc1",)
+
+
+def test_a_model_inside_ddp_is_not_pruned(vit: nn.Module) -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    plan = pruned_in_place(copy.deepcopy(vit), images)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(vit)
+        with pytest.raises(InputError, match=r"pruned before DistributedDataParallel wraps it.*prune model\.module"):
+            prune_(wrapped, plan)
+    finally:
+        torch.distributed.destroy_process_group()

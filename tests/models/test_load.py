@@ -107,14 +107,80 @@ def test_timm_file_is_loaded_exactly_and_built_again(
             "model": {name: torch.zeros_like(tensor) for name, tensor in weights.items()},
             "model_ema": weights,
         },
+        lambda weights: {"model_state_dict": weights, "loss": 0.3},
+        lambda weights: {"module": weights, "net": None},
+        lambda weights: {"ema": weights, "net": {}},
+        lambda weights: {"state_dict": {f"model.module.{name}": tensor for name, tensor in weights.items()}},
+        lambda weights: {f"net.backbone.{name}": tensor for name, tensor in weights.items()},
+        lambda weights: {name.replace("blocks.0.", "blocks.0._orig_mod."): weights[name] for name in weights},
+        lambda weights: {"n_averaged": torch.tensor(5), **{f"module.{name}": weights[name] for name in weights}},
     ],
-    ids=["bare", "model", "state_dict", "module.", "module._orig_mod.", "averaged first"],
-)
+    ids=[
+        "bare", "model", "state_dict", "module.", "module._orig_mod.", "averaged first", "PyTorch's tutorial",
+        "DeepSpeed", "ema", "Lightning", "net.backbone.", "a compiled block", "AveragedModel",
+    ],
+)  # fmt: skip
 def test_wrappers_of_training_scripts(suffix: str, wrap: Callable[[Any], Any], tmp_path: Path) -> None:
     original = random_classifier("test_vit", **VIT)
     torch.save(wrap(original.model.state_dict()), tmp_path / f"w{suffix}")
     loaded = load_classifier("test_vit", checkpoint=tmp_path / f"w{suffix}", model_kwargs=VIT)
     assert_same_weights(loaded.model, original.model)
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "last.ckpt", "pytorch_model.bin", "W.PTH", "W.SafeTensors"])
+def test_names_of_weight_files(name: str, tmp_path: Path) -> None:
+    original = random_classifier("test_vit", **VIT)
+    save = save_file if name.lower().endswith(".safetensors") else torch.save
+    save(original.model.state_dict(), tmp_path / name)
+    assert_same_weights(
+        load_classifier("test_vit", checkpoint=tmp_path / name, model_kwargs=VIT).model, original.model
+    )
+
+
+def test_a_file_that_can_be_read_in_two_ways_or_in_none_is_refused(tmp_path: Path) -> None:
+    """Kin to files of two networks, and of one in a wrapper that nobody knows."""
+    weights, path = random_classifier("test_vit", **VIT).model.state_dict(), tmp_path / "w.pth"
+    for content, text in (
+        ({"net": weights, "model": weights}, r"must hold one state dict, got those under model, net"),
+        ({f"model.encoder_q.{name}": weights[name] for name in weights}, r"32 missing .*nor .* without 'model\.'"),
+        ({f"net.{name}": weights[name].to("meta") for name in weights}, r"nor do they fit without 'net\.'"),
+        ({**weights, "norm.bias": weights["norm.bias"].to("meta")}, r"1 without values or quantised \(norm\.bias\)"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(InputError, match=text):
+            load_classifier("test_vit", checkpoint=path, model_kwargs=VIT)
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (b"<!DOCTYPE html><html>sign in</html>", "an HTML or XML page"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 22\n",
+            "a git-lfs pointer; .*git lfs pull",
+        ),
+    ],
+)
+def test_what_a_download_left_in_the_place_of_weights_is_named(
+    content: bytes, kind: str, suffix: str, tmp_path: Path
+) -> None:
+    (tmp_path / f"w{suffix}").write_bytes(content)
+    with pytest.raises(InputError, match=f"must hold the weights of a model, got {kind}"):
+        load_classifier("test_vit", checkpoint=tmp_path / f"w{suffix}", model_kwargs=VIT)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning", "ignore:.*torch.jit:DeprecationWarning")
+def test_a_torchscript_program_is_named_and_no_advice_to_run_code_is_given(tmp_path: Path) -> None:
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.zeros(1, 2)), tmp_path / "s.pt")
+    (tmp_path / "t.pt").write_bytes(b"neither a zip file nor a pickle")
+    for name, text in (
+        ("s.pt", "got a TorchScript program"),
+        ("t.pt", r"no readable PyTorch weight file \(no pickle of"),
+    ):
+        with pytest.raises(InputError, match=text) as caught:
+            load_classifier("test_vit", checkpoint=tmp_path / name, model_kwargs=VIT)
+        assert "weights_only" not in str(caught.value)
 
 
 def test_deit3_names_of_the_original_files_are_converted(tmp_path: Path) -> None:

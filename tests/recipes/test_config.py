@@ -222,6 +222,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_macs": "1.1 X"}, "target_macs must be a number above 0, got '1.1 X'"),
     ({"target_params": "1.5"}, "target_params must be a share in .* or a count, got 1.5"),
     ({"target_speedup": 0.9}, "target_speedup must be above 1, got 0.9"),
+    ({"best_effort": True}, "best_effort changes nothing without a target"),
     ({"target_latency_ms": 0.0}, "target_latency_ms must be a number above 0, got 0.0"),
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
@@ -287,14 +288,14 @@ TUNING = (
 )
 FREE = (
     "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "
-    "log_dir push_to_hub stats_path"
+    "log_dir push_to_hub stats_path best_effort"
 )
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std"
+    "img_size crop_pct interpolation mean std best_effort"
 )
-INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub"
+INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort"
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck seed limit_val val_batch_size matmul_precision latency covariance_tokens "
     "ridge refit_producers refit_stream refit_head refit_views"

@@ -214,7 +214,7 @@ def test_csv_and_table_hold_every_row() -> None:
     assert rows[0]["latency_share"] == ""
     assert rows[1]["latency_share"] == "0.8"
     table = report.table()
-    assert re.search(r"l1/none +0.750 +60.00 +0.750 +95.00 +750 +375 +1.25x\n", table)
+    assert re.search(r"l1/none +0.750 +60.00 ± 4.90 +0.750 +95.00 ± 2.18 +750 +375 +1.25x\n", table)
     assert re.search(r"method +0.75 +0.5\nl1/none +0.750 +0.250\nl2/none +0.500\n", table)
     assert "standard error of 4.00 points" in table
 

@@ -168,3 +168,20 @@ def test_the_configuration_of_a_run_fits_the_table() -> None:
     report = dataclasses.replace(REPORT, config=RunConfig(Path("data")).to_dict())
     assert labels(report)[1] == "pruned, refit"
     assert json.loads(json.dumps(report.to_dict()))["config"]["compensation"] == "refit"
+
+
+def test_each_accuracy_stands_beside_its_standard_error() -> None:
+    """Kin to comparisons of single runs by differences that the number of images cannot show."""
+    counted = dataclasses.replace(REPORT, base=dataclasses.replace(REPORT.base, top1=80.0, top5=100.0, images=400))
+    assert "80.00 ± 2.00" in counted.table().splitlines()[1]
+    assert [line.count("±") for line in counted.table().splitlines()] == [0, 1, 0, 0, 0, 0]
+    assert counted.base.top5_text == "100.00"
+
+
+def test_the_table_says_which_row_each_file_is_where_no_epoch_was_better() -> None:
+    report = dataclasses.replace(REPORT, best=REPORT.pruned)
+    assert report.table().splitlines()[-1] == (
+        "no epoch was better than none: artifact/ and vbp_best.pth hold the row 'pruned, mean shift', "
+        "vbp_final.pth 'fine-tuned, final (epoch 10)'"
+    )
+    assert not REPORT.untuned_best

@@ -206,6 +206,64 @@ def test_statistics_travel_by_name(tmp_path: Path) -> None:
         received.load_by_name(mlp()[0], torch.load(tmp_path / "statistics.pt"))
 
 
+@pytest.mark.parametrize("by_name", [True, False])
+@pytest.mark.parametrize("kind", ["vit", "resnet-bottleneck"])
+def test_statistics_that_another_process_sent_prune_alike(kind: str, by_name: bool) -> None:
+    """Kin to scripts in which rank 0 collects, `imp.variance` and `imp.means` are broadcast, and all ranks prune."""
+    model, images = vit() if kind == "vit" else convnet(kind)
+    twin = copy.deepcopy(model)
+    importance, received = VarianceImportance(), VarianceImportance()
+    importance.collect_statistics(model, [images])
+    keys: dict[nn.Module, Any] = {layer: name for name, layer in model.named_modules()}
+    if not by_name:
+        keys = {layer: twin.get_submodule(name) for layer, name in keys.items()}
+    received.variance = {keys[layer]: value for layer, value in importance.variance.items()}
+    plain = {keys[layer]: value for layer, value in importance.means.items()}
+    received.means = plain  # type: ignore[assignment]
+    for network, statistics in ((model, importance), (twin, received)):
+        ignored = all_but(network, "mlp.fc1") if kind == "vit" else [network.fc]
+        arguments = {"pruning_ratio": 0.4, "global_pruning": True, "iterative_steps": 2, "ignored_layers": ignored}
+        pruner = VBPPruner(network, images[:1], statistics, mean_dict=statistics.means, **arguments)
+        pruner.step()
+        pruner.step()
+    assert [p.shape for p in twin.parameters()] == [p.shape for p in model.parameters()]
+    if kind == "vit":  # one reader of each channel: the same means
+        with torch.no_grad():
+            assert torch.equal(model(images), twin(images))
+    assert plain == {keys[layer]: plain[keys[layer]] for layer in importance.means}
+    received.variance = {"no.such": torch.ones(3)}  # type: ignore[dict-item]
+    with pytest.raises(InputError, match=r"got those of layers that it lacks: .*no\.such"):
+        VBPPruner(twin, images[:1], received, ignored_layers=[]).step(enable_compensation=False)
+
+
+def test_scores_are_what_the_public_dictionary_holds() -> None:
+    model, images = mlp()
+    importance = VarianceImportance()
+    importance.collect_statistics(model, [images])
+    importance.variance = {model[0]: torch.arange(8).flip(0)}
+    group = next(iter(tp.DependencyGraph().build_dependency(model, images).get_all_groups([model[2]])))
+    assert importance(group).tolist() == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_the_arguments_of_other_versions_are_taken(caplog: pytest.LogCaptureFixture) -> None:
+    model, images = mlp()
+    importance = VarianceImportance(norm_per_layer=True, eps=1e-8, importance_mode="variance")
+    importance.collect_statistics(
+        model, images.split(5), "cpu", target_layers=[(model[0], torch.relu)], max_batches=2
+    )
+    with torch.no_grad():
+        hidden = model[0](images[:10]).relu()
+    torch.testing.assert_close(importance.variance[model[0]], hidden.var(0), rtol=1e-12, atol=1e-14)
+    with caplog.at_level("INFO", "vbp"):
+        pruner = VBPPruner(model, images[:1], importance, pruning_ratio=0.5, verbose=True)
+        pruner.step(enable_compensation=False)
+    assert "0 loses 4 channels" in caplog.messages
+    with pytest.raises(InputError, match="max_batches must be at least 1, got 0"):
+        importance.collect_statistics(model, [images], max_batches=0)
+    with pytest.raises(InputError, match="importance_mode must be 'variance', got 'std'"):
+        VarianceImportance(importance_mode="std")  # type: ignore[arg-type]
+
+
 def test_a_plain_dict_of_means_serves() -> None:
     model, images = mlp()
     importance = VarianceImportance()

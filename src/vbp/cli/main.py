@@ -30,7 +30,7 @@ _USAGE = """usage: vbp COMMAND [flags]
 # Command -> the class of its flags, and its job. One whose flags have `json` returns what is shown on the standard
 # output: a table for people, JSON for programs.
 _COMMANDS = {
-    "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run"),
+    "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run_to_budget"),
     "sweep": ("vbp.recipes.sweep_config:SweepConfig", "vbp.recipes.sweep:run_sweep"),
     "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
     "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
@@ -87,10 +87,10 @@ def run_benchmark(script: str) -> int:
             from vbp.recipes.config import PAPER, RunConfig
 
             config = parse(RunConfig, sys.argv[1:], script, PAPER)
-            from vbp.recipes.run import run
+            from vbp.recipes.run import run_to_budget
             from vbp.runtime.processes import check_launch
         check_launch(script, disable_ddp=config.disable_ddp)
-        run(config)
+        run_to_budget(config)
 
     return guarded(job)
 

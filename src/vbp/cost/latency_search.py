@@ -52,6 +52,26 @@ def check_faster(budget: Budget, times: LayerTimes) -> None:
         )
 
 
+def check_reachable_time(
+    budget: Budget, floor: PruningPlan, times: LayerTimes, compare: Callable[[PruningPlan], LatencyComparison]
+) -> None:
+    """Refuse a latency or speed-up that the narrowest plan is neither predicted nor measured to reach.
+
+    Raises:
+        InputError: The measured time of the narrowest plan is named.
+    """
+    if times.share(floor) <= allowed_share(budget, times.dense_ms):
+        return
+    attempt = _Attempt(budget, floor, times.share(floor), compare(floor))
+    if attempt.met or attempt.measured.low <= budget.amount <= attempt.measured.high:
+        return
+    raise InputError(
+        f"{budget.flag} must be within reach, got {budget.amount:g}: with every site at its floor (min_keep_ratio "
+        f"{floor.min_keep_ratio}, round_to {floor.round_to}) {attempt.measured.median:.2f} was measured; change "
+        "it or lower min_keep_ratio, or give best_effort to take the nearest plan"
+    )
+
+
 def meet_latency(
     budget: Budget,
     plan_for: PlanFor,

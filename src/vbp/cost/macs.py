@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,8 @@ def count_macs(model: nn.Module, example: Tensor) -> int:
     """Count the multiply-accumulates of one image: matrix products, convolutions, attention, normalisation.
 
     Follows fvcore's convention, in which the VBP paper's figures are given: a normalised element counts five
-    (four without affine parameters); activations, softmax and additions count nothing.
+    (four without affine parameters); activations, softmax and additions count nothing. `nn.MultiheadAttention` and
+    `nn.TransformerEncoder` are counted on their plain path, whatever fused kernel they would run by.
 
     Args:
         model: Counted in evaluation mode; left as it was.
@@ -59,7 +61,7 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
     counter = FlopCounterMode(display=False, custom_mapping=counted)
     # The counter follows every input back to its origin; a bare parameter that is passed to a module has none.
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    with evaluation_mode(model), torch.no_grad(), counter:
+    with evaluation_mode(model), _plain_attention(), torch.no_grad(), counter:
         torch.func.functional_call(model, weights, (example,))
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
@@ -69,6 +71,17 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
         if name.startswith(f"{root}.")
     }
     return {"": round(counter.get_total_flops() / 2 / example.shape[0]), **by_module}
+
+
+@contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Keep torch's own attention and encoder layers off their fused kernels, which the counter does not know."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _layer_norm_flops(

@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
-from vbp.cost.latency_search import allowed_share, check_faster, meet_latency
+from vbp.cost.latency_search import allowed_share, check_faster, check_reachable_time, meet_latency
 from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, counted, meet_count
 from vbp.cost.timing import LatencyComparison
@@ -40,8 +40,11 @@ class BudgetTarget:
         example: Tensor,
         rules: PlanRules,
         times: LayerTimes | None = None,
+        compare: Callable[[PruningPlan], LatencyComparison] | None = None,
     ) -> BudgetTarget:
         """Check whether a budget can be reached, and estimate where; a budget of time still to be met needs `times`.
+
+        Without `compare`, which measures a plan, a time out of reach is not refused.
 
         Raises:
             InputError: No plan meets it, or the dense model does.
@@ -55,6 +58,8 @@ class BudgetTarget:
         search = PlanSearch(equal_shares)
         if times is not None:
             check_faster(budget, times)
+            if compare is not None:
+                check_reachable_time(budget, search.floor, times, compare)
             plan = search.largest(times.share, allowed_share(budget, times.dense_ms))
         else:
             check_reachable(budget, equal_shares, costs)

@@ -19,6 +19,7 @@ from vbp.deploy.artifact_files import (
     read_file,
     read_folder,
     shared_names,
+    unwrapped_plan,
     write_file,
     write_folder,
 )
@@ -85,7 +86,8 @@ def save_pruned(
     """Write what `load_pruned` reads, whole or not at all.
 
     Args:
-        model: The pruned model, or its state; may be wrapped in DistributedDataParallel or compiled.
+        model: The pruned model, or its state; may be wrapped in DistributedDataParallel, DataParallel,
+            AveragedModel or torch.compile, whole or in parts; what is saved is the model inside.
         path: A folder, which gets `model.safetensors` and a readable `vbp.json`; or one file that ends in `.pth`,
             which `torch.load(weights_only=True)` reads. An earlier model there is replaced.
         plans: The plan that was applied to the dense model, or several in their order.
@@ -105,6 +107,7 @@ def save_pruned(
         True
     """
     entries = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
+    state = plain_state(model)
     manifest = {
         "source": None if source is None else source.to_dict(),
         "preprocessing": None if preprocessing is None else preprocessing.to_dict(),
@@ -112,11 +115,11 @@ def save_pruned(
         "metrics": dict(metrics or {}),
         **({} if settings is None else {"settings": dict(settings)}),
         "versions": installed_versions(),
-        "plans": [plan.to_dict() for plan in entries],
+        "plans": [unwrapped_plan(plan, state).to_dict() for plan in entries],
     }
     target = Path(path)
     write = write_file if target.suffix == ".pth" else write_folder
-    write(target, manifest, plain_state(model))
+    write(target, manifest, state)
 
 
 def read_artifact(path: Path | str) -> PrunedArtifact:

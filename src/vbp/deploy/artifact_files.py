@@ -7,6 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,12 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from vbp.errors import InputError, OutputError, one_line
-from vbp.models.weights import PREFIXES
+from vbp.models.weights import uncompiled, unwrapped_state
+from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import read_json
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
 from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
+from vbp.sites.site import Site
 
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/2", "vbp-artifact/2"
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
@@ -31,10 +34,7 @@ State = dict[str, Tensor]
 
 def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
     """Return the state of a model as contiguous tensors on the CPU that share no memory; tied ones are one object."""
-    state: Mapping[str, Any] = model.state_dict() if isinstance(model, nn.Module) else model
-    for prefix in PREFIXES * 2:  # DistributedDataParallel and torch.compile put them there; either may be outside
-        if state and all(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items()}
+    state: Mapping[str, Any] = unwrapped_state(model.state_dict() if isinstance(model, nn.Module) else model)
     name = next((name for name, value in state.items() if not isinstance(value, Tensor)), None)
     if name is not None:
         raise InputError(
@@ -48,6 +48,24 @@ def plain_state(model: nn.Module | Mapping[str, Any]) -> State:
         # A view would carry the whole storage that it is cut from into the file.
         plain[name] = plain[shared[name]] if name in shared else own.clone(memory_format=torch.contiguous_format)
     return plain
+
+
+def unwrapped_plan(plan: PruningPlan, state: State) -> PruningPlan:
+    """Return a plan that names the layers of `plain_state`, whatever wrapped the model when its sites were found."""
+
+    def own(name: str) -> str:
+        name = uncompiled(name)
+        while name.startswith("module.") and not any(key == name or key.startswith(f"{name}.") for key in state):
+            name = name.removeprefix("module.")
+        return name
+
+    def renamed(site: Site) -> Site:
+        producers, inner, parameters = (
+            tuple(map(own, names)) for names in (site.producers, site.inner, site.parameters)
+        )
+        return replace(site, producers=producers, consumer=own(site.consumer), inner=inner, parameters=parameters)
+
+    return replace(plan, sites=tuple(replace(entry, site=renamed(entry.site)) for entry in plan.sites))
 
 
 def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:

@@ -28,7 +28,7 @@ from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
 from vbp.models.limits import ANY, Limits, bounded_construction, check_description, check_timm_arguments
 from vbp.models.timm_names import Architecture, check_known, resolve
-from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
+from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights, readings
 from vbp.runtime.choices import ModelType
 
 _log = logging.getLogger(__name__)
@@ -143,8 +143,22 @@ def _from_hub(model: nn.Module, architecture: Architecture) -> nn.Module:
 def _from_file(
     model: nn.Module, architecture: Architecture, file: WeightFile, *, fixed: bool
 ) -> tuple[nn.Module, Architecture]:
-    """Load the file; its head decides the number of classes unless the model arguments do (`fixed`)."""
-    weights = read_weights(file.path)
+    """Load the file under its names, or without a prefix that all of them share, whichever fits."""
+    refused: dict[str, InputError] = {}
+    for prefix, weights in readings(read_weights(file.path)):
+        try:
+            return _loaded(model, architecture, file, weights, fixed=fixed)
+        except InputError as error:
+            refused[prefix] = error
+    first, *others = refused
+    also = f"; nor do they fit without {', '.join(map(repr, others))}" if others else ""
+    raise InputError(f"{refused[first]}{also}") from refused[first]
+
+
+def _loaded(
+    model: nn.Module, architecture: Architecture, file: WeightFile, weights: StateDict, *, fixed: bool
+) -> tuple[nn.Module, Architecture]:
+    """Load weights; their head decides the number of classes unless the model arguments do (`fixed`)."""
     if file.facebook:
         _check_facebook_layout(model, architecture.name, weights, file.path)
     conversion = _conversion(architecture.name)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -17,15 +19,17 @@ from torch import Tensor, nn
 from vbp.errors import InputError, one_line, some_of
 from vbp.runtime.sealed import READING_ERRORS, load_plain
 
+T = TypeVar("T")
 _log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pth", ".pt")
+OTHER_SUFFIXES = (".bin", ".ckpt", ".pth.tar")
 
-# Where training scripts put the weights in a larger file, in the order tried: averaged weights come first,
-# for they are the ones whose accuracy is reported.
-WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")
+# Where training scripts put the weights in a larger file. Averaged ones come first, for their accuracy is reported.
+AVERAGED = ("state_dict_ema", "model_ema", "ema")
+PLAIN = ("state_dict", "model", "model_state_dict", "module", "net")
 
-# Put before each name by DistributedDataParallel and torch.compile.
-PREFIXES = ("module.", "_orig_mod.")
+# Put before each name by a class that holds the network.
+PREFIXES = ("model.", "net.", "backbone.", "module.")
 
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
@@ -48,24 +52,52 @@ def check_weight_file(path: Path) -> None:
     """Stop before any work if `path` does not exist or does not end as a weight file's name does."""
     if not path.is_file():
         raise InputError(f"the checkpoint must be an existing file, got {path}; check the path")
-    if path.suffix not in SUFFIXES:
+    if not path.name.lower().endswith(SUFFIXES + OTHER_SUFFIXES):
         raise InputError(
-            f"the checkpoint must be a {', '.join(SUFFIXES)} file, got {path}; save the state dict as one of these"
+            f"the checkpoint must be a {', '.join(SUFFIXES)} file (or {', '.join(OTHER_SUFFIXES)}), got {path}; save "
+            "the state dict as one of these"
         )
+    kind = _foreign(path)
+    if kind is not None:
+        raise InputError(f"{path} must hold the weights of a model, got {kind}")
 
 
 def read_weights(path: Path) -> StateDict:
     """Read the tensors of a weight file to the CPU, without the wrappers that training scripts add.
 
-    A `.pth` or `.pt` file is read by `torch.load(weights_only=True)`: nothing in it is run.
+    A file that is no `.safetensors` is read by `torch.load(weights_only=True)`: nothing in it is run.
     """
     check_weight_file(path)
-    content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
-    weights = _unwrap(content, path)
-    for prefix in PREFIXES * 2:  # either may stand outside the other
-        if all(name.startswith(prefix) for name in weights):
-            weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
-    return weights
+    read = _read_safetensors if path.name.lower().endswith(".safetensors") else _read_pickle
+    return unwrapped_state(_unwrap(read(path), path))
+
+
+def unwrapped_state(state: Mapping[str, T]) -> dict[str, T]:
+    """Return a state by the names of the model that DDP, DataParallel, torch.compile or AveragedModel wraps.
+
+    A compiled block has `_orig_mod` within its names; AveragedModel counts its updates in `n_averaged`.
+    """
+    plain = {uncompiled(name): value for name, value in state.items()}
+    while True:
+        inner = {name: value for name, value in plain.items() if name != "n_averaged"}
+        if not inner or not all(name.startswith("module.") for name in inner):
+            return plain
+        plain = {name.removeprefix("module."): value for name, value in inner.items()}
+
+
+def uncompiled(name: str) -> str:
+    """Return a dotted name without what torch.compile puts into it."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+def readings(weights: StateDict) -> Iterator[tuple[str, StateDict]]:
+    """Yield weights as they are, then without one more prefix that all of them share; each with what it lacks."""
+    removed = ""
+    yield removed, weights
+    while prefix := next((prefix for prefix in PREFIXES if all(name.startswith(prefix) for name in weights)), None):
+        removed += prefix
+        weights = {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+        yield removed, weights
 
 
 def convert(weights: StateDict, conversion: Conversion | None, model: nn.Module, path: Path) -> StateDict:
@@ -113,6 +145,9 @@ def _convertible(weights: StateDict, conversion: Conversion, model: nn.Module) -
 def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) -> None:
     """Copy `weights` into `model`; each tensor must have its counterpart, else the model is unchanged."""
     fault = mismatch(model.state_dict(), weights)
+    unusable = [name for name, tensor in weights.items() if tensor.is_meta or tensor.is_quantized]
+    if fault is None and unusable:
+        fault = f"{len(unusable)} without values or quantised ({some_of(unusable)})"
     if fault is not None:
         raise InputError(_does_not_fit(path, fault))
     model.load_state_dict(dict(weights), strict=True)
@@ -146,6 +181,20 @@ def _does_not_fit(path: Path, fault: str) -> str:
     )
 
 
+def _foreign(path: Path) -> str | None:
+    """Return what a file is that people take for weights, and the remedy; None if it may hold weights."""
+    with path.open("rb") as file:
+        start = file.read(64).lstrip()
+    if start.startswith(b"version https://git-lfs"):
+        return "a git-lfs pointer; fetch the file itself by `git lfs pull`"
+    if start.startswith(b"<"):
+        return "an HTML or XML page; fetch the file itself, the link needs a login or leads to a page about it"
+    with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+        if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+            return "a TorchScript program; save torch.jit.load(FILE).state_dict() by torch.save"
+    return None
+
+
 def _read_safetensors(path: Path) -> dict[str, Any]:
     try:
         return load_file(path)
@@ -167,8 +216,10 @@ def _read_pickle(path: Path) -> Any:
                 f"{path} holds more than tensors ({some_of(unsafe)}) and could run code when read; only a state "
                 "dict is allowed, save it as torch.save(model.state_dict(), FILE)"
             ) from error
+        # What torch says of an unreadable pickle is advice to run the code in it.
+        reason = "no pickle of tensors" if "weights_only" in str(error) else one_line(error)
         raise InputError(
-            f"{path} is no readable PyTorch weight file ({one_line(error)}); it may be truncated, or hold "
+            f"{path} is no readable PyTorch weight file ({reason}); it may be truncated, or hold "
             "other objects than tensors: fetch it again, or save it as torch.save(model.state_dict(), FILE)"
         ) from error
 
@@ -182,17 +233,27 @@ def _unsafe_globals(path: Path) -> list[str]:
 
 
 def _unwrap(content: object, path: Path) -> StateDict:
+    got = type(content).__name__
     if isinstance(content, Mapping):
-        wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
-        inner: Mapping[Any, Any] = content if wrapper is None else content[wrapper]
-        if inner and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in inner.items()):
-            if wrapper is not None:
-                _log.info("weights taken from %r in %s", wrapper, path)
-            return dict(inner)
+        held = [name for name in AVERAGED if _is_state(content.get(name))]
+        held = held or [name for name in PLAIN if _is_state(content.get(name))]
+        if len(held) > 1:
+            raise InputError(f"{path} must hold one state dict, got those under {', '.join(held)}; save one of them")
+        if held:
+            _log.info("weights taken from %r in %s", held[0], path)
+            return dict(content[held[0]])
+        if _is_state(content):
+            return dict(content)
         got = some_of([str(name) for name in content]) or "nothing"
-    else:
-        got = type(content).__name__
     raise InputError(
-        f"{path} must hold a state dict (names and tensors), bare or under one of {', '.join(WRAPPERS)}, got "
+        f"{path} must hold a state dict (names and tensors), bare or under one of {', '.join(AVERAGED + PLAIN)}, got "
         f"{got}; save it as torch.save(model.state_dict(), FILE)"
+    )
+
+
+def _is_state(value: object) -> bool:
+    return (
+        isinstance(value, Mapping)
+        and bool(value)
+        and all(isinstance(name, str) and isinstance(item, Tensor) for name, item in value.items())
     )

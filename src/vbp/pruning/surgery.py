@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
@@ -135,6 +136,11 @@ def _check_fits(
     means: Mapping[str, Tensor] | None,
     covariances: Mapping[str, ChannelCovariance] | None,
 ) -> None:
+    if isinstance(model, DistributedDataParallel):
+        raise InputError(
+            "a model must be pruned before DistributedDataParallel wraps it, which keeps the weights that it was "
+            "given; prune model.module and wrap it again"
+        )
     if covariances is not None and means is None:
         raise InputError("covariances need the means as well, got none; give statistics.means")
     unusual = unusual_layers(model)

@@ -78,6 +78,8 @@ def _check_effect(config: RunConfig) -> None:
         raise InputError(
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
+    if config.budget.quantity == "keep_ratio":
+        _check_unused(config, ("best_effort",), "without a target", "give --target_speedup or another target")
     if config.num_workers == 0:
         _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
     if not config.bottleneck:

@@ -50,6 +50,8 @@ class PlanOptions:
     """In the place of keep_ratio: milliseconds of a batch on this device."""
     target_speedup: Result[float | None] = None
     """In the place of keep_ratio: how many times as fast as the dense model on this device, above 1."""
+    best_effort: Launch[bool] = False
+    """With a target: take the nearest plan where it cannot be met, and end without an error."""
     latency_batch: Result[int | None] = None
     """Images in the batch that is timed; by default val_batch_size on a GPU, on a CPU what takes about a second."""
     criterion: Result[Criterion] = "auto"

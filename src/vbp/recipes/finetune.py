@@ -22,7 +22,7 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.measure import describe, measure
 from vbp.recipes.setup import Job, loader_options
-from vbp.report.run_report import METRICS, Measured, RunReport
+from vbp.report.run_report import BEST, FINAL, METRICS, Measured, RunReport
 from vbp.runtime.files import write_bytes
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.signals import Interruption
@@ -35,7 +35,6 @@ from vbp.training.tensorboard import Tracker
 from vbp.training.trainer import Trainer, TrainerSettings
 
 _log = logging.getLogger(__name__)
-BEST, FINAL = "vbp_best.pth", "vbp_final.pth"
 _GO_ON, _SAVE, _STOP = 0, 1, 2
 
 

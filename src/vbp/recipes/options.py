@@ -84,7 +84,7 @@ class ModelOptions:
     model_name: Source[str] = "google/vit-base-patch16-224"
     """A folder with a Hugging Face model, a hub id (with /), or a timm name."""
     checkpoint: Local[Path | None] = None
-    """Weights for a timm model (.safetensors, .pth, .pt) in the place of a download."""
+    """Weights for a timm model in the place of a download: .safetensors, or .pth, .pt, .bin, .ckpt, .pth.tar."""
     convnext_checkpoint: Local[Path | None] = None
     """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
     allow_random_init: Source[bool] = False

@@ -5,21 +5,18 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 
 from torch import Tensor
 
 from vbp.cost.budget import BudgetResult
-from vbp.cost.latency_search import compare_in_turns
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
-from vbp.cost.timing import LatencyComparison
 from vbp.pruning.auto import AutoSearch
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan
-from vbp.recipes.setup import Job
+from vbp.recipes.setup import Job, comparison_by_main
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.statistics.evidence import Evidence, EvidenceReader
@@ -112,11 +109,6 @@ def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResu
 
 
 def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
-    def compare(plan: PruningPlan) -> LatencyComparison:
-        session, images = job.session, job.latency_images
-        return session.processes.from_main(
-            partial(compare_in_turns, job.dense, plan, images, precision=session.precision)
-        )
-
     assert plan_for is not None
+    compare = comparison_by_main(job.session, job.dense, job.latency_images)
     return job.target.meet(plan_for, job.dense, job.example, compare, compensated=job.config.compensation != "none")

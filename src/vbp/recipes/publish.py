@@ -13,11 +13,9 @@ from vbp.deploy.hub import check_login
 from vbp.deploy.model_card import push_to_hub
 from vbp.errors import InputError, OutputError
 from vbp.recipes.config import RunConfig
-from vbp.recipes.finetune import BEST
 from vbp.recipes.options import Role, fields_with
-from vbp.report.run_report import RunReport
+from vbp.report.run_report import ARTIFACT, BEST, RunReport
 
-ARTIFACT: Final = "artifact"
 _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
 
 

@@ -13,18 +13,19 @@ from torch import nn
 
 from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
+from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
-from vbp.recipes.finetune import BEST, FINAL, check_memory, finetune
+from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.measure import describe, latencies, measure
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
-from vbp.recipes.publish import ARTIFACT, check_shipping, publish_artifact, write_artifact
+from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import RefitReport, Refits
-from vbp.report.run_report import METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
+from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
@@ -75,6 +76,21 @@ def run(config: RunConfig) -> RunReport:
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
         if session.processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))
+    return report
+
+
+def run_to_budget(config: RunConfig) -> RunReport:
+    """Call `run`, and raise at its end if a target was missed, unless `config.best_effort` accepts that.
+
+    Raises:
+        InputError: Likewise; or as `run`.
+    """
+    report = run(config)
+    if config.budget.quantity != "keep_ratio" and not (report.budget["met"] or config.best_effort):
+        raise InputError(
+            f"{report.budget['sentence']}; the results are in {config.save_dir}: change the target, or give "
+            "--best_effort to accept the nearest plan"
+        )
     return report
 
 

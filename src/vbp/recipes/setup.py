@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -13,9 +13,10 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
+from vbp.cost.latency_search import compare_in_turns
 from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.target import BudgetTarget
-from vbp.cost.timing import latency_batch
+from vbp.cost.timing import LatencyComparison, latency_batch
 from vbp.cost.widths import recommended_round_to
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
@@ -26,6 +27,7 @@ from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
 from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
+from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import ModelOptions
@@ -62,6 +64,18 @@ def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> Pl
     return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio)
 
 
+def comparison_by_main(
+    session: Session, model: nn.Module, images: Tensor
+) -> Callable[[PruningPlan], LatencyComparison]:
+    """Return what times a plan against the dense model: on the main process, for all."""
+
+    def compare(plan: PruningPlan) -> LatencyComparison:
+        job = partial(compare_in_turns, model, plan, images, precision=session.precision)
+        return session.processes.from_main(job)
+
+    return compare
+
+
 def find_target(
     config: RunConfig,
     session: Session,
@@ -81,14 +95,15 @@ def find_target(
         InputError: The model cannot meet it, or nothing would be removed.
     """
     budget, times, processes = config.budget, None, session.processes
+    images = example.repeat(batch, 1, 1, 1)
     if budget.timed and not planned:
         if processes.is_main:
             _log.info("timing the layers at several widths, batch %d", batch)
-            images = example.repeat(batch, 1, 1, 1)
             times = measure_layer_times(model, sites, images, precision=session.precision, round_to=rules.round_to)
             _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, batch)
         times = processes.all_gather(times)[0]
-    target = BudgetTarget.of(budget, model, sites, example, rules, times)
+    compare = None if config.best_effort else comparison_by_main(session, model, images)
+    target = BudgetTarget.of(budget, model, sites, example, rules, times, compare)
     _check_removes(config, sites, target, rules)
     return target
 

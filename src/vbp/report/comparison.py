@@ -143,7 +143,7 @@ def _cells(run: RunReport) -> dict[str, str]:
     """Return the cells of a run, by the labels of their rows."""
     base, pruned = run.base, run.pruned
     cells = {"hidden channels kept": f"{run.keep_ratio:.1%}", "seconds": f"{sum(run.seconds.values()):.1f}"}
-    cells |= {label: f"{run.models[name].top1:.2f} %" for name, label in _MODELS.items() if name in run.models}
+    cells |= {label: f"{run.models[name].top1_text} %" for name, label in _MODELS.items() if name in run.models}
     for label, before, after in (("MACs", base.macs, pruned.macs), ("parameters", base.params, pruned.params)):
         saved = f" (-{1 - after / before:.1%})" if before else ""
         cells[label] = f"{format_count(before)} -> {format_count(after)}{saved}"

@@ -109,8 +109,7 @@ def accuracy_steps(run: RunReport) -> Drawing:
         "Bars of top-1 accuracy: " + ", ".join(f"{label} {model.top1:.2f} %" for label, model in steps) + ".",
         ("Model", "Top-1 (%)", "Top-5 (%)", "Change in top-1"),
         tuple(
-            (label, f"{model.top1:.2f}", f"{model.top5:.2f}", f"{model.top1 - run.base.top1:+.2f}")
-            for label, model in steps
+            (label, model.top1_text, model.top5_text, f"{model.top1 - run.base.top1:+.2f}") for label, model in steps
         ),
         *render(figure, "accuracy"),
     )

@@ -103,9 +103,9 @@ def summary_row(run: RunReport) -> str:
     cells = {
         "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
-        "Top-1 dense": f"{base.top1:.2f}",
-        "Pruned": f"{pruned.top1:.2f}",
-        "Fine-tuned": f"{best.top1:.2f}" if best.epoch else "-",
+        "Top-1 dense": base.top1_text,
+        "Pruned": pruned.top1_text,
+        "Fine-tuned": best.top1_text if best.epoch else "-",
         "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": latency,
@@ -142,7 +142,11 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return the main results: label, number, remark."""
     base, pruned, best = run.base, run.pruned, run.best
     keys = [
-        ("Top-1 accuracy", f"{best.top1:.2f} %", f"dense {base.top1:.2f} %, right after pruning {pruned.top1:.2f} %"),
+        (
+            "Top-1 accuracy",
+            f"{best.top1_text} %",
+            f"dense {base.top1_text} %, right after pruning {pruned.top1_text} %",
+        ),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
     ]
     for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):

@@ -137,7 +137,7 @@ class SweepReport:
 
 
 def _figures(model: Measured, share: str) -> tuple[str, ...]:
-    return f"{model.top1:.2f}", share, f"{model.top5:.2f}", format_count(model.macs), format_count(model.params)
+    return model.top1_text, share, model.top5_text, format_count(model.macs), format_count(model.params)
 
 
 def _text(share: float | None) -> str:

@@ -12,7 +12,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 from vbp.method.mean_shift import grouped_mean_shift
 from vbp.method.moments import ChannelMoments
 from vbp.pruning.compensate import add_in_float64_, add_to_bias_
@@ -36,6 +36,11 @@ class ChannelMeans(dict[nn.Module, Tensor]):
     ) -> None:
         super().__init__(producers)
         self.inputs: dict[nn.Module, Tensor] = dict(inputs or {})
+
+    @staticmethod
+    def of(means: Mapping[Any, Tensor], model: nn.Module) -> ChannelMeans:
+        """Return a copy by the layers of a model, of means by layer or by dotted name."""
+        return ChannelMeans(by_layer(means, model), by_layer(getattr(means, "inputs", {}), model))
 
     def at(self, edge: Edge, coupling: Coupling, name: str) -> Float[Tensor, "hidden"]:
         """Return the mean of each input channel of one of a group's consumers; those outside the edge are 0.
@@ -76,6 +81,23 @@ class ChannelMeans(dict[nn.Module, Tensor]):
             for edge in edges:
                 if edge.layer in entries:
                     entries[edge.layer] = without(entries[edge.layer], edge.channels)
+
+
+def by_layer(values: Mapping[Any, Tensor], model: nn.Module) -> dict[nn.Module, Tensor]:
+    """Return a copy of what is keyed by layers, or by their dotted names, keyed by the layers of a model.
+
+    Raises:
+        InputError: A name is none of the model's.
+    """
+    names = [key for key in values if isinstance(key, str)]
+    layers = dict(model.named_modules()) if names else {}
+    unknown = [name for name in names if name not in layers]
+    if unknown:
+        raise InputError(
+            f"statistics must fit {type(model).__name__}, got those of layers that it lacks: {some_of(unknown)}; "
+            "give what was collected on a model of this structure"
+        )
+    return {layers[key] if isinstance(key, str) else key: value for key, value in values.items()}
 
 
 def compensate_(

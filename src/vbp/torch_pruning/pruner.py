@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +31,8 @@ from vbp.torch_pruning.importance import VarianceImportance
 from vbp.torch_pruning.mean_check import MeanCheck, MeanMovement
 from vbp.torch_pruning.planning import plan_step
 from vbp.torch_pruning.trial import Removal, check_removals
+
+_log = logging.getLogger(__name__)
 
 # The base class has one dict for all pruners as the default of each of these, and writes into it.
 _SHARED_DEFAULTS = ("in_channel_groups", "out_channel_groups", "num_heads", "channel_groups")
@@ -91,13 +94,15 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         *args: Any,
         mean_dict: Mapping[nn.Module, Tensor] | None = None,
         check: bool = True,
+        verbose: bool = False,
         **kwargs: Any,
     ) -> None:
-        """Trace the model; nothing in it is changed. The arguments are those of the base class, and two more.
+        """Trace the model; nothing in it is changed. The arguments are those of the base class, and three more.
 
-        Compensation needs `mean_dict`: `imp.means`, or a dict from the pruned layers to the mean of each output
-        channel as it reaches its consumers. With `check`, each step first prunes a copy of the model and runs it on
-        the example inputs: a tensor, or the positional (sequence) or named (dict) arguments of `model.forward`.
+        Compensation needs `mean_dict`: `imp.means`, or a dict from the pruned layers, or their dotted names, to the
+        mean of each output channel as it reaches its consumers. With `check`, each step first prunes a copy of the
+        model and runs it on the example inputs: a tensor, or the positional (sequence) or named (dict) arguments of
+        `model.forward`. `verbose` logs what each group loses.
 
         Raises:
             InputError: An argument is out of range, or the model cannot be traced.
@@ -110,6 +115,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         check_options(options)
         options.pop("self")
         options["forward_fn"] = options["forward_fn"] or run_model
+        self.verbose = verbose
         self.example_inputs, self.forward_fn, self.check = example_inputs, options["forward_fn"], check
         with tracing(model), watching_norms(model) as following:
             super().__init__(**options)
@@ -126,7 +132,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._mean_check: MeanCheck | None = None
         self.mean_dict: ChannelMeans | None = None
         if mean_dict is not None:
-            self.mean_dict = ChannelMeans(mean_dict, getattr(mean_dict, "inputs", None))
+            self.mean_dict = ChannelMeans.of(mean_dict, model)
 
     @property
     def DG(self) -> Any:  # noqa: N802  the base class's name
@@ -278,6 +284,8 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
             pair_gates_(self.DG)
             group, attention = self.DG.get_pruning_group(root.target.module, root.handler, idxs), None
         coupling = read_group(group)
+        if self.verbose:
+            _log.info("%s loses %d channels", self._names[coupling.root], len(coupling.channels))
         if compensated:
             assert self.mean_dict is not None
             with torch.no_grad():

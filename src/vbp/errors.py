@@ -40,7 +40,11 @@ class Interrupted(KeyboardInterrupt):
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's text; the name of its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return (
+        one_line(error)
+        if "weights_only" in str(error)
+        else (str(error).strip() or type(error).__name__).splitlines()[0]
+    )
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:
@@ -50,4 +54,6 @@ def some_of(names: Sequence[str], most: int = 5) -> str:
 
 def one_line(error: BaseException) -> str:
     """Return a library's error as part of a sentence: without line breaks, and of limited length."""
+    if "weights_only" in str(error):  # torch's advice is to let the file run code
+        return "it is damaged, or holds more than tensors and plain data"
     return textwrap.shorten(str(error), width=400, placeholder=" ...").rstrip(".") or type(error).__name__

@@ -113,7 +113,7 @@ def test_foreign_and_newer_files_are_refused(tmp_path: Path) -> None:
     torch.save(nn.Linear(1, 1).state_dict(), tmp_path / "foreign.pth")
     torch.save([1, 2], tmp_path / "list.pth")
     for name in ("new", "foreign", "list"):
-        with pytest.raises(InputError, match="must have format vbp-pruned/1, got"):
+        with pytest.raises(InputError, match="must have format vbp-pruned/2, got"):
             load_pruned(tmp_path / f"{name}.pth")
 
 

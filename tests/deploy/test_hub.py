@@ -136,3 +136,12 @@ def test_the_card_of_a_model_of_which_little_is_known() -> None:
     assert data.license is None
     assert "Measured" not in text
     assert "A model of its author's own" in text
+
+
+def test_a_link_is_not_published(hub: Hub, folder: Path, tmp_path: Path) -> None:
+    """Kin to reports of uploads that held a file from elsewhere, such as a key: a link looks like the file itself."""
+    (tmp_path / "secret").write_text("key")
+    (folder / "README.md").symlink_to(tmp_path / "secret")
+    with pytest.raises(InputError, match=r"got a link: README\.md"):
+        push_to_hub(folder, "me/vit")
+    assert hub.requests == []

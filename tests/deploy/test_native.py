@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -220,3 +221,15 @@ def test_the_ratio_gives_each_width_exactly(inputs: list[int], numerator: int, d
 
 def test_there_is_no_ratio_for_unequal_widths() -> None:
     assert mlp_ratio([Block(32, 41, 64), Block(32, 42, 64)]) is None
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "hf-vit"])
+def test_others_may_read_what_the_umask_allows(name: str, tmp_path: Path) -> None:
+    """Kin to reports of a model on a shared disk that nobody but its writer could load: weights had mode 0600."""
+    model, source, plans, _ = CASES[name].pruned()
+    mask = os.umask(0o027)
+    try:
+        save_native(model, tmp_path / "native", source=source, preprocessing=PREPROCESSING, **plans)
+    finally:
+        os.umask(mask)
+    assert {file.stat().st_mode & 0o777 for file in (tmp_path / "native").iterdir()} == {0o640}

@@ -120,6 +120,26 @@ def test_removal_equals_zeroed_channels_under_the_original_softmax_scale(name: s
     torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize("kind", ["Pvt", "Data2VecVision"])
+def test_a_scale_that_code_computes_from_the_head_size_stays_the_dense_models(kind: str) -> None:
+    """Kin to reports of a softmax that changes when heads shrink: `math.sqrt(self.attention_head_size)`."""
+    import transformers
+
+    one = {"depths": [1] * 4, "hidden_sizes": [16] * 4, "num_attention_heads": [2] * 4, "mlp_ratios": [2] * 4,
+           "sequence_reduction_ratios": [1] * 4}  # fmt: skip
+    two = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+           "patch_size": 8, "attn_implementation": "eager"}  # fmt: skip
+    config = getattr(transformers, f"{kind}Config")(image_size=32, num_labels=7, **(one if kind == "Pvt" else two))
+    model = randomise_(getattr(transformers, f"{kind}ForImageClassification")(config)).double().eval()
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images])
+    plan = make_plan(sites, variance_scores(statistics), keep_ratio=0.6, attn_keep_ratio=0.5)
+    expected = zeroed_logits(model, plan, images)
+    prune_(model, plan)
+    torch.testing.assert_close(logits(model, images), expected)
+
+
 @pytest.mark.parametrize("name", WITH_ATTENTION)
 def test_value_channels_are_compensated_like_any_other(name: str) -> None:
     """With queries and keys zeroed in both, the pruned model is the dense one with values clamped to their means."""

@@ -409,6 +409,16 @@ DAMAGE: dict[str, Callable[[Any], Any]] = {
     "consumer null": _set("sites", 0, "site", "consumer", to=None),
     "keep_ratio text": _set("keep_ratio", to="0.7"),
     "scope unknown": _set("scope", to="local"),
+    # Kin to reports of files whose numbers take all memory: an array for each head, a list of all removed channels.
+    "heads without end": lambda data: _set("sites", 0, "site", "heads", to=2 * 10**9)(
+        _set("sites", 0, "site", "hidden", to=2 * 10**9)(data)
+    ),
+    "hidden without end": _set("sites", 0, "site", "hidden", to=2 * 10**9),
+    "a head without channels": lambda data: _set("sites", 0, "site", "heads", to=2)(
+        _set("sites", 0, "keep", to=[0, 1])(data)
+    ),
+    "offset below 0": _set("sites", 0, "site", "offsets", to=[-1]),
+    "offset without end": _set("sites", 0, "site", "offsets", to=[2 * 10**9]),
     "site twice": lambda data: data | {"sites": [data["sites"][0], data["sites"][0]]},
 }
 

@@ -231,6 +231,21 @@ def test_the_residual_stream_comes_back_to_the_dense_models(quick: RunConfig) ->
     assert differing <= {name.replace("fc1", fc) for name in mended.stream["sites"] for fc in ("fc1", "fc2")}
 
 
+def test_the_residual_stream_of_a_swin_is_refitted(quick: RunConfig) -> None:
+    """On a blank example all tokens of a Swin were equal, so that no residual stream was found in it."""
+    swin = dataclasses.replace(
+        quick, model_type="swin", model_name="swin_tiny_patch4_window7_224", checkpoint=None, allow_random_init=True,
+        model_kwargs={"img_size": 32, "window_size": 4, "embed_dim": 16, "depths": (1, 2), "num_heads": (2, 4),
+                      "num_classes": 10},
+        compensation="refit", refit_producers="off", refit_stream="on", refit_head="off", calib_samples=300,
+        keep_ratio=0.3,
+    )  # fmt: skip
+    found = run(swin)
+    assert found.stream is not None
+    assert found.stream["sites"]
+    assert found.stream["after"] < found.stream["before"]
+
+
 def test_a_last_layer_that_cannot_be_refitted_is_refused_or_left(
     quick: RunConfig, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -8,7 +8,9 @@ import torch.nn.functional as F
 from families import Family
 from torch import Tensor, nn
 
-from vbp import InputError, Site, find_sites
+from vbp import InputError, Site, collect_statistics, find_sites
+from vbp.method.sampling import RandomProbes
+from vbp.sites.mlp import find_mlps
 
 
 def test_each_family_gives_its_mlps(family: Family) -> None:
@@ -92,6 +94,29 @@ def test_a_norm_written_by_hand_is_followed(kind: type[Block], exact: bool) -> N
     assert (site.producers, site.consumer, site.exact) == (("up",), "down", exact)
 
 
+class CalledByName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(input=F.gelu(self.up(input=x)))
+
+
+def test_layers_called_by_name_are_followed_and_observed() -> None:
+    """Kin to reports of hooks that get an empty tuple of arguments."""
+    model, images = CalledByName(), torch.randn(5, 4)
+    sites = find_sites(model, {"x": images})
+    assert sites == (Site(("up",), "down", 6),)
+    hidden = F.gelu(model.up(images)).detach()
+    found = collect_statistics(model, sites, [images], covariance=True, sensitivity=RandomProbes())
+    torch.testing.assert_close(found.means["up"], hidden.double().mean(0))
+    torch.testing.assert_close(found.variances["up"], hidden.double().var(0))
+    assert [mlp.site for mlp in find_mlps(model, images, sites)] == list(sites)
+
+
+class ReadByName(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = F.gelu(self.up(x))
+        return self.down(hidden) + self.side(input=hidden)
+
+
 class NoActivation(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x))
@@ -162,6 +187,7 @@ class ScaledPerChannel(Block):
         Transposed,
         RunTwice,
         NotFromTheImage,
+        ReadByName,
         ScaledPerChannel,
     ],
 )

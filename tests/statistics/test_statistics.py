@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, Family
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, variance_scores
+from vbp.method.covariance import ChannelCovariance
+from vbp.method.fisher import SiteSensitivity
+from vbp.method.moments import ChannelMoments
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.sites.layers import channel_dim
 
@@ -164,3 +170,62 @@ def test_under_autocast_the_sums_stay_exact(name: str) -> None:
         moments = statistics.moments[site_name]
         torch.testing.assert_close(moments.mean, reference.mean(0), rtol=1e-5, atol=1e-7)
         torch.testing.assert_close(moments.variance, reference.var(0), rtol=1e-4, atol=1e-9)
+
+
+def _everything() -> Statistics:
+    """Return statistics of two sites with all that a file can hold."""
+    torch.manual_seed(0)
+    rows = torch.randn(9, 4, dtype=torch.float64)
+    moments = ChannelMoments(9, rows.mean(0), rows.var(0) * 8)
+    covariance = ChannelCovariance(9, rows.mean(0), rows.T.cov() * 8)
+    sensitivity = SiteSensitivity(3, rows.mean(0), torch.eye(5).double(), torch.eye(2).double())
+    other = ChannelMoments(9, torch.ones(3).double(), torch.ones(3).double())
+    return Statistics({"up": moments, "down": other}, 3, "m", "d", {"up": covariance}, 0.5, {"up": sensitivity})
+
+
+def test_no_damaged_byte_is_taken_for_statistics(tmp_path: Path) -> None:
+    """Kin to reports of files that load with other numbers after a faulty copy: each byte is changed in turn."""
+    path = tmp_path / "s.safetensors"
+    _everything().save(path)
+    whole = path.read_bytes()
+    assert Statistics.load(path).covariances["up"].m2.equal(_everything().covariances["up"].m2)
+    for place in range(0, len(whole), 3):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(InputError, match="collect the statistics again"):
+            Statistics.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"moments": {"up": ChannelMoments(9, torch.full((4,), torch.nan), torch.ones(4))}},
+            "up/mean must hold finite",
+        ),
+        ({"moments": {"up": ChannelMoments(9, torch.ones(4), -torch.ones(4))}}, "no negative variance"),
+        ({"moments": {"up": ChannelMoments(9, torch.ones(4), torch.ones(3))}}, "up/m2 must have the shape"),
+        ({"moments": {"up": ChannelMoments(-9, torch.ones(4), torch.ones(4))}}, "at least one image and sample"),
+        ({"images": 0}, "at least one image and sample"),
+        ({"token_fraction": 2.0}, "header is damaged"),
+        ({"covariances": {"up": ChannelCovariance(9, torch.ones(4), -torch.eye(4))}}, "no negative variance"),
+        ({"covariances": {"up": ChannelCovariance(9, torch.ones(3), torch.eye(3))}}, "must have the shape"),
+        (
+            {"sensitivities": {"up": SiteSensitivity(3, torch.ones(4), torch.eye(4), torch.eye(2))}},
+            "must have the shape",
+        ),
+    ],
+)
+def test_numbers_that_no_images_lead_to_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    kept = {"covariances": {}, "sensitivities": {}} if "moments" in changed else {}
+    replace(_everything(), **{**kept, **changed}).save(path)
+    with pytest.raises(InputError, match=message):
+        Statistics.load(path)
+
+
+def test_a_header_without_end_is_one_error(tmp_path: Path) -> None:
+    path = tmp_path / "s.safetensors"
+    for header in ("[" * 10**5, "3", '{"counts": [1]}', '{"counts": {"up": 9}}'):
+        save_file({}, path, {"format": "vbp-statistics/2", "header": header})
+        with pytest.raises(InputError, match="no readable statistics file"):
+            Statistics.load(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -417,3 +418,26 @@ def test_installing_leaves_torch_prunings_own_names_alone(monkeypatch: pytest.Mo
         install()
     assert tp.pruner.VBPPruner is theirs
     assert not hasattr(tp.importance, "VarianceImportance")
+
+
+class _Normalised(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, nn.functional.normalize(self.weight, dim=1), self.bias)
+
+
+def _weight_norm(inputs: int, outputs: int) -> nn.Module:
+    return nn.utils.parametrizations.weight_norm(nn.Linear(inputs, outputs))
+
+
+@pytest.mark.parametrize("kind", [_Normalised, _weight_norm])
+def test_a_layer_whose_weight_is_computed_is_refused_by_name(kind: Callable[[int, int], nn.Module]) -> None:
+    """Kin to reports of pruned layers with standardised or parametrized weights that give other outputs, or crash."""
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), kind(16, 12), nn.ReLU(), nn.Linear(12, 4))
+    images = torch.randn(16, 8)
+    imp = VarianceImportance()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    imp.collect_statistics(model, [images])
+    pruner = VBPPruner(model, images[:1], imp, pruning_ratio=0.5, mean_dict=imp.means, ignored_layers=[model[4]])
+    with pytest.raises(InputError, match=r"2 cannot be pruned by its own weight and bias: .*ignored_layers"):
+        pruner.step()
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())

@@ -12,15 +12,16 @@ import pytest
 import torch
 
 from vbp import InputError, OutputError
+from vbp.runtime.sealed import write_sealed
 from vbp.training import checkpoints
 from vbp.training.checkpoints import (
+    FORMAT,
     checkpoint_fault,
     clear_checkpoints,
     has_checkpoints,
     latest_checkpoint,
     read_checkpoint,
     save_checkpoint,
-    write_sealed,
 )
 
 
@@ -155,7 +156,7 @@ def test_a_sealed_file_of_other_content_is_an_input_error(tmp_path: Path) -> Non
     for content in ([1], {"format": "x"}):
         path = tmp_path / "sealed.pt"
         with path.open("wb+") as file:
-            write_sealed(file, content)  # type: ignore[arg-type]
+            write_sealed(file, content, FORMAT)  # type: ignore[arg-type]
         with pytest.raises(InputError, match="cannot be read"):
             read_checkpoint(path)
 

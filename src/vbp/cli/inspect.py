@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from vbp.cli.options import InspectConfig
 from vbp.cost.inspection import Inspection, inspect_model
 from vbp.deploy.artifact import load_pruned, read_artifact
@@ -29,6 +27,6 @@ def run_inspect(config: InspectConfig) -> Inspection:
             raise InputError(
                 f"{config.model} does not say which images it takes; inspect it in Python: vbp.inspect_model"
             )
-        image = torch.zeros(1, len(artifact.preprocessing.mean), *artifact.preprocessing.img_size)
+        image = artifact.preprocessing.example_input()
         model, plans = load_pruned(config.model), artifact.plans
     return inspect_model(model, image, attention=config.attention, convolutions=config.convolutions, plans=plans)

@@ -30,14 +30,10 @@ def run_latency(config: LatencyConfig) -> LatencyReport:
         # onnxruntime is timed on the CPU alone.
         gpu = torch.cuda.is_available() and config.backend == "torch" and config.threads is None
         settings = dataclasses.replace(settings, device="cuda" if gpu else "cpu")
-    preprocessing = artifact.preprocessing
-    example = torch.randn(
-        1, len(preprocessing.mean), *preprocessing.img_size, generator=torch.Generator().manual_seed(0)
-    )
     report = compare_latency(
-        build_model(artifact.source),
+        build_model(artifact.source, artifact.weights),
         load_pruned(config.artifact),
-        example,
+        artifact.preprocessing.example_input(),
         batch_sizes=config.batch_sizes,
         settings=settings,
     )

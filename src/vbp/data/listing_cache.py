@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from vbp.runtime.decode import parse_json
 from vbp.runtime.files import write_bytes
 
 _log = logging.getLogger(__name__)
@@ -28,16 +29,16 @@ def read_rows(file: Path, format_name: str, is_current: Callable[[Mapping[str, A
         return None
     try:
         header, _, body = file.read_bytes().partition(b"\n")
-        values = json.loads(header)
+        values = parse_json(header)
         if values["format"] != format_name:
             raise ValueError("its format is not that of this version")
         if hashlib.sha256(body).hexdigest() != values["sha256"]:
             raise ValueError("its checksum does not fit")
         if not is_current(values["made_from"]):
             return None
-        rows: list[Row] = json.loads(b"[" + b",".join(body.splitlines()) + b"]")
+        rows: list[Row] = parse_json(b"[" + b",".join(body.splitlines()) + b"]")
         return rows
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         _log.warning("%s cannot be used (%s); the images are listed anew", file, error)
         return None
 

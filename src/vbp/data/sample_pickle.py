@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,11 @@ def read_samples(file: Path, num_classes: int) -> list[Row]:
     return rows
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers only: a pickle that may name a function may run any code."""
+class _PlainUnpickler(pickle._Unpickler):
+    """Reads numbers, strings and containers only: a pickle that may name a function may run any code.
+
+    The unpickler written in Python, because that in C makes a table as long as the greatest number in the file.
+    """
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and code is never loaded")
@@ -53,7 +57,7 @@ def _load_plain_pickle(file: Path) -> object:
     except (
         # What the unpickler raises on damaged bytes depends on where the damage lies.
         *(OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
-        *(OverflowError, MemoryError, RecursionError),
+        *(OverflowError, MemoryError, RecursionError, AssertionError, struct.error),
     ) as error:
         raise InputError(
             f"{file} must be a pickled list of (path, label) with plain strings and whole numbers, "

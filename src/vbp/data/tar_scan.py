@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import tarfile
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any, NamedTuple
 
 from vbp.data.images import IMAGE_EXTENSIONS
 from vbp.errors import InputError
+from vbp.runtime.decode import parse_json
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
@@ -109,8 +109,8 @@ def _label(text: bytes, form: SampleFormat, name: str) -> int:
             raise InputError(f"the label of {name} must be a whole number as text, got {text[:40]!r}; use ?label=")
         return int(text)
     try:
-        value: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value: Any = parse_json(text)
+    except ValueError as error:
         raise InputError(f"the {form.label} of {name} must be JSON, got {error}") from error
     label = value.get(form.field) if isinstance(value, dict) else None
     if not isinstance(label, int) or isinstance(label, bool) or label.bit_length() > 63:

@@ -186,7 +186,7 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
         if artifact.source is None:
             remedy = "pass it: load_pruned(path, model=fresh_dense_model)"
             raise InputError(f"{path} does not say how its dense model is built; {remedy}")
-        model = build_model(artifact.source)
+        model = build_model(artifact.source, artifact.weights)
     try:
         rebuild_(model, artifact.plans, artifact.weights)
     except RuntimeError as error:

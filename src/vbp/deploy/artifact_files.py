@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,9 +17,11 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError, OutputError, one_line
 from vbp.models.weights import PREFIXES
+from vbp.runtime.decode import read_json
 from vbp.runtime.files import clear_folder, write_atomically, write_bytes
+from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 
-FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/1", "vbp-artifact/2"
+FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/2", "vbp-artifact/2"
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
 
 # Lists of numbers that `json.dumps` spreads over one line each; no text can hold these line breaks.
@@ -66,7 +67,12 @@ def shared_names(state: Mapping[str, Tensor]) -> dict[str, str]:
 def write_file(path: Path, manifest: Mapping[str, Any], state: State) -> None:
     """Write one `.pth` file that `torch.load(weights_only=True)` reads, whole or not at all."""
     content = {"format": FILE_FORMAT, **manifest, "state_dict": state}
-    write_atomically(path, lambda file: torch.save(content, file))
+    try:
+        write_atomically(path, lambda file: write_sealed(file, content, FILE_FORMAT))
+    except TypeError as error:
+        raise InputError(
+            f"metrics and settings must be plain data ({one_line(error)}); convert what is not"
+        ) from error
 
 
 def write_folder(folder: Path, manifest: Mapping[str, Any], state: State) -> None:
@@ -135,8 +141,8 @@ def remove_folder(folder: Path) -> None:
 def read_file(file: Path) -> tuple[dict[str, Any], State]:
     """Read what `write_file` wrote: the manifest and the weights."""
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError) as error:
+        content = load_plain(file)
+    except READING_ERRORS as error:
         raise InputError(
             f"{file} is damaged or no file of a pruned model ({one_line(error)}); copy or make it again"
         ) from error
@@ -146,6 +152,8 @@ def read_file(file: Path) -> tuple[dict[str, Any], State]:
     state: State = content.pop("state_dict")
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise InputError(f"{file} is damaged: its state_dict must hold tensors by name; copy or make it again")
+    if fault := seal_fault(file, FILE_FORMAT):
+        raise InputError(f"{file} is no whole pruned model: {fault}")
     return content, state
 
 
@@ -157,7 +165,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"{folder} holds no pruned model: there is no {MANIFEST} in it; give the folder that has one"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is damaged ({one_line(error)}); copy or make the folder again") from error
     check_format(file, content, FOLDER_FORMAT)

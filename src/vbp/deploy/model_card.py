@@ -61,6 +61,9 @@ def push_to_hub(
         raise InputError(
             f"the hub takes the folder of a pruned model, got {folder}; write one with save_pruned(model, FOLDER)"
         )
+    links = [name for name in (WEIGHTS, MANIFEST, CARD) if (place / name).is_symlink()]
+    if links:
+        raise InputError(f"files for the hub must lie in {place} themselves, got a link: {links[0]}; copy it there")
     artifact = read_artifact(place)
     card = place / CARD
     text: Path | bytes = card

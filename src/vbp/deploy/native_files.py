@@ -18,6 +18,7 @@ from vbp.deploy.artifact_files import State, shared_names
 from vbp.errors import InputError, OutputError, one_line
 from vbp.models.classifier import ModelSource
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
+from vbp.runtime.decode import read_json
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -30,6 +31,8 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
         mask = os.umask(0)
         os.umask(mask)
         temporary.chmod(0o777 & ~mask)
+        for file in temporary.iterdir():  # safetensors writes for the owner alone
+            file.chmod(0o666 & ~mask)
         if folder.exists():
             folder.rmdir()
         temporary.replace(folder)
@@ -88,7 +91,7 @@ def write_huggingface(
 def load_native(folder: Path) -> nn.Module:
     """Load a native checkpoint as people without vbp do: by timm or transformers alone."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = read_json(folder / "config.json")
         if "architecture" in config:  # transformers has a list of `architectures`
             import timm
 

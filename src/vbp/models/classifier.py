@@ -74,8 +74,8 @@ class Classifier:
     class_names: tuple[str, ...] | None = None
 
     def example_input(self, batch: int = 1) -> Float[Tensor, "batch channels height width"]:
-        """Return blank images of the size that the model takes, on the CPU."""
-        return torch.zeros(batch, len(self.preprocessing.mean), *self.preprocessing.img_size)
+        """Return images of noise of the size that the model takes, on the CPU: the same at every call."""
+        return self.preprocessing.example_input(batch)
 
 
 def hub_repository(model_name: str) -> str | None:
@@ -105,7 +105,7 @@ def check_family(model_name: str, model_type: ModelType, family: Family) -> None
 
 
 def check_takes_images(classifier: Classifier) -> None:
-    """Pass one blank image through the network, so that a wrong size or head stops the run at its start."""
+    """Pass one image of noise through the network, so that a wrong size or head stops the run at its start."""
     preprocessing = classifier.preprocessing
     height, width = preprocessing.img_size
     channels = len(preprocessing.mean)

@@ -15,8 +15,10 @@ from vbp.errors import InputError, one_line
 from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
+from vbp.models.limits import ANY, Limits, bounded_construction, check_description
 from vbp.models.weights import describe_mismatch
 from vbp.runtime.choices import ModelType
+from vbp.runtime.decode import read_json
 
 _log = logging.getLogger(__name__)
 
@@ -58,14 +60,19 @@ def load_huggingface(
         _log.warning("%s starts from random weights: the folder holds none", model_name)
         model = _from_config(config)
     else:
+        if folder.is_dir():  # transformers would build what its files do not hold, too
+            held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
+            with torch.device("meta"):
+                _from_config(config, Limits(elements=held + 2**22))
         model = _with_weights(model_name, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
     names = huggingface_class_names(source.arguments)
     return Classifier(model.eval(), source, preprocessing, int(config.num_labels), family, names)
 
 
-def build_huggingface(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode and float32."""
+def build_huggingface(source: ModelSource, limits: Limits) -> nn.Module:
+    """Build the untrained architecture of `source`, in evaluation mode and float32, within limits."""
+    check_description(source.arguments, f"the configuration of {source.name}")
     from transformers import CONFIG_MAPPING  # slow to import, and not needed for timm's models
 
     try:
@@ -77,24 +84,29 @@ def build_huggingface(source: ModelSource) -> nn.Module:
             f"transformers cannot read the configuration of {source.name}: {one_line(error)}; install the "
             f"version that it was saved with ({source.arguments.get('transformers_version', 'unknown')})"
         ) from error
-    model = _from_config(config)
+    model = _from_config(config, limits)
     if type(model).__name__ != source.name:
         raise InputError(f"the configuration must be that of a {source.name}, got a {type(model).__name__}")
     return model.eval()
 
 
 def _config(model_name: str) -> Any:
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     folder = Path(model_name)
     if folder.is_dir():
         _check_folder(folder)
     try:
+        values, _ = PreTrainedConfig.get_config_dict(model_name)
+    except LOADING_ERRORS as error:
+        raise _cannot_load(model_name, error) from error
+    if values.get("model_type") == "timm_wrapper":
+        raise InputError(f"{model_name} is a timm model, give it as hf-hub:{model_name}")
+    check_description(values, f"the configuration of {model_name}")
+    try:
         config = AutoConfig.from_pretrained(model_name, trust_remote_code=False)
     except LOADING_ERRORS as error:
         raise _cannot_load(model_name, error) from error
-    if config.model_type == "timm_wrapper":
-        raise InputError(f"{model_name} is a timm model, give it as hf-hub:{model_name}")
     return config
 
 
@@ -105,7 +117,7 @@ def _check_folder(folder: Path) -> None:
             f"a local model folder must hold config.json as save_pretrained writes it, got {folder} without one"
         )
     try:
-        values = json.loads(file.read_text(encoding="utf-8"))
+        values = read_json(file)
     except (OSError, ValueError) as error:
         raise InputError(f"{file} is no readable JSON ({error}); save the model again") from error
     if isinstance(values, dict) and "model_type" not in values and "architecture" in values:
@@ -124,14 +136,15 @@ def _cannot_load(model_name: str, error: BaseException) -> InputError:
     return cannot_fetch(model_name, error)
 
 
-def _from_config(config: Any) -> nn.Module:
+def _from_config(config: Any, limits: Limits = ANY) -> nn.Module:
     from transformers import AutoModelForImageClassification
 
     try:
         auto: Any = AutoModelForImageClassification  # untyped in transformers
-        model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
-    except LOADING_ERRORS as error:
-        raise InputError(f"transformers cannot build an image classifier: {one_line(error)}") from error
+        with bounded_construction(limits):
+            model: nn.Module = auto.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    except (*LOADING_ERRORS, MemoryError, ArithmeticError) as error:
+        raise InputError(f"transformers cannot load an image classifier: {one_line(error)}") from error
     return model
 
 

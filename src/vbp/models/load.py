@@ -12,10 +12,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from torch import nn
+from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.models.classifier import Classifier, Library, ModelSource, check_takes_images, hub_repository
+from vbp.models.limits import ANY, Limits
 from vbp.models.weights import WeightFile, check_weight_file
 from vbp.runtime.choices import ModelType
 
@@ -80,23 +81,27 @@ def load_classifier(
     return classifier
 
 
-def build_model(source: ModelSource) -> nn.Module:
-    """Build the dense architecture with random weights, in evaluation mode; needs no network.
+def build_model(source: ModelSource, pruned_weights: Mapping[str, Tensor] | None = None) -> nn.Module:
+    """Build the dense architecture with random weights, in evaluation mode; loads no code and needs no network.
+
+    With the weights of a pruned model, an architecture that is many times larger than them is refused before it is
+    built.
 
     Raises:
-        InputError: The installed library cannot build it.
+        InputError: The source does more than describe an architecture, or the installed library cannot build it.
 
     Example:
         >>> dense = vbp.build_model(vbp.ModelSource("timm", "test_vit", {"num_classes": 7}))
     """
     # Either library takes seconds to import: only the one that is needed is.
+    limits = ANY if pruned_weights is None else Limits.of_dense(pruned_weights)
     if source.library == "timm":
         from vbp.models.timm_models import build_timm
 
-        return build_timm(source)
+        return build_timm(source, limits)
     from vbp.models.huggingface import build_huggingface
 
-    return build_huggingface(source)
+    return build_huggingface(source, limits)
 
 
 def _check_model(model_name: str, model_type: str) -> Library:

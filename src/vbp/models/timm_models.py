@@ -26,6 +26,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
 from vbp.models.class_names import timm_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
+from vbp.models.limits import ANY, Limits, bounded_construction, check_description, check_timm_arguments
 from vbp.models.timm_names import Architecture, check_known, resolve
 from vbp.models.weights import Conversion, StateDict, WeightFile, convert, load_strictly_, read_weights
 from vbp.runtime.choices import ModelType
@@ -41,7 +42,10 @@ FAMILIES: dict[Family, tuple[type[nn.Module], ...]] = {
 IMAGENET_22K_CLASSES = 21841
 
 # What a constructor raises for arguments that it cannot use.
-BUILDING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
+BUILDING_ERRORS = (
+    *(ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError),
+    MemoryError,
+)
 
 
 def load_timm(
@@ -58,6 +62,7 @@ def load_timm(
     architecture = resolve(tagged, model_kwargs, overrides["img_size"], without_network=without_network)
     preprocessing = _preprocessing(architecture).override(**overrides)
     model = _build(architecture.name, architecture.arguments)
+    check_timm_arguments(architecture.name, architecture.arguments)  # what is built here is built again from a file
     family: Family = next((name for name, classes in FAMILIES.items() if isinstance(model, classes)), "other")
     check_family(model_name, model_type, family)
     if file is not None:
@@ -79,10 +84,12 @@ def load_timm(
     return Classifier(model.eval(), source, preprocessing, num_classes, family, names)
 
 
-def build_timm(source: ModelSource) -> nn.Module:
-    """Build the untrained architecture of `source`, in evaluation mode."""
+def build_timm(source: ModelSource, limits: Limits) -> nn.Module:
+    """Build the untrained architecture of `source`, in evaluation mode, if it is within the limits."""
     check_known(source.name)
-    return _build(source.name, source.arguments).eval()
+    check_timm_arguments(source.name, source.arguments)
+    check_description(source.arguments, f"the arguments of {source.name}")
+    return _build(source.name, source.arguments, limits).eval()
 
 
 def _preprocessing(architecture: Architecture) -> Preprocessing:
@@ -100,9 +107,10 @@ def _preprocessing(architecture: Architecture) -> Preprocessing:
     )
 
 
-def _build(name: str, arguments: Mapping[str, Any]) -> nn.Module:
+def _build(name: str, arguments: Mapping[str, Any], limits: Limits = ANY) -> nn.Module:
     try:
-        model: nn.Module = timm.create_model(name, **arguments)
+        with bounded_construction(limits):
+            model: nn.Module = timm.create_model(name, **arguments)
     except BUILDING_ERRORS as error:
         raise InputError(
             f"timm cannot build {name} from {dict(arguments)}: {one_line(error)}; check the model arguments "

@@ -13,9 +13,7 @@ from timm.models import get_pretrained_cfg, load_model_config_from_hf, split_mod
 
 from vbp.errors import InputError
 from vbp.models.classifier import cannot_fetch, hub_repository
-
-# Set here or by the caller's other options: as model arguments they would contradict those.
-RESERVED = ("cache_dir", "checkpoint_path", "features_only", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay")
+from vbp.models.limits import check_description
 
 
 @dataclass(frozen=True)
@@ -61,18 +59,13 @@ def resolve(
 
 
 def _plain_arguments(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    reserved = sorted(set(model_kwargs) & set(RESERVED))
-    if reserved:
-        raise InputError(
-            f"the model arguments must describe the architecture only, got {', '.join(reserved)}; use the "
-            "model name and the checkpoint for the weights"
-        )
     try:
         plain: dict[str, Any] = json.loads(json.dumps(dict(model_kwargs), allow_nan=False))
     except (TypeError, ValueError) as error:
         raise InputError(
             f"the model arguments must be numbers, texts, lists and tables, got {dict(model_kwargs)!r} ({error})"
         ) from error
+    check_description(plain, "the model arguments")
     return plain
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import pickle
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vbp.errors import InputError, one_line, some_of
+from vbp.runtime.sealed import READING_ERRORS, load_plain
 
 _log = logging.getLogger(__name__)
 SUFFIXES = (".safetensors", ".pth", ".pt")
@@ -30,8 +30,6 @@ PREFIXES = ("module.", "_orig_mod.")
 # Buffers that older versions saved and newer ones compute: a conversion may drop them.
 DERIVED = ("relative_position_index", "relative_coords_table", "attn_mask")
 
-# What torch raises on damaged and foreign files.
-READING_ERRORS = (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError)
 # What a conversion raises on tensors that it does not expect.
 CONVERSION_ERRORS = (KeyError, AttributeError, ValueError, IndexError, RuntimeError, TypeError)
 StateDict = dict[str, Tensor]
@@ -161,7 +159,7 @@ def _read_pickle(path: Path) -> Any:
     try:
         # timm's training script stores its command line as a Namespace: plain data, which runs nothing.
         with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return load_plain(path)
     except READING_ERRORS as error:
         unsafe = _unsafe_globals(path)
         if unsafe:

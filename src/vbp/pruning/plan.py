@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.runtime.choices import Compensation, Scope
-from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.decode import from_json, read_json, to_json
 from vbp.runtime.files import write_json
 from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/1"
+_MOST_CHANNELS = 2**24
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class PruningPlan:
             InputError: The file is missing, damaged or something else.
         """
         try:
-            return PruningPlan.from_dict(json.loads(Path(path).read_text()))
+            return PruningPlan.from_dict(read_json(Path(path)))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
 
@@ -142,8 +142,17 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
+    if site.hidden > _MOST_CHANNELS or any(not 0 <= first <= _MOST_CHANNELS for first in site.offsets):
+        raise InputError(
+            f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
+            f"got {site.hidden} from {site.offsets or 0}; make the plan again"
+        )
     size = site.hidden // max(1, site.heads)
-    if size * site.heads != site.hidden or len(set(np.bincount(np.asarray(keep) // size))) > 1:
+    if (
+        not 1 <= site.heads <= len(keep)
+        or size * site.heads != site.hidden
+        or (len(set(np.bincount(np.asarray(keep) // size, minlength=site.heads))) > 1)
+    ):
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
 
 

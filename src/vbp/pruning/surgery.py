@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
@@ -22,8 +23,8 @@ from vbp.pruning.cutting import (
     update_attributes_,
 )
 from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.forward import evaluation_mode
-from vbp.sites.layers import input_channels, output_channels
+from vbp.runtime.forward import evaluation_mode, snapshot
+from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.site import Site
 from vbp.statistics.statistics import observed_names
 
@@ -53,8 +54,8 @@ def prune_(
         in the dense model; otherwise nothing.
 
     Raises:
-        InputError: The plan does not fit the model, or means or covariances are missing or unfit; the model is then
-            untouched.
+        InputError: The plan does not fit the model, or means or covariances are missing or unfit. On this and any
+            other error the model is left bit for bit as it was.
 
     Source: VBP paper, sections 3.2 and 3.3; `vbp.refit`.
 
@@ -66,15 +67,27 @@ def prune_(
     _check_fits(model, plan, means, covariances)
     check_ridge(ridge)
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
-    errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
-    for entry in entries:
-        if entry.site.implicit_scale:
-            _keep_softmax_scale_(model, entry)
-    _cut_(model, entries)
-    for entry in entries:
-        if entry.site.kind != "mlp":
-            update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
+    restore = snapshot(_touched(model, entries), "_parameters", "_buffers")
+    try:
+        errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
+        for entry in entries:
+            if entry.site.implicit_scale:
+                _keep_softmax_scale_(model, entry)
+        _cut_(model, entries)
+        for entry in entries:
+            if entry.site.kind != "mlp":
+                update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
+    except BaseException:  # an interruption too: half a surgery is no model
+        restore()
+        raise
     return errors
+
+
+def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
+    """Return the modules that surgery writes to: layers, and those that hold them or bare parameters."""
+    names = {name for entry in entries for name in (*entry.site.producers, entry.site.consumer, *entry.site.inner)}
+    owners = {name.rpartition(".")[0] for entry in entries for name in (*names, *entry.site.parameters)}
+    return [model.get_submodule(name) for name in sorted((names - {""}) | owners)]
 
 
 def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
@@ -124,12 +137,17 @@ def _check_fits(
 ) -> None:
     if covariances is not None and means is None:
         raise InputError("covariances need the means as well, got none; give statistics.means")
-    claimed: dict[str, int] = defaultdict(int)
+    unusual = unusual_layers(model)
+    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for entry in plan.sites:
-        for name in entry.site.producers:
-            claimed[name] += entry.site.hidden
+        for name, first in entry.site.rows:
+            rows[name].append((first, first + entry.site.hidden))
+    claimed = {name: sum(stop - first for first, stop in ranges) for name, ranges in rows.items()}
     for entry in plan.sites:
         site = entry.site
+        for name in (*site.producers, site.consumer, *site.inner, *site.parameters):
+            if name in unusual:
+                raise InputError(f"the plan's site {site.name} is none: {unusual_layer(name, unusual[name])}")
         try:
             widths = [(output_channels(model.get_submodule(name)), claimed[name]) for name in site.producers]
             if site.consumer:
@@ -148,6 +166,13 @@ def _check_fits(
                 f"{[width for width, _ in widths]} where {[wanted for _, wanted in widths]} belong; give the dense "
                 "model that the plan was made for"
             )
+        for name in site.producers:
+            ranges = [(0, 0), *sorted(rows[name])]
+            if any(stop != first for (_, stop), (first, _) in itertools.pairwise(ranges)):
+                raise InputError(
+                    f"the plan's sites must have the rows 0 to {claimed[name]} of {name} one after the other, got "
+                    f"{ranges[1:5]}; make the plan again"
+                )
         if means is not None and site.consumer:
             shape = tuple(means[site.name].shape) if site.name in means else "none"
             if shape != (site.hidden,):

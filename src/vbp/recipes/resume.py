@@ -13,6 +13,7 @@ from vbp.errors import InputError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import SUMMARY
+from vbp.runtime.decode import read_json
 from vbp.runtime.files import check_folder
 from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
 
@@ -128,7 +129,7 @@ def _check_no_run(save_dir: Path, settings: Mapping[str, Any], overwrite: bool) 
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} must be the settings of a run, but cannot be read ({error}); remove it") from error
     if not isinstance(value, dict):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import json
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,6 +31,7 @@ from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
+from vbp.runtime.decode import read_json
 from vbp.runtime.files import check_folder, clear_folder, write_bytes, write_json
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import RunLog, run_log
@@ -290,7 +290,7 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
         return None
     try:
-        stored = json.loads(path.read_text())
+        stored = read_json(path)
         if stored["format"] != _FORMAT:
             raise ValueError(f"format {stored['format']!r} where {_FORMAT} belongs")
         dense = None if stored["dense"] is None else Measured(**stored["dense"])

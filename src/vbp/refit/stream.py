@@ -31,7 +31,7 @@ from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.producers import add_step_, step_of
-from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim, first_tensor, rows
@@ -179,7 +179,7 @@ class _Work:
         seen: dict[str, Tensor] = {}
 
         def read(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen["read"] = rows(args[0], channel_dim(module), len(pixels))
+            seen["read"] = rows(call_values(args, kwargs)[0], channel_dim(module), len(pixels))
 
         def given(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             seen["given"] = rows(output, channel_dim(module), len(pixels)).clone()  # some models add to it in place

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
-from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.decode import from_json, parse_json, read_json, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
 
@@ -180,7 +179,7 @@ class RunReport:
                 f"a run must be a folder with {SUMMARY}, got {folder}; give the save_dir of a run that has ended"
             )
         try:
-            return RunReport.from_dict(json.loads(path.read_text(encoding="utf-8")))
+            return RunReport.from_dict(read_json(path))
         except (OSError, ValueError) as error:
             raise InputError(f"{path} is no readable summary of a run ({error}); run it again") from error
 
@@ -260,7 +259,7 @@ def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
         # A loss may be NaN where training went wrong; that is worth a report too.
         return tuple(
             {name: float(row[name]) for name in _CURVES if name in row} | {"epoch": operator.index(row["epoch"])}

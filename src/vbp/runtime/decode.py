@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import reprlib
 from collections.abc import Mapping, Sequence
@@ -14,6 +15,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 from vbp.errors import InputError
 
 T = TypeVar("T")
+LARGEST_JSON = 2**28
 _PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
 
 
@@ -23,6 +25,23 @@ class _MismatchError(Exception):
     def __init__(self, place: str, text: str) -> None:
         super().__init__(text)
         self.place, self.text = place, text
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return what a JSON text holds; raise ValueError if it is none, or nested too deep to be read."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def read_json(path: Path) -> Any:
+    """Return what a JSON file holds; raise OSError or ValueError if it is no file, too large, or no JSON."""
+    if not path.is_file():  # a pipe or a device could be endless
+        raise OSError("there is no such file")
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"it has {size} bytes, allowed are {LARGEST_JSON}")
+    return parse_json(path.read_bytes().decode())
 
 
 def to_json(value: Any) -> Any:

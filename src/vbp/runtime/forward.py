@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from vbp.errors import InputError
+from vbp.runtime.random_state import random_state, set_random_state_
 
 
 @contextmanager
@@ -25,6 +29,45 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def snapshot(modules: Iterable[nn.Module], *tables: Literal["_parameters", "_buffers"]) -> Callable[[], None]:
+    """Return a function that restores modes and attributes of modules, and the tensors of these tables."""
+    saved = []
+    for module in modules:
+        own = vars(module)
+        kept = {key: dict(own[key]) for key in tables}
+        values = [value for table in kept.values() for value in table.values() if value is not None]
+        saved.append((module, dict(own), kept, [(value, value.detach().clone()) for value in values]))
+
+    def restore() -> None:
+        for module, own, kept, values in saved:
+            for target, state in ((vars(module), own), *((own[key], kept[key]) for key in kept)):
+                target.clear()
+                target.update(state)
+            with torch.no_grad():
+                for value, before in values:
+                    if not value.is_meta and not torch.equal(value, before):
+                        value.copy_(before)
+
+    return restore
+
+
+@contextmanager
+def training_paths(model: nn.Module) -> Iterator[None]:
+    """Let modules take the paths that their code takes in training alone, and restore the model and random numbers.
+
+    The layers of torch itself stay in evaluation mode: they have no such path, and norms would learn from the body.
+    """
+    device = next(iter(model.parameters()), torch.empty(0)).device
+    state, restore = random_state(device), snapshot(model.modules(), "_buffers")
+    for module in model.modules():
+        module.training = not type(module).__module__.startswith("torch.") and not isinstance(module, _BatchNorm)
+    try:
+        yield
+    finally:
+        restore()
+        set_random_state_(state, device)
 
 
 @contextmanager
@@ -49,15 +92,36 @@ def hooked(
 ) -> Iterator[None]:
     """Call hooks around the forward passes of modules while the body runs, and remove them afterwards.
 
-    Those `before` are called as `hook(module, args, kwargs)`, those `after` as `hook(module, args, output)`; what
-    they return, unless None, replaces the arguments or the output.
+    Those `before` are called as `hook(module, args, kwargs)`, those `after` as `hook(module, values, output)`, where
+    `values` are all arguments, those given by name last; what they return, unless None, replaces the arguments or the
+    output.
     """
     with ExitStack() as hooks:
         for module, hook in before:
             hooks.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         for module, hook in after:
-            hooks.callback(module.register_forward_hook(hook).remove)
+            hooks.callback(module.register_forward_hook(partial(_call_after, hook), with_kwargs=True).remove)
         yield
+
+
+def _call_after(hook: Hook, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+    return hook(module, call_values(args, kwargs), output)
+
+
+def call_values(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Return the arguments of a call, those given by name last: a layer may be called as `layer(input=x)`."""
+    return (*args, *kwargs.values())
+
+
+# The one argument of a model, its arguments in their order, or by name.
+ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
+
+
+def run_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
+    """Call a model with a tensor, the sequence of its arguments, or the mapping of its named ones."""
+    if isinstance(example_inputs, Tensor):
+        return model(example_inputs)
+    return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
 
 
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:

@@ -42,12 +42,14 @@ class Channels:
     leaks: dict[int, str] = field(default_factory=dict)  # used in a way that pruning would break
     readers: dict[int, set[str]] = field(default_factory=dict)
     _parent: list[int] = field(default_factory=list)
+    _first: dict[tuple[OwnerKind, str, int], int] = field(default_factory=dict)
 
     def add(self, kind: OwnerKind, name: str, channels: int) -> Int[Tensor, "channels"]:
-        """Add an owner, and return the ids of its channels."""
-        first = len(self._parent)
-        self.owners.append(Owner(kind, name, first, channels))
-        self._parent.extend(range(first, first + channels))
+        """Add an owner unless it is known, and return the ids of its channels."""
+        first = self._first.setdefault((kind, name, channels), len(self._parent))
+        if first == len(self._parent):
+            self.owners.append(Owner(kind, name, first, channels))
+            self._parent.extend(range(first, first + channels))
         return torch.arange(first, first + channels, dtype=torch.int32)
 
     def owner_of(self, identity: int) -> Owner:

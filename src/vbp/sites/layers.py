@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 from jaxtyping import Float
@@ -39,20 +40,12 @@ def channel_dim(layer: nn.Module) -> int:
 
 def output_channels(layer: nn.Module) -> int:
     """Return the number of output channels of a `Linear` or convolution."""
-    return _input_and_output_channels(layer)[1]
+    return int(getattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels"))
 
 
 def input_channels(layer: nn.Module) -> int:
     """Return the number of input channels of a `Linear` or convolution."""
-    return _input_and_output_channels(layer)[0]
-
-
-def _input_and_output_channels(layer: nn.Module) -> tuple[int, int]:
-    if isinstance(layer, nn.Linear):
-        return layer.in_features, layer.out_features
-    if isinstance(layer, _ConvNd):
-        return layer.in_channels, layer.out_channels
-    raise TypeError(f"layer must be Linear or a convolution, got {type(layer).__name__}")
+    return int(getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels"))
 
 
 def first_tensor(output: Any) -> Tensor | None:
@@ -65,3 +58,36 @@ def first_tensor(output: Any) -> Tensor | None:
 def rows(values: Tensor, dim: int, images: int) -> Float[Tensor, "images positions channels"]:
     """Return values image by image, channels last."""
     return values.movedim(dim, -1).reshape(images, -1, values.shape[dim])
+
+
+_OWN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+
+
+def unusual_layers(model: nn.Module) -> dict[str, str]:
+    """Return the layers and bare parameters, by name, that cannot be cut by their `weight` and `bias`, and why.
+
+    That a layer is an `nn.Linear` says nothing about its weight: it may be computed from others (a parametrization, a
+    mask, quantisation), have an adapter beside it, or be the parameter of another module, too.
+    """
+    reasons: dict[str, str] = {}
+    owned = [(name, *one) for name, module in model.named_modules() for one in module.named_parameters(recurse=False)]
+    # Views of one memory are one parameter.
+    places = [value.data_ptr() or id(value) for _, _, value in owned]
+    owners = Counter(places)
+    for (module, name, _), place in zip(owned, places, strict=True):
+        if owners[place] > 1:
+            reasons[module] = reasons[f"{module}.{name}".lstrip(".")] = f"its {name} is a parameter elsewhere, too"
+    for name, layer in model.named_modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d) or is_channel_norm(layer):
+            held = {*dict(layer.named_parameters()), *dict(layer.named_buffers())}
+            if extra := sorted(held - _OWN):
+                reasons[name] = f"it holds {', '.join(extra)} beside its weight and bias"
+    return reasons
+
+
+def unusual_layer(name: str, reason: str) -> str:
+    """Return the sentence about a layer that is unusual, with the remedy."""
+    return (
+        f"{name} cannot be pruned by its own weight and bias: {reason}; make it a plain layer first (merge what "
+        "computes its weight, untie by a copy), or leave it out"
+    )

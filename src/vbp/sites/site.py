@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
+from vbp.runtime.forward import ExampleInputs
 from vbp.sites.channel_ids import Owner
-from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.layers import input_channels, output_channels, unusual_layer
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.tracer import trace_model
 
@@ -76,20 +78,22 @@ class Site:
 
 def find_sites(
     model: nn.Module,
-    example_inputs: Tensor | tuple[Any, ...],
+    example_inputs: ExampleInputs,
     *,
     attention: bool = False,
     convolutions: bool = False,
 ) -> tuple[Site, ...]:
     """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
 
-    The channels are followed through one forward pass, so names and nesting of the modules do not matter. Between
-    the two layers there may be activations, gates, norms, depthwise convolutions and changes of shape. What is used
-    in any other way is left out, with a log line saying why.
+    The channels are followed through a forward pass in evaluation mode and one in training mode, so names and nesting
+    of the modules do not matter. Between the two layers there may be activations, gates, norms, depthwise
+    convolutions and changes of shape. What is used in any other way, or is made or read by a layer that is more than
+    its `weight` and `bias`, is left out, with a log line saying why.
 
     Args:
         model: Any image classifier.
-        example_inputs: An input of the model, "1 channels height width", on the model's device.
+        example_inputs: An input of the model, "1 channels height width", on the model's device; or all its arguments,
+            in their order (a tuple) or by name (a dict). Give noise or a real image: a blank one hides differences.
         attention: Also find the value, and the query and key, channels inside attention.
         convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
             the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
@@ -107,18 +111,21 @@ def find_sites(
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
     sites = _whole(model, sites)
+    why = f"; {'; '.join(finder.rejected[:3])}" if finder.rejected else ""
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
             "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
-            "queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out{why}"
         )
+    if not sites and finder.unusual:
+        raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(finder.unusual[:3])}")
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
             "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
             "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
-            "larger kernels too: find_sites(..., convolutions=True)"
+            f"larger kernels too: find_sites(..., convolutions=True){why}"
         )
     return tuple(sites)
 
@@ -139,19 +146,19 @@ def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
         sites = [site for site in sites if not partial & set(site.producers)]
 
 
-@dataclass(frozen=True)
-class Rejected:
-    """Channels that are no site, and why."""
-
-    reason: str
-
-
 class _Finder:
     """Reads sites off a trace."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model, self.trace = model, trace
         self._classes = trace.channels.classes()
+        self.rejected: list[str] = []  # sentences
+        self.unusual: list[str] = []  # those among them that name a layer, with the remedy
+
+    def reject(self, sentence: str) -> None:
+        """Log why something is no site, and keep it for an error."""
+        _log.info("%s", sentence)
+        self.rejected.append(sentence)
 
     def mlps(self) -> Iterator[Site]:
         attended = {
@@ -169,7 +176,7 @@ class _Finder:
             if isinstance(site, Site):
                 yield site
             else:
-                _log.info("the input of %s is no site: %s", read.layer, site.reason)
+                self.reject(f"the input of {read.layer} is no site: {site}")
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
@@ -177,27 +184,40 @@ class _Finder:
         reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
         label = self.trace.channels.owner_of(int(call.query[0, 0])).name
         if len(reads) != 1 or values is None or call.value is None:
-            _log.info("the attention behind %s is no site: no single layer reads its values in order", label)
+            self.reject(f"the attention behind {label} is no site: no single layer reads its values in order")
             return []
         heads = call.value.shape[0]
         value = self._site(values, reads[0], "value", heads)
-        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, self._follows_head(call, label))
         if call.query.shape != call.value.shape:
-            pair = Rejected("queries and values have different numbers of channels")
+            pair = "queries and values have different numbers of channels"
         if isinstance(value, Site) and isinstance(pair, Site):
             return [value, pair]
         for one in (value, pair):
-            if isinstance(one, Rejected):
-                _log.info("the attention behind %s is no site: %s", label, one.reason)
+            if isinstance(one, str):
+                self.reject(f"the attention behind {label} is no site: {one}")
         return []
+
+    def _follows_head(self, call: Attention, query: str) -> bool:
+        """Return whether the softmax scale shrinks with the heads: code computes it, and no module keeps it."""
+        root = call.query.shape[1] ** 0.5
+        parts = query.split(".")[:-1]
+        around = [self.model.get_submodule(".".join(parts[:count])) for count in range(len(parts) + 1)]
+        numbers = [value for module in around for value in vars(module).values() if isinstance(value, float)]
+
+        def is_scale(value: float) -> bool:
+            return math.isclose(value, root) or math.isclose(value, 1 / root)
+
+        computed = call.factor is not None and is_scale(call.factor) and not any(map(is_scale, numbers))
+        return call.implicit_scale or computed
 
     def log_unfollowed_attention(self) -> None:
         """Name the layers whose channels meet others of unknown origin in an attention."""
         channels = self.trace.channels
         ends = {channels.owner_of(one).name for one, reason in channels.leaks.items() if reason in PRODUCTS}
         for name in sorted(ends):
-            _log.info(
-                "the attention behind %s is no site: not all of queries, keys and values come from layers", name
+            self.reject(
+                f"the attention behind {name} is no site: not all of queries, keys and values come from layers"
             )
 
     def _members(self, ids: list[int]) -> set[int]:
@@ -206,18 +226,18 @@ class _Finder:
 
     def _site(
         self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
-    ) -> Site | Rejected:
+    ) -> Site | str:
         """Return the site of these channels, or why they are none."""
         channels = self.trace.channels
         groups = [self._classes[channels.root(identity)] for identity in ids]
         if reason := self._why_unfit(groups, consumer):
-            return Rejected(reason)
+            return reason
         owners: list[tuple[Owner, int]] = []
         for place, first in enumerate(sorted(groups[0])):
             owner = channels.owner_of(first)
             rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
             if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
-                return Rejected(f"its channels are scattered over the rows of {owner.name}")
+                return f"its channels are scattered over the rows of {owner.name}"
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)
@@ -246,6 +266,9 @@ class _Finder:
         if len({id(group) for group in groups}) != len(groups):
             return "some of its channels are bound together"
         names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        if unusual := sorted(names & self.trace.unusual.keys()):
+            self.unusual.append(unusual_layer(unusual[0], self.trace.unusual[unusual[0]]))
+            return self.unusual[-1]
         if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
             return f"{', '.join(repeated)} runs more than once in a forward pass"
         if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):

@@ -9,17 +9,33 @@ that combine channels one to one couple them; all else is noted as a leak, and l
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import BaseTorchDispatchMode
 
-from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.errors import first_line
+from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model, training_paths
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
-from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels
-from vbp.sites.propagation import QUERIES, ChannelFlow, Read, Trace, tensors_in
+from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels, unusual_layers
+from vbp.sites.propagation import QUERIES, SAME, ChannelFlow, Read, Trace, tensors_in
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Call:
+    """A call of a layer: what it was given, and what the kernel that it ran on it returned."""
+
+    module: nn.Module | None
+    given: Any
+    result: Any = None
 
 
 class _Tracer(TorchFunctionMode):
@@ -31,25 +47,30 @@ class _Tracer(TorchFunctionMode):
         self._linear = {module: name for name, module in named if mixes_channels(module, convolutions=convolutions)}
         self._inner = {module: name for name, module in named if is_depthwise(module) or is_channel_norm(module)}
         parameters = {parameter: name for name, parameter in model.named_parameters()}
-        self._inside = 0
+        self._names = self._linear | self._inner
+        self._owners = {parameter: module for module in self._names for parameter in module.parameters(recurse=False)}
         self.flow = ChannelFlow(parameters)
         self.trace = self.flow.trace
+        self.trace.unusual = unusual_layers(model)
 
-    def run(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        modules = (*self._linear, *self._inner)
-        hooks = hooked([(one, self._leave) for one in modules], before=[(one, self._enter) for one in modules])
-        with hooks, evaluation_mode(model), torch.no_grad(), self:
+    def run(self, model: nn.Module, inputs: ExampleInputs) -> None:
+        hooks = hooked(
+            [(one, self._leave) for one in self._names], before=[(one, self._enter) for one in self._names]
+        )
+        self._calls: list[_Call] = []
+        # The dispatch mode repeats what runs outside of Python, such as TorchScript, where this mode sees it.
+        with hooks, torch.no_grad(), self, BaseTorchDispatchMode():  # type: ignore[no-untyped-call]
             for leaf in tensors_in(inputs):
                 self.flow.from_image[leaf] = True
-            output = model(*inputs)
+            output = run_model(model, inputs)
         self.flow.leak(tensors_in(output), "the model's output")
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._inside += 1
-        name = self._linear.get(module) or self._inner.get(module, "")
+        values, name = call_values(args, kwargs), self._names[module]
+        self._calls.append(_Call(module, next(iter(values), None)))
         self.trace.calls[name] = self.trace.calls.get(name, 0) + 1
-        if module in self._linear and args and isinstance(args[0], Tensor):
-            self._read(module, args[0], self._linear[module])
+        if module in self._linear and values and isinstance(values[0], Tensor):
+            self._read(module, values[0], self._linear[module])
 
     def _read(self, module: nn.Module, values: Tensor, name: str) -> None:
         if values in self.flow.mixtures:
@@ -65,7 +86,10 @@ class _Tracer(TorchFunctionMode):
             self.trace.channels.readers.setdefault(identity, set()).add(name)
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._inside -= 1
+        if self._calls.pop().result is not output and module in self._linear:
+            self.trace.unusual.setdefault(
+                self._names[module], "its forward pass, or a hook on it, is not that of nn.Linear or nn.Conv2d"
+            )
         if not isinstance(output, Tensor):
             return
         if module in self._inner:
@@ -82,7 +106,7 @@ class _Tracer(TorchFunctionMode):
         """Couple a norm's or depthwise convolution's own channels with those that pass through it."""
         if not args or not isinstance(args[0], Tensor):
             return
-        name = self._inner[module]
+        name = self._names[module]
         if args[0] not in self.flow.ids:
             self.flow.leak([args[0]], name)
             return
@@ -100,6 +124,20 @@ class _Tracer(TorchFunctionMode):
             channels.mixed.update(present(own))
         self.flow.ids[output] = after
 
+    def _watch(self, name: str, values: tuple[Any, ...], output: Any) -> None:
+        """Note a layer whose parameters are read by anything but the one kernel that it runs on its own input."""
+        call, first = (self._calls or [_Call(None, None)])[-1], next(iter(values), None)
+        own = name in _KERNELS and (first is call.given or call.module not in self._linear)
+        if own:
+            call.result = output
+        elif name in _UNCHANGED and first is call.given:
+            call.given = output
+        for value in tensors_in(values):
+            layer = self._owners.get(value) if isinstance(value, nn.Parameter) else None
+            cast = name in _UNCHANGED and (value is not first or layer is call.module)
+            if layer is not None and not cast and not (own and layer is call.module):
+                self.trace.unusual.setdefault(self._names[layer], f"{name} reads its parameters, beside its own call")
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -109,7 +147,7 @@ class _Tracer(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").partition(".")[0]
         tensors = tensors_in(output)
         if not tensors and (name in QUERIES or name == "__get__"):
             return output
@@ -117,9 +155,15 @@ class _Tracer(TorchFunctionMode):
         if any(operand in self.flow.from_image for operand in operands):
             for leaf in tensors:
                 self.flow.from_image[leaf] = True
-        if not self._inside:
+        if tensors:
+            self._watch(name, call_values(args, kwargs), output)
+        if not self._calls:
             self.flow.follow(func, name, args, kwargs, operands, output)
         return output
+
+
+_KERNELS = frozenset("linear conv2d batch_norm layer_norm group_norm".split())
+_UNCHANGED = SAME | {"pad"}
 
 
 def _own_channels(module: nn.Module) -> int:
@@ -133,12 +177,24 @@ def _own_channels(module: nn.Module) -> int:
     return module.num_features
 
 
-def trace_model(model: nn.Module, example_inputs: Tensor | tuple[Any, ...], *, convolutions: bool = False) -> Trace:
-    """Run one forward pass in evaluation mode and return where each linear layer's channels go.
+def trace_model(model: nn.Module, example_inputs: ExampleInputs, *, convolutions: bool = False) -> Trace:
+    """Run the model in evaluation and in training mode, and return where each linear layer's channels go.
 
-    With `convolutions` the channels of convolutions with kernels of any size are followed too.
+    What only training does with the channels, as an auxiliary head, is added to what evaluation shows. With
+    `convolutions` the channels of convolutions with kernels of any size are followed too.
     """
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     tracer = _Tracer(model, convolutions=convolutions)
-    tracer.run(model, inputs)
-    return tracer.trace
+    with evaluation_mode(model):
+        tracer.run(model, example_inputs)
+    trace = dataclasses.replace(tracer.trace, reads=[*tracer.trace.reads], attentions=[*tracer.trace.attentions])
+    trace.calls, tracer.trace.calls = tracer.trace.calls, {}
+    try:
+        with training_paths(model):
+            tracer.run(model, example_inputs)
+    except (RuntimeError, ValueError, TypeError, LookupError, AssertionError, AttributeError) as error:
+        _log.warning(
+            "%s does not run in training mode on the example (%s): what only training does with its channels is not "
+            "seen", type(model).__name__, first_line(error),
+        )  # fmt: skip
+    trace.calls.update({name: count for name, count in tracer.trace.calls.items() if count > 1})
+    return trace

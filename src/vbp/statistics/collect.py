@@ -14,7 +14,7 @@ from vbp.method.covariance import ChannelCovariance, RunningCovariance
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
-from vbp.runtime.forward import Hook, evaluation_mode, frozen, hooked, logits_of
+from vbp.runtime.forward import Hook, call_values, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 from vbp.statistics.fisher import FisherCollector
@@ -40,7 +40,7 @@ class Observer(RunningMoments):
 
     def of_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Take in what a layer reads: a hook before the layer."""
-        self.see((args[0] if args else next(iter(kwargs.values()))).movedim(channel_dim(layer), -1))
+        self.see(call_values(args, kwargs)[0].movedim(channel_dim(layer), -1))
 
     def of_output(self, part: Callable[[Tensor], Tensor]) -> Hook:
         """Return a hook after a layer that takes in a part, or another function, of what the layer returns."""

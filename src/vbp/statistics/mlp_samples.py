@@ -20,7 +20,7 @@ from vbp.errors import InputError
 from vbp.method.fisher import FP16_SCALE, fisher_direction
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes, priority_sample
-from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
+from vbp.runtime.forward import call_values, evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.processes import Processes
@@ -118,7 +118,7 @@ class MLPSamples:
         values: dict[str, Tensor] = {}
 
         def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            read[name] = args[0].detach()
+            read[name] = call_values(args, kwargs)[0].detach()
 
         def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             given[name] = output

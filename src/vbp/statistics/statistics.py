@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -15,13 +18,14 @@ from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.fisher import SiteSensitivity
 from vbp.method.moments import ChannelMoments
+from vbp.runtime.decode import parse_json
 from vbp.runtime.files import write_bytes
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-statistics/2"
+_FORMAT = "vbp-statistics/3"
 
-# Files of version 1 hold no covariances and are otherwise the same.
-_READABLE = ("vbp-statistics/1", _FORMAT)
+# Older files have no digest, those of version 1 no covariances either; they are otherwise the same.
+_READABLE = ("vbp-statistics/1", "vbp-statistics/2", _FORMAT)
 
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
@@ -115,9 +119,7 @@ class Statistics:
         """Refuse statistics that lack a site, as those of a run without attention, or what a site needs.
 
         Raises:
-            InputError: A site is missing, has another number of channels, or has no covariance or (an MLP) no
-            sensitivity
-                where that is wanted.
+            InputError: A site is missing or has another number of channels, or lacks what is wanted.
         """
         for site in sites:
             for name in observed_names(site):
@@ -157,7 +159,9 @@ class Statistics:
             "sensitivity_images": {name: sums.images for name, sums in self.sensitivities.items()},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        write_bytes(Path(path), save(tensors, metadata={"format": _FORMAT, "header": json.dumps(header)}))
+        text = json.dumps(header)
+        metadata = {"format": _FORMAT, "header": text, "sha256": _digest(_FORMAT + text, tensors)}
+        write_bytes(Path(path), save(tensors, metadata=metadata))
 
     @staticmethod
     def load(path: Path | str) -> Statistics:
@@ -172,36 +176,71 @@ class Statistics:
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") not in _READABLE:
-                    raise InputError(
-                        f"{path} must be a statistics file of format {_FORMAT}, "
-                        f"got format {metadata.get('format')!r}; collect the statistics again"
-                    )
-                header = json.loads(metadata["header"])
-                moments = {
-                    name: ChannelMoments(count, file.get_tensor(f"{name}/mean"), file.get_tensor(f"{name}/m2"))
-                    for name, count in header["counts"].items()
-                }
-                covariances = {
-                    name: ChannelCovariance.unpacked(
-                        count, file.get_tensor(f"{name}/covariance_mean"), file.get_tensor(f"{name}/covariance_m2")
-                    )
-                    for name, count in header.get("covariance_counts", {}).items()
-                }
-                sensitivities = {
-                    name: SiteSensitivity(
-                        images, *(file.get_tensor(f"{name}/sensitivity_{part}") for part in _SENSITIVITY_PARTS)
-                    )
-                    for name, images in header.get("sensitivity_images", {}).items()
-                }
-        except (SafetensorError, KeyError, json.JSONDecodeError) as error:
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            if metadata.get("format") not in _READABLE:
+                raise InputError(
+                    f"{path} must be a statistics file of format {_FORMAT}, "
+                    f"got format {metadata.get('format')!r}; collect the statistics again"
+                )
+            if metadata["format"] == _FORMAT or "sha256" in metadata:
+                _checked(
+                    metadata["sha256"] == _digest(metadata["format"] + metadata["header"], tensors),
+                    "its content has another digest",
+                )
+            return _decoded(parse_json(metadata["header"]), tensors)
+        except InputError:
+            raise
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
             ) from error
-        return Statistics(
-            moments, header["images"], header["model"], header["data"], covariances,
-            header.get("token_fraction", 1.0), sensitivities,
-        )  # fmt: skip
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name, value in sorted(tensors.items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _checked(condition: bool, fault: str) -> None:
+    if not condition:
+        raise ValueError(fault)
+
+
+def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statistics:
+    """Return what was saved; raise ValueError for numbers that no images lead to."""
+    for name, value in tensors.items():
+        _checked(value.is_floating_point() and bool(value.isfinite().all()), f"{name} must hold finite numbers")
+
+    def part(name: str, *shape: int) -> Tensor:
+        _checked(
+            tensors[name].shape == shape, f"{name} must have the shape {shape}, got {tuple(tensors[name].shape)}"
+        )
+        return tensors[name]
+
+    moments, covariances, sensitivities = {}, {}, {}
+    for name, count in header["counts"].items():
+        hidden = len(tensors[f"{name}/mean"])
+        moments[name] = ChannelMoments(count, part(f"{name}/mean", hidden), part(f"{name}/m2", hidden))
+        _checked(bool((moments[name].m2 >= 0).all()), f"{name} must have no negative variance")
+    for name, count in header.get("covariance_counts", {}).items():
+        hidden = len(moments[name].mean)
+        packed = part(f"{name}/covariance_m2", hidden * (hidden + 1) // 2)
+        covariances[name] = ChannelCovariance.unpacked(count, part(f"{name}/covariance_mean", hidden), packed)
+        _checked(bool((covariances[name].m2.diagonal() >= 0).all()), f"{name} must have no negative variance")
+    for name, images in header.get("sensitivity_images", {}).items():
+        hidden, out = len(moments[name].mean), len(tensors[f"{name}/sensitivity_outputs"])
+        shapes = ((hidden,), (hidden + 1, hidden + 1), (out, out))
+        named = [f"{name}/sensitivity_{kind}" for kind in _SENSITIVITY_PARTS]
+        sensitivities[name] = SiteSensitivity(images, *map(lambda place, shape: part(place, *shape), named, shapes))
+    counts = [header["images"], *header["counts"].values()]
+    counts += [*header.get("covariance_counts", {}).values(), *header.get("sensitivity_images", {}).values()]
+    _checked(all(type(count) is int and count > 0 for count in counts), "it must count at least one image and sample")
+    model, data, fraction = header["model"], header["data"], header.get("token_fraction", 1.0)
+    _checked(isinstance(model, str) and isinstance(data, str) and 0 < fraction <= 1, "its header is damaged")
+    return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities)
 
 
 def observed_names(site: Site) -> tuple[str, ...]:

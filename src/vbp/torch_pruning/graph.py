@@ -19,7 +19,7 @@ from torch_pruning.pruner import function
 
 from vbp.errors import InputError, first_line
 from vbp.pruning.cutting import keep_channels_
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, run_model
 
 _log = logging.getLogger(__name__)
 
@@ -68,16 +68,6 @@ def tracing(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(False)
 
 
-def run_model(model: nn.Module, example_inputs: Any) -> Any:
-    """Call a model with a tensor, the sequence of its positional arguments, or the dict of its named ones.
-
-    Torch-Pruning's own call spreads a lone tensor over its batch dimension first.
-    """
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    return model(**example_inputs) if isinstance(example_inputs, dict) else model(*example_inputs)
-
-
 def build_graph(model: nn.Module, example_inputs: Any) -> Any:
     """Return a `tp.DependencyGraph` of a model, which is left as it was; the inputs are those of `run_model`.
 
@@ -85,6 +75,7 @@ def build_graph(model: nn.Module, example_inputs: Any) -> Any:
         InputError: The model cannot be traced.
     """
     with tracing(model):
+        # Torch-Pruning's own call would spread a lone tensor over its batch dimension first.
         graph = tp.DependencyGraph().build_dependency(model, example_inputs, forward_fn=run_model)
         correct_graph_(graph)
     return graph

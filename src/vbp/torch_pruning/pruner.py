@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.runtime.forward import run_model
+from vbp.sites.layers import unusual_layer, unusual_layers
+from vbp.sites.tracer import trace_model
 from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
 from vbp.torch_pruning.graph import (
     Coupling,
@@ -21,7 +24,6 @@ from vbp.torch_pruning.graph import (
     logged_warnings,
     pair_gates_,
     read_group,
-    run_model,
     tracing,
 )
 from vbp.torch_pruning.importance import VarianceImportance
@@ -115,6 +117,9 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         self._following = {
             layer: norm for layer, norm in following.items() if layer in nodes and len(nodes[layer].outputs) == 1
         }
+        default = self.forward_fn is run_model
+        traced = trace_model(model, example_inputs, convolutions=True) if default else None
+        self._unusual = unusual_layers(model) if traced is None else traced.unusual
         self._names = {module: name for name, module in model.named_modules()}
         self.initial_units: dict[nn.Module, tuple[int, int]] = {}  # root -> units, and channels of each
         self._warned: set[str] = set()
@@ -212,6 +217,11 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
         for removal in removals:
             group = self.group_of(removal)
             coupling = read_group(group)
+            for name in sorted({self._names[edge.layer] for edge in (*coupling.producers, *coupling.consumers)}):
+                if name in self._unusual:
+                    raise InputError(
+                        f"{unusual_layer(name, self._unusual[name])}: ignored_layers, with what it reads"
+                    )
             if len(group[0].idxs) != len(removal.channels):
                 raise InputError(
                     f"{self._names[removal.root]} must lose {len(removal.channels)} channels, got "

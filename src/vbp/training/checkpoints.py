@@ -2,32 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
-import os
-import pickle
 import re
-import struct
 from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
-
-import torch
+from typing import Any
 
 from vbp.errors import InputError, OutputError, first_line
 from vbp.runtime.files import clear_folder, write_atomically
+from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 
 _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 FORMAT = "vbp-checkpoint/1"
 _KEPT = 2
 _NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
-
-# The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:
-# torch.load reads the archive as ever, but looks at no check sum itself and takes flipped bits for weights.
-_SEAL = re.compile(rb"(vbp-checkpoint/\d+) sha256:([0-9a-f]{64})\Z")
-_SEAL_SIZE = len(f"{FORMAT} sha256:") + 64
-_PIECE = 2**20
 
 
 def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, batch: int) -> Path:
@@ -48,7 +37,7 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
     clear_folder(folder, [half.name for half in folder.glob(".*.part")])
-    write_atomically(path, lambda file: write_sealed(file, {"format": FORMAT, "state": dict(state)}))
+    write_atomically(path, lambda file: write_sealed(file, {"format": FORMAT, "state": dict(state)}, FORMAT))
     whole = 0
     for other in reversed([file for file in _files(folder) if _position(file) is not None]):
         if _place(other) > _place(path):
@@ -67,8 +56,8 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     if fault is not None:
         raise InputError(f"{path} is no checkpoint that can be continued: {fault}")
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)["state"]
-    except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError, KeyError, TypeError) as error:
+        state: dict[str, Any] = load_plain(path)["state"]
+    except (*READING_ERRORS, TypeError) as error:
         raise InputError(
             f"{path} is no checkpoint that can be continued: it cannot be read ({first_line(error)})"
         ) from error
@@ -114,53 +103,11 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
     clear_folder(folder, [half.name for half in folder.glob(".*.part")])
 
 
-def write_sealed(file: IO[bytes], content: dict[str, Any]) -> None:
-    """Write a file that torch.load reads, with a digest of all that stands before it as its end."""
-    torch.save(content, file)
-    # The archive's last field is the length of its comment.
-    file.seek(-2, os.SEEK_END)
-    file.write(struct.pack("<H", _SEAL_SIZE))
-    digest = _digest(file, file.tell())
-    file.write(f"{FORMAT} sha256:{digest}".encode())
-    file.flush()
-    try:
-        # Mapped, so that no tensor is read: this asks only whether all types are plain.
-        torch.load(file.name, mmap=True, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise TypeError(
-            f"a checkpoint must hold tensors, numbers, text and lists or dictionaries of them, got more: {error}"
-        ) from error
-
-
 def checkpoint_fault(path: Path) -> str | None:
     """Return what is wrong with a file, without loading it; None if it is whole and ours."""
     if not path.is_file():
         return "there is no such file; check the path"
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - 2 * _SEAL_SIZE))
-            seal = _SEAL.search(file.read())
-            if seal is None:
-                return "it was cut off, or is another kind of file; copy it again or give another"
-            written = seal[1].decode()
-            if written != FORMAT:
-                return f"it has format {written}, allowed is {FORMAT}; use the vbp version that wrote it"
-            if _digest(file, size - len(seal[0])) != seal[2].decode():
-                return "it is damaged (its content does not match its digest); copy it again or give another"
-    except OSError as error:
-        return f"it cannot be read ({error}); see to the disk"
-    return None
-
-
-def _digest(file: IO[bytes], size: int) -> str:
-    """Return the SHA-256 of the first bytes of a file, which stands behind them afterwards."""
-    digest = hashlib.sha256()
-    file.seek(0)
-    while size > 0 and (piece := file.read(min(size, _PIECE))):
-        digest.update(piece)
-        size -= len(piece)
-    return digest.hexdigest()
+    return seal_fault(path, FORMAT)
 
 
 def _files(folder: Path) -> list[Path]:

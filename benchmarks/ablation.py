@@ -39,6 +39,7 @@ from vbp.pruning.plan import PlanChoice
 from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
 from vbp.runtime.forward import hooked
+from vbp.runtime.processes import Processes
 from vbp.statistics.collect import Observer, rows_of
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
@@ -90,7 +91,7 @@ class Collected:
         with self._watching_more() as (before, more):
             self.by_images: dict[int, Statistics] = self._passes()
         self.all = self.by_images[len(self.pixels)]
-        self.gradients = None if self._gradients is None else self._gradients.mean()
+        self.gradients = None if self._gradients is None else self._gradients.mean(Processes())
         # What the moments are called does not tell where they were taken: the library knows none of these.
         self.before = replace(self.all, moments={name: one.moments for name, one in before.items()})  # type: ignore[misc]
         self.by_tokens = {options.covariance_tokens: self.all} | {

@@ -18,6 +18,7 @@ from vbp import InputError, Site, collect_statistics, find_sites, make_plan, out
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
 from vbp.pruning.criteria import criterion_scores, eliminations, needs_of
 from vbp.runtime.choices import Criterion
+from vbp.runtime.processes import Processes
 from vbp.sites.site import weight_slices
 from vbp.statistics.evidence import Evidence
 from vbp.statistics.gradients import GradientSum
@@ -47,7 +48,7 @@ def collect_gradients(
     running = GradientSum(model, sites)
     for pixels, labels in batches:
         running.add_(pixels, labels)
-    return running.mean()
+    return running.mean(Processes())
 
 
 def _loss(model: nn.Module, images: Tensor) -> Tensor:
@@ -179,7 +180,7 @@ def test_statistics_and_gradients_share_a_reading_and_do_not_see_each_other() ->
         assert statistics.moments[name].count == moments.count
         assert torch.equal(statistics.moments[name].mean, moments.mean)
     for name, gradient in collect_gradients(model, sites, [(images, LABELS)]).items():
-        torch.testing.assert_close(running.mean()[name], gradient)
+        torch.testing.assert_close(running.mean(Processes())[name], gradient)
 
 
 def test_no_images_and_infinite_gradients_are_refused() -> None:

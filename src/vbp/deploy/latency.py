@@ -153,11 +153,8 @@ def _check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> No
         raise InputError(f"device {settings.device} needs a GPU that PyTorch can use, got none; use --device cpu")
     if kind == "cuda" and settings.threads is not None:
         raise InputError("threads are for the CPU, got them with a GPU; leave them out")
-    if settings.backend == "onnxruntime":
-        _check_onnxruntime(settings, kind)
-
-
-def _check_onnxruntime(settings: LatencySettings, kind: str) -> None:
+    if settings.backend != "onnxruntime":
+        return
     refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
     if kind != "cpu" or settings.precision != "float32" or refused:
         raise InputError(

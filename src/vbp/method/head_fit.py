@@ -11,7 +11,7 @@ c and the KL convex in z, so the least is unique. L-BFGS finds it from B = 0, c 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -64,10 +64,8 @@ class HeadProblem:
 
     def rows(self, chosen: Tensor) -> HeadProblem:
         """Return the problem of some of the images, in the same coordinates."""
-        return HeadProblem(
-            self.weight, self.bias, self.features[chosen], self.inputs[chosen], self.target[chosen],
-            self.mean, self.scale,
-        )  # fmt: skip
+        features, inputs, target = self.features[chosen], self.inputs[chosen], self.target[chosen]
+        return replace(self, features=features, inputs=inputs, target=target)
 
     def cross_validated(self, strength: float, views: int = 1) -> float:
         """Return the mean KL on images left out of the fit, with all their `views`, which are neighbours."""

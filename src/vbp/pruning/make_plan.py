@@ -119,15 +119,7 @@ class PlanRules:
 
     def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
         """Make a plan by these rules."""
-        return make_plan(
-            sites,
-            scores,
-            keep_ratio=keep_ratio,
-            scope=self.scope,
-            round_to=self.round_to,
-            min_keep_ratio=self.min_keep_ratio,
-            attn_keep_ratio=self.attn_keep_ratio,
-        )
+        return make_plan(sites, scores, keep_ratio=keep_ratio, **vars(self))
 
     def neutral(self, sites: Sequence[Site], keep_ratio: float) -> PruningPlan:
         """Make a plan of the right widths before there are scores: the same share in every site."""

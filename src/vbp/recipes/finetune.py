@@ -134,18 +134,6 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
-def _loader(job: Job) -> ImageLoader:
-    config = job.config
-    return make_loader(
-        job.train,
-        training_transform(job.classifier.preprocessing, hflip=config.hflip, scale=config.crop_scale),
-        batch_size=config.train_batch_size,
-        shuffle=True,
-        seed=config.seed,
-        **loader_options(config, job.session.processes),
-    )
-
-
 def check_memory(job: Job) -> None:
     """On a GPU, take one step before the work begins, so that a lack of memory does not show after hours."""
     if job.session.device.type == "cuda" and job.config.epochs_ft > 0:
@@ -168,17 +156,25 @@ def dry_run(job: Job) -> None:
     _log.info("%s", use)
 
 
-def _announced(job: Job, loader: ImageLoader) -> int:
-    """Log what a step is; return the steps of an epoch."""
-    config, world = job.config, job.session.processes.world
+def _loader(job: Job) -> tuple[ImageLoader, int]:
+    """Return the training images and the steps of an epoch, and log what a step is."""
+    config, processes = job.config, job.session.processes
+    loader = make_loader(
+        job.train,
+        training_transform(job.classifier.preprocessing, hflip=config.hflip, scale=config.crop_scale),
+        batch_size=config.train_batch_size,
+        shuffle=True,
+        seed=config.seed,
+        **loader_options(config, processes),
+    )
     steps = steps_per_epoch(len(loader), config.grad_accum)
     _log.info(
         "fine-tuning: %d images a step (%d x %d processes x %d accumulated), %d steps an epoch, peak learning rate "
         "%g as given",
-        config.train_batch_size * world * config.grad_accum, config.train_batch_size, world, config.grad_accum, steps,
-        config.lr_ft,
+        config.train_batch_size * processes.world * config.grad_accum, config.train_batch_size, processes.world,
+        config.grad_accum, steps, config.lr_ft,
     )  # fmt: skip
-    return steps
+    return loader, steps
 
 
 def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None, *, compiled: bool) -> Trainer:
@@ -206,8 +202,8 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
 
 def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module | None) -> nn.Module:
     """Train for all epochs, or for those that are left; return the model to evaluate and to save."""
-    epochs, session, loader = job.config.epochs_ft, job.session, _loader(job)
-    trainer = _trainer(job, pruned, _announced(job, loader), teacher, compiled=job.config.compile)
+    epochs, session, (loader, steps) = job.config.epochs_ft, job.session, _loader(job)
+    trainer = _trainer(job, pruned, steps, teacher, compiled=job.config.compile)
     if job.resumed is not None:
         state = job.resumed.state
         trainer.load_state_dict(state["trainer"], state["processes"][session.processes.rank])

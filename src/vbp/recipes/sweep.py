@@ -160,6 +160,11 @@ def _sweep(
             write_state(config.save_dir, settings, report.to_dict())
 
     evidence = _evidence(config, job, sweep_needs(missing))
+    planners: dict[str, Callable[[Setting], PlanChoice]] = {}
+    if evidence.statistics is not None:
+        seen = job.sites, evidence.statistics, job.calibration, job.plan_rules
+        auto = AutoSearch(job.dense, *seen, ridge=evidence.ridge)
+        planners["auto"] = lambda setting: auto.plan(setting.keep_ratio)
     return sweep(
         job.dense,
         job.sites,
@@ -170,7 +175,7 @@ def _sweep(
         rules=job.plan_rules,
         dense=None if progress is None else progress.dense,
         known=known,
-        planners=_planners(job, evidence),
+        planners=planners,
         after_refit=None if refits is None else refits.refit_,
         on_row=keep,
         about={
@@ -201,16 +206,6 @@ def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence
                 statistics.save(config.save_dir / STATISTICS)
         gradients = reader.gradients()
     return Evidence(statistics, gradients, config.seed, config.ridge)
-
-
-def _planners(job: Job, evidence: Evidence) -> dict[str, Callable[[Setting], PlanChoice]]:
-    """Return a function that makes plans for each criterion without scores."""
-    if evidence.statistics is None:
-        return {}
-    search = AutoSearch(
-        job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules, ridge=evidence.ridge
-    )
-    return {"auto": lambda setting: search.plan(setting.keep_ratio)}
 
 
 def _given(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Statistics | None:

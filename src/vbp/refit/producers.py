@@ -73,23 +73,16 @@ def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
 
 def _steps(pruned: nn.Module, mlps: Sequence[FoundMLP], samples: MLPSamples) -> list[HiddenFit]:
     """Return what is to be added to both layers of each site; each process finds some, all get all."""
-    processes = samples.session.processes
-    mine = {
-        place: _step(pruned, mlp, samples)
-        for place, mlp in enumerate(mlps)
-        if place % processes.world == processes.rank
-    }
+    processes, mine = samples.session.processes, {}
+    for place in range(processes.rank, len(mlps), processes.world):
+        site, activation = mlps[place].site, mlps[place].activation
+        tried = (
+            step_of(pruned, site, activation, samples.samples[site.name], ridge=ridge, damping=damping)
+            for ridge, damping in _PENALTIES
+        )
+        mine[place] = min(tried, key=lambda step: step.after)
     merged = {place: step for part in processes.all_gather(mine) for place, step in part.items()}
     return [merged[place] for place in range(len(mlps))]
-
-
-def _step(pruned: nn.Module, mlp: FoundMLP, samples: MLPSamples) -> HiddenFit:
-    sample = samples.samples[mlp.site.name]
-    tried = (
-        step_of(pruned, mlp.site, mlp.activation, sample, ridge=ridge, damping=damping)
-        for ridge, damping in _PENALTIES
-    )
-    return min(tried, key=lambda step: step.after)
 
 
 def step_of(

@@ -161,11 +161,7 @@ class RunReport:
     @property
     def refits(self) -> tuple[str, ...]:
         """Return what each refit after surgery did, in words."""
-        return tuple(refit["sentence"] for refit in self._refits if refit is not None)
-
-    @property
-    def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
-        return self.producers, self.stream, self.head
+        return tuple(refit["sentence"] for refit in (self.producers, self.stream, self.head) if refit)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out."""
@@ -186,7 +182,9 @@ class RunReport:
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(f"sites must keep some of their channels, got {dict(report.sites)}; run it again")
-        parts = [part for part in (report.budget or None, *report._refits) if part is not None]
+        parts = [
+            part for part in (report.budget or None, report.producers, report.stream, report.head) if part is not None
+        ]
         details = {
             "compensation": report.config.get("compensation"),
             "convergence": report.convergence,

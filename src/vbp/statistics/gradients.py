@@ -14,8 +14,6 @@ from vbp.runtime.forward import logits_of
 from vbp.runtime.processes import Processes
 from vbp.sites.site import Site, weight_slices
 
-_ALONE = Processes()
-
 # Images that go forward and backward at a time: the sum does not depend on it, the memory does.
 _IMAGES = 32
 
@@ -52,7 +50,7 @@ class GradientSum:
             self.add_(pixels, labels)
             yield pixels, labels
 
-    def mean(self, processes: Processes = _ALONE) -> dict[str, Tensor]:
+    def mean(self, processes: Processes) -> dict[str, Tensor]:
         """Return the gradient of the mean loss over the images of all processes, which all call this.
 
         By a weight's dotted name, in float64, on the CPU.

@@ -87,7 +87,10 @@ class CalibrationImages:
         """
         indices = [index for index in self.order[places.start : places.stop] for _ in range(views)]
         size = min(self.batch_size, -(-len(indices) // self.session.processes.world))
-        return self.load(indices, size, None if views == 1 else self._view_transform(views))
+        low, high = self.crop_scale
+        scale = (min(max(low, _LEAST_CROP), high), high)
+        transform = ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale) if views != 1 else None
+        return self.load(indices, size, transform)
 
     def load(self, indices: Sequence[int], size: int, transform: Transform | None = None) -> ImageLoader | None:
         """Load this process's share of some images of the list, as for evaluation by default; None if it has none."""
@@ -104,27 +107,18 @@ class CalibrationImages:
         )
         return loader if len(loader) else None
 
-    def probes(self, share: ImageLoader | None) -> RandomProbes:
-        """Return the random numbers of the images of a share: as if one process read them all."""
-        size = 1 if share is None else share.batch_size
-        rank, world = self.session.processes.rank, self.session.processes.world
-        # Batch b is that of process b mod world.
-        return RandomProbes(seed=self.seed, first=rank * size, step=world * size, block=size)
-
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
-        """Load a share as `share` does, without labels, with a progress bar."""
-        share = self.share(places, views)
+        """Load a share as `share` does, without labels, with a progress bar; random numbers as of one process."""
+        share, processes = self.share(places, views), self.session.processes
+        size = 1 if share is None else share.batch_size
 
         def read() -> Iterator[Tensor]:
             for pixels, _ in () if share is None else self.session.progress(share, label):
                 yield pixels
 
-        return Pixels(read, self.probes(share), views)
-
-    def _view_transform(self, views: int) -> Transform:
-        low, high = self.crop_scale
-        scale = (min(max(low, _LEAST_CROP), high), high)
-        return ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale)
+        # Batch b is that of process b mod world.
+        first, step = processes.rank * size, processes.world * size
+        return Pixels(read, RandomProbes(seed=self.seed, first=first, step=step, block=size), views)
 
 
 @dataclass(frozen=True)

@@ -139,7 +139,8 @@ class MLPSamples:
         for mlp in self.mlps:
             name, dim = mlp.site.name, channel_dim(dense.get_submodule(mlp.site.consumer))
             inputs, outputs, slope = (
-                in_float32(rows(one, dim, len(pixels))) for one in (read[name], values[name], slopes[name] / scale)
+                in_float32(rows(one, dim, len(pixels)))
+                for one in (read[name], values[name], in_float32(slopes[name]) / scale)
             )
             seen.append((name, inputs, outputs, slope))
         return seen

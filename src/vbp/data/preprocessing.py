@@ -212,7 +212,9 @@ def _is_number(value: object) -> bool:
 def _check_size_and_crop(preprocessing: Preprocessing) -> None:
     size, crop_pct = preprocessing.img_size, preprocessing.crop_pct
     if len(size) != 2 or any(not isinstance(edge, int) or not 1 <= edge <= 8192 for edge in size):
-        raise InputError(f"img_size must be whole numbers of pixels from 1 to 8192 (height, width), got {size}")
+        raise InputError(
+            f"img_size must be positive whole numbers of pixels (height, width), 8192 at most, got {size}"
+        )
     if not _is_number(crop_pct) or not 0 < crop_pct <= 1:
         raise InputError(f"crop_pct must be in (0, 1], got {crop_pct!r}; 1 keeps the whole resized image")
     if preprocessing.interpolation not in INTERPOLATIONS:

@@ -179,20 +179,26 @@ def _check_fits(
                     f"the plan's sites must have the rows 0 to {claimed[name]} of {name} one after the other, got "
                     f"{ranges[1:5]}; make the plan again"
                 )
-        if means is not None and site.consumer:
-            shape = tuple(means[site.name].shape) if site.name in means else "none"
-            if shape != (site.hidden,):
+        _check_holds(site, means, covariances)
+
+
+def _check_holds(
+    site: Site, means: Mapping[str, Tensor] | None, covariances: Mapping[str, ChannelCovariance] | None
+) -> None:
+    if means is not None and site.consumer:
+        shape = tuple(means[site.name].shape) if site.name in means else "none"
+        if shape != (site.hidden,):
+            raise InputError(
+                f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
+            )
+    if covariances is not None and (site.consumer or refits_logits(site)):
+        for name in observed_names(site):
+            width = len(covariances[name].mean) if name in covariances else "none"
+            if width != site.hidden:
                 raise InputError(
-                    f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
+                    f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
+                    "statistics with covariance=True"
                 )
-        if covariances is not None and (site.consumer or refits_logits(site)):
-            for name in observed_names(site):
-                width = len(covariances[name].mean) if name in covariances else "none"
-                if width != site.hidden:
-                    raise InputError(
-                        f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
-                        "statistics with covariance=True"
-                    )
 
 
 def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:

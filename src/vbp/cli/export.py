@@ -43,7 +43,9 @@ def run_export(config: ExportConfig) -> ExportReport | NativeReport:
         _log.info("no --data_path: it is proven on two sample photographs alone")
         images, calibration, labelled = sample_photographs(artifact.preprocessing), None, None
     else:
-        images, calibration, labelled = _images(config, config.data_path, artifact.preprocessing, model)
+        images, calibration, labelled = _images(
+            config, config.data_path, artifact.class_names, artifact.preprocessing, model
+        )
     if config.to == "native":
         return _native(config, artifact, model, images)
     return export_model(
@@ -97,14 +99,18 @@ def sample_photographs(preprocessing: Preprocessing) -> Tensor:
 
 
 def _images(
-    config: ExportConfig, data_path: Path, preprocessing: Preprocessing, model: nn.Module
+    config: ExportConfig,
+    data_path: Path,
+    names: tuple[str, ...] | None,
+    preprocessing: Preprocessing,
+    model: nn.Module,
 ) -> tuple[Tensor, Iterable[Tensor] | None, ImageLoader | None]:
     """Return the images that prove the file, and in reduced precision those for ranges and accuracy."""
     with torch.inference_mode():
         classes = logits_of(model(sample_photographs(preprocessing)[:1])).shape[1]
 
     def loader(split: Split, count: int) -> ImageLoader:
-        images = balanced_subset(list_images(data_path, split, classes), count, config.seed)
+        images = balanced_subset(list_images(data_path, split, classes, names), count, config.seed)
         return make_loader(
             images, evaluation_transform(preprocessing), batch_size=config.batch_size, num_workers=config.num_workers
         )

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, overload
 
-from vbp.data.folder import ImageList, check_folder_splits, class_names, list_folder, samples_file
+from vbp.data.folder import ImageList, check_folder_splits, class_folder_names, list_folder, samples_file
 from vbp.data.hf_dataset import check_dataset, list_rows
 from vbp.data.images import SPLITS, Images, Split
+from vbp.data.labels import labels_by_name
 from vbp.data.shards import check_shards, list_samples
 from vbp.errors import InputError
 
@@ -67,14 +68,20 @@ def _local(place: str) -> str:
 
 
 @overload
-def list_images(data_path: Path, split: Split, num_classes: int) -> ImageList: ...
+def list_images(
+    data_path: Path, split: Split, num_classes: int, class_names: Sequence[str] | None = None
+) -> ImageList: ...
 
 
 @overload
-def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images: ...
+def list_images(
+    data_path: Path | str, split: Split, num_classes: int, class_names: Sequence[str] | None = None
+) -> Images: ...
 
 
-def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images:
+def list_images(
+    data_path: Path | str, split: Split, num_classes: int, class_names: Sequence[str] | None = None
+) -> Images:
     """List the images of a split, with labels as the model's head numbers them.
 
     Args:
@@ -82,6 +89,8 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
             `wds/` and WebDataset shards. docs/data.md has the grammar. A `Path` is always a folder.
         split: Which of the two.
         num_classes: Outputs of the model.
+        class_names: What each of them stands for, if the model says it (`Classifier.class_names`): classes of the
+            data that have these names are numbered by them.
 
     Raises:
         InputError: The data is missing or damaged, or does not fit the model.
@@ -93,13 +102,16 @@ def list_images(data_path: Path | str, split: Split, num_classes: int) -> Images
         raise InputError(f"split must be train or val, got {split!r}")
     if num_classes < 1:
         raise InputError(f"num_classes must be 1 or more, got {num_classes}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise InputError(f"class_names must be one for each of {num_classes} classes, got {len(class_names)}")
+    own = None if class_names is None else tuple(class_names)
     path = DataPath.parse(data_path)
     images: Images
     try:
         if path.kind == "folder":
-            images = list_folder(Path(path.place), split, num_classes)
+            images = list_folder(Path(path.place), split, num_classes, own)
         elif path.kind == "hfds":
-            images = list_rows(path.place, path.options, split, num_classes)
+            images = list_rows(path.place, path.options, split, num_classes, own)
         else:
             images = list_samples(path.place, path.options, split, num_classes)
     except OSError as error:
@@ -122,10 +134,15 @@ def check_data_path(data_path: Path | str) -> None:
         check_shards(path.place, path.options)
 
 
-def class_folders(data_path: Path | str) -> list[str]:
-    """Return the class folders in the order of their labels; none where the data is kept another way."""
+def class_folders(data_path: Path | str, num_classes: int) -> list[str]:
+    """Return the class folders in the order of their labels; none where the data is kept another way.
+
+    For a model that has no names of its own.
+    """
     path = DataPath.parse(data_path)
     folder = Path(path.place) / SPLITS[0]
     if path.kind != "folder" or samples_file(folder).is_file():
         return []
-    return class_names(folder)
+    names = class_folder_names(folder)
+    labels = labels_by_name(names, num_classes, str(folder))
+    return names if labels is None else [name for _, name in sorted(zip(labels, names, strict=True))]

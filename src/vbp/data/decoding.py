@@ -8,6 +8,7 @@ import warnings
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
@@ -21,6 +22,10 @@ _DECODING_ERRORS = (
     *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, AttributeError),
     *(struct.error, MemoryError, Image.DecompressionBombError),
 )
+
+
+# A 16-bit image all below this, a quarter of white, may hold 10, 12 or 14 bits.
+_DARK = 2**14
 
 
 class Failure(NamedTuple):
@@ -91,7 +96,28 @@ def _read_rgb(images: Images, index: int) -> Image.Image:
         # decode raises, and so does one that unpacks to twice its pixel limit.
         warnings.simplefilter("ignore")
         with images.read(index) as stream, Image.open(stream) as image:
-            return image.convert("RGB")
+            return _eight_bits(image).convert("RGB")
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Scale 16-bit grey to 8 bits; Pillow would cut it off at white.
+
+    Raises:
+        ValueError: The image does not say which of its values is white.
+    """
+    # Pillow stretches the values of a PGM to 16 bits, whatever their highest.
+    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if sixteen:
+        values = np.asarray(image)
+        if values.max() < _DARK and image.format != "PPM":
+            raise ValueError(
+                f"16-bit grey of which no value is above {values.max()}: a dark image and one of fewer bits look "
+                "alike; scale it to the whole range or convert it to 8 bits"
+            )
+        return Image.fromarray((values / 257).round().astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"grey values of mode {image.mode} have no stated range; convert the image to 8 or 16 bits")
+    return image
 
 
 def _reason(error: BaseException) -> str:

@@ -4,86 +4,117 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from vbp.data.images import IMAGE_EXTENSIONS, SPLITS
-from vbp.data.labels import IMAGENET_CLASSES, are_synsets, imagenet_labels
+from vbp.data.labels import NUMBER, ClassNames, head_labels, labels_by_name
 from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError, some_of
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
-_FORMAT = "vbp-image-index/2"
+_FORMAT = "vbp-image-index/3"
+
+# Folders that network disks and archivers make beside a user's own, with small copies of the images in them.
+_FOREIGN = ("@eaDir", "#recycle", "__MACOSX")
 
 
-def scan_split(data_path: Path, split: str, num_classes: int) -> tuple[list[Row], dict[str, int]]:
-    """List `data_path/<split>/<class>/**`, classes and paths sorted, hidden entries left out.
+@dataclass
+class _Scan:
+    """What a listing comes by: each folder's modification time in nanoseconds, and how much is left out, by kind."""
 
-    Return label and path of each image, and the modification time in nanoseconds of each folder that was read.
+    times: dict[str, int] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+
+    def walk(self, folder: Path, relative: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+        """Return the images below a folder, by their paths from `relative` on; `above` identifies those around it."""
+        status = folder.stat()
+        self.times[relative] = status.st_mtime_ns
+        above |= {(status.st_dev, status.st_ino)}
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if reason := _reason_to_leave(entry, above):
+                    self.left_out[reason] += 1
+                elif entry.is_dir():
+                    yield from self.walk(folder / entry.name, f"{relative}/{entry.name}", above)
+                else:
+                    yield f"{relative}/{entry.name}"
+
+
+def scan_split(folder: Path, labels: Mapping[str, int], named: bool) -> tuple[list[Row], _Scan]:
+    """List the images of class folders, in the order of these, with sorted paths and the label of each.
+
+    Args:
+        folder: Of the split.
+        labels: Class folder -> label.
+        named: Whether the labels come from the names, so that a class without images is no error.
     """
-    folder = data_path / split
+    # Taken before the folder is read: a change in between makes the kept list stale, never wrong.
+    scan = _Scan({folder.name: folder.stat().st_mtime_ns})
+    above = _around(folder)
+    with os.scandir(folder) as entries:
+        others = [entry for entry in entries if entry.name not in labels]
+    scan.left_out.update(_reason_to_leave(entry, above) or "images beside the class folders" for entry in others)
+    paths = {name: sorted(scan.walk(folder / name, f"{folder.name}/{name}", above)) for name in labels}
+    _check_empty_classes(folder, paths, named)
+    return [(label, path) for name, label in labels.items() for path in paths[name]], scan
+
+
+def _around(folder: Path) -> frozenset[tuple[int, int]]:
+    resolved = folder.resolve()
+    return frozenset(
+        (status.st_dev, status.st_ino) for status in (each.stat() for each in (resolved, *resolved.parents))
+    )
+
+
+def _reason_to_leave(entry: os.DirEntry[str], above: frozenset[tuple[int, int]]) -> str:
+    """Return why an entry of a folder is neither an image nor a folder of images; nothing if it is one."""
+    if entry.name.startswith("."):
+        return "hidden"
+    if entry.is_dir():
+        if entry.name in _FOREIGN:
+            return entry.name
+        status = entry.stat()
+        # Following a link to a folder above it would take other classes' images into this one, or never end.
+        return "links to a folder above" if (status.st_dev, status.st_ino) in above else ""
+    extension = Path(entry.name).suffix.lower()
+    return "" if extension in IMAGE_EXTENSIONS else f"{extension or 'without extension'} (no image)"
+
+
+def class_folder_names(folder: Path) -> list[str]:
+    """Return the class folders of a split, sorted, numbers as such; there must be one."""
     if not folder.is_dir():
         raise InputError(
             f"the data must hold a folder {folder} with one folder of images for each class, found none; "
             f"check data_path"
         )
-    # Taken before the folder is read: a change in between makes the kept list stale, never wrong.
-    directories = {split: folder.stat().st_mtime_ns}
-    names = class_names(folder)
-    labels = label_classes(folder, names, num_classes)
-    paths = {name: sorted(_walk(folder / name, f"{split}/{name}", frozenset(), directories)) for name in names}
-    _check_empty_classes(folder, paths, num_classes)
-    return [(labels[name], path) for name in names for path in paths[name]], directories
-
-
-def class_names(folder: Path) -> list[str]:
-    """Return the class folders of a split, sorted; there must be one."""
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    above = _around(folder)
+    with os.scandir(folder) as scanned:
+        entries = [entry for entry in scanned if not _reason_to_leave(entry, above)]
     names = sorted(entry.name for entry in entries if entry.is_dir())
     if not names:
-        loose = sum(_is_image(entry.name) for entry in entries)
         raise InputError(
             f"{folder} must hold one folder of images for each class, found none"
-            + (f" but {loose} images; move each into the folder of its class" if loose else "")
+            + (f" but {len(entries)} images; move each into the folder of its class" if entries else "")
         )
-    return names
+    return sorted(names, key=int) if all(NUMBER.fullmatch(name) for name in names) else names
 
 
-def label_classes(folder: Path, names: list[str], num_classes: int) -> dict[str, int]:
-    """Number the classes as the model does, and refuse folders that are not its classes."""
-    if num_classes == IMAGENET_CLASSES:
-        canonical = imagenet_labels()
-        strays = [name for name in names if name not in canonical]
-        if not strays:
-            return {name: canonical[name] for name in names}
-        if len(strays) < len(names):
-            raise InputError(
-                f"the class folders of {folder} must all be ImageNet-1k synsets, or none of them, "
-                f"got {some_of(strays)} among {len(names) - len(strays)} synsets; move the other folders away"
-            )
-    if len(names) != num_classes:
-        raise InputError(
-            f"{folder} must hold one folder for each of the model's {num_classes} classes, "
-            f"found {len(names)} ({some_of(names)}); choose a model with {len(names)} classes or complete the "
-            f"data (only ImageNet synset folders of a model with 1000 classes may be a part of the whole)"
-        )
-    return {name: label for label, name in enumerate(sorted(names))}
-
-
-def check_same_classes(data_path: Path, num_classes: int) -> None:
+def _check_same_classes(data_path: Path, num_classes: int, own: ClassNames | None) -> None:
     """Refuse a `train` and a `val` with different classes, whose labels would not mean the same.
 
-    ImageNet synset folders are free to differ: their labels come from the name alone.
+    Folders with the names of the head's classes are free to differ: their labels come from the name alone.
     """
     folders = [data_path / split for split in SPLITS]
     if not all(folder.is_dir() for folder in folders) or any(samples_file(folder).is_file() for folder in folders):
         return
-    train, val = (set(class_names(folder)) for folder in folders)
-    if train == val or are_synsets(train | val, num_classes):
+    train, val = (set(class_folder_names(folder)) for folder in folders)
+    if train == val or labels_by_name(sorted(train | val), num_classes, str(data_path), own) is not None:
         return
     raise InputError(
         f"train and val of {data_path} must hold the same class folders, "
@@ -92,42 +123,19 @@ def check_same_classes(data_path: Path, num_classes: int) -> None:
     )
 
 
-def _walk(
-    folder: Path, relative: str, above: frozenset[tuple[int, int]], directories: dict[str, int]
-) -> Iterator[str]:
-    status = folder.stat()
-    identity = (status.st_dev, status.st_ino)
-    if identity in above:  # a link to a folder above it: following it would never end
-        return
-    directories[relative] = status.st_mtime_ns
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.name.startswith("."):
-                continue
-            path = f"{relative}/{entry.name}"
-            if entry.is_dir():
-                yield from _walk(folder / entry.name, path, above | {identity}, directories)
-            elif _is_image(entry.name):
-                yield path
-
-
-def _check_empty_classes(folder: Path, paths: dict[str, list[str]], num_classes: int) -> None:
+def _check_empty_classes(folder: Path, paths: Mapping[str, list[str]], named: bool) -> None:
     empty = [name for name, own in paths.items() if not own]
     if len(empty) == len(paths):
         raise InputError(
             f"{folder} must hold images ({', '.join(IMAGE_EXTENSIONS)}), found none in {len(paths)} class folders"
         )
-    if empty and not are_synsets(paths, num_classes):
+    if empty and not named:
         raise InputError(
             f"each class folder of {folder} must hold images, found none in {some_of(empty)}; "
             f"add images or remove the class from the model and the data"
         )
     if empty:
         _log.warning("%d class folders of %s hold no image: %s", len(empty), folder, some_of(empty))
-
-
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMAGE_EXTENSIONS)
 
 
 def samples_file(folder: Path) -> Path:
@@ -175,12 +183,11 @@ class ImageList:
         return text_fingerprint(f"{label}\0{path}\0" for path, label in zip(self.paths, self.labels, strict=True))
 
 
-def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
+def list_folder(data_path: Path, split: str, num_classes: int, own: ClassNames | None = None) -> ImageList:
     """List the images of `data_path/<split>/<class>/`, or of `data_path/<split>_samples.pkl` if there is one.
 
-    A model with 1,000 classes and folders named by ImageNet synsets: a label is the synset's place among
-    the 1,000, even where folders are missing. Otherwise there must be one folder for each class, and labels
-    follow the sorted folder names, which `train` and `val` must share.
+    `head_labels` says how the class folders are numbered; `own` names the model's classes. Folders with such names
+    may be missing; otherwise `train` and `val` must share theirs.
 
     The list is kept in `data_path/<split>_index.jsonl` and made anew when a folder changes: its time does
     when an entry is added, removed or renamed.
@@ -190,31 +197,41 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
         raise InputError(
             f"data_path must be a folder with train/<class>/ and val/<class>/ inside, got {data_path}, which {got}"
         )
-    samples, index = samples_file(data_path / split), data_path / f"{split}_index.jsonl"
-    # The labels of one folder differ with the class count of the model.
-    made_from: dict[str, Any] = {"num_classes": num_classes, "samples_file": None}
+    folder, index = data_path / split, data_path / f"{split}_index.jsonl"
+    samples, labels = samples_file(folder), {}
+    made_from: dict[str, Any]
     if samples.is_file():
         status = samples.stat()
-        made_from["samples_file"] = [status.st_size, status.st_mtime_ns]
+        made_from = {"samples_file": [status.st_size, status.st_mtime_ns], "num_classes": num_classes}
+        made_from["own"] = None if own is None else list(own)
     else:
-        check_same_classes(data_path, num_classes)
-    rows = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
-    if rows is None:
-        directories: dict[str, int] = {}
-        if made_from["samples_file"] is None:
-            _log.info("listing the images of %s", data_path / split)
-            rows, directories = scan_split(data_path, split, num_classes)
+        _check_same_classes(data_path, num_classes, own)
+        names = class_folder_names(folder)
+        labels = dict(zip(names, head_labels(names, num_classes, str(folder), own), strict=True))
+        made_from = {"labels": labels}
+    kept = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
+    if kept is None:
+        _log.info("listing the images of %s", samples if samples.is_file() else folder)
+        if samples.is_file():
+            rows, scan = read_samples(samples, num_classes, own), _Scan()
         else:
-            _log.info("listing the images of %s", samples)
-            rows = read_samples(samples, num_classes)
-        write_rows(index, _FORMAT, {**made_from, "directories": directories}, rows)
+            named = labels_by_name([*labels], num_classes, str(folder), own) is not None
+            rows, scan = scan_split(folder, labels, named)
+        made_from |= {"directories": scan.times, "left_out": scan.left_out}
+        write_rows(index, _FORMAT, made_from, rows)
+    else:
+        made_from, rows = kept
+    if made_from["left_out"]:
+        left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(made_from["left_out"].items()))
+        _log.info("left out of %s: %s", folder, left_out)
     return ImageList(data_path, tuple(path for _, path in rows), tuple(label for label, _ in rows))
 
 
 def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:
     directories = kept["directories"].items()
     try:
-        return kept == {**made_from, "directories": kept["directories"]} and all(
+        found = {name: kept[name] for name in ("directories", "left_out")}
+        return kept == {**made_from, **found} and all(
             (data_path / name).stat().st_mtime_ns == time for name, time in directories
         )
     except (OSError, ValueError):  # gone, or no possible path

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from vbp.data.images import SPLITS
-from vbp.data.labels import check_labels, head_labels
+from vbp.data.labels import ClassNames, check_labels, head_labels
 from vbp.errors import InputError
 from vbp.runtime.fingerprints import text_fingerprint
 
@@ -67,10 +67,13 @@ class HuggingFaceImages:
         return text_fingerprint(f"{label}\0{paths[row]}\0{sizes[row]}\0" for row, label in stored)
 
 
-def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: int) -> HuggingFaceImages:
+def list_rows(
+    place: str, options: Mapping[str, str], split: str, num_classes: int, own: ClassNames | None = None
+) -> HuggingFaceImages:
     """List the rows of a split of a dataset on the hub or in a local folder.
 
-    Options name its splits and columns where they are not `train`, `validation`, `image` and `label`.
+    Options name its splits and columns where they are not `train`, `validation`, `image` and `label`; `own` names the
+    model's classes.
     """
     # Slow to import, and installed only with the extra `data`.
     import datasets
@@ -92,7 +95,7 @@ def list_rows(place: str, options: Mapping[str, str], split: str, num_classes: i
         from timm.data.readers.reader_hfds import ReaderHfds
 
         reader = ReaderHfds(name, split=split_name, input_key=image, target_key=label)
-    labels = _labels(reader, label, num_classes, root)
+    labels = _labels(reader, label, num_classes, root, own)
     images = HuggingFaceImages(root, reader, tuple(range(len(labels))), labels)
     if not labels:
         raise InputError(f"{root} must hold images, got none")
@@ -148,7 +151,7 @@ def _clear_errors(place: str) -> Iterator[None]:
         ) from error
 
 
-def _labels(reader: Any, column: str, num_classes: int, root: str) -> tuple[int, ...]:
+def _labels(reader: Any, column: str, num_classes: int, root: str, own: ClassNames | None) -> tuple[int, ...]:
     stored = reader.dataset.data.column(column)
     values = stored.to_numpy() if stored.null_count == 0 else np.empty(0, dtype=object)
     if not np.issubdtype(values.dtype, np.integer):
@@ -157,6 +160,6 @@ def _labels(reader: Any, column: str, num_classes: int, root: str) -> tuple[int,
     names = getattr(reader.dataset.features[column], "names", None)
     if names is None:
         return tuple(values.tolist())
-    head = head_labels(names, num_classes, root)
+    head = head_labels(names, num_classes, root, own)
     # -1 marks images without a label; it must not count from the end.
     return tuple(head[value] if 0 <= value < len(head) else value for value in values.tolist())

@@ -20,8 +20,10 @@ _log = logging.getLogger(__name__)
 Row = Sequence[Any]
 
 
-def read_rows(file: Path, format_name: str, is_current: Callable[[Mapping[str, Any]], bool]) -> list[Row] | None:
-    """Return the rows that `write_rows` wrote; None if the file is missing, damaged or out of date.
+def read_rows(
+    file: Path, format_name: str, is_current: Callable[[Mapping[str, Any]], bool]
+) -> tuple[dict[str, Any], list[Row]] | None:
+    """Return what `write_rows` wrote; None if the file is missing, damaged or out of date.
 
     `is_current` is called with what the list was made from.
     """
@@ -37,7 +39,7 @@ def read_rows(file: Path, format_name: str, is_current: Callable[[Mapping[str, A
         if not is_current(values["made_from"]):
             return None
         rows: list[Row] = parse_json(b"[" + b",".join(body.splitlines()) + b"]")
-        return rows
+        return values["made_from"], rows
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         _log.warning("%s cannot be used (%s); the images are listed anew", file, error)
         return None

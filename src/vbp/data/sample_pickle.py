@@ -8,14 +8,16 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from vbp.data.labels import ClassNames, label_in_path
 from vbp.data.listing_cache import Row
 from vbp.errors import InputError
 
 
-def read_samples(file: Path, num_classes: int) -> list[Row]:
+def read_samples(file: Path, num_classes: int, own: ClassNames | None = None) -> list[Row]:
     """Read a pickled list of `(path, label)`; paths are absolute or relative to the file's folder.
 
-    Return label and path of each, relative to that folder if the image lies inside it. All images must exist.
+    Return label and path of each, relative to that folder if the image lies inside it. All images must exist, and
+    no path may name another class than its label: by a synset, or by a folder called as in `own`.
     """
     samples = _load_plain_pickle(file)
     if not isinstance(samples, list) or not samples:
@@ -33,6 +35,16 @@ def read_samples(file: Path, num_classes: int) -> list[Row]:
         raise InputError(
             f"the images named in {file} must exist, {len(missing)} of {len(rows)} do not, the first is "
             f"{missing[0]}; correct the paths (absolute, or relative to {root}) or remove the file"
+        )
+    named = [(path, label, label_in_path(path, num_classes, own)) for label, path in rows]
+    wrong = [entry for entry in named if entry[2] not in (None, entry[1])]
+    if wrong:
+        path, label, right = wrong[0]
+        raise InputError(
+            f"the labels in {file} must be those of the model's {num_classes} classes, got {label} for {path}, whose "
+            f"path names class {right} ({len(wrong)} of {len(rows)} contradict their path); write the file with the "
+            "model's numbers (of ImageNet: the place among all 1000 synsets, not among those at hand), or remove it "
+            "and let the names of the folders decide"
         )
     return rows
 

@@ -169,8 +169,9 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
         "format": repr(form),
     }
     file = root / f"{split}_shards.jsonl"
-    rows = read_rows(file, _FORMAT, lambda kept: kept == made_from)
-    if rows is None:
+    kept = read_rows(file, _FORMAT, lambda kept: kept == made_from)
+    rows = [] if kept is None else kept[1]
+    if kept is None:
         _log.info("listing the samples of %d shards in %s", len(shards), root)
         rows = [(number, *place) for number, shard in enumerate(shards) for place in scan_shard(root / shard, form)]
         write_rows(file, _FORMAT, made_from, rows)

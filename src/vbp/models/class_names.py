@@ -6,9 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from vbp.data.labels import are_synsets
-
-ClassNames = tuple[str, ...]
+from vbp.data.labels import IMAGENET_CLASSES, ClassNames, labels_by_name
 
 # What transformers calls the classes of a model that was given no names.
 PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -43,9 +41,9 @@ def huggingface_class_names(config: Mapping[str, Any]) -> ClassNames | None:
 def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames | None:
     """Return the class names for a head whose labels are the class folders of a dataset, in the order of its labels.
 
-    ImageNet synsets stand for their descriptions, and any part of the synsets names all 1,000 classes.
+    ImageNet synsets and English names stand for the descriptions, and any part of them names all 1,000 classes.
     """
-    if folders and are_synsets(folders, num_classes):
+    if num_classes == IMAGENET_CLASSES and labels_by_name(folders, num_classes, "the data") is not None:
         from timm.data.imagenet_info import ImageNetInfo
 
         return tuple(ImageNetInfo("imagenet-1k").label_descriptions())

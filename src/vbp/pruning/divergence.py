@@ -20,6 +20,7 @@ from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import ALONE, Session
 from vbp.sites.layers import channel_dim
+from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import ImageSource, in_pieces
 
 # A share is measured on some hundred images, and near zero for a site that has lost little.
@@ -50,7 +51,7 @@ class DenseReference:
     def __init__(
         self,
         model: nn.Module,
-        batches: Iterable[Tensor],
+        batches: Iterable[Any],
         *,
         views: int = 1,
         session: Session = ALONE,
@@ -69,10 +70,11 @@ class DenseReference:
         """
         if views < 1:
             raise InputError(f"views must be at least 1, got {views}; 1 if no two images are views of one")
-        self.model, self.batches, self.views, self.session = model, batches, views, session
+        self.model, self.batches = model, ImagesFor(model, batches)
+        self.views, self.session = views, session
         self._device = next(model.parameters()).device
         with evaluation_mode(model), torch.no_grad():
-            self.log_probabilities = [self._predict(model, batch) for batch in batches]
+            self.log_probabilities = [self._predict(model, batch) for batch in self.batches]
         self.images = sum(session.processes.all_gather(sum(map(len, self.log_probabilities))))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
@@ -136,7 +138,7 @@ class DenseReference:
 
     def _predict(self, model: nn.Module, batch: Tensor) -> Float[Tensor, "images classes"]:
         with self.session.precision.autocast():
-            logits = logits_of(model(batch.detach().to(self._device, non_blocking=True)))
+            logits = logits_of(model(batch))
         return in_float32(logits).log_softmax(-1)
 
 

@@ -60,7 +60,10 @@ def load_demo(folder: Path | str) -> tuple[Classifier, ImageLoader, ImageLoader]
     transform = evaluation_transform(classifier.preprocessing)
     train, val = (
         make_loader(
-            list_images(Path(folder), split, classifier.num_classes), transform, batch_size=128, num_workers=0
+            list_images(Path(folder), split, classifier.num_classes, classifier.class_names),
+            transform,
+            batch_size=128,
+            num_workers=0,
         )
         for split in get_args(Split)
     )

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import logging
 from functools import partial
 
 from torch import nn
 
 from vbp.cost.macs import count_macs, count_parameters
 from vbp.cost.timing import compare_models
+from vbp.errors import InputError
 from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.tables import format_count
 from vbp.training.evaluate import evaluate
+
+_log = logging.getLogger(__name__)
 
 
 def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
@@ -30,6 +34,28 @@ def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
     return Measured(
         accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model), images=accuracy.images
     )
+
+
+def measure_dense(job: Job) -> Measured:
+    """Measure the dense model, and refuse one that guesses unless it was said to be at random.
+
+    Raises:
+        InputError: Its top-1 is not above chance.
+    """
+    measured, classes = measure(job, job.dense), job.classifier.num_classes
+    _log.info("dense: %s", describe(measured))
+    if classes == 1 or job.config.allow_random_init or job.config.allow_bad_dense:
+        return measured
+    chance, images = 1 / classes, measured.images or 1
+    # Two standard deviations above it; of few images half the way to all of them is enough.
+    enough = min(chance + 2 * (chance * (1 - chance) / images) ** 0.5, (1 + chance) / 2)
+    if measured.top1 <= 100 * enough:
+        raise InputError(
+            f"the dense model must be above chance ({100 * chance:.2f} %), got top-1 {measured.top1:.2f} % of "
+            f"{images} images; usual causes are labels or class folders in another order than the model's, another "
+            "preprocessing (mean, std, img_size), and weights that were not trained; --allow_bad_dense goes on"
+        )
+    return measured
 
 
 def describe(model: Measured) -> str:

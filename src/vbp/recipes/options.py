@@ -89,6 +89,8 @@ class ModelOptions:
     """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
     allow_random_init: Source[bool] = False
     """Allow weights that no file provides to stay at random."""
+    allow_bad_dense: Speed[bool] = False
+    """Go on though the dense model is not above chance on the validation images."""
     img_size: Local[int | None] = None
     """Override the model's preprocessing: height and width of the input, in pixels."""
     crop_pct: Local[float | None] = None

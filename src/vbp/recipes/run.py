@@ -19,7 +19,7 @@ from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import check_memory, finetune
-from vbp.recipes.measure import describe, latencies, measure
+from vbp.recipes.measure import describe, latencies, measure, measure_dense
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
@@ -61,11 +61,13 @@ def run(config: RunConfig) -> RunReport:
             check_shipping(config)
         job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
+        dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
         _open_folder(job, log)
         torch.manual_seed(config.seed + session.processes.rank)
         check_memory(job)
         if job.resumed is None:
-            pruned, plan, report = _prune(job, refits)
+            assert dense is not None
+            pruned, plan, report = _prune(job, dense, refits)
         else:
             pruned, plan, report = _restore(job, job.resumed.state)
         report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
@@ -94,11 +96,9 @@ def run_to_budget(config: RunConfig) -> RunReport:
     return report
 
 
-def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, RunReport]:
-    """Prune a copy of the dense model: statistics, plan, surgery, refits; and measure both models."""
+def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module, PruningPlan, RunReport]:
+    """Prune a copy of the dense model: statistics, plan, surgery, refits; and measure it."""
     session = job.session
-    dense = measure(job, job.dense)
-    _log.info("dense: %s", describe(dense))
     evidence, convergence = collect_evidence(job)
     choice, budget = choose_plan(job, evidence)
     uncompensated = _uncompensated(job, choice.plan)

@@ -182,9 +182,10 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     resumed = _resumed(config, processes)
     with processes.local_main_first():
         classifier = _classifier(config)
-        train, val = (list_images(config.data_path, split, classifier.num_classes) for split in get_args(Split))
-        if classifier.class_names is None:  # then they are those of the data
-            names = dataset_class_names(class_folders(config.data_path), classifier.num_classes)
+        count, names = classifier.num_classes, classifier.class_names
+        train, val = (list_images(config.data_path, split, count, names) for split in get_args(Split))
+        if names is None:  # then they are those of the data
+            names = dataset_class_names(class_folders(config.data_path, count), count)
             classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
@@ -276,7 +277,7 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
 
 def _classifier(config: RunConfig) -> Classifier:
     options = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}
-    del options["data_path"]
+    del options["data_path"], options["allow_bad_dense"]
     classifier = load_classifier(**options)
     _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
     return classifier

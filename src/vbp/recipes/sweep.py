@@ -21,7 +21,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
-from vbp.recipes.measure import latencies, measure
+from vbp.recipes.measure import latencies, measure, measure_dense
 from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.recipes.sweep_config import SweepConfig
@@ -138,8 +138,10 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
         refits = make_refits(job)
+        dense = None if progress is None else progress.dense
+        dense = dense or measure_dense(job)  # before anything else is done
         _open(config, job, log, settings, fresh=progress is None)
-        report = _sweep(config, job, refits, progress, settings)
+        report = _sweep(config, job, refits, dense, () if progress is None else progress.rows, settings)
         if processes.is_main:
             _write(config, report, settings)
         _log.info("results in %s\n%s", config.save_dir, report.table())
@@ -147,9 +149,13 @@ def run_sweep(config: SweepConfig) -> SweepReport:
 
 
 def _sweep(
-    config: SweepConfig, job: Job, refits: Refits | None, progress: SweepProgress | None, settings: Mapping[str, Any]
+    config: SweepConfig,
+    job: Job,
+    refits: Refits | None,
+    dense: Measured,
+    known: Sequence[SweepRow],
+    settings: Mapping[str, Any],
 ) -> SweepReport:
-    known = () if progress is None else progress.rows
     done = {row.setting for row in known}
     missing = [setting for setting in config.settings if setting not in done]
     if known:
@@ -173,7 +179,7 @@ def _sweep(
         functools.partial(measure, job),
         latency=functools.partial(latencies, job) if config.latency else None,
         rules=job.plan_rules,
-        dense=None if progress is None else progress.dense,
+        dense=dense,
         known=known,
         planners=planners,
         after_refit=None if refits is None else refits.refit_,

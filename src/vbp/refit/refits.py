@@ -158,7 +158,7 @@ def refit_(
     pruned: nn.Module,
     dense: nn.Module,
     sites: Sequence[Site],
-    batches: ImageSource | Iterable[Tensor | Sequence[Tensor]],
+    batches: ImageSource | Iterable[Any],
     *,
     producers: bool = True,
     stream: bool = True,
@@ -173,9 +173,8 @@ def refit_(
         pruned: The model, after `prune_` with the refit of its sites.
         dense: The model before, on the same device; left as it was.
         sites: Those that were pruned, from `find_sites` on the dense model.
-        batches: Calibration images, prepared as for evaluation, some hundred or more: image tensors
-            "batch channels height width", or tuples that begin with one (labels are not read). A list or a loader,
-            for they are gone through several times.
+        batches: Calibration images, prepared as for evaluation, some hundred or more, as `pixels_of` takes
+            them. A list or a loader, for they are gone through several times.
         producers: Refit the layers before the hidden channels.
         stream: Bring the residual stream back to the dense model's.
         head: Refit the last linear layer.

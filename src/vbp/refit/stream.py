@@ -38,6 +38,7 @@ from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
 from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
+from vbp.statistics.batches import ImagesFor
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
 
 _FIRST = RandomProbes()
@@ -76,7 +77,7 @@ class StreamRefit:
 def refit_stream_(
     pruned: nn.Module,
     sites: Sequence[Site],
-    batches: Iterable[Tensor],
+    batches: Iterable[Any],
     judge: DenseReference,
     *,
     probes: RandomProbes = _FIRST,
@@ -91,6 +92,7 @@ def refit_stream_(
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
     dense, session, example = judge.model, judge.session, judge.example()
+    pixels = ImagesFor(dense, batches)
     every = residual_adds(dense, example, sites)
     adds = [every[place] for place in dict.fromkeys(int(len(every) * depth) for depth in DEPTHS)]
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
@@ -102,7 +104,7 @@ def refit_stream_(
         with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
             for add in adds:
                 mlp = plain.get(add.site)
-                sample, images = work.sample(add, mlp, batches)
+                sample, images = work.sample(add, mlp, pixels)
                 penalty = PENALTY_TIMES_IMAGES / images
                 activation = None if mlp is None else mlp.activation
                 # Another machine's sums could differ by a bit: all take what the first process found.
@@ -160,13 +162,12 @@ class _Work:
         # Squares of the stream count, not of what the consumer returns.
         metric = add.gain.square().diag()
         gain = torch.where(add.gain == 0, torch.inf, add.gain)
-        for batch in batches:
-            pixels = batch.to(next(self.dense.parameters()).device, non_blocking=True)
+        for pixels in batches:
             _, _, wanted = self._run(self.dense, add, reader, pixels)
             read, returned, stream = self._run(self.pruned, add, reader, pixels)
             target = returned + (wanted - stream) / gain.to(returned)
             parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
-            images += len(batch)
+            images += len(pixels)
         total = sum(self.session.processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")

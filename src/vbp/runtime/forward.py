@@ -125,11 +125,21 @@ def run_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
 
 
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
-    """Return the logits of a model's output: the tensor itself, or a Hugging Face output's `logits`."""
+    """Return the logits of a model's output: the tensor itself, or a Hugging Face output's `logits`.
+
+    Those of a convolutional head, "batch classes 1 1", lose their last two dimensions.
+    """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise InputError(
             f"a classifier must return a tensor or an output with .logits, got {type(output).__name__}; "
             "wrap the model"
+        )
+    if logits.ndim > 2 and all(size == 1 for size in logits.shape[2:]):
+        logits = logits.flatten(1)
+    if logits.ndim != 2:
+        raise InputError(
+            f"a classifier must return one row of logits for each image, got shape {list(logits.shape)}; wrap the "
+            "model so that it does"
         )
     return logits

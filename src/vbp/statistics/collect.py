@@ -17,6 +17,7 @@ from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, call_values, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
+from vbp.statistics.batches import images_for
 from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import Statistics, observed_names
 
@@ -95,7 +96,7 @@ def collect_statistics(
     Args:
         model: The dense model; left as it was.
         sites: From `find_sites`.
-        batches: Image tensors "batch channels height width", or tuples that begin with one (labels are not read).
+        batches: Images, with labels or without, as `pixels_of` takes them.
         device: Where the images go; by default where the model is.
         data: Fingerprint of the images, kept so that a saved file is not used for other data.
         covariance: Also collect the covariance of the channels of each site, for the refit. It takes
@@ -112,7 +113,6 @@ def collect_statistics(
     Example:
         >>> statistics = vbp.collect_statistics(model, sites, [images])
     """
-    target = torch.device(device) if device is not None else next(model.parameters()).device
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
     sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
@@ -120,13 +120,11 @@ def collect_statistics(
     images = 0
     # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
     with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
-        for batch in batches:
-            pixels = batch if isinstance(batch, Tensor) else batch[0]
+        for pixels in images_for(model, batches, device):
             if sampler is not None:
                 sampler.begin(pixels.shape[0])
             images += pixels.shape[0]
-            pixels = pixels.detach().to(target, non_blocking=True).requires_grad_(sums is not None)
-            _show(model, pixels, _observing(model, sites, observers), sums)
+            _show(model, pixels.requires_grad_(sums is not None), _observing(model, sites, observers), sums)
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")
     moments = {name: _finite(name, observer.moments) for name, observer in observers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +14,7 @@ from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
 from vbp.runtime.processes import Processes
 from vbp.sites.site import Site, weight_slices
+from vbp.statistics.batches import class_numbers, labelled_for
 
 # Images that go forward and backward at a time: the sum does not depend on it, the memory does.
 _IMAGES = 32
@@ -37,16 +39,17 @@ class GradientSum:
         """Take in labelled images; in the model's own precision, for half precision loses small gradients."""
         with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
             for start in range(0, labels.shape[0], _IMAGES):
-                images, classes = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
-                loss = F.cross_entropy(logits_of(self._model(images)), classes, reduction="sum")
+                images, given = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
+                logits = logits_of(self._model(images))
+                loss = F.cross_entropy(logits, class_numbers(given, *logits.shape), reduction="sum")
                 gradients = torch.autograd.grad(loss, list(self._weights.values()))
                 for running, gradient in zip(self._sums.values(), gradients, strict=True):
                     running += gradient
         self._images += labels.shape[0]
 
-    def tee(self, batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    def tee(self, batches: Iterable[Any]) -> Iterator[tuple[Tensor, Tensor]]:
         """Pass batches on, and take in each: one reading of the images serves statistics and gradients."""
-        for pixels, labels in batches:
+        for pixels, labels in labelled_for(self._model, batches, self._device):
             self.add_(pixels, labels)
             yield pixels, labels
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from vbp.errors import InputError
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.session import ALONE, Session
+from vbp.statistics.batches import check_repeatable, pixels_of
 
 # Views of an image for the refits after surgery, where these take seconds. On a CPU they would take a quarter of an
 # hour a plan on DeiT-tiny.
@@ -128,16 +130,12 @@ class GivenImages:
     They are of one process, and can be gone through several times.
     """
 
-    batches: Iterable[Tensor | Sequence[Tensor]]
+    batches: Iterable[Any]
     session: Session = ALONE
 
     def __post_init__(self) -> None:
         """Raise InputError for an iterator, which can be gone through only once."""
-        if iter(self.batches) is self.batches:
-            raise InputError(
-                f"batches must be a list or a loader that can be gone through several times, got "
-                f"{type(self.batches).__name__}, which ends after the first time; make a list of it"
-            )
+        check_repeatable(self.batches)
 
     def __len__(self) -> int:
         return self._count
@@ -166,11 +164,6 @@ class GivenImages:
 
 # What refits read from.
 ImageSource = CalibrationImages | GivenImages
-
-
-def pixels_of(batch: Tensor | Sequence[Tensor]) -> Tensor:
-    """Return the images of a batch, which may have labels behind them."""
-    return batch if isinstance(batch, Tensor) else batch[0]
 
 
 def default_views(device: torch.device) -> int:

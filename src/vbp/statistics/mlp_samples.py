@@ -28,6 +28,7 @@ from vbp.runtime.session import ALONE, Session
 from vbp.sites.layers import channel_dim, rows
 from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
+from vbp.statistics.batches import images_for
 from vbp.statistics.images import ImageSource, in_pieces
 
 _FIRST = RandomProbes()
@@ -51,7 +52,7 @@ class MLPSamples:
         dense: nn.Module,
         sites: Sequence[Site],
         example: Tensor,
-        batches: Iterable[Tensor],
+        batches: Iterable[Any],
         *,
         probes: RandomProbes = _FIRST,
         session: Session = ALONE,
@@ -66,18 +67,16 @@ class MLPSamples:
         self.session, processes = session, session.processes
         self.mlps = check_mlps(dense, example, sites)
         self._probes = probes
-        device = next(dense.parameters()).device
         parts: dict[str, list[Positions]] = {mlp.site.name: [] for mlp in self.mlps}
         metrics: dict[str, Tensor] = {}
         images = 0
         with evaluation_mode(dense), frozen(dense):
-            for batch in batches:
-                pixels = batch.to(device, non_blocking=True)
+            for pixels in images_for(dense, batches):
                 for name, read, given, slopes in self._seen(dense, pixels, images):
                     flat = slopes.flatten(0, 1)
                     metrics[name] = metrics.get(name, 0) + (flat.T @ flat).double()
                     parts[name].append(sample_positions(read, given, _sizes(slopes), probes, images))
-                images += len(batch)
+                images += len(pixels)
         self.images = sum(processes.all_gather(images))
         if not self.images:
             raise InputError("the refit of the producers needs at least one image, got none on any process")

@@ -18,6 +18,7 @@ from vbp.method.moments import ChannelMoments
 from vbp.pruning.compensate import add_in_float64_, add_to_bias_
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import input_channels
+from vbp.statistics.batches import images_for
 from vbp.torch_pruning.graph import Coupling, Edge
 
 
@@ -167,7 +168,7 @@ def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch
 
     Args:
         model: A model with BatchNorm layers.
-        loader: Image tensors "batch channels height width", or tuples that begin with one; each batch counts the
+        loader: Images, with labels or without, as `pixels_of` takes them; each batch counts the
             same, so give batches of one size, as large as the memory allows.
         device: Where the images go; by default where the model is.
 
@@ -179,7 +180,6 @@ def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch
         raise InputError(
             f"{type(model).__name__} has no BatchNorm with running statistics; there is none to estimate"
         )
-    target = torch.device(device) if device is not None else next(model.parameters()).device
     before = [(norm, norm.momentum, copy.deepcopy(norm.state_dict())) for norm in norms]
     images = 0
     try:
@@ -188,9 +188,8 @@ def reestimate_batchnorm_(model: nn.Module, loader: Iterable[Any], device: torch
                 norm.reset_running_stats()
                 norm.momentum = None  # a plain average over batches
                 norm.train()
-            for batch in loader:
-                pixels = batch if isinstance(batch, Tensor) else batch[0]
-                model(pixels.to(target, non_blocking=True))
+            for pixels in images_for(model, loader, device):
+                model(pixels)
                 images += pixels.shape[0]
     finally:
         for norm, momentum, state in before:

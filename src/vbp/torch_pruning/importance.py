@@ -15,6 +15,7 @@ from vbp.errors import InputError
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.sites.layers import input_channels, output_channels
+from vbp.statistics.batches import images_for
 from vbp.statistics.collect import Observer
 from vbp.torch_pruning.compensate import ChannelMeans, by_layer, without
 from vbp.torch_pruning.graph import Coupling, Edge, build_graph, canonical_roots, logged_warnings, read_group
@@ -103,7 +104,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
 
         Args:
             model: The model to be pruned; left as it was.
-            loader: Image tensors "batch channels height width", or tuples that begin with one.
+            loader: Images, with labels or without, as `pixels_of` takes them.
             device: Where the images go; by default where the model is.
             ignored_layers: Layers not to be pruned: what only they would need is not observed.
             target_layers: As for the class, which are then not used.
@@ -115,10 +116,9 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         """
         if max_batches is not None and max_batches < 1:
             raise InputError(f"max_batches must be at least 1, got {max_batches}; leave it out to read all batches")
-        target = torch.device(device) if device is not None else next(model.parameters()).device
-        batches = (_images(batch).to(target, non_blocking=True) for batch in itertools.islice(loader, max_batches))
+        batches = images_for(model, itertools.islice(loader, max_batches), device)
         first = next(batches, None)
-        if first is None or not len(first):
+        if first is None:
             raise InputError("calibration needs at least one image, got none; check the loader")
         graph = build_graph(model, first[:1])
         ignored = [module for layer in ignored_layers for module in layer.modules()]
@@ -279,10 +279,3 @@ def _by_root(coupling: Coupling, values: Mapping[nn.Module, Tensor]) -> Float[Te
         total += torch.zeros_like(total).index_add_(0, edge.roots, seen) / times.clamp(min=1)
         readers += times > 0
     return total / readers.clamp(min=1)
-
-
-def _images(batch: Any) -> Tensor:
-    images = batch if isinstance(batch, Tensor) else batch[0]
-    if not isinstance(images, Tensor):
-        raise InputError(f"the loader must yield images, or tuples that begin with them, got {type(images).__name__}")
-    return images

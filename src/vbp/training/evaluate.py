@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from vbp.errors import InputError
 from vbp.runtime.forward import evaluation_mode, logits_of
 from vbp.runtime.precision import Precision
 from vbp.runtime.processes import Processes
+from vbp.statistics.batches import class_numbers, labelled_for
 
 _OFF, _ALONE = Precision(), Processes()
 
@@ -42,7 +44,7 @@ class Accuracy:
 
 def evaluate(
     model: nn.Module,
-    batches: Iterable[tuple[Tensor, Tensor]],
+    batches: Iterable[Any],
     device: torch.device | str,
     *,
     precision: Precision = _OFF,
@@ -52,30 +54,36 @@ def evaluate(
 
     Args:
         model: A classifier.
-        batches: Images and labels: this process's share, which may be none.
+        batches: Images and labels, as `pixels_of` and `class_numbers` take them: this process's share, which may be
+            none.
         device: Where the model is.
         precision: Of the forward pass.
         processes: Whose counts are added up; all of them call this, and get the same.
 
     Raises:
-        InputError: No image came, to any process.
+        InputError: No image came, to any process; a label is no class of the model; or a prediction is NaN.
 
     Example:
         >>> vbp.evaluate(model, [(images, labels)], "cpu").images
         8
     """
-    hits = torch.zeros(2, dtype=torch.int64, device=device)
+    hits = torch.zeros(3, dtype=torch.int64, device=device)
     images = 0
     with evaluation_mode(model), torch.inference_mode():
-        for pixels, labels in batches:
+        for pixels, labels in labelled_for(model, batches, device):
             with precision.autocast():
-                logits = logits_of(model(pixels.to(device, non_blocking=True)))
-            best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-            right = best == labels.to(device, non_blocking=True)[:, None]
-            hits += torch.stack((right[:, 0].sum(), right.sum()))
-            images += labels.shape[0]
+                logits = logits_of(model(pixels))
+            numbers = class_numbers(labels, *logits.shape).to(device, non_blocking=True)
+            right = logits.topk(min(5, logits.shape[1]), dim=1).indices == numbers[:, None]
+            hits += torch.stack((right[:, 0].sum(), right.sum(), logits.isnan().any(1).sum()))
+            images += len(pixels)
     counts = torch.cat((hits, hits.new_tensor([images])))
-    first, among_five, total = processes.all_reduce_sum_(counts).tolist()
+    first, among_five, undefined, total = processes.all_reduce_sum_(counts).tolist()
     if total == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
+    if undefined:
+        raise InputError(
+            f"the predictions of {type(model).__name__} must be numbers, got NaN for {undefined} of {total} images; "
+            "check the weights and the preprocessing, or compute in float32"
+        )
     return Accuracy(first, among_five, total)

@@ -98,7 +98,8 @@ class Dense:
 
     def images(self, split: Literal["train", "val"], folder: Path | None = None) -> ImageList:
         """List a split, by default of the data."""
-        return vbp.list_images(folder or self.setting.data, split, self.classifier.num_classes)
+        names, classes = self.classifier.class_names, self.classifier.num_classes
+        return vbp.list_images(folder or self.setting.data, split, classes, names)
 
     def read(self, images: ImageList, border: int = 0) -> list[tuple[Tensor, Tensor]]:
         """Decode images into memory, with a border of more pixels around the crop."""

@@ -47,7 +47,7 @@ def calibration_images(options: Options, classifier: vbp.Classifier) -> Iterable
         channels, size = len(classifier.preprocessing.mean), classifier.preprocessing.img_size
         generator = torch.Generator().manual_seed(0)
         return torch.randn(options.images, channels, *size, generator=generator).split(8)
-    images = vbp.list_images(options.data_path, "train", classifier.num_classes)
+    images = vbp.list_images(options.data_path, "train", classifier.num_classes, classifier.class_names)
     chosen = vbp.balanced_subset(images, options.images, seed=0)
     return vbp.make_loader(chosen, vbp.evaluation_transform(classifier.preprocessing), batch_size=32, num_workers=2)
 

@@ -57,6 +57,7 @@ PUBLISHED: dict[str, Any] = {
     "stats_path": None,
     "overwrite": False,
     "allow_random_init": False,
+    "allow_bad_dense": False,
     "img_size": None,
     "crop_pct": None,
     "interpolation": None,
@@ -288,14 +289,14 @@ TUNING = (
 )
 FREE = (
     "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "
-    "log_dir push_to_hub stats_path best_effort"
+    "log_dir push_to_hub stats_path best_effort allow_bad_dense"
 )
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense"
 )
-INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort"
+INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck seed limit_val val_batch_size matmul_precision latency covariance_tokens "
     "ridge refit_producers refit_stream refit_head refit_views"

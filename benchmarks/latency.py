@@ -19,7 +19,8 @@ import tyro
 from torch import Tensor, nn
 
 import vbp
-from vbp.deploy.latency import LatencyRow, compare_latency
+from vbp.cost.timing import LatencyComparison
+from vbp.deploy.latency import compare_latency
 from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 
 
@@ -66,14 +67,16 @@ def pruned_copy(model: nn.Module, example: Tensor, keep_ratio: float, round_to: 
     return pruned, sorted({kept for kept, _ in plan.widths.values()})
 
 
-def line(keep: float, multiple: int, widths: list[int], threads: int | None, row: LatencyRow) -> str:
+def line(
+    keep: float, multiple: int, widths: list[int], threads: int | None, row: LatencyComparison, ideal: float
+) -> str:
     """Return a row of the table."""
     width = str(widths[0]) if len(widths) == 1 else f"{widths[0]} to {widths[-1]}"
-    cpu = "" if row.cpu_speedup is None else f"{row.cpu_speedup.median / row.ideal:.3f}"
+    cpu = "" if row.cpu_speedup is None else f"{row.cpu_speedup.median / ideal:.3f}"
     return (
-        f"| {keep} | {multiple} | {width} | {threads or ''} | {row.batch} | {row.dense.median:.1f} | "
-        f"{row.pruned.median:.1f} | {row.speedup.median:.3f} ({row.speedup.low:.3f}, {row.speedup.high:.3f}) | "
-        f"{row.ideal:.3f} | {row.of_ideal:.3f} | {cpu} |"
+        f"| {keep} | {multiple} | {width} | {threads or ''} | {row.batch} | {row.dense_ms.median:.1f} | "
+        f"{row.pruned_ms.median:.1f} | {row.speedup.median:.3f} ({row.speedup.low:.3f}, {row.speedup.high:.3f}) | "
+        f"{ideal:.3f} | {row.speedup.median / ideal:.3f} | {cpu} |"
     )
 
 
@@ -104,7 +107,7 @@ def main(options: Options) -> None:
                 report = compare_latency(model, pruned, example, batch_sizes=options.batch_sizes, settings=settings)
                 found.append({"keep": keep, "round_to": multiple, "widths": widths, **report.to_dict()})
                 for row in report.rows:
-                    print(line(keep, multiple, widths, threads, row), flush=True)
+                    print(line(keep, multiple, widths, threads, row, report.ideal), flush=True)
     if options.output is not None:
         options.output.write_text(json.dumps(found, indent=2) + "\n")
 

@@ -46,7 +46,7 @@ class Machine:
         speed = self.speed(plan) * (self.noise.pop(0) if self.noise else 1.0)
         dense, pruned = 120.0, 120.0 / speed
         spread = [Spread(value, value * 0.999, value * 1.001) for value in (dense, pruned, speed)]
-        return LatencyComparison(*spread, rounds=9, seconds=self.seconds, load=0.5)
+        return LatencyComparison(*spread, 8, "cpu", "float32", "wall", rounds=9, seconds=self.seconds, load=0.5)
 
 
 @pytest.mark.parametrize(("budget", "got"), [(Budget("speedup", 5.0), "2.17"), (Budget("latency_ms", 10.0), "55.20")])

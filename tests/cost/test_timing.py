@@ -11,7 +11,15 @@ from families import FAMILIES
 from torch import nn
 
 from vbp.cost.macs import count_macs
-from vbp.cost.timing import Spread, compare_models, hardware, latency_batch, time_in_turns
+from vbp.cost.timing import (
+    LatencyComparison,
+    Spread,
+    compare_models,
+    hardware,
+    latency_batch,
+    precision_of,
+    time_in_turns,
+)
 from vbp.runtime.precision import Precision
 
 CPU = torch.device("cpu")
@@ -69,11 +77,27 @@ def test_a_dense_model_is_timed_against_its_pruned_one() -> None:
             time.sleep(self.seconds)
             return images
 
-    times = compare_models(Waits(0.08), Waits(0.06), torch.zeros(1), precision=Precision(), rounds=3)
+    times = compare_models(Waits(0.08), Waits(0.06), torch.zeros(1), precision=Precision(), clock="wall", rounds=3)
     assert times.dense_ms.median == pytest.approx(80, abs=19)
     assert times.pruned_ms.median == pytest.approx(60, abs=19)
     assert times.rounds == 3
     assert times.cpu_speedup is not None
+    assert times.conditions == "batch 1 on cpu in float32"
+    # The machine was as busy with one as with the other in each round: the quartiles are of paired times.
+    assert times.speedup.low <= times.speedup.median <= times.speedup.high
+
+
+def test_a_comparison_says_in_what_it_was_computed_and_by_which_clock() -> None:
+    times = LatencyComparison(
+        *(Spread(value, value * 0.9, value * 1.1) for value in (12.0, 9.6, 1.25)),
+        batch=32, device="cuda", precision="float32, autocast bf16", clock="processor", rounds=3,
+        seconds=1.0, load=None,
+    )  # fmt: skip
+    assert times.conditions == "batch 32 on cuda in float32, autocast bf16, processor time"
+    assert (times.latency_text, times.speedup_text) == ("12.00 -> 9.60 ms", "1.25x (1.12 to 1.38)")
+    half = nn.Linear(2, 2, dtype=torch.float16)
+    assert precision_of(half, Precision()) == "float16"
+    assert precision_of(nn.Linear(2, 2), Precision(torch.bfloat16)) == "float32, autocast bf16"
 
 
 def test_a_batch_on_a_cpu_takes_about_a_second(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,7 +38,7 @@ def folder(tmp_path: Path) -> Path:
         model, tmp_path / "pruned", plans=plan,
         source=ModelSource("transformers", type(model).__name__, model.config.to_dict()),
         preprocessing=Preprocessing((32, 32), 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3),
-        metrics={"top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000}, "pruned": {"top1": 70.0}, "note": "text"},
+        metrics={"top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000, "images": 650}, "pruned": {"top1": 70.0}, "note": "text"},
     )  # fmt: skip
     return tmp_path / "pruned"
 
@@ -120,8 +120,8 @@ def test_the_card_says_what_was_measured(folder: Path) -> None:
     ]
     assert "77 of 128 hidden MLP channels are left" in text
     assert "| top1 | 71.25 |" in text
-    assert "|  | top1 | macs |" in text
-    assert "| dense | 72.5 | 1,260,000 |\n| pruned | 70 |  |" in text
+    assert "|  | top1 | macs | images |" in text
+    assert "| dense | 72.50 ± 1.75 | 1,260,000 | 650 |\n| pruned | 70.00 |  |  |" in text
     assert 'vbp.load_pruned("hf://me/small-vit")' in text
     assert "note" not in text
     for name, (kept, total) in artifact.plans[0].widths.items():

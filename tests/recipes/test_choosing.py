@@ -312,4 +312,5 @@ def test_one_batch_size_decides_the_budget_and_is_reported(quick: RunConfig, mon
     # The pruned model, of fewer MACs, would have been given a larger batch.
     assert 20 * dense_macs // found.pruned.macs > 20
     assert found.budget["detail"]["conditions"]["batch"] == [20, 3, 32, 32]
-    assert found.latency_batch == 20
+    assert found.latency is not None
+    assert found.latency.batch == 20

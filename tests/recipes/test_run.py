@@ -33,7 +33,9 @@ from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
 from vbp.recipes.run import run
 from vbp.recipes.setup import Job, prepare
+from vbp.runtime.decode import to_json
 from vbp.runtime.session import Session
+from vbp.training.checkpoints import latest_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="session")
@@ -96,7 +98,9 @@ def test_checkpoints_have_the_accuracy_of_the_summary(config: RunConfig, report:
     accuracy = evaluate(load_pruned(file), loader, "cpu")
     measured = getattr(report, name)
     assert (accuracy.top1, accuracy.top5) == (measured.top1, measured.top5)
-    assert read_artifact(file).metrics == {"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5}
+    assert read_artifact(file).metrics == {
+        "epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5, "images": 896
+    }  # fmt: skip
 
 
 def test_the_folder_holds_the_best_model_and_what_is_known_of_it(config: RunConfig, report: RunReport) -> None:
@@ -127,10 +131,7 @@ def test_the_folder_holds_the_best_model_and_what_is_known_of_it(config: RunConf
 def test_a_run_can_be_repeated_from_its_report(report: RunReport, tmp_path: Path) -> None:
     again = dataclasses.replace(RunConfig.from_dict(dict(report.config)), save_dir=tmp_path / "again")
     repeated = run(again)
-    assert (repeated.best, repeated.final.top1) == (
-        dataclasses.replace(report.best, latency_ms=repeated.best.latency_ms),
-        report.final.top1,
-    )
+    assert (repeated.best, repeated.final.top1) == (report.best, report.final.top1)
     first = torch.load(report.files["vbp_final.pth"], weights_only=True)["state_dict"]
     second = torch.load(repeated.files["vbp_final.pth"], weights_only=True)["state_dict"]
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -395,3 +396,47 @@ def test_the_dense_model_stays_as_it_was(quick: RunConfig, monkeypatch: pytest.M
     fresh = load_classifier(MODEL_NAME, checkpoint=WEIGHTS, model_kwargs=MODEL_KWARGS).model.state_dict()
     assert all(torch.equal(value, fresh[name]) for name, value in job.dense.state_dict().items())
     assert count_parameters(pruned) < count_parameters(job.dense)
+
+
+def test_where_no_epoch_is_better_table_and_summary_say_which_row_each_file_is(quick: RunConfig) -> None:
+    report = run(dataclasses.replace(quick, epochs_ft=1, lr_ft=0.9))
+    assert (report.best.epoch, report.final.epoch) == (0, 1)
+    told = (
+        "no epoch was better than none: artifact/ and vbp_best.pth hold the row 'pruned, mean shift', "
+        "vbp_final.pth 'fine-tuned, final (epoch 1)'"
+    )
+    folder = quick.save_dir
+    assert told in report.table()
+    assert told in (folder / "vbp_imagenet.log").read_text()
+    rows = json.loads((folder / "summary.json").read_text())["file_rows"]
+    assert rows == {"artifact": "pruned", "vbp_best.pth": "pruned", "vbp_final.pth": "final"}
+    for file, name in rows.items():
+        metrics = read_artifact(folder / file).metrics or {}
+        assert (metrics["top1"], metrics["epoch"]) == (report.models[name].top1, report.models[name].epoch)
+
+
+def test_a_run_has_one_paired_speedup_with_its_conditions(config: RunConfig, report: RunReport) -> None:
+    timed = report.latency
+    assert timed is not None
+    assert (timed.device, timed.precision) == ("cpu", "float32")
+    assert timed.batch == 32
+    assert timed.rounds >= 3
+    assert timed.speedup.low <= timed.speedup.median <= timed.speedup.high
+    assert json.loads((config.save_dir / "summary.json").read_text())["latency"] == to_json(timed)
+    log = (config.save_dir / "vbp_imagenet.log").read_text()
+    assert f"speed-up {timed.speedup_text} at {timed.conditions}: {timed.latency_text}" in log
+    assert timed.speedup_text in report.table()
+    assert timed.speedup_text in (config.save_dir / "report.md").read_text()
+    # A checkpoint holds it, for the attempt that goes on.
+    path = latest_checkpoint(config.save_dir / "checkpoints")
+    assert path is not None
+    state = read_checkpoint(path)
+    assert RunReport.from_dict(state["report"]).latency == timed
+
+
+def test_log_lines_tell_the_standard_errors(config: RunConfig, report: RunReport) -> None:
+    log = (config.save_dir / "vbp_imagenet.log").read_text()
+    for label, model in (("dense", report.base), ("pruned", report.pruned)):
+        assert f"{label}: top-1 {model.top1_text} %, top-5 {model.top5_text} %" in log
+    assert f"top-1 {report.final.top1_text} %" in log
+    assert "±" in report.base.top1_text

@@ -9,9 +9,11 @@ import json
 import re
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from families import FAMILIES, randomise_
+from runs import timing
 from torch import Tensor, nn
 
 from vbp import (
@@ -187,12 +189,11 @@ def test_missing_evidence_is_refused(model: nn.Module) -> None:
 
 
 def _report() -> SweepReport:
-    def row(method: str, ratio: float, top1: float, latency: float | None = None) -> SweepRow:
-        measured = Measured(top1, 95.0, int(1000 * ratio), int(500 * ratio), latency, images=100)
-        dense = None if latency is None else 8.0
-        return SweepRow(settings_of([method], [], [ratio])[0], int(200 * ratio), 200, measured, dense)
+    def row(method: str, ratio: float, top1: float, speedup: float) -> SweepRow:
+        measured = Measured(top1, 95.0, int(1000 * ratio), int(500 * ratio), images=100)
+        return SweepRow(settings_of([method], [], [ratio])[0], int(200 * ratio), 200, measured, timing(speedup))
 
-    rows = (row("l1/none", 0.75, 60.0, 6.4), row("l1/none", 0.5, 20.0, 5.0), row("l2/none", 0.5, 40.0, 5.0))
+    rows = (row("l1/none", 0.75, 60.0, 1.25), row("l1/none", 0.5, 20.0, 1.6), row("l2/none", 0.5, 40.0, 1.6))
     return SweepReport(Measured(80.0, 96.0, 1000, 500, images=100), rows, {"model_name": "x"})
 
 
@@ -201,6 +202,8 @@ def test_a_report_is_plain_data_and_rows_come_back_from_it() -> None:
     value = json.loads(json.dumps(report.to_dict()))
     assert value["about"] == {"model_name": "x"}
     assert tuple(map(SweepRow.from_dict, value["rows"])) == report.rows
+    assert value["rows"][0]["latency"]["speedup"]["median"] == 1.25
+    assert value["rows"][0]["top1_error"] == pytest.approx(4.899, abs=1e-3)
     assert report.share(report.rows[0]) == {"top1": 0.75, "macs": 0.75, "params": 0.75, "latency": 0.8}
 
 
@@ -213,8 +216,15 @@ def test_csv_and_table_hold_every_row() -> None:
     ]  # fmt: skip
     assert rows[0]["latency_share"] == ""
     assert rows[1]["latency_share"] == "0.8"
+    assert (rows[0]["top1_error"], rows[0]["speedup"]) == ("4.0", "")
+    assert {name: rows[1][name] for name in ("speedup", "latency_ms", "batch", "device", "precision", "clock")} == {
+        "speedup": "1.25", "latency_ms": "10.0", "batch": "32", "device": "cpu", "precision": "float32",
+        "clock": "wall",
+    }  # fmt: skip
+    assert (float(rows[1]["speedup_low"]), float(rows[1]["speedup_high"])) == pytest.approx((1.21, 1.31))
     table = report.table()
-    assert re.search(r"l1/none +0.750 +60.00 ± 4.90 +0.750 +95.00 ± 2.18 +750 +375 +1.25x\n", table)
+    assert re.search(r"l1/none +0.750 +60.00 ± 4.90 +0.750 +95.00 ± 2.18 +750 +375 +1.25x \(1.21 to 1.31\)\n", table)
+    assert "speed-up: median and quartiles over the dense model, at batch 32 on cpu in float32\n" in table
     assert re.search(r"method +0.75 +0.5\nl1/none +0.750 +0.250\nl2/none +0.500\n", table)
     assert "standard error of 4.00 points" in table
 
@@ -224,13 +234,19 @@ def test_the_figure_has_a_panel_for_each_cost_and_published_points_beside() -> N
         PublishedPoint("paper", 20, 75.0, 90.0, 99.0, "a journal"),
         PublishedPoint("paper", 15, 80.0, 95.0, 99.0, "a journal"),
     ]
-    figure = draw_sweep(_report(), points)
+    report = _report()
+    figure = draw_sweep(report, points)
     macs, params, latency = figure.axes
     assert {line.get_label(): line.get_xydata().tolist() for line in macs.get_lines()} == {
         "paper": [[75, 90], [80, 95]], "l1/none": [[50, 25], [75, 75]], "l2/none": [[50, 50]]
     }  # fmt: skip
     assert [line.get_label() for line in params.get_lines()] == ["l1/none", "l2/none"]
     assert latency.get_lines()[0].get_xydata().tolist() == [[62.5, 25], [80, 75]]
+    # One standard error of the top-1 to both sides, and the quartiles of the latency.
+    spans = [collection.get_segments()[0] for collection in latency.collections]
+    error = 100 * report.rows[1].measured.top1_error / 80
+    assert any(np.allclose(span, [[62.5, 25 - error], [62.5, 25 + error]]) for span in spans)
+    assert any(np.allclose(span, [[100 / 1.66, 25], [100 / 1.56, 25]]) for span in spans)
     svg, png = render(figure, "sweep")
     assert b"a journal" in svg
     assert png.startswith(b"\x89PNG")
@@ -243,7 +259,12 @@ def test_a_figure_without_latency_has_no_panel_for_it(model: nn.Module) -> None:
     assert report.rows[0].setting == Setting("l1", "none", "global", 0.5)
     assert len(draw_sweep(report).axes) == 2
     timed = sweep(
-        model, sites, Evidence(), settings_of(["l1/none"], [], [0.5]), _measuring([]), latency=lambda pruned: (3, 2)
+        model,
+        sites,
+        Evidence(),
+        settings_of(["l1/none"], [], [0.5]),
+        _measuring([]),
+        latency=lambda pruned: timing(1.5),
     )
-    assert timed.rows[0].speedup == 1.5
+    assert timed.rows[0].latency == timing(1.5)
     assert len(draw_sweep(timed).axes) == 3

@@ -7,10 +7,11 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from runs import write_run
+from runs import timing, write_run
 
 from vbp import InputError
 from vbp.report import comparison
+from vbp.runtime.decode import to_json
 
 compare = partial(comparison.compare, incidental={"save_dir"})
 
@@ -47,8 +48,9 @@ def test_the_table_has_the_numbers_of_each_run(folders: list[Path]) -> None:
     assert rows["top-1 dense"] == ["72.02 %"] * 2
     assert rows["top-1 best"] == ["70.86 %"] * 2
     assert rows["MACs"] == ["1.26 G -> 1.01 G (-19.7%)"] * 2
-    assert rows["latency"] == ["12.00 -> 9.60 ms"] * 2
-    assert rows["speed-up"] == ["1.25x"] * 2
+    assert rows["latency"] == ["12.00 -> 10.00 ms"] * 2
+    assert rows["measured with"] == ["batch 32 on cpu in float32"] * 2
+    assert rows["speed-up (quartiles)"] == ["1.25x (1.21 to 1.31)"] * 2
     assert rows["seconds"] == ["69.1", "1.0"]
 
 
@@ -60,8 +62,18 @@ def test_the_json_has_every_number_whole(folders: list[Path]) -> None:
     names = ("base", "uncompensated", "pruned", "best", "final")
     assert {name: summary[name]["top1"] for name in names} == run["top1"]
     assert run["macs"] == {name: summary[name]["macs"] for name in ("base", "pruned")}
-    assert run["latency_ms"] == {"base": 12.0, "pruned": 9.6}
+    assert run["latency"] == summary["latency"] == to_json(timing())
+    assert run["top1_error"] == dict.fromkeys(names)
     assert found["settings"]["compensation"] == {"a/run": "mean", "b/run": "refit"}
+
+
+def test_each_accuracy_has_its_standard_error(folders: list[Path]) -> None:
+    base = {"top1": 80.0, "top5": 90.0, "macs": 9, "params": 9, "images": 400}
+    write_run(folders[0], config=CONFIG, base=base)
+    found = compare(folders)
+    assert cells(found.table())["top-1 dense"] == ["80.00 ± 2.00 %", "72.02 %"]
+    run = found.to_dict()["runs"]["a/run"]
+    assert (run["top1_error"]["base"], run["top5_error"]["base"]) == (2.0, 1.5)
 
 
 def test_many_runs_stand_below_each_other(folders: list[Path]) -> None:
@@ -76,9 +88,9 @@ def test_many_runs_stand_below_each_other(folders: list[Path]) -> None:
 def test_what_no_run_measured_has_no_row(folders: list[Path]) -> None:
     for folder in folders:
         base = {"top1": 1.0, "top5": 1.0, "macs": 9, "params": 9}
-        write_run(folder, base=base, uncompensated=None)
+        write_run(folder, base=base, uncompensated=None, latency=None)
     rows = cells(compare(folders).table())
-    assert not {"latency", "measured with", "speed-up", "top-1 pruned, no compensation"} & rows.keys()
+    assert not {"latency", "measured with", "speed-up (quartiles)", "top-1 pruned, no compensation"} & rows.keys()
 
 
 def test_a_long_value_keeps_its_end(folders: list[Path]) -> None:

@@ -11,6 +11,8 @@ import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
 from runs import sites, write_run
 
 from vbp import PruningPlan, Site, Statistics
@@ -18,6 +20,7 @@ from vbp.method.moments import channel_moments
 from vbp.pruning.plan import SitePlan
 from vbp.report.figures import (
     accuracy_against_macs,
+    accuracy_steps,
     kept_channels,
     latency_bars,
     plan_convergence,
@@ -144,7 +147,7 @@ def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
     ideal = 12.0 * summary["pruned"]["macs"] / summary["base"]["macs"]
     assert drawing.rows == (
         ("dense", "12.00", "1.00x"),
-        ("pruned", "9.60", "1.25x"),
+        ("pruned", "10.00", "1.25x (1.21 to 1.31)"),
         ("if time followed MACs", f"{ideal:.2f}", f"{12 / ideal:.2f}x"),
     )
 
@@ -152,7 +155,11 @@ def test_the_ideal_latency_follows_macs(tmp_path: Path) -> None:
 def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     base = {"top1": 0.0, "top5": 0.0, "macs": 5, "params": 5}
     write_run(
-        tmp_path, base=base, sites={}, convergence={"stages": [{"images": 9, "changed": None}], "converged": None}
+        tmp_path,
+        base=base,
+        latency=None,
+        sites={},
+        convergence={"stages": [{"images": 9, "changed": None}], "converged": None},
     )
     for name in ("plan.json", "metrics.jsonl"):
         (tmp_path / name).unlink()
@@ -181,3 +188,44 @@ def test_drawing_is_deterministic_and_leaves_matplotlib_alone(tmp_path: Path) ->
     assert first == second
     assert dict(mpl.rcParams) == settings
     assert ("matplotlib.pyplot" in sys.modules) == had_pyplot
+
+
+def test_accuracies_are_drawn_with_their_standard_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, list[Any]] = {}
+
+    def kept(figure: Figure, name: str) -> tuple[bytes, bytes]:
+        drawn[name] = [
+            segment.tolist()
+            for axes in figure.axes
+            for collection in axes.collections
+            if isinstance(collection, LineCollection)
+            for segment in collection.get_segments()
+        ]
+        return b"", b""
+
+    monkeypatch.setattr("vbp.report.figures.render", kept)
+    small = {"macs": 5, "params": 5, "images": 400}
+    pruned, best = {"top1": 50.0, "top5": 90.0, "epoch": 0} | small, {"top1": 60.0, "top5": 100.0, "epoch": 1} | small
+    base = {"top1": 80.0, "top5": 100.0, "macs": 10, "params": 10, "images": 400}
+    write_run(tmp_path, base=base, pruned=pruned, best=best, final=best, uncompensated=None)
+    run = RunReport.read(tmp_path)
+    steps = accuracy_steps(run)
+    assert drawn["accuracy"] == [
+        [[78.0, 0.0], [82.0, 0.0]],
+        [[47.5, 1.0], [52.5, 1.0]],
+        *([[60 - 6**0.5, place], [60 + 6**0.5, place]] for place in (2.0, 3.0)),
+    ]
+    assert [row[1:3] for row in steps.rows] == [
+        ("80.00 ± 2.00", "100.00"), ("50.00 ± 2.50", "90.00 ± 1.50"), *[("60.00 ± 2.45", "100.00")] * 2
+    ]  # fmt: skip
+    assert "dense 80.00 ± 2.00 %" in steps.alt
+    accuracy_against_macs(run)
+    assert drawn["accuracy_macs"][0] == [[50.0, 62.5 - 3.125], [50.0, 62.5 + 3.125]]
+    curves = training_curves(run, [{"epoch": 0, "top1": 50.0, "top5": 90.0}, {"epoch": 1, "top1": 0.0, "top5": 1.0}])
+    # At 0 % a count does not tell the error.
+    assert drawn["training"] == [[[0.0, 47.5], [0.0, 52.5]]]
+    assert curves is not None
+    assert [row[1] for row in curves.rows] == ["50.00 ± 2.50", "0.00"]
+    assert "one standard error" in curves.caption
+    latency_bars(run)
+    assert drawn["latency"] == [[[11.96, 0.0], [12.06, 0.0]], [[9.96, 1.0], [10.06, 1.0]]]

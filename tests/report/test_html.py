@@ -220,7 +220,9 @@ def test_the_row_is_markdown(page: Element, folder: Path) -> None:
     text = (folder / "report.md").read_text(encoding="utf-8")
     row_alone, _, loading = text.partition("\n```python\n")
     assert row_alone in [code.text for code in page.all("code")]
-    assert loading == f"import vbp\n\nmodel = vbp.load_pruned({str(folder / 'vbp_best.pth')!r})\n```\n"
+    path = str(folder / "vbp_best.pth")
+    held = "fine-tuned, best (epoch 2)"
+    assert loading == f"import vbp\n\nmodel = vbp.load_pruned({path!r})  # {held}\n```\n"
     lines = text.splitlines()[:3]
     heading, rule, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines)
     assert rule == ["---"] * len(heading)
@@ -232,8 +234,30 @@ def test_the_row_is_markdown(page: Element, folder: Path) -> None:
         "Fine-tuned": "70.86",
         "MACs": "1.26 G → 1.01 G",
         "Parameters": "5.72 M → 4.48 M",
-        "Latency": "12.00 → 9.60 ms (1.25x)",
+        "Latency": "12.00 → 10.00 ms",
+        "Speed-up (quartiles)": "1.25x (1.21 to 1.31) at batch 32 on cpu in float32",
     }
+
+
+def test_the_page_says_which_row_each_file_is(tmp_path: Path) -> None:
+    small = {"top1": 61.12, "top5": 84.5, "macs": 1_010_000_000, "params": 4_480_000, "epoch": 0}
+    write_run(tmp_path, best=small)
+    (tmp_path / "vbp_final.pth").write_bytes(b"")
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
+    told = (
+        "Of the files, no epoch was better than none: artifact/ and vbp_best.pth hold the row 'pruned, mean shift', "
+        "vbp_final.pth 'fine-tuned, final (epoch 3)'."
+    )
+    assert told in [item.text for item in page.all("p")]
+    headings = [item.text for item in page.all("h3")]
+    assert {"vbp_best.pth: pruned, mean shift", "vbp_final.pth: fine-tuned, final (epoch 3)"} <= {*headings}
+    assert (tmp_path / "report.md").read_text(encoding="utf-8").endswith("  # pruned, mean shift\n```\n")
+
+
+def test_the_page_tells_the_spread_and_the_conditions_of_the_speedup(page: Element) -> None:
+    keys = {item.all("dt")[0].text: [cell.text for cell in item.all("dd")] for item in page.all("dl")[0].all("div")}
+    assert keys["Speed-up"] == ["1.25x", "quartiles 1.21x to 1.31x; batch 32 on cpu in float32; 1.25x by MACs"]
+    assert "batch 32 on cpu in float32" in figure(page, "latency").all("figcaption")[0].text
 
 
 def test_figures_are_files_too(folder: Path) -> None:
@@ -313,7 +337,7 @@ def test_a_second_report_replaces_the_first(tmp_path: Path) -> None:
     write_run(tmp_path)
     write_report(tmp_path)
     base = {"top1": 1.0, "top5": 1.0, "macs": 9, "params": 9}
-    write_run(tmp_path, base=base, convergence=None)
+    write_run(tmp_path, base=base, convergence=None, latency=None)
     (tmp_path / "statistics.safetensors").unlink()
     page = Page(write_report(tmp_path).read_text()).root
     assert "latency" not in {item.attributes["id"] for item in page.all("figure")}

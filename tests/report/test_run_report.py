@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runs import plan_and_statistics, sites, write_run
+from runs import plan_and_statistics, sites, timing, write_run
 
 from vbp import InputError
 from vbp.report.run_report import RunReport, read_run
@@ -23,7 +23,7 @@ def test_the_steps_are_those_of_the_summary(tmp_path: Path) -> None:
         ("fine-tuned, best (epoch 2)", summary["best"]["top1"]),
         ("fine-tuned, final (epoch 3)", summary["final"]["top1"]),
     ]
-    assert run.speedup == 12.0 / 9.6
+    assert run.latency == timing()
 
 
 @pytest.mark.parametrize(
@@ -79,6 +79,8 @@ def test_what_is_no_summary_is_one_error(tmp_path: Path, content: str) -> None:
         {"head": {}},
         {"config": {"compensation": None}},
         {"surprise": 1},
+        {"latency": {"dense_ms": 12.0}},
+        {"latency": 1.25},
     ],
     ids=str,
 )

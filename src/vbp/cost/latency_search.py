@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vbp.cost.budget import Budget, BudgetResult
 from vbp.cost.search import PlanFor, PlanSearch
-from vbp.cost.timing import LatencyComparison, Spread, clock_of, compare_models
+from vbp.cost.timing import LatencyComparison, Spread, compare_models
 from vbp.cost.widths import LayerTimes
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
@@ -39,8 +39,7 @@ def compare_in_turns(
     """Time a dense model against a copy that is pruned by a plan; the arguments are those of `compare_models`."""
     pruned = copy.deepcopy(model)
     prune_(pruned, plan)
-    clock = clock_of(images.device)
-    return compare_models(model, pruned, images, precision=precision, clock=clock, rounds=rounds, budget_s=budget_s)
+    return compare_models(model, pruned, images, precision=precision, rounds=rounds, budget_s=budget_s)
 
 
 def check_faster(budget: Budget, times: LayerTimes) -> None:

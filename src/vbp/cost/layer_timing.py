@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.timing import Timer, clock_of, hardware, time_in_turns
+from vbp.cost.timing import Timer, clock_of, hardware, precision_of, time_in_turns
 from vbp.cost.widths import LayerTimes, TimedUnit, TimingConditions
 from vbp.method.allocation import AllowedWidths
 from vbp.pruning.plan import PruningPlan, SitePlan
@@ -160,11 +160,10 @@ def timing_conditions(
 ) -> TimingConditions:
     """Return the conditions under which times are measured here and now."""
     shapes = [[name, list(value.shape)] for name, value in model.named_parameters()]
-    weights = str(next(model.parameters()).dtype).removeprefix("torch.")
     return TimingConditions(
         hardware=hardware(images.device),
         threads=torch.get_num_threads() if images.device.type == "cpu" else 0,
-        precision=weights if precision.dtype is None else f"{weights}, autocast {precision.name}",
+        precision=precision_of(model, precision),
         batch=tuple(images.shape),
         torch=str(torch.__version__),
         model=json_fingerprint([type(model).__name__, shapes, [[site.name, site.hidden] for site in sites]]),

@@ -96,19 +96,52 @@ def time_in_turns(
 
 @dataclass(frozen=True)
 class LatencyComparison:
-    """A dense and a pruned model, timed in turns: milliseconds of a batch, and seconds that the comparison took.
+    """A dense and a pruned model, timed in turns: what was measured, and under which conditions.
 
     The speed-up is dense over pruned, round by round: two separate medians would compare different minutes of the
-    machine. `cpu_speedup`, by processor time, is steadier on a machine with other work; None on a GPU.
+    machine. The report of a run, of a sweep and of `vbp latency` hold this, and nothing else about time.
+
+    Attributes:
+        dense_ms: Milliseconds of a batch.
+        pruned_ms: Likewise.
+        speedup: Dense time over pruned time.
+        batch: Images in a batch.
+        device: Kind of device.
+        precision: Type of the weights, and of autocast if there is any.
+        clock: What the times were read from.
+        rounds: Turns of each model.
+        seconds: What the comparison took.
+        load: Programs that wanted the processor, mean of the last minute; None where the system does not say.
+        cpu_speedup: By processor time, steadier on a machine with other work; None on a GPU.
     """
 
     dense_ms: Spread
     pruned_ms: Spread
     speedup: Spread
+    batch: int
+    device: str
+    precision: str
+    clock: Clock
     rounds: int
     seconds: float
-    load: float
+    load: float | None
     cpu_speedup: Spread | None = None
+
+    @property
+    def latency_text(self) -> str:
+        """Return both medians as tables show them: 12.00 -> 9.60 ms."""
+        return f"{self.dense_ms.median:.2f} -> {self.pruned_ms.median:.2f} ms"
+
+    @property
+    def speedup_text(self) -> str:
+        """Return the speed-up as tables show it, median and quartiles: 1.25x (1.21 to 1.29)."""
+        return f"{self.speedup.median:.2f}x ({self.speedup.low:.2f} to {self.speedup.high:.2f})"
+
+    @property
+    def conditions(self) -> str:
+        """Return in words under which conditions it holds: batch 32 on cpu in float32."""
+        clock = ", processor time" if self.clock == "processor" else ""
+        return f"batch {self.batch} on {self.device} in {self.precision}{clock}"
 
 
 def compare_passes(
@@ -116,13 +149,18 @@ def compare_passes(
     pruned: Callable[[], object],
     device: torch.device,
     *,
+    batch: int,
+    precision: str,
     clock: Clock = "wall",
     rounds: int = 15,
     warmup: int = 2,
     budget_s: float = 20,
     timer: Timer = time_in_turns,
 ) -> LatencyComparison:
-    """Time a forward pass of a dense model against one of its pruned model; tests pass another `timer`."""
+    """Time a forward pass of a dense model against one of its pruned model; tests pass another `timer`.
+
+    `batch` and `precision` say what the passes compute, for the result.
+    """
     begin = time.perf_counter()
     turns = timer({"dense": dense, "pruned": pruned}, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
     pairs = list(zip(turns["dense"], turns["pruned"], strict=True))
@@ -134,6 +172,10 @@ def compare_passes(
         Spread.of([one.read(clock) for one, _ in pairs]),
         Spread.of([other.read(clock) for _, other in pairs]),
         speedup(clock),
+        batch,
+        device.type,
+        precision,
+        clock,
         len(pairs),
         time.perf_counter() - begin,
         system_load(),
@@ -147,11 +189,14 @@ def compare_models(
     images: Tensor,
     *,
     precision: Precision,
-    clock: Clock = "wall",
+    clock: Clock | None = None,
     rounds: int = 15,
     budget_s: float = 20,
 ) -> LatencyComparison:
-    """Time a dense model against its pruned one by `compare_passes`, in evaluation mode on the images' device."""
+    """Time a dense model against its pruned one by `compare_passes`, in evaluation mode on the images' device.
+
+    Without a `clock` it is that of `clock_of`.
+    """
 
     def forward(model: nn.Module) -> None:
         with precision.autocast():
@@ -159,7 +204,10 @@ def compare_models(
 
     with evaluation_mode(dense), evaluation_mode(pruned), torch.inference_mode():
         passes = partial(forward, dense), partial(forward, pruned)
-        return compare_passes(*passes, images.device, clock=clock, rounds=rounds, budget_s=budget_s)
+        return compare_passes(
+            *passes, images.device, batch=len(images), precision=precision_of(dense, precision),
+            clock=clock or clock_of(images.device), rounds=rounds, budget_s=budget_s,
+        )  # fmt: skip
 
 
 def latency_batch(dense: nn.Module, example: Tensor, *, at_most: int, size: int | None = None) -> int:
@@ -183,6 +231,12 @@ def clock_of(device: torch.device) -> Clock:
     return "processor" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
+def precision_of(model: nn.Module, precision: Precision) -> str:
+    """Return in which precision a model computes: the type of its weights, and that of autocast if there is any."""
+    weights = str(next((weight.dtype for weight in model.parameters()), torch.float32)).removeprefix("torch.")
+    return weights if precision.dtype is None else f"{weights}, autocast {precision.name}"
+
+
 def hardware(device: torch.device) -> str:
     """Return the name of a device, and of a CPU the number of its cores and its vector instructions."""
     if device.type == "cuda":
@@ -194,9 +248,9 @@ def hardware(device: torch.device) -> str:
     return f"{name} ({os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()})"
 
 
-def system_load() -> float:
-    """Return how many programs wanted the processor, mean of the last minute; NaN where the system does not say."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else float("nan")
+def system_load() -> float | None:
+    """Return how many programs wanted the processor, mean of the last minute; None where the system does not say."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
 
 
 def _warm_up(forward: Callable[[], object], device: torch.device, warmup: int) -> int:

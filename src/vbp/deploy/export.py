@@ -31,6 +31,7 @@ from vbp.deploy.file_formats import (
 from vbp.deploy.settings import ExportFormat, ExportPrecision
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
+from vbp.runtime.tables import with_error
 from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ class ExportReport:
     """A written file, its bytes, and its differences from the model in float32.
 
     `tolerance` is the greatest `parity.relative_error` that was allowed; `top1` the accuracy in percent of the model
-    and of the file, over the labelled images if any were given.
+    and of the file, over the `labelled` images if any were given.
     """
 
     file: Path
@@ -77,12 +78,19 @@ class ExportReport:
     parity: Parity
     tolerance: float
     top1: tuple[float, float] | None
+    labelled: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         top1 = None if self.top1 is None else {"model": self.top1[0], "file": self.top1[1]}
         written = {"file": str(self.file), "to": self.to, "dtype": self.dtype, "bytes": self.size}
-        return {**written, **asdict(self.parity), "tolerance": self.tolerance, "top1": top1}
+        return {
+            **written,
+            **asdict(self.parity),
+            "tolerance": self.tolerance,
+            "top1": top1,
+            "labelled": self.labelled,
+        }
 
     def table(self) -> str:
         """Return the report as lines for the terminal."""
@@ -92,7 +100,8 @@ class ExportReport:
             *self.parity.lines(self.tolerance),
         ]
         if self.top1 is not None:
-            lines.append(f"  top-1                     {self.top1[0]:.2f} % -> {self.top1[1]:.2f} %")
+            before, after = (with_error(top1, self.labelled) for top1 in self.top1)
+            lines.append(f"  top-1                     {before} % -> {after} %")
         return "\n".join(lines)
 
 
@@ -154,12 +163,13 @@ def export_model(
                 f"a difference of {parity.relative_error:.3g} (same class first on {parity.top1_agreement:.1%} of "
                 f"{parity.images} images); nothing was written to {path}: {_remedy(dtype)}"
             )
-        top1 = None
+        top1, count = None, 0
         if labelled is not None:
-            top1 = evaluate(reference, labelled, "cpu").top1, evaluate(exported, labelled, "cpu").top1
+            before, after = (evaluate(one, labelled, "cpu") for one in (reference, exported))
+            top1, count = (before.top1, after.top1), before.images
         with draft.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
-    report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1)
+    report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1, count)
     _log.info("%s", report.table())
     return report
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
-from vbp.cost.timing import Spread, compare_passes, hardware, system_load
+from vbp.cost.timing import LatencyComparison, compare_passes, hardware, system_load
 from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
 from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 from vbp.errors import InputError
@@ -25,55 +25,47 @@ from vbp.runtime.tables import format_count, text_table
 
 
 @dataclass(frozen=True)
-class LatencyRow:
-    """Milliseconds of a batch of one size, and dense over pruned: measured round by round, and `ideal` by MACs.
-
-    `cpu_speedup`, by processor time, is steadier on a machine with other work; None on a GPU.
-    """
-
-    batch: int
-    dense: Spread
-    pruned: Spread
-    speedup: Spread
-    cpu_speedup: Spread | None
-    ideal: float
-    rounds: int
-
-    @property
-    def of_ideal(self) -> float:
-        """Return the share of the ideal speed-up that was measured."""
-        return self.speedup.median / self.ideal
-
-
-@dataclass(frozen=True)
 class LatencyReport:
-    """Dense against pruned for several batch sizes, with the MACs of one image of both.
+    """Dense against pruned, a row for each batch size, with the MACs of one image of both.
 
     `load` counts the programs that wanted the processor, mean of the minute before and of the minute at the end.
     """
 
-    rows: tuple[LatencyRow, ...]
+    rows: tuple[LatencyComparison, ...]
     macs: tuple[int, int]
     settings: LatencySettings
     hardware: str
     threads: int
-    load: tuple[float, float]
+    load: tuple[float | None, float | None]
+
+    @property
+    def ideal(self) -> float:
+        """Return the speed-up that the MACs promise."""
+        return self.macs[0] / self.macs[1]
+
+    def of_ideal(self, row: LatencyComparison) -> float:
+        """Return the share of the ideal speed-up that was measured."""
+        return row.speedup.median / self.ideal
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        rows = [{**to_json(row), "of_ideal": row.of_ideal} for row in self.rows]
+        rows = [{**to_json(row), "ideal": self.ideal, "of_ideal": self.of_ideal(row)} for row in self.rows]
         return {**to_json(self), "torch": torch.__version__, "rows": rows}
 
     def table(self) -> str:
         """Return the figures as a table for the terminal."""
-        heading = ("batch", "dense", "pruned", "measured (quartiles)", "by MACs", "of ideal")
+        heading = ("batch", "dense", "pruned", "speed-up (quartiles)", "by MACs", "of ideal")
         settings = self.settings
         how = [settings.backend, settings.precision, self.hardware]
         how += [f"{self.threads} threads"] if settings.device == "cpu" else []
         how += [name for name in ("compile", "channels_last") if getattr(settings, name)]
         dense, pruned = map(format_count, self.macs)
-        table = text_table([heading, *map(_cells, self.rows)], "r", (6, 12, 12, 24, 8, 8))
+        table = text_table([heading, *map(self._cells, self.rows)], "r", (6, 12, 12, 20, 8, 8))
         return "\n".join([", ".join(how), f"MACs {dense} -> {pruned}", table])
+
+    def _cells(self, row: LatencyComparison) -> tuple[str, ...]:
+        dense, pruned = f"{row.dense_ms.median:.2f} ms", f"{row.pruned_ms.median:.2f} ms"
+        return str(row.batch), dense, pruned, row.speedup_text, f"{self.ideal:.2f}x", f"{self.of_ideal(row):.1%}"
 
 
 def compare_latency(
@@ -106,7 +98,7 @@ def compare_latency(
     macs = tuple(
         count_macs(copy.deepcopy(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned)
     )
-    ideal, device, before = macs[0] / macs[1], torch.device(chosen.device), system_load()
+    device, before = torch.device(chosen.device), system_load()
     rows = []
     with (
         _cpu_threads(chosen.threads),
@@ -119,19 +111,13 @@ def compare_latency(
             images = _batch_for(example, batch, chosen)
             passes = partial(run_dense, images), partial(run_pruned, images)
             timed = compare_passes(
-                *passes, device, rounds=chosen.rounds, warmup=chosen.warmup, budget_s=chosen.budget_s
-            )
-            spreads = timed.dense_ms, timed.pruned_ms, timed.speedup, timed.cpu_speedup
-            rows.append(LatencyRow(batch, *spreads, ideal, timed.rounds))
+                *passes, device, batch=batch, precision=chosen.precision, rounds=chosen.rounds, warmup=chosen.warmup,
+                budget_s=chosen.budget_s,
+            )  # fmt: skip
+            rows.append(timed)
         threads = torch.get_num_threads()
     loads = (before, system_load())
     return LatencyReport(tuple(rows), (macs[0], macs[1]), chosen, hardware(device), threads, loads)
-
-
-def _cells(row: LatencyRow) -> tuple[str, ...]:
-    dense, pruned = f"{row.dense.median:.2f} ms", f"{row.pruned.median:.2f} ms"
-    speed = f"{row.speedup.median:.3f}x ({row.speedup.low:.3f}, {row.speedup.high:.3f})"
-    return str(row.batch), dense, pruned, speed, f"{row.ideal:.3f}x", f"{row.of_ideal:.1%}"
 
 
 def _check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> None:

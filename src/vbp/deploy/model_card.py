@@ -14,7 +14,7 @@ from vbp.deploy.artifact import PrunedArtifact, read_artifact
 from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
 from vbp.deploy.hub import publish
 from vbp.errors import InputError
-from vbp.runtime.tables import markdown_table
+from vbp.runtime.tables import markdown_table, with_error
 
 CARD = "README.md"
 _ACCURACY = {"top1": "Top-1 accuracy", "top5": "Top-5 accuracy"}
@@ -130,7 +130,7 @@ def model_card(
 
 def _measured(metrics: Mapping[str, Any]) -> list[str]:
     """Return the measured numbers as tables: single ones, and one row for each model that was measured."""
-    single = [[key, _number(value)] for key, value in metrics.items() if _is_number(value)]
+    single = [[key, _text(metrics, key)] for key, value in metrics.items() if _is_number(value)]
     models = {
         key: {inner: number for inner, number in value.items() if _is_number(number)}
         for key, value in metrics.items()
@@ -138,7 +138,7 @@ def _measured(metrics: Mapping[str, Any]) -> list[str]:
     }
     columns = list(dict.fromkeys(inner for numbers in models.values() for inner in numbers))
     rows = [
-        [key, *(_number(numbers[name]) if name in numbers else "" for name in columns)]
+        [key, *(_text(numbers, name) if name in numbers else "" for name in columns)]
         for key, numbers in models.items()
         if numbers
     ]
@@ -160,5 +160,9 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _number(value: float) -> str:
+def _text(numbers: Mapping[str, Any], name: str) -> str:
+    """Return one of the numbers of a model, an accuracy with its standard error if the number of images is there."""
+    value, images = numbers[name], numbers.get("images")
+    if name in _ACCURACY:
+        return with_error(value, images if isinstance(images, int) else None)
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

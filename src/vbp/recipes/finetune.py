@@ -107,7 +107,12 @@ class _Progress:
                 source=classifier.source,
                 preprocessing=classifier.preprocessing,
                 class_names=classifier.class_names,
-                metrics={"epoch": measured.epoch, "top1": measured.top1, "top5": measured.top5},
+                metrics={
+                    "epoch": measured.epoch,
+                    "top1": measured.top1,
+                    "top5": measured.top5,
+                    "images": measured.images,
+                },
             )
 
 

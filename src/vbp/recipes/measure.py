@@ -8,7 +8,7 @@ from functools import partial
 from torch import nn
 
 from vbp.cost.macs import count_macs, count_parameters
-from vbp.cost.timing import compare_models
+from vbp.cost.timing import LatencyComparison, compare_models
 from vbp.errors import InputError
 from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
@@ -51,7 +51,7 @@ def measure_dense(job: Job) -> Measured:
     enough = min(chance + 2 * (chance * (1 - chance) / images) ** 0.5, (1 + chance) / 2)
     if measured.top1 <= 100 * enough:
         raise InputError(
-            f"the dense model must be above chance ({100 * chance:.2f} %), got top-1 {measured.top1:.2f} % of "
+            f"the dense model must be above chance ({100 * chance:.2f} %), got top-1 {measured.top1_text} % of "
             f"{images} images; usual causes are labels or class folders in another order than the model's, another "
             "preprocessing (mean, std, img_size), and weights that were not trained; --allow_bad_dense goes on"
         )
@@ -61,13 +61,14 @@ def measure_dense(job: Job) -> Measured:
 def describe(model: Measured) -> str:
     """Return in one line what was measured."""
     return (
-        f"top-1 {model.top1:.2f} %, top-5 {model.top5:.2f} %, {format_count(model.macs)} MACs, "
+        f"top-1 {model.top1_text} %, top-5 {model.top5_text} %, {format_count(model.macs)} MACs, "
         f"{format_count(model.params)} parameters"
     )
 
 
-def latencies(job: Job, pruned: nn.Module) -> tuple[float, float]:
-    """Return the milliseconds of a batch of the dense and the pruned model, which take turns on the main process."""
+def compare_latency(job: Job, pruned: nn.Module) -> LatencyComparison:
+    """Time the dense and the pruned model, which take turns on the main process, for all processes."""
     compare = partial(compare_models, job.dense, pruned, job.latency_images, precision=job.session.precision)
     timed = job.session.processes.from_main(compare)
-    return timed.dense_ms.median, timed.pruned_ms.median
+    _log.info("speed-up %s at %s: %s", timed.speedup_text, timed.conditions, timed.latency_text)
+    return timed

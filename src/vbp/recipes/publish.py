@@ -84,10 +84,6 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
 def _metrics(report: RunReport) -> dict[str, Any]:
     """Return what was measured on this model, and on those that it came from."""
     plain = report.to_dict()
-    # A time means nothing without the machine on which it was taken.
-    models = {
-        "dense" if name == "base" else name: {key: value for key, value in plain[name].items() if key != "latency_ms"}
-        for name in report.models
-    }
+    models = {"dense" if name == "base" else name: plain[name] for name in report.models}
     calibration = report.images.get("calibration")
     return {**models["best"], "calibration_images": calibration, "keep_ratio": report.keep_ratio, **models}

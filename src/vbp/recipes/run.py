@@ -19,7 +19,7 @@ from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import check_memory, finetune
-from vbp.recipes.measure import describe, latencies, measure, measure_dense
+from vbp.recipes.measure import compare_latency, describe, measure, measure_dense
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
@@ -111,18 +111,18 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
             refitted = refits.refit_(pruned)
     small = measure(job, pruned)
     _log.info("pruned: %s", describe(small))
-    dense_ms, pruned_ms = latencies(job, pruned)
+    latency = compare_latency(job, pruned)
     assert evidence.statistics is not None
-    small, plan = replace(small, latency_ms=pruned_ms, epoch=0), choice.plan
+    small, plan = replace(small, epoch=0), choice.plan
     report = RunReport(
-        base=replace(dense, latency_ms=dense_ms),
+        base=dense,
         pruned=small,
         best=small,  # until it is fine-tuned
         final=small,
         keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
         images={"calibration": evidence.statistics.images, "val": dense.images or 0},
-        latency_batch=job.latency_batch,
+        latency=latency,
         uncompensated=uncompensated,
         convergence=None if convergence is None else convergence.to_dict(),
         budget=budget.to_dict(),

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from torch import nn
 
+from vbp.cost.timing import LatencyComparison
 from vbp.deploy.artifact import installed_versions
 from vbp.errors import InputError
 from vbp.pruning.auto import AutoSearch
@@ -21,7 +22,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
-from vbp.recipes.measure import latencies, measure, measure_dense
+from vbp.recipes.measure import compare_latency, measure, measure_dense
 from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.recipes.sweep_config import SweepConfig
@@ -52,7 +53,7 @@ def sweep(
     settings: Sequence[Setting],
     measure: Callable[[nn.Module], Measured],
     *,
-    latency: Callable[[nn.Module], tuple[float, float]] | None = None,
+    latency: Callable[[nn.Module], LatencyComparison] | None = None,
     rules: PlanRules = _RULES,
     dense: Measured | None = None,
     known: Collection[SweepRow] = (),
@@ -65,7 +66,7 @@ def sweep(
 
     One copy exists at a time, beside those of a planner; scores are computed once for a criterion. `evidence` must
     hold what `sweep_needs` says of the settings that are not among the `known` rows, which are not measured again.
-    `latency` returns the milliseconds of the dense and of a pruned model. `planners` make the plans of criteria that
+    `latency` times a pruned model beside the dense one. `planners` make the plans of criteria that
     need more than scores (`auto`). `after_refit` changes a pruned model whose compensation is the refit.
     `on_row` is called with all that is known, after the dense model and after each row.
     """
@@ -91,12 +92,12 @@ def sweep(
         prune_(pruned, plan, choice.means, choice.covariances, ridge=evidence.ridge)
         if after_refit is not None and setting.compensation == "refit":
             after_refit(pruned)
-        times = (None, None) if latency is None else latency(pruned)
+        timed = None if latency is None else latency(pruned)
         measured = measure(pruned)
-        rows[setting] = SweepRow(setting, plan.kept, plan.total, replace(measured, latency_ms=times[1]), times[0])
+        rows[setting] = SweepRow(setting, plan.kept, plan.total, measured, timed)
         _log.info(
-            "%d of %d: %s, kept %.3f: top-1 %.2f %%", number, len(missing), setting.method,
-            plan.kept / plan.total if plan.total else 1.0, measured.top1,
+            "%d of %d: %s, kept %.3f: top-1 %s %%", number, len(missing), setting.method,
+            plan.kept / plan.total if plan.total else 1.0, measured.top1_text,
         )  # fmt: skip
         del pruned
         if on_row is not None:
@@ -121,7 +122,7 @@ def _planner(
 
 
 LOG, JSON, CSV, SVG, PNG = "vbp_sweep.log", "sweep.json", "sweep.csv", "sweep.svg", "sweep.png"
-_FORMAT: Final = "vbp-sweep/1"
+_FORMAT: Final = "vbp-sweep/2"
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -177,7 +178,7 @@ def _sweep(
         evidence,
         config.settings,
         functools.partial(measure, job),
-        latency=functools.partial(latencies, job) if config.latency else None,
+        latency=functools.partial(compare_latency, job) if config.latency else None,
         rules=job.plan_rules,
         dense=dense,
         known=known,

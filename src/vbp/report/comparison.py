@@ -10,6 +10,7 @@ from typing import Any, Final
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
 from vbp.report.run_report import SUMMARY, RunReport, setting_text
+from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
 
 _MODELS: Final = {
@@ -73,7 +74,7 @@ class RunComparison:
         rows = [(name, *map(_text, values)) for name, values in self.settings.items()]
         columns = [_cells(run) for run in self.runs]
         stages = dict.fromkeys(stage for run in self.runs for stage in run.seconds)
-        labels = [*_MODELS.values(), "MACs", "parameters", "latency", "measured with", "speed-up"]
+        labels = [*_MODELS.values(), "MACs", "parameters", "latency", "measured with", "speed-up (quartiles)"]
         labels = ["hidden channels kept", *labels, *(f"seconds, {stage}" for stage in stages), "seconds"]
         # No row that would be empty.
         labels = [label for label in labels if any(label in cells for cells in columns)]
@@ -121,11 +122,11 @@ def _figures(run: RunReport) -> dict[str, Any]:
         "keep_ratio": run.keep_ratio,
         "top1": {name: model.top1 for name, model in run.models.items()},
         "top5": {name: model.top5 for name, model in run.models.items()},
+        "top1_error": {name: model.top1_error for name, model in run.models.items()},
+        "top5_error": {name: model.top5_error for name, model in run.models.items()},
         "macs": {"base": base.macs, "pruned": pruned.macs},
         "params": {"base": base.params, "pruned": pruned.params},
-        "latency_ms": {"base": base.latency_ms, "pruned": pruned.latency_ms},
-        "speedup": run.speedup,
-        "latency_batch": run.latency_batch,
+        "latency": to_json(run.latency),
         "device": run.device,
         "processes": run.processes,
         "images": dict(run.images),
@@ -147,8 +148,8 @@ def _cells(run: RunReport) -> dict[str, str]:
     for label, before, after in (("MACs", base.macs, pruned.macs), ("parameters", base.params, pruned.params)):
         saved = f" (-{1 - after / before:.1%})" if before else ""
         cells[label] = f"{format_count(before)} -> {format_count(after)}{saved}"
-    if run.speedup is not None:
-        cells["latency"] = f"{base.latency_ms:.2f} -> {pruned.latency_ms:.2f} ms"
-        cells["measured with"] = f"batch {run.latency_batch}, {run.device}"
-        cells["speed-up"] = f"{run.speedup:.2f}x"
+    if run.latency is not None:
+        cells["latency"] = run.latency.latency_text
+        cells["measured with"] = run.latency.conditions
+        cells["speed-up (quartiles)"] = run.latency.speedup_text
     return cells | {f"seconds, {stage}": f"{seconds:.1f}" for stage, seconds in run.seconds.items()}

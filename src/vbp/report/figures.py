@@ -12,18 +12,32 @@ from matplotlib.ticker import MaxNLocator
 from vbp.report.published import PAPER_POINTS, SOURCE
 from vbp.report.run_report import FinishedRun, Measured, RunReport
 from vbp.report.spectrum import short_names, site_errors
-from vbp.report.style import BLUE, FAINT, GREEN, GREY, INK, ORANGE, PINK, Drawing, canvas, labelled_bars, render
-from vbp.runtime.tables import format_count
+from vbp.report.style import (
+    BLUE,
+    FAINT,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PINK,
+    Drawing,
+    canvas,
+    error_bars,
+    labelled_bars,
+    render,
+)
+from vbp.runtime.tables import format_count, standard_error, with_error
 
-# Columns of the table of epochs, each with its format.
-_CURVES: Final = {"top1": ".2f", "top5": ".2f", "train_top1": ".2f", "train_loss": ".4f", "lr": ".3g"}
+# Columns of the table of epochs after the validation accuracies, each with its format.
+_CURVES: Final = {"train_top1": ".2f", "train_loss": ".4f", "lr": ".3g"}
+_ERRORS: Final = "Lines over accuracies are one standard error over the validation images to both sides."
 _COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
 _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
-    tuned = [row for row in epochs if row["epoch"] > 0]
+    tuned, images = [row for row in epochs if row["epoch"] > 0], run.base.images
     if not tuned:
         return None
     with canvas(4.0, nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (above, below)):
@@ -35,6 +49,8 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
         ):
             values = [row.get(name, float("nan")) for row in rows]
             axes.plot([row["epoch"] for row in rows], values, marker, color=colour, markersize=3.5, label=label)
+        places, heights = zip(*((row["epoch"], row["top1"]) for row in epochs), strict=True)
+        error_bars(above, places, heights, [standard_error(top1, images) for top1 in heights], GREEN)
         figure.legend(*above.get_legend_handles_labels(), loc="outside upper center", ncols=3)
         above.set_ylabel("top-1 (%)")
         below.set_ylabel("training loss")
@@ -44,13 +60,18 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
     return Drawing(
         "training",
         "Fine-tuning",
-        "Accuracy and loss over the epochs; epoch 0 is the pruned model. Training accuracy is measured on augmented "
-        "images while the weights change, so it may lie below.",
-        f"Validation top-1 goes from {epochs[0]['top1']:.2f} % to {tuned[-1]['top1']:.2f} % in {tuned[-1]['epoch']} "
-        f"epochs; the best is {best.top1:.2f} % after epoch {best.epoch}.",
+        f"Accuracy and loss over the epochs; epoch 0 is the pruned model. {_ERRORS} Training accuracy is measured on "
+        "augmented images while the weights change, so it may lie below.",
+        f"Validation top-1 goes from {with_error(epochs[0]['top1'], images)} % to "
+        f"{with_error(tuned[-1]['top1'], images)} % in {tuned[-1]['epoch']} epochs; the best is {best.top1_text} % "
+        f"after epoch {best.epoch}.",
         ("Epoch", "Top-1 (%)", "Top-5 (%)", "Training top-1 (%)", "Training loss", "Learning rate"),
         tuple(
-            (str(row["epoch"]), *(f"{row[name]:{form}}" if name in row else "" for name, form in _CURVES.items()))
+            (
+                str(row["epoch"]),
+                *(with_error(row[name], images) if name in row else "" for name in ("top1", "top5")),
+                *(f"{row[name]:{form}}" if name in row else "" for name, form in _CURVES.items()),
+            )
             for row in epochs
         ),
         *render(figure, "training"),
@@ -96,17 +117,21 @@ def accuracy_steps(run: RunReport) -> Drawing:
     steps = [(label, run.models[name]) for name, label in run.steps.items()]
     with canvas(0.75 + 0.42 * len(steps)) as (figure, axes):
         labels = [label.replace(", ", ",\n", 1) for label, _ in steps]
-        texts = [f"{model.top1:.2f}" for _, model in steps]
+        texts = [model.top1_text for _, model in steps]
         colours = [_COLOURS[name] for name in run.steps]
-        labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts)
+        spans = [
+            None if (error := model.top1_error) is None else (model.top1 - error, model.top1 + error)
+            for _, model in steps
+        ]
+        labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts, spans)
         axes.set_xlabel("top-1 accuracy (%)")
         axes.xaxis.set_major_locator(MaxNLocator(5))
     return Drawing(
         "accuracy",
         "Accuracy step by step",
         "Top-1 accuracy on the validation images: what pruning costs, and what compensation and fine-tuning give "
-        "back.",
-        "Bars of top-1 accuracy: " + ", ".join(f"{label} {model.top1:.2f} %" for label, model in steps) + ".",
+        f"back. {_ERRORS}",
+        "Bars of top-1 accuracy: " + ", ".join(f"{label} {model.top1_text} %" for label, model in steps) + ".",
         ("Model", "Top-1 (%)", "Top-5 (%)", "Change in top-1"),
         tuple(
             (label, model.top1_text, model.top5_text, f"{model.top1 - run.base.top1:+.2f}") for label, model in steps
@@ -123,6 +148,10 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
     with canvas(4.1) as (figure, axes):
         _paper(axes)
         pruned, best = (_relative(model, base) for model in (run.pruned, run.best))
+        for model in (run.pruned, run.best) if run.final.epoch else (run.pruned,):
+            left, top1 = _relative(model, base)
+            error = model.top1_error
+            error_bars(axes, [left], [top1], [None if error is None else 100 * error / base.top1])
         axes.plot(*zip((100, 100), pruned, strict=True), color=BLUE, linewidth=1, linestyle=":")
         axes.plot(*pruned, "o", color=BLUE, markersize=9, label="this run, pruned")
         if run.final.epoch:
@@ -142,8 +171,8 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
     return Drawing(
         "accuracy_macs",
         "Accuracy against MACs",
-        f"Both relative to the dense model, so that models compare. Published points: {SOURCE}. They compare with "
-        "this run only as far as its data and its fine-tuning are alike.",
+        f"Both relative to the dense model, so that models compare. {_ERRORS} Published points: {SOURCE}. "
+        "They compare with this run only as far as its data and its fine-tuning are alike.",
         f"This run keeps {pruned[0]:.1f} % of the MACs, with {pruned[1]:.1f} % of the top-1 accuracy right after "
         f"pruning and {best[1]:.1f} % at best; the published points of the paper lie beside it.",
         ("Model", "Removed (%)", "MACs left (%)", "Top-1 left, pruned (%)", "Top-1 left, best (%)"),
@@ -173,31 +202,30 @@ def _relative(model: Measured, base: Measured) -> tuple[float, float]:
 
 def latency_bars(run: RunReport) -> Drawing | None:
     """Draw the measured latency beside the one that MACs promise; None where it was not measured."""
-    base, pruned = run.base, run.pruned
-    if not base.latency_ms or not pruned.latency_ms or not base.macs or not pruned.macs:
+    timed = run.latency
+    if timed is None or not run.base.macs or not run.pruned.macs:
         return None
-    ideal = base.latency_ms * pruned.macs / base.macs
+    dense, pruned, by_macs = timed.dense_ms, timed.pruned_ms, run.base.macs / run.pruned.macs
     rows = (
-        ("dense", base.latency_ms, GREY),
-        ("pruned", pruned.latency_ms, BLUE),
-        ("if time followed MACs", ideal, FAINT),
+        ("dense", dense.median, GREY, (dense.low, dense.high), "1.00x"),
+        ("pruned", pruned.median, BLUE, (pruned.low, pruned.high), timed.speedup_text),
+        ("if time followed MACs", dense.median / by_macs, FAINT, None, f"{by_macs:.2f}x"),
     )
     with canvas(2.0) as (figure, axes):
         labelled_bars(
-            axes, [label.replace("time ", "time\n") for label, _, _ in rows], [value for _, value, _ in rows],
-            [colour for _, _, colour in rows], [f"{value:.2f} ms" for _, value, _ in rows],
+            axes, [row[0].replace("time ", "time\n") for row in rows], [row[1] for row in rows],
+            [row[2] for row in rows], [f"{row[1]:.2f} ms" for row in rows], [row[3] for row in rows],
         )  # fmt: skip
-        axes.set_xlabel("milliseconds a batch (median)")
-    speedup = base.latency_ms / pruned.latency_ms
+        axes.set_xlabel("milliseconds a batch (median and quartiles)")
     return Drawing(
         "latency",
         "Latency",
-        f"Median time of a batch of {run.latency_batch} images on {run.device}, dense and pruned taking turns, and "
-        "the time that the smaller number of MACs would allow.",
-        f"Dense {base.latency_ms:.2f} ms, pruned {pruned.latency_ms:.2f} ms: {speedup:.2f} times as fast, where the "
-        f"MACs would allow {base.macs / pruned.macs:.2f} times.",
-        ("Model", "Latency (ms)", "Speed-up"),
-        tuple((label, f"{value:.2f}", f"{base.latency_ms / value:.2f}x") for label, value, _ in rows),
+        f"Time of a batch at {timed.conditions}, dense and pruned taking turns: median and quartiles, and the time "
+        "that the smaller number of MACs would allow. The speed-up is the median of the rounds' own ratios.",
+        f"Dense and pruned: {timed.latency_text}, a speed-up of {timed.speedup_text}, where the MACs would allow "
+        f"{by_macs:.2f}x.",
+        ("Model", "Latency (ms)", "Speed-up (quartiles)"),
+        tuple((row[0], f"{row[1]:.2f}", row[4]) for row in rows),
         *render(figure, "latency"),
     )
 

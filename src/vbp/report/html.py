@@ -62,7 +62,7 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(artefacts)).encode())
+    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(run.report, artefacts)).encode())
     write_bytes(folder / REPORT, page.encode())
     return folder / REPORT
 
@@ -97,9 +97,7 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
 def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
     base, pruned, best = run.base, run.pruned, run.best
-    latency = "-"
-    if base.latency_ms and pruned.latency_ms:
-        latency = f"{base.latency_ms:.2f} → {pruned.latency_ms:.2f} ms ({run.speedup:.2f}x)"
+    timed = run.latency
     cells = {
         "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
@@ -108,7 +106,8 @@ def summary_row(run: RunReport) -> str:
         "Fine-tuned": best.top1_text if best.epoch else "-",
         "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
-        "Latency": latency,
+        "Latency": "-" if timed is None else timed.latency_text.replace("->", "→"),
+        "Speed-up (quartiles)": "-" if timed is None else f"{timed.speedup_text} at {timed.conditions}",
     }
     return markdown_table([*cells], [[*cells.values()]])
 
@@ -132,6 +131,7 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
         missing=_MISSING,
         candidates=[(one["name"], f"{one['divergence']:.4f}") for one in run.candidates],
         artefacts=artefacts,
+        held=_rows_of_files(run),
         markdown=summary_row(run),
         seconds=[(stage, f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
         settings=[(name, setting_text(value)) for name, value in run.config.items()],
@@ -151,16 +151,26 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     ]
     for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):
         keys.append((name, saved, f"{label}: {before} → {after}"))
-    if run.speedup is not None:
-        ideal = f"{base.macs / pruned.macs:.2f}x by MACs" if pruned.macs else ""
-        keys.append(("Speed-up", f"{run.speedup:.2f}x", f"batch {run.latency_batch} on {run.device}; {ideal}"))
+    if run.latency is not None:
+        spread = run.latency.speedup
+        remarks = [f"quartiles {spread.low:.2f}x to {spread.high:.2f}x", run.latency.conditions, run.macs_text]
+        keys.append(("Speed-up", f"{spread.median:.2f}x", "; ".join(filter(None, remarks))))
     processes = "one process" if run.processes == 1 else f"{run.processes} processes"
     return [*keys, ("Time", f"{sum(run.seconds.values()) / 60:.1f} min", processes)]
 
 
-def _loading(artefacts: list[tuple[str, str]]) -> str:
+def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:
     """Return the lines that load the first pruned model, for Markdown."""
-    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({artefacts[0][1]})\n```\n" if artefacts else ""
+    if not artefacts:
+        return ""
+    (name, path), rows = artefacts[0], _rows_of_files(run)
+    held = f"  # {rows[name]}" if name in rows else ""
+    return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({path}){held}\n```\n"
+
+
+def _rows_of_files(run: RunReport) -> dict[str, str]:
+    """Return how tables call the model in each file with weights."""
+    return {file: run.steps[name] for file, name in run.file_rows.items()}
 
 
 def _artefacts(folder: Path) -> list[tuple[str, str]]:

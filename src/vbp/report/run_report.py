@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vbp.cost.timing import LatencyComparison
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, parse_json, read_json, to_json
-from vbp.runtime.tables import format_count, text_table
+from vbp.runtime.tables import format_count, standard_error, text_table, with_error
 from vbp.statistics.statistics import Statistics
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
@@ -25,30 +26,26 @@ _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift
 _CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
 
 
-def with_error(percent: float, images: int | None) -> str:
-    """Return a percentage with its standard error over images: 72.02 ± 1.24.
-
-    Without the number of images, and at 0 and 100 %, where a count does not tell it, the percentage alone.
-    """
-    if not images or not 0 < percent < 100:
-        return f"{percent:.2f}"
-    return f"{percent:.2f} ± {(percent * (100 - percent) / images) ** 0.5:.2f}"
-
-
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, MACs of one image, epochs of tuning.
-
-    `latency_ms` is the median time of one batch, where it was measured.
-    """
+    """One model of a run: accuracies in percent on `images` validation images, MACs of an image, epochs of tuning."""
 
     top1: float
     top5: float
     macs: int
     params: int
-    latency_ms: float | None = None
     epoch: int | None = None
     images: int | None = None
+
+    @property
+    def top1_error(self) -> float | None:
+        """Return the standard error of the top-1 accuracy in points, where the images tell it."""
+        return standard_error(self.top1, self.images)
+
+    @property
+    def top5_error(self) -> float | None:
+        """Return the standard error of the top-5 accuracy in points, where the images tell it."""
+        return standard_error(self.top5, self.images)
 
     @property
     def top1_text(self) -> str:
@@ -78,13 +75,13 @@ class RunReport:
         keep_ratio: Share of the MLP channels that was kept in fact.
         sites: Site name -> [kept, total] channels.
         images: Number of calibration and validation images.
-        latency_batch: Images in the batch whose latency was measured.
         device: Kind of device.
         processes: Number of processes of the job.
         versions: Package -> version.
         config: The settings, from which the run can be repeated.
         seconds: Wall-clock seconds of each stage.
         files: Name -> path of each file left behind.
+        latency: The dense against the pruned model, with the device of the attempt that measured it.
         uncompensated: Right after pruning without compensation, if asked for.
         convergence: The data of `Convergence`; None for statistics from a file.
         budget: What was asked for, and whether the plan meets it: the data of `BudgetResult`.
@@ -107,13 +104,13 @@ class RunReport:
     keep_ratio: float
     sites: Mapping[str, tuple[int, int]]
     images: Mapping[str, int]
-    latency_batch: int
     device: str
     processes: int
     versions: Mapping[str, str]
     config: Mapping[str, Any]
     seconds: Mapping[str, float] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
+    latency: LatencyComparison | None = None
     uncompensated: Measured | None = None
     convergence: Mapping[str, Any] | None = None
     budget: Mapping[str, Any] = field(default_factory=dict)
@@ -145,18 +142,24 @@ class RunReport:
         return steps
 
     @property
-    def speedup(self) -> float | None:
-        """Return by how much the pruned model was faster than the dense one, where both were timed."""
-        base, pruned = self.base.latency_ms, self.pruned.latency_ms
-        return base / pruned if base and pruned else None
+    def file_rows(self) -> dict[str, str]:
+        """Return which model each file with weights holds: its name -> the name in `models` and `steps`."""
+        best, final = "best" if self.best.epoch else "pruned", "final" if self.final.epoch else "pruned"
+        return {ARTIFACT: best, BEST: best, FINAL: final}
 
     @property
-    def untuned_best(self) -> str:
-        """Return which row each file is, where fine-tuning improved the model at no epoch; else nothing."""
-        if not self.final.epoch or self.best.epoch:
-            return ""
-        pruned, final = self.steps["pruned"], self.steps["final"]
-        return f"no epoch was better than none: {ARTIFACT}/ and {BEST} hold the row {pruned!r}, {FINAL} {final!r}"
+    def file_text(self) -> str:
+        """Return in words which row of the table each file with weights is."""
+        best, final = (self.steps[self.file_rows[file]] for file in (BEST, FINAL))
+        if best == final:
+            return f"{ARTIFACT}/, {BEST} and {FINAL} hold the row {best!r}"
+        untuned = "" if self.best.epoch else "no epoch was better than none: "
+        return f"{untuned}{ARTIFACT}/ and {BEST} hold the row {best!r}, {FINAL} {final!r}"
+
+    @property
+    def macs_text(self) -> str:
+        """Return the speed-up that the MACs promise, as tables show it: 1.25x by MACs."""
+        return f"{self.base.macs / self.pruned.macs:.2f}x by MACs" if self.pruned.macs else ""
 
     @property
     def refits(self) -> tuple[str, ...]:
@@ -164,8 +167,11 @@ class RunReport:
         return tuple(refit["sentence"] for refit in (self.producers, self.stream, self.head) if refit)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out."""
-        plain: dict[str, Any] = to_json(self)
+        """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out.
+
+        `file_rows` says for each file with weights which of the models it holds.
+        """
+        plain: dict[str, Any] = to_json(self) | {"file_rows": self.file_rows}
         plain |= {
             name: {key: value for key, value in to_json(model).items() if value is not None}
             for name, model in self.models.items()
@@ -179,6 +185,8 @@ class RunReport:
         Raises:
             InputError: It is no report of a run, or damaged.
         """
+        if isinstance(value, Mapping):  # the rows of the files follow from the rest
+            value = {name: item for name, item in value.items() if name != "file_rows"}
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(f"sites must keep some of their channels, got {dict(report.sites)}; run it again")
@@ -216,23 +224,21 @@ class RunReport:
         """Return the steps of the run as a table for the terminal."""
         rows = [("", "top-1 %", "top-5 %", "MACs", "params", "latency")]
         for name, label in self.steps.items():
-            model = self.models[name]
-            latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
+            model, latency = self.models[name], ""
+            if self.latency is not None and name in ("base", "pruned"):
+                times = self.latency.dense_ms if name == "base" else self.latency.pruned_ms
+                latency = f"{times.median:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
             rows.append((label, model.top1_text, model.top5_text, *sizes, latency))
         facts = [f"kept {self.keep_ratio:.1%} of the hidden channels"]
-        if self.speedup is not None:
-            facts.append(
-                f"{self.speedup:.2f}x as fast at batch {self.latency_batch} "
-                f"on {self.device} ({self.base.macs / self.pruned.macs:.2f}x by MACs)"
-            )
         facts.append(f"{self.images['val']} validation images")
         lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
+        if self.latency is not None:
+            facts = [f"speed-up {self.latency.speedup_text}, median and quartiles, at {self.latency.conditions}"]
+            lines.append("; ".join(filter(None, [*facts, self.macs_text])))
         if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
             lines.append(self.budget["sentence"])
-        if self.untuned_best:
-            lines.append(self.untuned_best)
-        return "\n".join(lines)
+        return "\n".join([*lines, self.file_text])
 
 
 def setting_text(value: Any) -> str:

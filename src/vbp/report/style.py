@@ -99,17 +99,36 @@ def render(figure: Figure, name: str) -> tuple[bytes, bytes]:
     return svg.getvalue(), png.getvalue()
 
 
-def labelled_bars(
-    axes: Axes, labels: Sequence[str], values: Sequence[float], colours: Sequence[str], texts: Sequence[str]
+def error_bars(
+    axes: Axes, x: Sequence[float], y: Sequence[float], errors: Sequence[float | None], colour: str = INK
 ) -> None:
-    """Draw horizontal bars from the top, each with its number beside it."""
+    """Draw a vertical bar of one standard error to both sides of each point whose error is known."""
+    for left, height, error in zip(x, y, errors, strict=True):
+        if error is not None:
+            axes.vlines(left, height - error, height + error, color=colour, linewidth=1.1, zorder=3)
+
+
+def labelled_bars(
+    axes: Axes,
+    labels: Sequence[str],
+    values: Sequence[float],
+    colours: Sequence[str],
+    texts: Sequence[str],
+    spans: Sequence[tuple[float, float] | None],
+) -> None:
+    """Draw horizontal bars from the top, each with its number beside it, and with a line over its span if any."""
     places = range(len(labels))
     axes.barh(places, values, color=colours, height=0.66)
-    for place, value, text in zip(places, values, texts, strict=True):
-        axes.annotate(text, (value, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
+    ends = [value if span is None else max(value, span[1]) for value, span in zip(values, spans, strict=True)]
+    for place, span in zip(places, spans, strict=True):
+        if span is not None:
+            axes.hlines(place, *span, color=INK, linewidth=1.4)
+    for place, end, text in zip(places, ends, texts, strict=True):
+        axes.annotate(text, (end, place), (4, 0), textcoords="offset points", va="center", fontsize=9)
     axes.set_yticks(places, labels)
     axes.set_ylim(len(labels) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.grid(visible=False, axis="y")
-    axes.set_xlim(0, max(1e-9, *values) * 1.18)
+    # A letter of the text takes about 3 % of the axis.
+    axes.set_xlim(0, max(1e-9, *ends) * (1.03 + 0.03 * max(map(len, texts))))

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from vbp.cost.timing import LatencyComparison
 from vbp.report.run_report import Measured
 from vbp.runtime.choices import Compensation, Scope
-from vbp.runtime.decode import from_json
+from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.tables import format_count, text_table
 
 
@@ -31,26 +32,20 @@ class Setting:
 
 @dataclass(frozen=True)
 class SweepRow:
-    """One pruned model, which keeps `kept` of `total` MLP channels; latencies are measured in turns."""
+    """One pruned model, which keeps `kept` of `total` MLP channels; `latency` beside the dense one, if asked for."""
 
     setting: Setting
     kept: int
     total: int
     measured: Measured
-    dense_latency_ms: float | None = None
-
-    @property
-    def speedup(self) -> float | None:
-        """Return the dense model's latency over this one's."""
-        pruned = self.measured.latency_ms
-        return None if pruned is None or self.dense_latency_ms is None else self.dense_latency_ms / pruned
+    latency: LatencyComparison | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
         measured = {name: value for name, value in asdict(self.measured).items() if name != "epoch"}
         return {
-            **asdict(self.setting), "kept": self.kept, "total": self.total, **measured,
-            "dense_latency_ms": self.dense_latency_ms,
+            **asdict(self.setting), "kept": self.kept, "total": self.total, **measured, **_errors(self.measured),
+            "latency": to_json(self.latency),
         }  # fmt: skip
 
     @staticmethod
@@ -60,7 +55,7 @@ class SweepRow:
             name: {part.name: value[part.name] for part in fields(kind) if part.name in value}
             for name, kind in (("setting", Setting), ("measured", Measured))
         }
-        plain = {name: value[name] for name in ("kept", "total", "dense_latency_ms")} | parts
+        plain = {name: value[name] for name in ("kept", "total", "latency")} | parts
         return from_json(SweepRow, plain, "the row of a sweep", use_defaults=True)
 
 
@@ -79,52 +74,57 @@ class SweepReport:
             "top1": pruned.top1 / dense.top1 if dense.top1 else None,
             "macs": pruned.macs / dense.macs,
             "params": pruned.params / dense.params,
-            "latency": None if row.speedup is None else 1 / row.speedup,
+            "latency": None if row.latency is None else 1 / row.latency.speedup.median,
         }
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
-        dense = {name: value for name, value in asdict(self.dense).items() if name not in ("epoch", "latency_ms")}
+        dense = {name: value for name, value in asdict(self.dense).items() if name != "epoch"}
         return {"about": dict(self.about), "dense": dense, "rows": [row.to_dict() for row in self.rows]}
 
     def csv(self) -> str:
-        """Return the rows as CSV, the dense model first; `*_share` is what is left of it."""
+        """Return the rows as CSV, the dense model first; `*_share` is what is left of it, `*_error` its error."""
         columns = [
-            "criterion", "compensation", "scope", "keep_ratio", "kept", "total", "top1", "top5", "macs", "params",
-            "latency_ms", "dense_latency_ms", "images", "top1_share", "macs_share", "params_share", "latency_share",
+            "criterion", "compensation", "scope", "keep_ratio", "kept", "total", "top1", "top1_error", "top5",
+            "top5_error", "macs", "params", "images", *_timing(None), "top1_share", "macs_share", "params_share",
+            "latency_share",
         ]  # fmt: skip
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
         writer.writeheader()
         shares = dict.fromkeys(("top1_share", "macs_share", "params_share"), 1.0)
-        writer.writerow({"criterion": "dense", "keep_ratio": 1.0, **asdict(self.dense), **shares})
+        writer.writerow(
+            {"criterion": "dense", "keep_ratio": 1.0, **asdict(self.dense), **_errors(self.dense), **shares}
+        )
         for row in self.rows:
             shared = {f"{name}_share": value for name, value in self.share(row).items()}
-            writer.writerow({**row.to_dict(), **shared})
+            writer.writerow({**row.to_dict(), **_timing(row.latency), **shared})
         return text.getvalue()
 
     def table(self) -> str:
         """Return the rows as a table for the terminal, then one of all ratios side by side."""
         dense = self.dense
         rows = [
-            ("method", "keep", "top-1 %", "of dense", "top-5 %", "MACs", "params", "speed-up"),
+            ("method", "keep", "top-1 %", "of dense", "top-5 %", "MACs", "params", "speed-up (quartiles)"),
             ("dense", "", *_figures(dense, ""), ""),
             *map(self._cells, self.rows),
         ]
-        timed = any(row.speedup for row in self.rows)
+        timed = dict.fromkeys(row.latency.conditions for row in self.rows if row.latency is not None)
         blocks = [text_table(rows if timed else [row[:-1] for row in rows])]
         if len({row.setting.keep_ratio for row in self.rows}) > 1:
             blocks.append("share of the dense top-1 left, by keep_ratio\n" + text_table(self._by_ratio()))
-        if dense.images and 0 < dense.top1 < 100:
-            error = (dense.top1 * (100 - dense.top1) / dense.images) ** 0.5
+        if timed:
+            blocks.append(f"speed-up: median and quartiles over the dense model, at {'; '.join(timed)}")
+        if dense.top1_error is not None:
             blocks.append(
-                f"{dense.images} validation images: the dense top-1 has a standard error of {error:.2f} points"
+                f"{dense.images} validation images: the dense top-1 has a standard error of {dense.top1_error:.2f} "
+                "points"
             )
         return "\n\n".join(blocks)
 
     def _cells(self, row: SweepRow) -> tuple[str, ...]:
         keep = f"{row.kept / row.total:.3f}" if row.total else ""
-        speed = "" if row.speedup is None else f"{row.speedup:.2f}x"
+        speed = "" if row.latency is None else row.latency.speedup_text
         return (row.setting.method, keep, *_figures(row.measured, _text(self.share(row)["top1"])), speed)
 
     def _by_ratio(self) -> list[list[str]]:
@@ -138,6 +138,26 @@ class SweepReport:
 
 def _figures(model: Measured, share: str) -> tuple[str, ...]:
     return model.top1_text, share, model.top5_text, format_count(model.macs), format_count(model.params)
+
+
+def _errors(model: Measured) -> dict[str, float | None]:
+    return {"top1_error": model.top1_error, "top5_error": model.top5_error}
+
+
+def _timing(timed: LatencyComparison | None) -> dict[str, Any]:
+    """Return the cells of a comparison of latencies, empty where there was none; the names are columns of the CSV."""
+    names = (
+        "latency_ms", "dense_latency_ms", "speedup", "speedup_low", "speedup_high", "batch", "device", "precision",
+        "clock",
+    )  # fmt: skip
+    if timed is None:
+        return dict.fromkeys(names)
+    speedup = timed.speedup
+    values = (
+        timed.pruned_ms.median, timed.dense_ms.median, speedup.median, speedup.low, speedup.high, timed.batch,
+        timed.device, timed.precision, timed.clock,
+    )  # fmt: skip
+    return dict(zip(names, values, strict=True))
 
 
 def _text(share: float | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -48,3 +49,21 @@ def format_count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return str(number)
+
+
+def standard_error(percent: float, images: int | None) -> float | None:
+    """Return the standard error of an accuracy in percent over so many images.
+
+    None without the number of images, and at 0 and 100 %, where a count does not tell it.
+
+    Source: binomial proportion, sqrt(p (1 - p) / n).
+    """
+    if not images or not 0 < percent < 100:
+        return None
+    return math.sqrt(percent * (100 - percent) / images)
+
+
+def with_error(percent: float, images: int | None) -> str:
+    """Return an accuracy in percent as people read it, with its standard error if that is known: 72.02 ± 1.24."""
+    error = standard_error(percent, images)
+    return f"{percent:.2f}" if error is None else f"{percent:.2f} ± {error:.2f}"

@@ -65,6 +65,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "std": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "local_rank": (None, ["3"], 3),
     "prefetch": (2, ["4"], 4),
+    "max_pixels": (178_956_970, ["1000"], 1000),
     "grad_accum": (1, ["2"], 2),
     "weight_decay": (0.01, ["0.05"], 0.05),
     "warmup_epochs": (0.0, ["0.5"], 0.5),

@@ -779,6 +779,7 @@ def test_an_error_of_the_transform_is_no_unreadable_image(data: Path) -> None:
         ({"num_workers": -1}, "num_workers must be 0 .* got -1"),
         ({"max_unreadable": 1.5}, r"max_unreadable must be a share in \[0, 1\], got 1.5"),
         ({"prefetch": 0}, "prefetch must be 1 batch or more, got 0"),
+        ({"max_pixels": 0}, "max_pixels must be 1 or more, got 0"),
         ({"rank": 2, "world": 2}, "rank must be a number from 0 to world - 1, got rank 2 of world 2"),
         ({"rank": -1}, "got rank -1 of world 1"),
         ({"world": 0}, "got rank 0 of world 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import random
 from collections.abc import Iterator
@@ -212,3 +213,27 @@ def test_images_travel_to_other_processes_and_places(tmp_path: Path, parquet: Pa
     for name in ("x", "y"):
         write_split(tmp_path / name, "train", [0, 2, 1, 1, 0, 2, 2], names=["ant", "bee", "cat"])
         assert list_images(f"hfds/{tmp_path}/{name}", "train", 3).fingerprint() == images.fingerprint()
+
+
+def test_other_columns_are_not_decoded_and_a_row_opens_only_regular_files(tmp_path: Path) -> None:
+    (tmp_path / "a.png").write_bytes(png(3))
+    os.mkfifo(tmp_path / "pipe.png")
+    rows = [{"bytes": None, "path": str(tmp_path / "a.png")}, {"bytes": None, "path": str(tmp_path / "pipe.png")}]
+    image = datasets.Image()
+    data = datasets.Dataset.from_dict(
+        {"image": [*rows, {"bytes": None, "path": "/dev/zero"}], "mask": [{"bytes": b"%!PS", "path": None}] * 3}
+        | {"label": [0, 1, 1]},
+        features=datasets.Features({"image": image, "mask": image, "label": datasets.Value("int64")}),
+    )
+    (tmp_path / "data").mkdir()
+    data.cast_column("image", datasets.Image(decode=False)).cast_column(
+        "mask", datasets.Image(decode=False)
+    ).to_parquet(tmp_path / "data/train.parquet")
+    images = list_images(f"hfds/{tmp_path}/data", "train", 2)
+    loader = make_loader(images, first_pixel, batch_size=4, num_workers=0, max_unreadable=0.8)
+    [(batch, labels)] = loader
+    assert (batch[:, 0, 0, 0].tolist(), labels.tolist()) == ([3.0], [0])
+    assert [reason.partition(":")[2] for reason in loader.unreadable.values()] == [
+        " it is a pipe, and only regular files are read",
+        " it is a device, and only regular files are read",
+    ]

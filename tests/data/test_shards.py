@@ -272,7 +272,7 @@ def test_an_image_that_cannot_be_decoded_or_is_gone_is_an_unreadable_one(
     shard = write_shard(tmp_path / "train.tar", files)
     images = list_images(f"wds/{tmp_path}/{{split}}.tar", "train", 5)
     assert loaded(images, num_workers=0) == [1, 2, 3]
-    assert f"cannot read the image x in {shard} (UnidentifiedImageError: no known image format)" in caplog.text
+    assert f"cannot read the image x in {shard} (UnidentifiedImageError: none of the formats JPEG, " in caplog.text
     shard.write_bytes(shard.read_bytes()[: int(images.places[3, 1]) + 10])  # type: ignore[attr-defined]
     with pytest.raises(InputError, match=rf"at most 1 of 4 images .* x in {shard}, 003 in {shard}; repair"):
         loaded(images, num_workers=0)

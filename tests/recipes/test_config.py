@@ -228,6 +228,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
     ({"prefetch": 0}, "prefetch must be at least 1, got 0"),
+    ({"max_pixels": 0}, "max_pixels must be at least 1, got 0; 178956970 is usual"),
     ({"prefetch": 4, "num_workers": 0}, "prefetch changes nothing without num_workers"),
     ({"weight_decay": -0.1}, "weight_decay must be at least 0, got -0.1"),
     ({"mixup": math.inf}, "mixup must be at least 0, got inf"),
@@ -298,8 +299,8 @@ PRIVATE = (
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (
-    "round_to min_keep_ratio bottleneck seed limit_val val_batch_size matmul_precision latency covariance_tokens "
-    "ridge refit_producers refit_stream refit_head refit_views"
+    "round_to min_keep_ratio bottleneck seed limit_val max_pixels val_batch_size matmul_precision latency "
+    "covariance_tokens ridge refit_producers refit_stream refit_head refit_views"
 )
 
 

@@ -112,8 +112,9 @@ def _images(
     def loader(split: Split, count: int) -> ImageLoader:
         images = balanced_subset(list_images(data_path, split, classes, names), count, config.seed)
         return make_loader(
-            images, evaluation_transform(preprocessing), batch_size=config.batch_size, num_workers=config.num_workers
-        )
+            images, evaluation_transform(preprocessing), batch_size=config.batch_size,
+            num_workers=config.num_workers, max_pixels=config.max_pixels,
+        )  # fmt: skip
 
     proof = torch.cat([pixels for pixels, _ in loader("val", config.images)])
     calibration = None

@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from vbp.data.formats import MAX_PIXELS
 from vbp.deploy.settings import ExportPrecision, LatencySettings
 
 ExportTarget = Literal["onnx", "pt2", "native"]
@@ -79,6 +80,8 @@ class ExportConfig:
     """Images in a calibration or evaluation batch."""
     num_workers: int = 4
     """Processes that read images; 0 reads in the main process."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is read; one with more counts as unreadable."""
     tolerance: float | None = None
     """Greatest difference of two logits, as a share of the largest logit; 1e-4 for float32, 0.01 for float16, 0.1 for
     bfloat16 and 0.25 for int8 unless given."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import struct
+import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,15 +16,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from vbp.data.formats import IMAGE_FORMATS
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 
-# What Pillow's decoders raise on damaged files, beside OSError.
-_DECODING_ERRORS = (
-    *(OSError, SyntaxError, ValueError, EOFError, LookupError, TypeError, OverflowError, AttributeError),
-    *(struct.error, MemoryError, Image.DecompressionBombError),
-)
-
+# The bytes that a pixel takes at most where nothing is compressed: four colours of 16 bits.
+_LARGEST_PIXEL = 8
 
 # A 16-bit image all below this, a quarter of white, may hold 10, 12 or 14 bits.
 _DARK = 2**14
@@ -56,13 +55,15 @@ class DecodedImages(Dataset[Sample]):
     """Samples by `(epoch, index)`: a worker that serves several epochs gets its whole state from the key.
 
     The seed, the epoch and the index decide what `transform` draws from torch's default generator. As many images
-    are tried as there are `attempts`, from the index on and around the list's end, until one can be read.
+    are tried as there are `attempts`, from the index on and around the list's end, until one can be read; one with
+    more than `max_pixels` cannot.
     """
 
     images: Images
     transform: Transform
     seed: int
     attempts: int
+    max_pixels: int
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         epoch, first = key
@@ -70,8 +71,8 @@ class DecodedImages(Dataset[Sample]):
         for attempt in range(self.attempts):
             index = (first + attempt) % len(self.images)
             try:
-                image = _read_rgb(self.images, index)
-            except _DECODING_ERRORS as error:
+                image = _read_rgb(self.images, index, self.max_pixels)
+            except Exception as error:  # noqa: BLE001 (decoders raise almost anything on damaged files)
                 # Logged by the main process: a worker's log may go nowhere.
                 failures.append(Failure(self.images.name(index), _reason(error)))
                 continue
@@ -90,13 +91,34 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
 
 
-def _read_rgb(images: Images, index: int) -> Image.Image:
-    with warnings.catch_warnings():
-        # Pillow warns of harmless things (odd EXIF data, transparent palettes); a file that it cannot
-        # decode raises, and so does one that unpacks to twice its pixel limit.
-        warnings.simplefilter("ignore")
-        with images.read(index) as stream, Image.open(stream) as image:
+def _read_rgb(images: Images, index: int, max_pixels: int) -> Image.Image:
+    with images.read(index) as stream, _limited(max_pixels):
+        size = stream.seek(0, os.SEEK_END)
+        if size > _LARGEST_PIXEL * max_pixels + 2**20:
+            raise ValueError(f"it has {size} bytes, more than the {max_pixels} pixels of max_pixels can take")
+        stream.seek(0)
+        with Image.open(stream, formats=IMAGE_FORMATS) as image:
             return _eight_bits(image).convert("RGB")
+
+
+@contextmanager
+def _limited(max_pixels: int) -> Iterator[None]:
+    """Let Pillow decode images of so many pixels at most, without a warning."""
+    own = Image.MAX_IMAGE_PIXELS
+    with warnings.catch_warnings():
+        # Pillow warns of harmless things (odd EXIF data, transparent palettes); what it cannot decode raises.
+        warnings.simplefilter("ignore")
+        # From the limit on it warns, and raises only at twice as many pixels.
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
+        Image.MAX_IMAGE_PIXELS = max_pixels
+        try:
+            yield
+        except (Image.DecompressionBombWarning, Image.DecompressionBombError) as error:
+            raise ValueError(
+                f"it has more pixels than max_pixels, which is {max_pixels}; raise it to read the image"
+            ) from error
+        finally:
+            Image.MAX_IMAGE_PIXELS = own
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -105,11 +127,9 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: The image does not say which of its values is white.
     """
-    # Pillow stretches the values of a PGM to 16 bits, whatever their highest.
-    sixteen = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
-    if sixteen:
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
         values = np.asarray(image)
-        if values.max() < _DARK and image.format != "PPM":
+        if values.max() < _DARK:
             raise ValueError(
                 f"16-bit grey of which no value is above {values.max()}: a dark image and one of fewer bits look "
                 "alike; scale it to the whole range or convert it to 8 bits"
@@ -122,7 +142,8 @@ def _eight_bits(image: Image.Image) -> Image.Image:
 
 def _reason(error: BaseException) -> str:
     # Pillow's own text names the object in memory, not the image.
-    text = "no known image format" if isinstance(error, UnidentifiedImageError) else str(error)
+    unknown = isinstance(error, UnidentifiedImageError)
+    text = f"none of the formats {', '.join(IMAGE_FORMATS)}, or damaged" if unknown else str(error)
     return f"{type(error).__name__}: {text}"
 
 

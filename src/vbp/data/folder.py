@@ -10,11 +10,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from vbp.data.images import IMAGE_EXTENSIONS, SPLITS
+from vbp.data.formats import IMAGE_EXTENSIONS
+from vbp.data.images import SPLITS
 from vbp.data.labels import NUMBER, ClassNames, head_labels, labels_by_name
 from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
 from vbp.errors import InputError, some_of
+from vbp.runtime.files import open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -83,7 +85,7 @@ def _reason_to_leave(entry: os.DirEntry[str], above: frozenset[tuple[int, int]])
         # Following a link to a folder above it would take other classes' images into this one, or never end.
         return "links to a folder above" if (status.st_dev, status.st_ino) in above else ""
     extension = Path(entry.name).suffix.lower()
-    return "" if extension in IMAGE_EXTENSIONS else f"{extension or 'without extension'} (no image)"
+    return "" if extension in IMAGE_EXTENSIONS else f"{extension or 'without extension'} (not read)"
 
 
 def class_folder_names(folder: Path) -> list[str]:
@@ -170,8 +172,8 @@ class ImageList:
         return str(self.file(index))
 
     def read(self, index: int) -> BinaryIO:
-        """Return the open file."""
-        return self.file(index).open("rb")
+        """Return the open file; an OSError says that it is none, or a pipe or device, which is not opened."""
+        return open_regular(self.file(index))
 
     def select(self, indices: Sequence[int]) -> ImageList:
         """Return the images at these places, in this order."""

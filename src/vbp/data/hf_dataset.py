@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,6 +17,7 @@ import numpy as np
 from vbp.data.images import SPLITS
 from vbp.data.labels import ClassNames, check_labels, head_labels
 from vbp.errors import InputError
+from vbp.runtime.files import open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -39,12 +41,13 @@ class HuggingFaceImages:
         return f"{self.root} row {self.rows[index]}"
 
     def read(self, index: int) -> BinaryIO:
-        """Return the image as the dataset stores it."""
-        try:
-            stream: BinaryIO = self.reader[self.rows[index]][0]
-        except (AssertionError, TypeError) as error:  # what the reader makes of an empty image
-            raise OSError("the row holds no image") from error
-        return stream
+        """Return the image as the dataset stores it: in the row itself, or in a file that the row names."""
+        stored = self.reader.dataset[self.rows[index]][self.reader.image_key] or {}
+        if stored.get("bytes"):
+            return io.BytesIO(stored["bytes"])
+        if stored.get("path"):
+            return open_regular(Path(stored["path"]))
+        raise OSError("the row holds no image")
 
     def select(self, indices: Sequence[int]) -> HuggingFaceImages:
         """Return the rows at these places, in this order."""
@@ -95,6 +98,8 @@ def list_rows(
         from timm.data.readers.reader_hfds import ReaderHfds
 
         reader = ReaderHfds(name, split=split_name, input_key=image, target_key=label)
+        # Images in other columns would be decoded too, in any format.
+        reader.dataset = reader.dataset.select_columns([image, label])
     labels = _labels(reader, label, num_classes, root, own)
     images = HuggingFaceImages(root, reader, tuple(range(len(labels))), labels)
     if not labels:

@@ -13,11 +13,6 @@ from vbp.errors import InputError
 
 Split = Literal["train", "val"]
 SPLITS: tuple[Split, ...] = ("train", "val")
-# What counts as an image in folders and shards, in either case.
-IMAGE_EXTENSIONS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif", ".jp2"),
-    *(".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".pnm"),
-)
 AnyImages = TypeVar("AnyImages", bound="Images")
 
 

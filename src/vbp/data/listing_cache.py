@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from vbp.runtime.decode import parse_json
-from vbp.runtime.files import write_bytes
+from vbp.runtime.files import read_regular, write_bytes
 
 _log = logging.getLogger(__name__)
 Row = Sequence[Any]
@@ -30,7 +30,7 @@ def read_rows(
     if not file.exists():
         return None
     try:
-        header, _, body = file.read_bytes().partition(b"\n")
+        header, _, body = read_regular(file).partition(b"\n")
         values = parse_json(header)
         if values["format"] != format_name:
             raise ValueError("its format is not that of this version")

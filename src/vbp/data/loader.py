@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from vbp.data.decoding import Batch, DecodedImages, Failure, Sample, collate, mixed_seed
+from vbp.data.formats import MAX_PIXELS
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 from vbp.errors import InputError, some_of
@@ -31,6 +32,7 @@ def make_loader(
     seed: int = 0,
     pin_memory: bool = False,
     max_unreadable: float = 0.01,
+    max_pixels: int = MAX_PIXELS,
     prefetch: int = 2,
     rank: int = 0,
     world: int = 1,
@@ -52,6 +54,7 @@ def make_loader(
         seed: The random transform of an image depends on it, the epoch and the image's place in the list alone.
         pin_memory: Page-locked batches, faster to copy to a GPU; without a GPU it is not done.
         max_unreadable: Share of the whole list that may be unreadable; at least one image may be, unless it is 0.
+        max_pixels: An image with more pixels counts as unreadable.
         prefetch: Batches that each worker reads ahead.
         rank: Which of the processes this is, from 0.
         world: How many processes share the images.
@@ -64,6 +67,8 @@ def make_loader(
         [8, 6]
     """
     _check_options(len(images), batch_size, num_workers, max_unreadable, prefetch, rank, world)
+    if max_pixels < 1:
+        raise InputError(f"max_pixels must be 1 or more, got {max_pixels}; leave it out for {MAX_PIXELS}")
     batches = PlannedBatches(len(images), batch_size, shuffle=shuffle, seed=seed, rank=rank, world=world)
     if batches.steps == 0:
         raise InputError(
@@ -76,7 +81,7 @@ def make_loader(
     # One attempt more than may fail: after that many the run is over anyway.
     attempts = min(allowed + 1, len(images)) if shuffle else 1
     loader: DataLoader[Sample] = DataLoader(
-        DecodedImages(images, transform, seed, attempts),
+        DecodedImages(images, transform, seed, attempts, max_pixels),
         batch_sampler=batches,
         num_workers=num_workers,
         collate_fn=collate,

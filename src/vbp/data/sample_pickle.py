@@ -11,6 +11,7 @@ from typing import Any
 from vbp.data.labels import ClassNames, label_in_path
 from vbp.data.listing_cache import Row
 from vbp.errors import InputError
+from vbp.runtime.files import is_regular, open_regular
 
 
 def read_samples(file: Path, num_classes: int, own: ClassNames | None = None) -> list[Row]:
@@ -30,7 +31,7 @@ def read_samples(file: Path, num_classes: int, own: ClassNames | None = None) ->
         path, label = _checked_sample(file, place, sample, num_classes)
         inside = next((prefix for prefix in prefixes if path.startswith(prefix)), "")
         rows.append((label, path.removeprefix(inside).replace(os.sep, "/")))
-    missing = [path for _, path in rows if not (root / path).is_file()]
+    missing = [path for _, path in rows if not is_regular(root / path)]
     if missing:
         raise InputError(
             f"the images named in {file} must exist, {len(missing)} of {len(rows)} do not, the first is "
@@ -64,7 +65,7 @@ class _PlainUnpickler(pickle._Unpickler):
 
 def _load_plain_pickle(file: Path) -> object:
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return _PlainUnpickler(stream).load()
     except (
         # What the unpickler raises on damaged bytes depends on where the damage lies.

@@ -19,6 +19,7 @@ from vbp.data.labels import check_labels
 from vbp.data.listing_cache import read_rows, write_rows
 from vbp.data.tar_scan import SampleFormat, scan_shard
 from vbp.errors import InputError
+from vbp.runtime.files import is_regular, open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ def find_shards(place: str, options: Mapping[str, str], split: str) -> tuple[Pat
             f"wds/{place} must hold shards of {split}, found none in {root} for {_sought(place, options, split)}; "
             f"name them with ?{split}="
         )
-    missing = [name for name in names if not (root / name).is_file()]
+    missing = [name for name in names if not is_regular(root / name)]
     if missing:
         raise InputError(
             f"the shards of {split} must exist, {len(missing)} of {len(names)} do not, "
@@ -127,7 +128,7 @@ class ShardImages:
         """Return the image's bytes; an OSError says that the shard has gone or has become shorter."""
         _, offset, size = self.places[index].tolist()
         # Opened for each image, as a folder's files are: nothing is shared with other processes, nothing stays open.
-        with self._shard(index).open("rb") as stream:
+        with open_regular(self._shard(index)) as stream:
             stream.seek(offset)
             content = stream.read(size)
         if len(content) < size:

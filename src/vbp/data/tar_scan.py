@@ -11,9 +11,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from vbp.data.images import IMAGE_EXTENSIONS
+from vbp.data.formats import IMAGE_EXTENSIONS
 from vbp.errors import InputError
 from vbp.runtime.decode import parse_json
+from vbp.runtime.files import open_regular
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
@@ -50,7 +51,7 @@ class Place(NamedTuple):
 def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
     """Return the samples of a shard in their order; it must be whole, and each sample complete and there once."""
     try:
-        with tarfile.open(shard, "r:") as tar:
+        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             # All headers first: what a torn shard lacks must not be blamed on a sample.
             members = tar.getmembers()
             _check_end(tar, shard)
@@ -122,7 +123,7 @@ def _label(text: bytes, form: SampleFormat, name: str) -> int:
 
 def _check_end(tar: tarfile.TarFile, shard: Path) -> None:
     """Refuse what `tarfile` takes for the end: a torn or damaged header, or a second archive behind the first."""
-    with shard.open("rb") as stream:
+    with open_regular(shard) as stream:
         stream.seek(tar.offset)
         block = stream.read(tarfile.BLOCKSIZE)
         if len(block) < tarfile.BLOCKSIZE or block.strip(b"\0"):

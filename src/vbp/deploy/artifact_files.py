@@ -20,7 +20,7 @@ from vbp.errors import InputError, OutputError, one_line
 from vbp.models.weights import uncompiled, unwrapped_state
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import read_json
-from vbp.runtime.files import clear_folder, write_atomically, write_bytes
+from vbp.runtime.files import clear_folder, is_regular, read_regular, write_atomically, write_bytes
 from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 from vbp.sites.site import Site
 
@@ -178,7 +178,7 @@ def read_file(file: Path) -> tuple[dict[str, Any], State]:
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read the `vbp.json` of a folder."""
     file = folder / MANIFEST
-    if not file.is_file():
+    if not is_regular(file):
         raise InputError(
             f"{folder} holds no pruned model: there is no {MANIFEST} in it; give the folder that has one"
         )
@@ -200,7 +200,7 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], State]:
     expected = manifest["weights"]
     file = weights_path(folder, manifest)
     try:
-        data = file.read_bytes()
+        data = read_regular(file)
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error}); copy or make the folder again") from error
     if len(data) < expected["bytes"]:

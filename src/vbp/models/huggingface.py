@@ -19,6 +19,7 @@ from vbp.models.limits import ANY, Limits, bounded_construction, check_descripti
 from vbp.models.weights import describe_mismatch
 from vbp.runtime.choices import ModelType
 from vbp.runtime.decode import read_json
+from vbp.runtime.files import is_regular
 
 _log = logging.getLogger(__name__)
 
@@ -111,8 +112,11 @@ def _config(model_name: str) -> Any:
 
 
 def _check_folder(folder: Path) -> None:
+    for entry in folder.iterdir():  # transformers opens what is there
+        if entry.exists() and not (is_regular(entry) or entry.is_dir()):
+            raise InputError(f"a local model folder must hold files and folders alone, got {entry}; remove it")
     file = folder / "config.json"
-    if not file.is_file():
+    if not is_regular(file):
         raise InputError(
             f"a local model folder must hold config.json as save_pretrained writes it, got {folder} without one"
         )

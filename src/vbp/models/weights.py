@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vbp.errors import InputError, one_line, some_of
+from vbp.runtime.files import is_regular, open_regular
 from vbp.runtime.sealed import READING_ERRORS, load_plain
 
 T = TypeVar("T")
@@ -50,7 +51,7 @@ class WeightFile:
 
 def check_weight_file(path: Path) -> None:
     """Stop before any work if `path` does not exist or does not end as a weight file's name does."""
-    if not path.is_file():
+    if not is_regular(path):
         raise InputError(f"the checkpoint must be an existing file, got {path}; check the path")
     if not path.name.lower().endswith(SUFFIXES + OTHER_SUFFIXES):
         raise InputError(
@@ -183,7 +184,7 @@ def _does_not_fit(path: Path, fault: str) -> str:
 
 def _foreign(path: Path) -> str | None:
     """Return what a file is that people take for weights, and the remedy; None if it may hold weights."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         start = file.read(64).lstrip()
     if start.startswith(b"version https://git-lfs"):
         return "a git-lfs pointer; fetch the file itself by `git lfs pull`"

@@ -42,11 +42,12 @@ def _check_ranges(config: RunConfig) -> None:
         raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:
         raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
-    for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
+    counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels")
+    for name, usual in ((name, default_of(name)) for name in counts):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
-    counts = ("num_workers", "limit_val", "epochs_ft", "seed", "weight_decay", "warmup_epochs", "mixup", "cutmix")
-    for name in (*counts, "checkpoint_minutes", *(("calib_samples",) if config.calib_samples != "auto" else ())):
+    amounts = ("num_workers", "limit_val", "epochs_ft", "seed", "weight_decay", "warmup_epochs", "mixup", "cutmix")
+    for name in (*amounts, "checkpoint_minutes", *(("calib_samples",) if config.calib_samples != "auto" else ())):
         if not 0 <= getattr(config, name) < math.inf:
             raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
     if not 0 < config.lr_ft < 1:

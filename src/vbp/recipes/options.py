@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 
 import tyro
 
+from vbp.data.formats import MAX_PIXELS
 from vbp.method.defaults import RIDGE
 from vbp.runtime.choices import Amp, MatmulPrecision, ModelType, Toggle
 
@@ -120,6 +121,8 @@ class DataOptions:
     has converged."""
     limit_val: Result[int] = 0
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
+    max_pixels: Result[int] = MAX_PIXELS
+    """Pixels of the largest image that is read; one with more counts as unreadable."""
 
 
 @dataclass(frozen=True)

@@ -233,6 +233,7 @@ def _calibration(
         prefetch=config.prefetch,
         hflip=config.hflip,
         crop_scale=config.crop_scale,
+        max_pixels=config.max_pixels,
     )
 
 
@@ -251,7 +252,8 @@ def make_refits(job: Job) -> Refits | None:
 def loader_options(config: RunConfig, processes: Processes) -> dict[str, Any]:
     """Return what the loaders of a run have in common."""
     share = {"rank": processes.rank, "world": processes.world}
-    return share | {"num_workers": config.num_workers, "prefetch": config.prefetch, "pin_memory": True}
+    reading = {"num_workers": config.num_workers, "prefetch": config.prefetch, "max_pixels": config.max_pixels}
+    return share | reading | {"pin_memory": True}
 
 
 def _resumed(config: RunConfig, processes: Processes) -> Resumed | None:

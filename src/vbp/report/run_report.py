@@ -14,6 +14,7 @@ from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, parse_json, read_json, to_json
+from vbp.runtime.files import is_regular
 from vbp.runtime.tables import format_count, standard_error, text_table, with_error
 from vbp.statistics.statistics import Statistics
 
@@ -211,7 +212,7 @@ class RunReport:
             InputError: The folder holds none, or it is damaged.
         """
         path = folder / SUMMARY
-        if not path.is_file():
+        if not is_regular(path):
             raise InputError(
                 f"a run must be a folder with {SUMMARY}, got {folder}; give the save_dir of a run that has ended"
             )
@@ -293,7 +294,7 @@ def read_run(folder: Path) -> FinishedRun:
 
 
 def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not path.is_file():
+    if not is_regular(path):
         return ()
     try:
         rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]

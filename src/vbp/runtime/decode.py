@@ -13,6 +13,7 @@ from types import NoneType, UnionType
 from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from vbp.errors import InputError
+from vbp.runtime.files import is_regular
 
 T = TypeVar("T")
 LARGEST_JSON = 2**28
@@ -37,7 +38,7 @@ def parse_json(text: str | bytes) -> Any:
 
 def read_json(path: Path) -> Any:
     """Return what a JSON file holds; raise OSError or ValueError if it is no file, too large, or no JSON."""
-    if not path.is_file():  # a pipe or a device could be endless
+    if not is_regular(path):  # a pipe or a device could be endless
         raise OSError("there is no such file")
     if (size := path.stat().st_size) > LARGEST_JSON:
         raise ValueError(f"it has {size} bytes, allowed are {LARGEST_JSON}")

@@ -13,6 +13,8 @@ from typing import IO, Any
 
 import torch
 
+from vbp.runtime.files import open_regular
+
 # What torch raises on damaged and foreign files.
 READING_ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, LookupError),
@@ -51,7 +53,7 @@ def write_sealed(file: IO[bytes], content: dict[str, Any], format_name: str) -> 
 def seal_fault(path: Path, format_name: str) -> str | None:
     """Return what is wrong with a file, without loading it; None if it is whole and of this format."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - _LONGEST_SEAL))
             seal = _SEAL.search(file.read())
@@ -73,6 +75,8 @@ def load_plain(path: Path) -> Any:
     Raises one of `READING_ERRORS`, too if the archive would unpack to more than its own size: torch.save compresses
     nothing.
     """
+    with open_regular(path):
+        pass  # it is no pipe and no device
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             unpacked = sum(entry.file_size for entry in archive.infolist())

@@ -143,6 +143,7 @@ class EvidenceReader:
             num_workers=0,
             # How many are too many is decided by the reading itself.
             max_unreadable=1.0,
+            max_pixels=self._images.max_pixels,
         )
         with self._session.precision.autocast():
             return collect_statistics(self._model, self._sites, loader, device=self._session.device).means

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vbp.data.formats import MAX_PIXELS
 from vbp.data.images import Images, balanced_order
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, Transform, ViewTransform, evaluation_transform
@@ -52,7 +53,7 @@ class CalibrationImages:
 
     The seed is that of the order and of all random numbers that belong to the images; `prefetch` the batches that
     each worker reads ahead. Every second view is mirrored with `hflip`, and shows a share of the image in
-    `crop_scale`.
+    `crop_scale`. An image with more than `max_pixels` counts as unreadable.
     """
 
     images: Images
@@ -64,6 +65,7 @@ class CalibrationImages:
     prefetch: int = 2
     hflip: bool = True
     crop_scale: tuple[float, float] = (_LEAST_CROP, 1.0)
+    max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
         return len(self.images)
@@ -106,6 +108,7 @@ class CalibrationImages:
             num_workers=self.num_workers,
             prefetch=self.prefetch,
             pin_memory=True,
+            max_pixels=self.max_pixels,
         )
         return loader if len(loader) else None
 

@@ -19,7 +19,7 @@ from vbp.method.covariance import ChannelCovariance
 from vbp.method.fisher import SiteSensitivity
 from vbp.method.moments import ChannelMoments
 from vbp.runtime.decode import parse_json
-from vbp.runtime.files import write_bytes
+from vbp.runtime.files import is_regular, write_bytes
 from vbp.sites.site import Site
 
 _FORMAT = "vbp-statistics/3"
@@ -171,7 +171,7 @@ class Statistics:
             InputError: The file is missing, damaged or something else.
         """
         path = Path(path)
-        if not path.is_file():
+        if not is_regular(path):
             raise InputError(f"statistics file must exist, got {path}; leave it out to collect statistics")
         try:
             with safe_open(str(path), framework="pt") as file:

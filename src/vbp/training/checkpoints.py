@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vbp.errors import InputError, OutputError, first_line
-from vbp.runtime.files import clear_folder, write_atomically
+from vbp.runtime.files import clear_folder, is_regular, write_atomically
 from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
 
 def checkpoint_fault(path: Path) -> str | None:
     """Return what is wrong with a file, without loading it; None if it is whole and ours."""
-    if not path.is_file():
+    if not is_regular(path):
         return "there is no such file; check the path"
     return seal_fault(path, FORMAT)
 

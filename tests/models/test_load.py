@@ -176,7 +176,7 @@ def test_a_torchscript_program_is_named_and_no_advice_to_run_code_is_given(tmp_p
     (tmp_path / "t.pt").write_bytes(b"neither a zip file nor a pickle")
     for name, text in (
         ("s.pt", "got a TorchScript program"),
-        ("t.pt", r"no readable PyTorch weight file \(no pickle of"),
+        ("t.pt", r"no readable PyTorch weight file \(it does not begin as"),
     ):
         with pytest.raises(InputError, match=text) as caught:
             load_classifier("test_vit", checkpoint=tmp_path / name, model_kwargs=VIT)

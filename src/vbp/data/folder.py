@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -198,7 +199,9 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
         made_from["samples_file"] = [status.st_size, status.st_mtime_ns]
     else:
         check_same_classes(data_path, num_classes)
-    rows = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
+    rows = read_rows(
+        index, _FORMAT, partial(_is_row, num_classes), lambda kept: _is_current(data_path, kept, made_from)
+    )
     if rows is None:
         directories: dict[str, int] = {}
         if made_from["samples_file"] is None:
@@ -209,6 +212,13 @@ def list_folder(data_path: Path, split: str, num_classes: int) -> ImageList:
             rows = read_samples(samples, num_classes)
         write_rows(index, _FORMAT, {**made_from, "directories": directories}, rows)
     return ImageList(data_path, tuple(path for _, path in rows), tuple(label for label, _ in rows))
+
+
+def _is_row(num_classes: int, row: Row) -> bool:
+    if [*map(type, row)] != [int, str]:
+        return False
+    label, path = row
+    return 0 <= label < num_classes and "\0" not in path
 
 
 def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import numpy as np
 
 from vbp.data.images import SPLITS
 from vbp.data.labels import check_labels, head_labels
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
@@ -122,11 +121,17 @@ def check_dataset(place: str, options: Mapping[str, str]) -> None:
 def _dataset_name(place: str) -> str:
     if Path(place).is_dir():
         return place
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not place.startswith("."):
-        return place
-    raise InputError(
-        f"hfds/ must be followed by a folder that exists or by OWNER/NAME on the Hugging Face hub, got {place}"
-    )
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(place)
+    except HFValidationError as error:
+        raise InputError(
+            "hfds/ must be followed by a folder that exists or by OWNER/NAME on the Hugging Face hub, got "
+            f"{place[:200]!r}: {one_line(error)}"
+        ) from error
+    return place
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
-from vbp.runtime.decode import from_json, parse_json, read_json, to_json
+from vbp.runtime.decode import from_json, read_json, read_json_lines, to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
 
@@ -290,11 +290,11 @@ def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not path.is_file():
         return ()
     try:
-        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [row for _, rows in read_json_lines(path) for row in rows]
         # A loss may be NaN where training went wrong; that is worth a report too.
         return tuple(
             {name: float(row[name]) for name in _CURVES if name in row} | {"epoch": operator.index(row["epoch"])}
             for row in rows
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} is no readable table of epochs ({error!r}); run it again") from error

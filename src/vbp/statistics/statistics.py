@@ -190,7 +190,7 @@ class Statistics:
             return _decoded(parse_json(metadata["header"]), tensors)
         except InputError:
             raise
-        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
+        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
             raise InputError(
                 f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
             ) from error
@@ -237,7 +237,10 @@ def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statis
         sensitivities[name] = SiteSensitivity(images, *map(lambda place, shape: part(place, *shape), named, shapes))
     counts = [header["images"], *header["counts"].values()]
     counts += [*header.get("covariance_counts", {}).values(), *header.get("sensitivity_images", {}).values()]
-    _checked(all(type(count) is int and count > 0 for count in counts), "it must count at least one image and sample")
+    _checked(
+        all(type(count) is int and 0 < count < 2**63 for count in counts),
+        "it must count at least one image and sample",
+    )
     model, data, fraction = header["model"], header["data"], header.get("token_fraction", 1.0)
     _checked(isinstance(model, str) and isinstance(data, str) and 0 < fraction <= 1, "its header is damaged")
     return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities)

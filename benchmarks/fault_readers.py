@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
-import transformers
 from PIL import Image
 
 import vbp
@@ -266,6 +265,8 @@ def _read_weights(name: str) -> Callable[[Path], str]:
 
 
 def _write_huggingface(folder: Path) -> None:
+    import transformers  # takes seconds, and the other files do not need it
+
     config = transformers.ViTConfig(
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32,
         patch_size=16, num_labels=CLASSES,
@@ -354,7 +355,8 @@ READERS: Final = (
     Reader("sweep.json", "sweep.json", _write_sweep, _read_sweep, **_JSON),
     Reader("list of samples", "train_samples.pkl", _write_samples, _read_images, False, pickle.loads, pickle.dumps),
     Reader("listing index", "train_index.jsonl", _write_index, _read_images, True),
-    Reader("listing index, digest fits", "train_index.jsonl", _write_index, _read_images, False, _lines, _index_lines),
+    Reader("listing index, digest fits", "train_index.jsonl", _write_index, _read_images, False, _lines,
+           _index_lines),
     Reader("image, PNG", "train/class0/0.png", _write_images, _read_images),
     Reader("image, JPEG", "train/class0/1.jpg", _write_images, _read_images),
     Reader("image, WebP", "train/class0/2.webp", _write_images, _read_images),

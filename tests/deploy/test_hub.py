@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -143,5 +144,10 @@ def test_a_link_is_not_published(hub: Hub, folder: Path, tmp_path: Path) -> None
     (tmp_path / "secret").write_text("key")
     (folder / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match=r"got a link: README\.md"):
+        push_to_hub(folder, "me/vit")
+    (folder / "README.md").unlink()
+    digest = json.loads((folder / "vbp.json").read_text())["weights"]["sha256"]
+    (folder / f".model.safetensors.{digest[:16]}").symlink_to(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"got a link: \.model\.safetensors"):
         push_to_hub(folder, "me/vit")
     assert hub.requests == []

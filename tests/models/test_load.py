@@ -285,6 +285,23 @@ def test_hub_names_without_network(name: str) -> None:
     assert caught.value.__cause__ is not None
 
 
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf-hub:../../x", "hf-hub:/etc/passwd", "timm/../x", "timm/", "hf_hub:", "hf-hub:a/b/c", "hf-hub:a\nb/c"),
+        *("hf-hub:https://example.org/x", "local-dir:/tmp", "x" * 300, "a/" * 3000, "../x", "a/.."),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_refused_before_anything_is_sought(name: str) -> None:
+    """Kin to reports of model names that were taken for paths, or for addresses."""
+    with pytest.raises(
+        InputError, match=r"model name must be|model_name must be|neither an existing folder"
+    ) as refused:
+        load_classifier(name)
+    assert refused.value.__cause__ is None or "could not be fetched" not in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
 def test_hub_name_of_timm_with_random_weights_needs_no_network() -> None:
     classifier = random_classifier("timm/test_vit.r160_in1k", **VIT)
     assert classifier.source.name == "test_vit"

@@ -143,7 +143,7 @@ def _clear_errors(place: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, DatasetsError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError) as error:
         # The library's own texts may fill a screen.
         text = " ".join(str(error).split())
         where = "is a folder" if Path(place).is_dir() else "is no folder here, so it was looked for on the hub"

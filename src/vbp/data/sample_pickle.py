@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from vbp.data.listing_cache import Row
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 
 
 def read_samples(file: Path, num_classes: int) -> list[Row]:
@@ -81,7 +81,7 @@ def _load_plain_pickle(file: Path) -> object:
     ) as error:
         raise InputError(
             f"{file} must be a pickled list of (path, label) with plain strings and whole numbers, "
-            f"but cannot be read: {error or type(error).__name__}; write it anew or remove it"
+            f"but cannot be read: {one_line(error)}; write it anew or remove it"
         ) from error
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from vbp.data.images import IMAGE_EXTENSIONS
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.decode import parse_json
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
@@ -69,7 +69,7 @@ def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(
-            f"the shard {shard} must be a whole, uncompressed tar file, got: {error}; make it anew"
+            f"the shard {shard} must be a whole, uncompressed tar file, got: {one_line(error)}; make it anew"
         ) from error
 
 

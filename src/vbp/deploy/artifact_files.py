@@ -222,7 +222,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], State]:
         state = load(data)
         state.update({alias: state[name] for alias, name in expected["shared"].items()})
     except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is no readable safetensors file ({error}); make the folder again") from error
+        raise InputError(
+            f"{file} is no readable safetensors file ({one_line(error)}); make the folder again"
+        ) from error
     return manifest, state
 
 

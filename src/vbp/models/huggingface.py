@@ -121,7 +121,7 @@ def _check_folder(folder: Path) -> None:
     try:
         values = read_json(file)
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable JSON ({error}); save the model again") from error
+        raise InputError(f"{file} is no readable JSON ({one_line(error)}); save the model again") from error
     _check_files(folder)
     if isinstance(values, dict) and "model_type" not in values and "architecture" in values:
         raise InputError(
@@ -142,7 +142,7 @@ def _check_files(folder: Path) -> None:
                 values = read_json(file)
                 shards = values.get("weight_map") if isinstance(values, dict) else None
                 named = set(shards.values()) if isinstance(shards, dict) else set()
-                strays = sorted(str(name) for name in named if not re.fullmatch(r"\w[\w.-]*", str(name)))
+                strays = [repr(name) for name in named if not re.fullmatch(r"\w[\w.-]*\.[a-z]\w+", str(name))]
                 if strays:
                     raise ValueError(f"it names files elsewhere: {some_of(strays)}")
         except (*READING_ERRORS, TypeError) as error:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
@@ -210,7 +210,7 @@ class RunReport:
         try:
             return RunReport.from_dict(read_json(path))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no readable summary of a run ({error}); run it again") from error
+            raise InputError(f"{path} is no readable summary of a run ({one_line(error)}); run it again") from error
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""

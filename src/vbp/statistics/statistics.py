@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.fisher import SiteSensitivity
 from vbp.method.moments import ChannelMoments
@@ -29,6 +29,7 @@ _READABLE = ("vbp-statistics/1", "vbp-statistics/2", _FORMAT)
 
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
+_READING_ERRORS = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError)
 _SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
 
 
@@ -190,9 +191,10 @@ class Statistics:
             return _decoded(parse_json(metadata["header"]), tensors)
         except InputError:
             raise
-        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError) as error:
+        except _READING_ERRORS as error:
             raise InputError(
-                f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
+                f"{path} is no readable statistics file ({one_line(error)}); delete it and collect the statistics "
+                "again"
             ) from error
 
 

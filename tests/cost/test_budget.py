@@ -51,6 +51,12 @@ def test_shares_are_of_the_dense_model_and_counts_are_counts() -> None:
     assert [Budget.of(target_speedup=2).timed, Budget.of(target_params=0.5).timed] == [True, False]
 
 
+def test_a_budget_of_no_channels_is_met_by_none() -> None:
+    """A model whose attention alone is pruned has no hidden channels of MLPs."""
+    result = BudgetResult(Budget.of(keep_ratio=0.5), PLAN, target=0, dense=0, reached=0, met=True)
+    assert result.to_dict()["miss"] == 0
+
+
 def test_a_miss_is_positive_on_the_wrong_side_of_the_target() -> None:
     slow = BudgetResult(Budget("speedup", 2.0), PLAN, 2.0, 1.0, 1.5, False, "why", 1.9, (1.4, 1.6))
     assert slow.miss == pytest.approx(0.25)

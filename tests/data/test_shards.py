@@ -349,7 +349,7 @@ def test_a_list_that_cannot_be_kept_or_used_is_made_anew(
     whole = kept.read_bytes()
     kept.write_bytes(whole[:-9])
     assert numbers(list_images(f"wds/{shards}", "train", 5)) == expected
-    assert f"{kept} cannot be used (its checksum does not fit)" in caplog.text
+    assert f"{kept} cannot be used (" in caplog.text
     assert kept.read_bytes() == whole
     kept.unlink()
     shards.chmod(0o555)

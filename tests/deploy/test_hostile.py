@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import resource
 import socket
+import tarfile
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES
+from memory import at_most
 from pruned_models import pruned_in_place
 from torch import nn
 
@@ -26,6 +28,7 @@ from vbp.cli.export import run_export
 from vbp.cli.inspect import run_inspect
 from vbp.cli.latency import run_latency
 from vbp.cli.options import ExportConfig, InspectConfig, LatencyConfig
+from vbp.models.limits import Limits
 from vbp.pruning.plan import SitePlan
 from vbp.report.run_report import RunReport
 from vbp.sites.site import Site
@@ -183,6 +186,77 @@ def test_an_archive_is_not_unpacked_beyond_its_own_size(tmp_path: Path) -> None:
         load_pruned(tmp_path / "m.pth")
     with pytest.raises(InputError, match="unpacks to"):
         load_classifier("test_vit", checkpoint=tmp_path / "m.pth")
+
+
+class _Bytes:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return bytearray, (2**33,)
+
+
+def _tar(path: Path) -> None:
+    header = tarfile.TarInfo("\x80header")  # begins as a pickle does
+    header.type, header.size = tarfile.XHDTYPE, 2**33
+    with path.open("wb") as file:
+        file.write(header.tobuf(tarfile.GNU_FORMAT, encoding="latin1"))
+        file.truncate(2**33 + 2**20)
+
+
+def _with_entry(path: Path) -> None:
+    """Write a whole archive, and one entry more that is packed."""
+    torch.save({"x": torch.zeros(2)}, path)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/more", bytes(2**20))
+
+
+TORCH_FILES: dict[str, Callable[[Path], object]] = {
+    "bytes": lambda path: torch.save({"x": _Bytes()}, path),
+    "bytes of the old format": lambda path: torch.save({"x": _Bytes()}, path, _use_new_zipfile_serialization=False),
+    "an expanded tensor": lambda path: torch.save({"x": torch.zeros(1).expand(2**40)}, path),
+    "a tensor without values": lambda path: torch.save({"x": torch.zeros(2**40, device="meta")}, path),
+    "many names of one tensor": lambda path: torch.save(dict.fromkeys(map(str, range(500)), torch.ones(2**16)), path),
+    "a tar archive": _tar,
+    "a packed entry": _with_entry,
+    "half an archive": lambda path: path.write_bytes(b"PK\x03\x04" + bytes(10**5)),
+    "zeros": lambda path: path.write_bytes(bytes(10**6)),
+    "nothing": lambda path: path.write_bytes(b""),
+}
+
+
+@pytest.mark.parametrize("name", list(TORCH_FILES))
+def test_a_file_of_torch_takes_no_more_memory_than_it_has_bytes(name: str, tmp_path: Path) -> None:
+    """Kin to reports of weight files of kilobytes that fill the memory although no code in them is run."""
+    FAMILIES["hf-vit"].build().save_pretrained(tmp_path / "hf")  # type: ignore[operator]
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    doors: dict[Path, Callable[[Path], object]] = {
+        tmp_path / "m.pth": load_pruned,
+        tmp_path / "w.pth": lambda path: load_classifier("test_vit", checkpoint=path),
+        tmp_path / "hf" / "pytorch_model.bin": lambda path: load_classifier(
+            str(path.parent), img_size=30, crop_pct=1.0, interpolation="bicubic", mean=MEAN, std=MEAN
+        ),
+    }
+    for path, door in doors.items():
+        TORCH_FILES[name](path)
+        with at_most(256), pytest.raises(InputError) as refused:
+            door(path)
+        path.unlink()
+        assert "\n" not in str(refused.value)
+        assert "weights_only" not in str(refused.value)
+
+
+def test_views_do_not_raise_the_limits_of_an_architecture(honest: Any) -> None:
+    weights = {name: value.expand(1000, *value.shape) for name, value in honest[0].state_dict().items()}
+    assert Limits.of_dense(weights) == Limits.of_dense(honest[0].state_dict())
+
+
+def test_a_hugging_face_folder_names_no_file_elsewhere(tmp_path: Path) -> None:
+    model: Any = FAMILIES["hf-vit"].build()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    for elsewhere in ("/dev/zero", "../x.safetensors", 3):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(model.state_dict(), elsewhere)}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        with at_most(256), pytest.raises(InputError, match="it names files elsewhere"):
+            load_classifier(str(tmp_path))
 
 
 def test_json_nested_without_end_is_one_error(honest: Any, tmp_path: Path) -> None:

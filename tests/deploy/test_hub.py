@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,10 @@ def folder(tmp_path: Path) -> Path:
         model, tmp_path / "pruned", plans=plan,
         source=ModelSource("transformers", type(model).__name__, model.config.to_dict()),
         preprocessing=Preprocessing((32, 32), 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3),
-        metrics={"top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000, "images": 650}, "pruned": {"top1": 70.0}, "note": "text"},
+        metrics={
+            "top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000, "images": 650}, "pruned": {"top1": 70.0},
+            "note": "text",
+        },
     )  # fmt: skip
     return tmp_path / "pruned"
 
@@ -143,5 +147,10 @@ def test_a_link_is_not_published(hub: Hub, folder: Path, tmp_path: Path) -> None
     (tmp_path / "secret").write_text("key")
     (folder / "README.md").symlink_to(tmp_path / "secret")
     with pytest.raises(InputError, match=r"got a link: README\.md"):
+        push_to_hub(folder, "me/vit")
+    (folder / "README.md").unlink()
+    digest = json.loads((folder / "vbp.json").read_text())["weights"]["sha256"]
+    (folder / f".model.safetensors.{digest[:16]}").symlink_to(folder / "model.safetensors")
+    with pytest.raises(InputError, match=r"got a link: \.model\.safetensors"):
         push_to_hub(folder, "me/vit")
     assert hub.requests == []

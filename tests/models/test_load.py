@@ -176,7 +176,7 @@ def test_a_torchscript_program_is_named_and_no_advice_to_run_code_is_given(tmp_p
     (tmp_path / "t.pt").write_bytes(b"neither a zip file nor a pickle")
     for name, text in (
         ("s.pt", "got a TorchScript program"),
-        ("t.pt", r"no readable PyTorch weight file \(no pickle of"),
+        ("t.pt", r"no readable PyTorch weight file \(it does not begin as"),
     ):
         with pytest.raises(InputError, match=text) as caught:
             load_classifier("test_vit", checkpoint=tmp_path / name, model_kwargs=VIT)
@@ -283,6 +283,23 @@ def test_hub_names_without_network(name: str) -> None:
     with pytest.raises(InputError, match="could not be fetched") as caught:
         load_classifier(name)
     assert caught.value.__cause__ is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("hf-hub:../../x", "hf-hub:/etc/passwd", "timm/../x", "timm/", "hf_hub:", "hf-hub:a/b/c", "hf-hub:a\nb/c"),
+        *("hf-hub:https://example.org/x", "local-dir:/tmp", "x" * 300, "a/" * 3000, "../x", "a/.."),
+    ],
+)
+def test_a_name_that_cannot_be_one_is_refused_before_anything_is_sought(name: str) -> None:
+    """Kin to reports of model names that were taken for paths, or for addresses."""
+    with pytest.raises(
+        InputError, match=r"model name must be|model_name must be|neither an existing folder"
+    ) as refused:
+        load_classifier(name)
+    assert refused.value.__cause__ is None or "could not be fetched" not in str(refused.value)
+    assert "\n" not in str(refused.value)
 
 
 def test_hub_name_of_timm_with_random_weights_needs_no_network() -> None:

@@ -298,6 +298,7 @@ def _no_space(content: object, file: object) -> None:
         ({"keep_ratio": 0.0}, r"keep_ratio must be in \(0, 1\], got 0.0"),
         ({"keep_ratio": 1.3}, r"keep_ratio must be in \(0, 1\], got 1.3"),
         ({"min_keep_ratio": 0.9}, "min_keep_ratio must not exceed keep_ratio"),
+        ({"keep_ratio": 1e-6, "min_keep_ratio": 0.0}, "must ask for one of the 1024 hidden channels .* got 1e-06"),
         ({"data_path": "absent"}, "data_path must hold train/<class>/ and val/<class>/, got no folder absent"),
         ({"model_name": "vit_of_nobody"}, "vit_of_nobody"),
         ({"model_type": "swin"}, "swin"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from memory import at_most
 
 from vbp import InputError
-from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.decode import from_json, read_json, read_json_lines, to_json
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,14 @@ class Outer:
     exact: bool
     either: int | str
     free: Any = None
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A count and a fraction."""
+
+    count: int
+    share: float
 
 
 OUTER = Outer((Inner("x", 1.5), Inner("y")), (3, 4), "b", {"fc": (1, 0.5)}, Path("a/b"), True, "text", {"k": [1]})
@@ -78,6 +88,38 @@ def test_what_does_not_fit_is_named(changed: dict[Any, Any], text: str) -> None:
 def test_only_an_object_is_a_dataclass(value: Any) -> None:
     with pytest.raises(InputError, match="it is damaged: it must be an object, got"):
         from_json(Outer, value, "it")
+
+
+@pytest.mark.parametrize(("kind", "value"), [("count", 10**400), ("count", 2**63), ("share", 10**400)])
+def test_a_number_of_many_digits_is_none(kind: str, value: int) -> None:
+    """Kin to reports of sizes that no float can hold, which ended in an OverflowError much later."""
+    with pytest.raises(InputError, match=f"{kind}, which must be"):
+        from_json(Numbers, {"count": 1, "share": 0.5, kind: value}, "it")
+
+
+def test_json_has_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    with path.open("wb") as file:
+        file.truncate(2**34)
+    with pytest.raises(ValueError, match="it has 17179869184 bytes, allowed are"):
+        read_json(path)
+    with at_most(400), pytest.raises(ValueError, match=r"Expecting value|it has .* bytes"):
+        list(read_json_lines(path))
+    path.unlink()
+    os.mkfifo(path)
+    for read in (read_json, lambda path: list(read_json_lines(path))):
+        with pytest.raises(OSError, match="no such file"):
+            read(path)
+
+
+def test_lines_come_in_pieces_of_whole_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    rows = [[number, "x" * 100] for number in range(60_000)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + "\n  \n[1]")
+    pieces = [*read_json_lines(path)]
+    assert len(pieces) > 1
+    assert b"".join(piece for piece, _ in pieces) == path.read_bytes()
+    assert [row for _, own in pieces for row in own] == [*rows, [1]]
 
 
 def test_a_long_value_is_shortened() -> None:

@@ -16,6 +16,7 @@ from vbp.runtime.sealed import write_sealed
 from vbp.training import checkpoints
 from vbp.training.checkpoints import (
     FORMAT,
+    checked_content,
     checkpoint_fault,
     clear_checkpoints,
     has_checkpoints,
@@ -52,6 +53,17 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple):
         return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
     return type(a) is type(b) and bool(a == b)
+
+
+@pytest.mark.parametrize("state", [{}, {"settings": 3}, {"settings": {"a": torch.ones(2)}}])
+def test_a_checkpoint_of_something_else_is_one_error(state: dict[str, Any], tmp_path: Path) -> None:
+    """A file with a valid digest may hold anything: whoever wrote it need not have been a run."""
+    path = saved(tmp_path, 1, **state)
+    with (
+        pytest.raises(InputError, match=r"epoch0001.* is no checkpoint that can be continued: its content is not"),
+        checked_content(path),
+    ):
+        float(read_checkpoint(path)["settings"]["a"])
 
 
 def saved(run: Path, epoch: int, batch: int = 0, **state: Any) -> Path:

@@ -159,7 +159,7 @@ class BudgetResult:
     @property
     def miss(self) -> float:
         """Return by what share of the target the plan is on its wrong side; negative on the right side."""
-        over = self.reached / self.target - 1
+        over = (self.reached - self.target) / (self.target or 1)
         return -over if self.budget.quantity == "speedup" else over
 
     def to_dict(self) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from vbp.cost.macs import plan_cost
 from vbp.cost.search import PlanFor, PlanSearch, check_reachable, counted, meet_count
 from vbp.cost.timing import LatencyComparison
 from vbp.cost.widths import LayerTimes, WidthCosts
+from vbp.errors import InputError
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PruningPlan
 from vbp.sites.site import Site
@@ -52,6 +53,12 @@ class BudgetTarget:
         equal_shares = partial(rules.neutral, sites)
         costs = WidthCosts.of(model, sites, example)
         if budget.quantity == "keep_ratio":
+            total = sum(site.hidden for site in sites if site.kind == "mlp")
+            if total and round(total * budget.amount) < 1:
+                raise InputError(
+                    f"keep_ratio must ask for one of the {total} hidden channels at least, got {budget.amount:g}; "
+                    f"give {1 / total:.2g} or more"
+                )
             return BudgetTarget(budget, costs, times, budget.amount)
         if budget.timed and times is None:
             return BudgetTarget(budget, costs, None, 1.0)

@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -211,7 +212,9 @@ def list_folder(data_path: Path, split: str, num_classes: int, own: ClassNames |
         names = class_folder_names(folder)
         labels = dict(zip(names, head_labels(names, num_classes, str(folder), own), strict=True))
         made_from = {"labels": labels}
-    kept = read_rows(index, _FORMAT, lambda kept: _is_current(data_path, kept, made_from))
+    kept = read_rows(
+        index, _FORMAT, partial(_is_row, num_classes), lambda kept: _is_current(data_path, kept, made_from)
+    )
     if kept is None:
         _log.info("listing the images of %s", samples if samples.is_file() else folder)
         if samples.is_file():
@@ -227,6 +230,13 @@ def list_folder(data_path: Path, split: str, num_classes: int, own: ClassNames |
         left_out = ", ".join(f"{count} {reason}" for reason, count in sorted(made_from["left_out"].items()))
         _log.info("left out of %s: %s", folder, left_out)
     return ImageList(data_path, tuple(path for _, path in rows), tuple(label for label, _ in rows))
+
+
+def _is_row(num_classes: int, row: Row) -> bool:
+    if [*map(type, row)] != [int, str]:
+        return False
+    label, path = row
+    return 0 <= label < num_classes and "\0" not in path
 
 
 def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str, Any]) -> bool:

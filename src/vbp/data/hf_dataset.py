@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import numpy as np
 
 from vbp.data.images import SPLITS
 from vbp.data.labels import ClassNames, check_labels, head_labels
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.files import open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
@@ -130,11 +129,17 @@ def check_dataset(place: str, options: Mapping[str, str]) -> None:
 def _dataset_name(place: str) -> str:
     if Path(place).is_dir():
         return place
-    if re.fullmatch(r"[\w.-]+(/[\w.-]+)?", place) and not place.startswith("."):
-        return place
-    raise InputError(
-        f"hfds/ must be followed by a folder that exists or by OWNER/NAME on the Hugging Face hub, got {place}"
-    )
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    try:
+        validate_repo_id(place)
+    except HFValidationError as error:
+        raise InputError(
+            "hfds/ must be followed by a folder that exists or by OWNER/NAME on the Hugging Face hub, got "
+            f"{place[:200]!r}: {one_line(error)}"
+        ) from error
+    return place
 
 
 @contextmanager
@@ -146,7 +151,7 @@ def _clear_errors(place: str) -> Iterator[None]:
         yield
     except InputError:
         raise
-    except (OSError, ValueError, LookupError, TypeError, NotImplementedError, DatasetsError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RuntimeError, DatasetsError) as error:
         # The library's own texts may fill a screen.
         text = " ".join(str(error).split())
         where = "is a folder" if Path(place).is_dir() else "is no folder here, so it was looked for on the hub"

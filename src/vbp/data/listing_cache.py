@@ -13,34 +13,39 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from vbp.runtime.decode import parse_json
-from vbp.runtime.files import read_regular, write_bytes
+from vbp.runtime.decode import read_json_lines
+from vbp.runtime.files import write_bytes
 
 _log = logging.getLogger(__name__)
 Row = Sequence[Any]
 
 
 def read_rows(
-    file: Path, format_name: str, is_current: Callable[[Mapping[str, Any]], bool]
+    file: Path, format_name: str, is_row: Callable[[Row], bool], is_current: Callable[[Mapping[str, Any]], bool]
 ) -> tuple[dict[str, Any], list[Row]] | None:
     """Return what `write_rows` wrote; None if the file is missing, damaged or out of date.
 
-    `is_current` is called with what the list was made from.
+    `is_row` tells whether a list can be a row; `is_current` is called with what the list was made from.
     """
     if not file.exists():
         return None
     try:
-        header, _, body = read_regular(file).partition(b"\n")
-        values = parse_json(header)
+        pieces = read_json_lines(file)
+        start, (values, *rows) = next(pieces)
         if values["format"] != format_name:
             raise ValueError("its format is not that of this version")
-        if hashlib.sha256(body).hexdigest() != values["sha256"]:
-            raise ValueError("its checksum does not fit")
         if not is_current(values["made_from"]):
             return None
-        rows: list[Row] = parse_json(b"[" + b",".join(body.splitlines()) + b"]")
+        digest = hashlib.sha256(start.partition(b"\n")[2])
+        for piece, more in pieces:
+            digest.update(piece)
+            rows += more
+        if digest.hexdigest() != values["sha256"]:
+            raise ValueError("its checksum does not fit")
+        if not all(isinstance(row, list) and is_row(row) for row in rows):
+            raise ValueError("a row of it is damaged")
         return values["made_from"], rows
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, StopIteration) as error:
         _log.warning("%s cannot be used (%s); the images are listed anew", file, error)
         return None
 

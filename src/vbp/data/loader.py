@@ -215,8 +215,8 @@ class ImageLoader:
         if count > self._allowed:
             raise InputError(
                 f"at most {self._allowed} of {total} images may be unreadable, got {count} so far "
-                f"({count / total:.1%}): {some_of([*self.unreadable], 3)}; repair or remove them, "
-                "or raise max_unreadable"
+                f"({count / total:.1%}): {some_of([*self.unreadable], 3)}; repair them, or "
+                "move them out of the data"
             )
 
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import pickle
 import struct
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from vbp.data.labels import ClassNames, label_in_path
 from vbp.data.listing_cache import Row
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.files import is_regular, open_regular
 
 
@@ -50,11 +51,27 @@ def read_samples(file: Path, num_classes: int, own: ClassNames | None = None) ->
     return rows
 
 
+# What a list of texts and numbers is written with, in any protocol.
+_PLAIN = (
+    *(pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.POP, pickle.POP_MARK, pickle.DUP, pickle.NONE),
+    *(pickle.INT, pickle.BININT, pickle.BININT1, pickle.BININT2, pickle.LONG, pickle.LONG1, pickle.LONG4),
+    *(pickle.NEWTRUE, pickle.NEWFALSE, pickle.FLOAT, pickle.BINFLOAT),
+    *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
+    *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),  # of Python 2
+    *(pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
+    *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
+)
+_LARGEST_FILE, _LONGEST_PATH = 2**31, 4096
+
+
 class _PlainUnpickler(pickle._Unpickler):
-    """Reads numbers, strings and containers only: a pickle that may name a function may run any code.
+    """Reads numbers, strings, lists and tuples only: a pickle that may name a function may run any code.
 
     The unpickler written in Python, because that in C makes a table as long as the greatest number in the file.
     """
+
+    dispatch: ClassVar = {op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN}
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and code is never loaded")
@@ -66,7 +83,11 @@ class _PlainUnpickler(pickle._Unpickler):
 def _load_plain_pickle(file: Path) -> object:
     try:
         with open_regular(file) as stream:
-            return _PlainUnpickler(stream).load()
+            if (size := file.stat().st_size) > _LARGEST_FILE:
+                raise ValueError(f"it has {size} bytes, allowed are {_LARGEST_FILE}")
+            # Unlike a file, a map takes no more memory than there is to read, however much is asked for.
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return _PlainUnpickler(content).load()
     except (
         # What the unpickler raises on damaged bytes depends on where the damage lies.
         *(OSError, pickle.UnpicklingError, EOFError, ValueError, LookupError, TypeError, AttributeError),
@@ -74,7 +95,7 @@ def _load_plain_pickle(file: Path) -> object:
     ) as error:
         raise InputError(
             f"{file} must be a pickled list of (path, label) with plain strings and whole numbers, "
-            f"but cannot be read: {error or type(error).__name__}; write it anew or remove it"
+            f"but cannot be read: {one_line(error)}; write it anew or remove it"
         ) from error
 
 
@@ -82,6 +103,8 @@ def _checked_sample(file: Path, place: int, sample: object, num_classes: int) ->
     if not isinstance(sample, (list, tuple)) or len(sample) != 2:
         raise InputError(f"each entry of {file} must be (path, label), got {_kind(sample)} at {place}")
     path, label = sample
+    if isinstance(path, str) and len(path) > _LONGEST_PATH:
+        raise InputError(f"each path in {file} may have {_LONGEST_PATH} letters, got {len(path)} at entry {place}")
     if not isinstance(path, str) or not path or "\0" in path:
         raise InputError(f"each path in {file} must be a text, got {_kind(path)} at entry {place}")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < num_classes:

@@ -7,8 +7,10 @@ import glob
 import io
 import logging
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -16,14 +18,16 @@ import numpy as np
 
 from vbp.data.images import SPLITS
 from vbp.data.labels import check_labels
-from vbp.data.listing_cache import read_rows, write_rows
-from vbp.data.tar_scan import SampleFormat, scan_shard
+from vbp.data.listing_cache import Row, read_rows, write_rows
+from vbp.data.tar_scan import LARGEST_IMAGE, SampleFormat, scan_shard
 from vbp.errors import InputError
 from vbp.runtime.files import is_regular, open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
 _log = logging.getLogger(__name__)
 _MARK = "{split}"
+_MOST_SHARDS = 10**6
+_RANGE = re.compile(r"(-?\d{1,18})\.\.(-?\d{1,18})")
 
 
 def find_shards(place: str, options: Mapping[str, str], split: str) -> tuple[Path, tuple[str, ...]]:
@@ -90,6 +94,8 @@ def _sought(place: str, options: Mapping[str, str], split: str) -> str:
 def _expand(root: Path, pattern: str) -> tuple[str, ...]:
     from webdataset.shardlists import expand_urls
 
+    if (count := _alternatives(pattern)) > _MOST_SHARDS:
+        raise InputError(f"a shard pattern may stand for {_MOST_SHARDS} names, got {count} of {pattern[:80]}")
     try:
         names = expand_urls(pattern)
     except (ValueError, AssertionError) as error:
@@ -99,6 +105,25 @@ def _expand(root: Path, pattern: str) -> tuple[str, ...]:
         # Unlike pathlib's star this one finds no hidden files, such as a half copied shard.
         shards += sorted(glob.glob(name, root_dir=root)) if "*" in name else [name]  # noqa: PTH207
     return tuple(shards)
+
+
+def _alternatives(pattern: str) -> int:
+    """Return how many names a pattern with braces stands for, without making them."""
+    # Of each open brace: the names of the alternatives before the last comma, those of the last, and where it began.
+    levels = [(0, 1, 0)]
+    for place, sign in enumerate(pattern):
+        total, last, start = levels[-1]
+        if sign == "{":
+            levels.append((0, 1, place + 1))
+        elif sign == "," and len(levels) > 1:
+            levels[-1] = (total + last, 1, start)
+        elif sign == "}" and len(levels) > 1:
+            levels.pop()
+            numbers = _RANGE.match(pattern[start:place])
+            inside = abs(int(numbers[1]) - int(numbers[2])) + 1 if numbers else total + last
+            total, last, start = levels[-1]
+            levels[-1] = (total, last * inside, start)
+    return sum(last for _, last, _ in levels) + sum(total for total, _, _ in levels)
 
 
 _FORMAT = "vbp-shard-index/2"
@@ -170,7 +195,7 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
         "format": repr(form),
     }
     file = root / f"{split}_shards.jsonl"
-    kept = read_rows(file, _FORMAT, lambda kept: kept == made_from)
+    kept = read_rows(file, _FORMAT, partial(_is_row, len(shards)), lambda kept: kept == made_from)
     rows = [] if kept is None else kept[1]
     if kept is None:
         _log.info("listing the samples of %d shards in %s", len(shards), root)
@@ -183,6 +208,15 @@ def list_samples(place: str, options: Mapping[str, str], split: str, num_classes
         raise InputError(f"the shards of {split} in {root} must hold samples, got none")
     check_labels(images.labels, num_classes, images.name)
     return images
+
+
+def _is_row(shards: int, row: Row) -> bool:
+    if [*map(type, row)] != [int, str, int, int, int]:
+        return False
+    shard, _, offset, size, label = row
+    lowest, highest = (0, 0, 0, -(2**62)), (shards - 1, 2**62, LARGEST_IMAGE, 2**62)
+    values = (shard, offset, size, label)
+    return all(low <= value <= high for low, value, high in zip(lowest, values, highest, strict=True))
 
 
 def check_shards(place: str, options: Mapping[str, str]) -> None:

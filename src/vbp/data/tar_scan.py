@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
 import tarfile
 from collections.abc import Iterator
@@ -9,15 +11,20 @@ from dataclasses import dataclass
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from vbp.data.formats import IMAGE_EXTENSIONS
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.decode import parse_json
 from vbp.runtime.files import open_regular
 
 _META = re.compile(r"__[^/]*__($|/)")  # WebDataset's own notes, which are no samples
 _NUMBER = re.compile(rb"\s*-?[0-9]{1,18}\s*")
+
+# Bytes of an encoded image, of a label, and of one header with long names and further fields of a file; and how many
+# of these fields a file may have.
+LARGEST_IMAGE, LARGEST_LABEL = 2**30, 2**20
+_LARGEST_HEADER, _MOST_FIELDS = 2**15, 64
 
 
 @dataclass(frozen=True)
@@ -51,18 +58,45 @@ class Place(NamedTuple):
 def scan_shard(shard: Path, form: SampleFormat) -> Iterator[Place]:
     """Return the samples of a shard in their order; it must be whole, and each sample complete and there once."""
     try:
-        with open_regular(shard) as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        with open_regular(shard) as stream, tarfile.open(fileobj=_ShortReads(stream), mode="r:") as tar:
             # All headers first: what a torn shard lacks must not be blamed on a sample.
-            members = tar.getmembers()
+            members = [_checked(member) for member in tar]
             _check_end(tar, shard)
             for key, files in _grouped(members, shard):
-                yield _place(tar, shard, key, files, form)
+                yield _place(stream, shard, key, files, form)
     except InputError:
         raise
     except (tarfile.TarError, OSError, ValueError, EOFError, OverflowError) as error:
         raise InputError(
-            f"the shard {shard} must be a whole, uncompressed tar file, got: {error}; make it anew"
+            f"the shard {shard} must be a whole, uncompressed tar file, got: {one_line(error)}; make it anew"
         ) from error
+
+
+class _ShortReads(io.RawIOBase):
+    """A file of which little is read at once: tarfile takes a header for as long as it says that it is."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+
+    def read(self, size: int = -1, /) -> bytes:
+        if not 0 <= size <= _LARGEST_HEADER:
+            raise tarfile.ReadError(f"a header has {size} bytes, allowed are {_LARGEST_HEADER}")
+        return self._stream.read(size)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
+        return self._stream.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self._stream.tell()
+
+
+def _checked(member: tarfile.TarInfo) -> tarfile.TarInfo:
+    # Fields of the whole shard are copied to each of its files.
+    if len(member.pax_headers) > _MOST_FIELDS:
+        raise tarfile.ReadError(
+            f"{member.name[:80]} has {len(member.pax_headers)} fields in its header, allowed are {_MOST_FIELDS}"
+        )
+    return member
 
 
 def _grouped(members: list[tarfile.TarInfo], shard: Path) -> Iterator[tuple[str, dict[str, tarfile.TarInfo]]]:
@@ -87,7 +121,7 @@ def _grouped(members: list[tarfile.TarInfo], shard: Path) -> Iterator[tuple[str,
 
 
 def _place(
-    tar: tarfile.TarFile, shard: Path, key: str, files: dict[str, tarfile.TarInfo], form: SampleFormat
+    shard_file: BinaryIO, shard: Path, key: str, files: dict[str, tarfile.TarInfo], form: SampleFormat
 ) -> Place:
     images = [extension for extension in form.image if extension in files]
     if len(images) != 1 or form.label not in files:
@@ -96,11 +130,14 @@ def _place(
             f"each sample must have {wanted}, got {', '.join(sorted(files))} for {key} in {shard}; "
             "name the extensions with ?image=...&label=..."
         )
-    image = files[images[0]]
-    if image.issparse():
-        raise InputError(f"images must be stored whole, got the sparse file {image.name} in {shard}; make it anew")
-    stream = tar.extractfile(files[form.label])
-    text = stream.read() if stream is not None else b""
+    image, label = files[images[0]], files[form.label]
+    for file, most in ((image, LARGEST_IMAGE), (label, LARGEST_LABEL)):
+        if file.issparse():
+            raise InputError(f"images must be stored whole, got the sparse file {file.name} in {shard}; make it anew")
+        if file.size > most:
+            raise InputError(f"{file.name} in {shard} may have {most} bytes, got {file.size}; make it anew")
+    shard_file.seek(label.offset_data)
+    text = shard_file.read(label.size)
     return Place(key, image.offset_data, image.size, _label(text, form, f"{key} in {shard}"))
 
 

@@ -168,11 +168,16 @@ def read_file(file: Path) -> tuple[dict[str, Any], State]:
     if "state_dict" not in content:
         raise InputError(f"{file} lacks 'state_dict'; make it again")
     state: State = content.pop("state_dict")
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+    if not isinstance(state, dict) or not all(map(_is_weight, state, state.values())):
         raise InputError(f"{file} is damaged: its state_dict must hold tensors by name; copy or make it again")
     if fault := seal_fault(file, FILE_FORMAT):
         raise InputError(f"{file} is no whole pruned model: {fault}")
     return content, state
+
+
+def _is_weight(name: object, value: object) -> bool:
+    plain = isinstance(value, Tensor) and value.layout == torch.strided and not value.is_meta
+    return plain and isinstance(name, str)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -217,7 +222,9 @@ def read_folder(folder: Path) -> tuple[dict[str, Any], State]:
         state = load(data)
         state.update({alias: state[name] for alias, name in expected["shared"].items()})
     except (SafetensorError, KeyError, ValueError) as error:
-        raise InputError(f"{file} is no readable safetensors file ({error}); make the folder again") from error
+        raise InputError(
+            f"{file} is no readable safetensors file ({one_line(error)}); make the folder again"
+        ) from error
     return manifest, state
 
 

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.runtime.forward import logits_of
 
 _log = logging.getLogger(__name__)
@@ -163,7 +163,9 @@ class ProgramClassifier(nn.Module):
         try:
             program = torch.export.load(path).module()
         except (RuntimeError, ValueError, KeyError, OSError, AssertionError) as error:
-            raise InputError(f"{path} is damaged or no file of torch.export ({error}); export it again") from error
+            raise InputError(
+                f"{path} is damaged or no file of torch.export ({one_line(error)}); export it again"
+            ) from error
         # Not as a submodule: a program refuses eval() and train(), for it has no mode.
         self.program = (program,)
 

@@ -61,17 +61,16 @@ def push_to_hub(
         raise InputError(
             f"the hub takes the folder of a pruned model, got {folder}; write one with save_pruned(model, FOLDER)"
         )
-    links = [name for name in (WEIGHTS, MANIFEST, CARD) if (place / name).is_symlink()]
+    weights, manifest, card = weights_path(place, read_manifest(place)), place / MANIFEST, place / CARD
+    links = [file.name for file in (weights, manifest, card) if file.is_symlink()]
     if links:
         raise InputError(f"files for the hub must lie in {place} themselves, got a link: {links[0]}; copy it there")
     artifact = read_artifact(place)
-    card = place / CARD
     text: Path | bytes = card
     if not card.is_file():
         facts = {"base_model": base_model, "license": license, "dataset": dataset}
         text = model_card(artifact, repository, **facts).encode()
-    weights = weights_path(place, read_manifest(place))
-    content: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: place / MANIFEST, CARD: text}
+    content: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: manifest, CARD: text}
     return publish(content, repository, private=private, revision=revision, message=message)
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -80,10 +82,17 @@ class Classifier:
 
 def hub_repository(model_name: str) -> str | None:
     """Return the hub repository of `timm/NAME` or `hf-hub:OWNER/NAME`; `None` for a name of timm's own registry."""
-    for prefix in ("hf-hub:", "hf_hub:"):
-        if model_name.startswith(prefix):
-            return model_name.removeprefix(prefix)
-    return model_name if model_name.startswith("timm/") else None
+    if not model_name.startswith(("hf-hub:", "hf_hub:", "timm/")):
+        return None
+    repository = model_name.removeprefix("hf-hub:").removeprefix("hf_hub:")
+    try:
+        validate_repo_id(repository.partition("@")[0])
+    except HFValidationError as error:
+        raise InputError(
+            f"model name must be timm/NAME or hf-hub:OWNER/NAME, @REVISION behind it or not, got "
+            f"{model_name[:200]!r}: {one_line(error)}"
+        ) from error
+    return repository
 
 
 def cannot_fetch(model_name: str, error: BaseException) -> InputError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbp.errors import InputError, one_line
+from vbp.errors import InputError, one_line, some_of
 from vbp.models.class_names import huggingface_class_names
 from vbp.models.classifier import Classifier, Family, ModelSource, cannot_fetch, check_family
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_preprocessing
@@ -20,6 +21,7 @@ from vbp.models.weights import describe_mismatch
 from vbp.runtime.choices import ModelType
 from vbp.runtime.decode import read_json
 from vbp.runtime.files import is_regular
+from vbp.runtime.sealed import READING_ERRORS, check_plain
 
 _log = logging.getLogger(__name__)
 
@@ -123,12 +125,32 @@ def _check_folder(folder: Path) -> None:
     try:
         values = read_json(file)
     except (OSError, ValueError) as error:
-        raise InputError(f"{file} is no readable JSON ({error}); save the model again") from error
+        raise InputError(f"{file} is no readable JSON ({one_line(error)}); save the model again") from error
+    _check_files(folder)
     if isinstance(values, dict) and "model_type" not in values and "architecture" in values:
         raise InputError(
             f"{folder} holds a timm model, and only folders of transformers are read; give --model_name "
             f"{values['architecture']} --checkpoint {folder / 'model.safetensors'}"
         )
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files that transformers would read with far more memory than they have bytes, or that name others."""
+    for file in (path for path in folder.iterdir() if path.suffix in (".bin", ".safetensors", ".json")):
+        try:
+            if not file.is_file():
+                raise ValueError("it is no file")
+            if file.match("pytorch_model*.bin"):
+                check_plain(file)
+            elif file.suffix == ".json":
+                values = read_json(file)
+                shards = values.get("weight_map") if isinstance(values, dict) else None
+                named = set(shards.values()) if isinstance(shards, dict) else set()
+                strays = [repr(name) for name in named if not re.fullmatch(r"\w[\w.-]*\.[a-z]\w+", str(name))]
+                if strays:
+                    raise ValueError(f"it names files elsewhere: {some_of(strays)}")
+        except (*READING_ERRORS, TypeError) as error:
+            raise InputError(f"{file} cannot be read ({one_line(error)}); save the model again") from error
 
 
 def _cannot_load(model_name: str, error: BaseException) -> InputError:

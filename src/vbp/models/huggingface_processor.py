@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
+from vbp.runtime.sealed import READING_ERRORS
 
 # Those that resize, then perhaps crop the centre, then normalise; the names may end in Fast or Pil.
 PLAIN_PROCESSORS = (
@@ -27,16 +28,7 @@ CONVNEXT_SQUASH_EDGE = 384
 
 # What transformers raises for files that it cannot fetch, read or understand; the last one for a value of the wrong
 # type in a configuration.
-LOADING_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    SafetensorError,
-    StrictDataclassError,
-)
+LOADING_ERRORS = (*READING_ERRORS, ArithmeticError, AttributeError, SafetensorError, StrictDataclassError, TypeError)
 
 
 def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Preprocessing:

@@ -45,7 +45,11 @@ class Limits:
     @classmethod
     def of_dense(cls, pruned: Mapping[str, Tensor]) -> Limits:
         """Return those of the dense model of these weights: it is larger, and has buffers that are not saved."""
-        elements = 64 * sum(value.numel() for value in pruned.values()) + 2**22
+        # Tied and expanded weights are stored once.
+        stored = {
+            value.data_ptr(): value.untyped_storage().nbytes() // value.element_size() for value in pruned.values()
+        }
+        elements = 64 * sum(stored.values()) + 2**22
         return cls(min(cls.modules, 20 * len(pruned) + 1000), min(cls.elements, elements))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.runtime.choices import Compensation, Scope
 from vbp.runtime.decode import from_json, read_json, to_json
@@ -128,7 +128,7 @@ class PruningPlan:
         try:
             return PruningPlan.from_dict(read_json(Path(path)))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no readable plan ({error}); make the plan again") from error
+            raise InputError(f"{path} is no readable plan ({one_line(error)}); make the plan again") from error
 
 
 def _check(entry: SitePlan) -> None:

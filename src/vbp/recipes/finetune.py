@@ -18,6 +18,7 @@ from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import training_transform
 from vbp.deploy.artifact import save_pruned
 from vbp.errors import Interrupted
+from vbp.models.weights import mismatch
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.measure import describe, measure
@@ -26,7 +27,7 @@ from vbp.report.run_report import BEST, FINAL, METRICS, Measured, RunReport
 from vbp.runtime.files import write_bytes
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.signals import Interruption
-from vbp.training.checkpoints import save_checkpoint
+from vbp.training.checkpoints import checked_content, save_checkpoint
 from vbp.training.losses import DistillationLoss
 from vbp.training.memory import dry_step
 from vbp.training.meters import EpochResult, steps_per_epoch
@@ -52,7 +53,12 @@ class _Progress:
     def begin(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport) -> _Progress:
         """Begin with the pruned model as epoch 0, or with the checkpoint that a run goes on from."""
         if job.resumed is not None:
-            return _Progress(job, plan, report, list(job.resumed.state["rows"]), job.resumed.state["best_weights"])
+            with checked_content(job.resumed.path):
+                rows, weights = job.resumed.state["rows"], job.resumed.state["best_weights"]
+                mismatched = mismatch(pruned.state_dict(), weights)
+                if mismatched is not None or not all(isinstance(row["epoch"], int) for row in rows):
+                    raise ValueError(f"its best weights or its epochs are damaged: {mismatched}")
+            return _Progress(job, plan, report, [*rows], weights)
         row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
         return _Progress(job, plan, report, [row], _weights(pruned))
 
@@ -211,7 +217,8 @@ def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module 
     trainer = _trainer(job, pruned, steps, teacher, compiled=job.config.compile)
     if job.resumed is not None:
         state = job.resumed.state
-        trainer.load_state_dict(state["trainer"], state["processes"][session.processes.rank])
+        with checked_content(job.resumed.path):
+            trainer.load_state_dict(state["trainer"], state["processes"][session.processes.rank])
     save = partial(progress.checkpoint, trainer)
     log_dir = job.config.log_dir if session.processes.is_main else None
     with Interruption() as interruption, Tracker(log_dir, first_epoch=trainer.epoch) as tracker:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import SUMMARY
@@ -131,7 +131,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         value = read_json(path)
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} must be the settings of a run, but cannot be read ({error}); remove it") from error
+        raise InputError(
+            f"{path} must be the settings of a run, but cannot be read ({one_line(error)}); remove it"
+        ) from error
     if not isinstance(value, dict):
         raise InputError(f"{path} must be the settings of a run, got {type(value).__name__}; remove it")
     return value

@@ -30,7 +30,7 @@ from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.precision import move_
-from vbp.training.checkpoints import clear_checkpoints
+from vbp.training.checkpoints import checked_content, clear_checkpoints
 
 _log = logging.getLogger(__name__)
 LOG = "vbp_imagenet.log"
@@ -69,7 +69,8 @@ def run(config: RunConfig) -> RunReport:
             assert dense is not None
             pruned, plan, report = _prune(job, dense, refits)
         else:
-            pruned, plan, report = _restore(job, job.resumed.state)
+            with checked_content(job.resumed.path):
+                pruned, plan, report = _restore(job, job.resumed.state)
         report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
         report = replace(report, **_circumstances(job))
         if session.processes.is_main:

@@ -43,7 +43,7 @@ from vbp.sites.site import Site, find_sites
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, default_views
 from vbp.statistics.statistics import Statistics
-from vbp.training.checkpoints import read_checkpoint
+from vbp.training.checkpoints import checked_content, read_checkpoint
 from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.tensorboard import check_tracking
 
@@ -193,7 +193,9 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
     if resumed is not None:
-        check_same_settings(resumed.state["settings"], settings, resumed.path)
+        with checked_content(resumed.path):
+            saved = dict(resumed.state["settings"])
+        check_same_settings(saved, settings, resumed.path)
     example = classifier.example_input().to(device)
     sites = find_sites(model, example, attention=config.bottleneck)
     if given is not None and config.stats_path is not None:

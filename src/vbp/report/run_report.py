@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.cost.timing import LatencyComparison
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
-from vbp.runtime.decode import from_json, parse_json, read_json, to_json
+from vbp.runtime.decode import from_json, read_json, read_json_lines, to_json
 from vbp.runtime.files import is_regular
 from vbp.runtime.tables import format_count, standard_error, text_table, with_error
 from vbp.statistics.statistics import Statistics
@@ -219,7 +219,7 @@ class RunReport:
         try:
             return RunReport.from_dict(read_json(path))
         except (OSError, ValueError) as error:
-            raise InputError(f"{path} is no readable summary of a run ({error}); run it again") from error
+            raise InputError(f"{path} is no readable summary of a run ({one_line(error)}); run it again") from error
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
@@ -297,11 +297,11 @@ def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
     if not is_regular(path):
         return ()
     try:
-        rows = [parse_json(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        rows = [row for _, rows in read_json_lines(path) for row in rows]
         # A loss may be NaN where training went wrong; that is worth a report too.
         return tuple(
             {name: float(row[name]) for name in _CURVES if name in row} | {"epoch": operator.index(row["epoch"])}
             for row in rows
         )
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
         raise InputError(f"{path} is no readable table of epochs ({error!r}); run it again") from error

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import mmap
 import os
 import pickle
 import re
 import struct
+import tarfile
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,6 +30,10 @@ READING_ERRORS = (
 _SEAL = re.compile(rb"([a-z-]{1,40}/\d{1,9}) sha256:([0-9a-f]{64})\Z")
 _LONGEST_SEAL = 128
 _PIECE = 2**20
+_ZIP = b"PK\x03\x04"
+
+# How often, on average, the elements of a file may be there: in tied weights, and in expanded ones.
+_MOST_VIEWS = 16
 
 
 def write_sealed(file: IO[bytes], content: dict[str, Any], format_name: str) -> None:
@@ -72,19 +80,55 @@ def seal_fault(path: Path, format_name: str) -> str | None:
 def load_plain(path: Path) -> Any:
     """Read a file of torch.save onto the CPU: tensors and plain data alone, which run nothing.
 
-    Raises one of `READING_ERRORS`, too if the archive would unpack to more than its own size: torch.save compresses
-    nothing.
+    Raises one of `READING_ERRORS`, too if it would take far more memory than the file has bytes.
     """
-    with open_regular(path):
-        pass  # it is no pipe and no device
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > path.stat().st_size:
-            raise ValueError(
-                f"its archive unpacks to {unpacked} bytes, more than the {path.stat().st_size} of the file"
-            )
-    return torch.load(path, map_location="cpu", weights_only=True)
+    check_plain(path)
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    size, most = 0, _MOST_VIEWS * path.stat().st_size + _PIECE
+    for tensor in _tensors(content):
+        # Tied and expanded tensors count as often as they are there.
+        size += tensor.numel() * tensor.element_size()
+        if size > most:
+            raise ValueError(f"its tensors have more than {most} bytes, out of proportion to the file")
+    return content
+
+
+def check_plain(path: Path) -> None:
+    """Raise ValueError or BadZipFile for a file that torch.load reads and torch.save never writes.
+
+    That are archives that unpack to more than their size, since torch.save compresses nothing; archives of another
+    kind; and the one function without tensors that weights-only loading calls with a size from the file.
+    """
+    size = path.stat().st_size
+    with open_regular(path) as file:
+        start = file.read(tarfile.BLOCKSIZE)
+        with contextlib.suppress(tarfile.HeaderError):
+            tarfile.TarInfo.frombuf(start, "utf-8", "surrogateescape")
+            raise ValueError("it is a tar archive")
+        if start.startswith(_ZIP):
+            with zipfile.ZipFile(path) as archive:
+                entries = archive.infolist()
+            unpacked = sum(entry.file_size for entry in entries)
+            if unpacked > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+                raise ValueError(f"its archive unpacks to {unpacked} bytes, and the file has {size}")
+        elif not start.startswith(pickle.PROTO):
+            raise ValueError("it does not begin as torch.save does")
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            if content.find(b"\nbytearray\n") >= 0:
+                raise ValueError("it makes a list of bytes")
+
+
+def _tensors(content: Any) -> Iterator[torch.Tensor]:
+    """Yield the tensors in nested plain data, which may hold itself."""
+    seen: set[int] = set()
+    rest = [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict | list | tuple | set) and id(value) not in seen:
+            seen.add(id(value))
+            rest += value.values() if isinstance(value, dict) else value
 
 
 def _digest(file: IO[bytes], size: int) -> str:

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.fisher import SiteSensitivity
 from vbp.method.moments import ChannelMoments
@@ -29,6 +29,7 @@ _READABLE = ("vbp-statistics/1", "vbp-statistics/2", _FORMAT)
 
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
+_READING_ERRORS = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError)
 _SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
 
 
@@ -190,9 +191,10 @@ class Statistics:
             return _decoded(parse_json(metadata["header"]), tensors)
         except InputError:
             raise
-        except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
+        except _READING_ERRORS as error:
             raise InputError(
-                f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
+                f"{path} is no readable statistics file ({one_line(error)}); delete it and collect the statistics "
+                "again"
             ) from error
 
 
@@ -237,7 +239,10 @@ def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statis
         sensitivities[name] = SiteSensitivity(images, *map(lambda place, shape: part(place, *shape), named, shapes))
     counts = [header["images"], *header["counts"].values()]
     counts += [*header.get("covariance_counts", {}).values(), *header.get("sensitivity_images", {}).values()]
-    _checked(all(type(count) is int and count > 0 for count in counts), "it must count at least one image and sample")
+    _checked(
+        all(type(count) is int and 0 < count < 2**63 for count in counts),
+        "it must count at least one image and sample",
+    )
     model, data, fraction = header["model"], header["data"], header.get("token_fraction", 1.0)
     _checked(isinstance(model, str) and isinstance(data, str) and 0 < fraction <= 1, "its header is damaged")
     return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ _log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"
 FORMAT = "vbp-checkpoint/1"
 _KEPT = 2
+
+# What values of another kind, another shape or none lead to.
+_CONTENT_ERRORS = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
 _NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
 
 
@@ -62,6 +66,20 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} is no checkpoint that can be continued: it cannot be read ({first_line(error)})"
         ) from error
     return state
+
+
+@contextmanager
+def checked_content(path: Path) -> Iterator[None]:
+    """Raise InputError if what is done here with the state of a checkpoint shows that it is not that of a run."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} is no checkpoint that can be continued: {error}") from error
+    except _CONTENT_ERRORS as error:
+        raise InputError(
+            f"{path} is no checkpoint that can be continued: its content is not that of a run ({error!r:.300}); give "
+            "another, or start over"
+        ) from error
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

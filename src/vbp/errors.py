@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from signal import Signals
 
 
 class InputError(ValueError):
@@ -27,15 +28,26 @@ class OutputError(OSError):
 
 
 class PeerError(RuntimeError):
-    """Another process of the same job failed; the text is its error, or says that it wrote none."""
+    """Another process of the same job failed; the text is its error, or says that it wrote none.
+
+    `shown` is whether this process shows it, rather than another one of its node.
+    """
+
+    def __init__(self, text: str, *, shown: bool = True) -> None:
+        super().__init__(text)
+        self.shown = shown
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was told to stop (SIGINT, SIGTERM: `signal` is its number) and has written what is needed to go on."""
+    """A job was told to stop (SIGINT, SIGTERM: `signal` is its number); the text says how it goes on, where it can.
 
-    def __init__(self, signal: int, text: str) -> None:
-        super().__init__(text)
+    `told` is whether it does. What was written is whole.
+    """
+
+    def __init__(self, signal: int, text: str = "") -> None:
+        super().__init__(text or f"stopped by {Signals(signal).name}; files written so far are whole")
         self.signal = signal
+        self.told = text != ""
 
 
 def first_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from vbp.errors import InputError, Interrupted, OutputError, PeerError
+from vbp.runtime.signals import reading_processes, stop_at_sigterm
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -100,8 +101,9 @@ def _loading() -> Iterator[None]:
     """Report an interrupt while flags are read and libraries load: nothing has begun."""
     try:
         yield
-    except KeyboardInterrupt:
-        raise Interrupted(signal.SIGINT, "interrupted before anything began") from None
+    except KeyboardInterrupt as error:
+        number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
+        raise Interrupted(number, "interrupted before anything began") from None
 
 
 def _say(text: str) -> None:
@@ -118,7 +120,8 @@ def guarded(job: Callable[[], None]) -> int:
     logger = logging.getLogger("vbp")
     logger.addHandler(handler)
     try:
-        code = _code(job, place)
+        with stop_at_sigterm():
+            code = _code(job, place)
     except Exception:
         if not _among_others():
             raise
@@ -141,8 +144,8 @@ def _code(job: Callable[[], None], place: str) -> int:
         sys.stderr.write(f"{place}error: {error}\n")
         return 1
     except PeerError as error:
-        # One line a node: the process that failed has said it in full.
-        if os.environ.get("LOCAL_RANK", "0") == "0":
+        # The process that failed has said it in full, if it could.
+        if error.shown:
             sys.stderr.write(f"{place}stopped: {error}\n")
         return 1
     except Interrupted as error:
@@ -164,7 +167,8 @@ def _code(job: Callable[[], None], place: str) -> int:
 def _flushed(job: Callable[[], None]) -> None:
     """Do a job and flush its output, while an error can still be reported."""
     try:
-        job()
+        with reading_processes():
+            job()
     except SystemExit:
         sys.stdout.flush()
         raise

@@ -134,6 +134,18 @@ def check_data_path(data_path: Path | str) -> None:
         check_shards(path.place, path.options)
 
 
+def check_outside(folder: Path, data_path: Path | str) -> None:
+    """Stop if a folder that is to be written lies in a split of the data, where it would be taken for a class."""
+    path = DataPath.parse(data_path)
+    for split in SPLITS if path.kind == "folder" else ():
+        images = Path(path.place) / split
+        if folder.resolve().is_relative_to(images.resolve()):
+            raise InputError(
+                f"save_dir must lie outside of the images, got {folder} in {images}, where each folder is a class; "
+                "choose another --save_dir"
+            )
+
+
 def class_folders(data_path: Path | str, num_classes: int) -> list[str]:
     """Return the class folders in the order of their labels; none where the data is kept another way.
 

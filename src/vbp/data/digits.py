@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from sklearn.datasets import load_digits
 
 from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, OutputError
+from vbp.runtime.files import folder_in_use, try_lock
 
 # A ViT in the usual proportions (a head of 32 dimensions, an MLP four times as wide as the embedding): 16 patches,
 # 214,218 parameters. It is trained by examples/train_digits_vit.py.
@@ -38,6 +40,7 @@ PREPROCESSING: Final = Preprocessing(
 HFLIP: Final = False
 CROP_SCALE: Final = (0.7, 1.0)
 WEIGHTS: Final = Path(__file__).parent / "assets" / "digits_vit.safetensors"
+_STAGING: Final = ".digits."
 _WHITE = 16  # the brightest value in scikit-learn's images
 
 
@@ -51,25 +54,31 @@ def write_digits(folder: Path) -> None:
     images = _encode()
     try:
         _check_only_digits(folder, images)
-        missing = [
-            path
-            for path, png in images.items()
-            if not (folder / path).is_file() or (folder / path).read_bytes() != png
-        ]
-        if not missing:
+        if not _missing(folder, images) and not list(folder.glob(f"{_STAGING}*")):
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        # An image comes into place by a rename, so that neither a reader nor an interruption finds a part of one.
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".digits.") as staging:
-            for path in missing:
-                staged = Path(staging) / "image.png"
-                staged.write_bytes(images[path])
-                (folder / path).parent.mkdir(parents=True, exist_ok=True)
-                staged.replace(folder / path)
+        with try_lock(folder) as held:
+            if not held:
+                raise folder_in_use(folder, "--folder")
+            for left_over in folder.glob(f"{_STAGING}*"):
+                shutil.rmtree(left_over)
+            # An image comes into place by a rename, so that neither a reader nor an interruption finds a part of one.
+            with tempfile.TemporaryDirectory(dir=folder, prefix=_STAGING) as staging:
+                for path in _missing(folder, images):
+                    staged = Path(staging) / "image.png"
+                    staged.write_bytes(images[path])
+                    (folder / path).parent.mkdir(parents=True, exist_ok=True)
+                    staged.replace(folder / path)
     except OSError as error:
         raise OutputError(
             f"the digits could not be written into {folder} ({error}); choose another folder or free some space"
         ) from error
+
+
+def _missing(folder: Path, images: Mapping[str, bytes]) -> list[str]:
+    """Return the images that are not there, or are damaged."""
+    return [
+        path for path, png in images.items() if not (folder / path).is_file() or (folder / path).read_bytes() != png
+    ]
 
 
 def _encode() -> dict[str, bytes]:

@@ -6,6 +6,7 @@ looks at those alone, which costs one call a folder instead of one a file.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vbp.runtime.decode import read_json_lines
-from vbp.runtime.files import write_bytes
+from vbp.runtime.files import LOCK, clear_leftovers, leftovers, try_lock, write_bytes
 
 _log = logging.getLogger(__name__)
 Row = Sequence[Any]
@@ -27,6 +28,7 @@ def read_rows(
 
     `is_row` tells whether a list can be a row; `is_current` is called with what the list was made from.
     """
+    _clear_leftovers(file)
     if not file.exists():
         return None
     try:
@@ -58,8 +60,20 @@ def write_rows(file: Path, format_name: str, made_from: Mapping[str, Any], rows:
         # The superuser can write anywhere; a folder that its owner marked as read-only is still left alone.
         if not file.parent.stat().st_mode & 0o222:
             raise PermissionError("the folder is read-only")
-        # Another process reads the earlier list or this one, never a part.
-        write_bytes(file, json.dumps(header).encode() + b"\n" + body)
+        with try_lock(file.parent) as held:
+            if not held:
+                _log.info("%s is not kept: another process is writing into %s", file, file.parent)
+                return
+            # Another process reads the earlier list or this one, never a part.
+            write_bytes(file, json.dumps(header).encode() + b"\n" + body)
     except OSError as error:
         cause = error.__cause__ if isinstance(error.__cause__, OSError) else error
         _log.info("%s is not kept (%s); the images are listed on each run", file, cause.strerror or cause)
+
+
+def _clear_leftovers(file: Path) -> None:
+    """Remove what a killed process left beside the list, unless another one is writing there."""
+    if leftovers(file.parent, of=file.name) or (file.parent / LOCK).exists():
+        with contextlib.suppress(OSError), try_lock(file.parent) as held:  # what stays does no harm
+            if held:
+                clear_leftovers(file.parent, of=file.name)

@@ -17,7 +17,7 @@ from vbp.data.formats import MAX_PIXELS
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
 from vbp.errors import InputError, some_of
-from vbp.runtime.signals import leave_signals_to_parent
+from vbp.runtime.signals import leave_signals_to_parent, reading_processes
 
 _log = logging.getLogger(__name__)
 
@@ -191,12 +191,13 @@ class ImageLoader:
         whole = self._batches.world == 1 and self._batches.start == 0
         empty = True
         batch: Batch
-        for batch in self._loader:
-            for failure in batch.failures:
-                self._note(failure)
-            if batch.images is not None:
-                empty = False
-                yield batch.images, batch.labels
+        with reading_processes():
+            for batch in self._loader:
+                for failure in batch.failures:
+                    self._note(failure)
+                if batch.images is not None:
+                    empty = False
+                    yield batch.images, batch.labels
         if empty and (whole or len(self.unreadable) == len(self.images)):
             raise InputError(f"no image of {self.images.root} could be read: {some_of([*self.unreadable], 3)}")
 

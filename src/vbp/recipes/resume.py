@@ -11,11 +11,12 @@ from typing import Any, Final
 
 from vbp.errors import InputError, one_line
 from vbp.recipes.config import RunConfig
+from vbp.recipes.folder import BEGUN
 from vbp.recipes.options import Role, fields_with
-from vbp.report.run_report import SUMMARY
+from vbp.report.run_report import SUMMARY, RunReport
 from vbp.runtime.decode import read_json
 from vbp.runtime.files import check_folder
-from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, read_checkpoint
+from vbp.training.checkpoints import CHECKPOINTS, has_checkpoints, latest_checkpoint, newest_name, read_checkpoint
 
 _log = logging.getLogger(__name__)
 
@@ -48,6 +49,9 @@ def find_checkpoint(
     if resume is None and not restarted:
         _check_new(save_dir, overwrite)
         return None
+    if (save_dir / BEGUN).is_file() and (given is None or restarted):
+        _check_begun(save_dir / BEGUN, settings, overwrite)
+        return None if given is None else _at(given)
     if given is not None and not restarted:
         checkpoint = _at(given)
         if checkpoint.resolve().parent == (save_dir / CHECKPOINTS).resolve():
@@ -118,13 +122,37 @@ def _check_new(save_dir: Path, overwrite: bool) -> None:
 def _check_no_run(save_dir: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Check that a folder without checkpoints holds nothing, or only what this run wrote before its first one."""
     config = save_dir / CONFIG
-    if save_dir.is_dir() and config.is_file() and not (save_dir / SUMMARY).exists() and not overwrite:
-        check_same_settings(_read_json(config), settings, config)
-        _log.warning("%s holds no checkpoint yet: an earlier attempt ended before; the run begins anew", save_dir)
+    if config.is_file() and not (save_dir / SUMMARY).exists():
+        _check_begun(config, settings, overwrite)
         overwrite = True
-    # The half of a file that a killed attempt left counts as nothing.
-    halves = save_dir.is_dir() and all(path.match(".*.part") for path in save_dir.iterdir())
-    check_folder(save_dir, overwrite=overwrite or halves, needed_bytes=0)
+    check_folder(save_dir, overwrite=overwrite, needed_bytes=0)
+
+
+def _check_begun(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
+    """Check that an attempt without a checkpoint, whose settings are at the path, was one of this run."""
+    if not overwrite:
+        check_same_settings(_read_json(path), settings, path)
+        _log.warning("%s holds no checkpoint yet: an earlier attempt ended before; the run begins anew", path.parent)
+    check_folder(path.parent, overwrite=True, needed_bytes=0)
+
+
+def ended_run(config: RunConfig, *, restarted: bool = False) -> RunReport | None:
+    """Return the report of a run that is to go on, but had nothing to fine-tune and has ended; None for others."""
+    folder = config.save_dir
+    goes_on = config.resume == "auto" or (restarted and config.resume is None and not config.overwrite)
+    ended = all((folder / name).is_file() for name in (CONFIG, SUMMARY))
+    if not goes_on or not ended or (folder / BEGUN).exists() or has_checkpoints(folder / CHECKPOINTS):
+        return None
+    check_same_settings(_read_json(folder / CONFIG), config.to_dict(), folder / CONFIG)
+    return RunReport.read(folder)
+
+
+def way_on(save_dir: Path) -> str:
+    """Return how a run that is stopped now goes on."""
+    newest = newest_name(save_dir / CHECKPOINTS)
+    if newest is None or (save_dir / BEGUN).exists():
+        return "there is no checkpoint yet; the same command with --resume auto begins anew"
+    return f"the same command with --resume auto goes on from {newest}"
 
 
 def _read_json(path: Path) -> dict[str, Any]:

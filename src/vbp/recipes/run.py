@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,10 +20,11 @@ from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import check_memory, finetune
+from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, describe, measure, measure_dense
 from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
-from vbp.recipes.resume import CONFIG
+from vbp.recipes.resume import CONFIG, ended_run, way_on
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
@@ -30,6 +32,8 @@ from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.precision import move_
+from vbp.runtime.processes import restarts
+from vbp.runtime.session import Session
 from vbp.training.checkpoints import checked_content, clear_checkpoints
 
 _log = logging.getLogger(__name__)
@@ -56,9 +60,21 @@ def run(config: RunConfig) -> RunReport:
         0.5
     """
     check_config(config)
-    with run_log() as log, open_session(config) as session:
+    with (
+        run_log() as log,
+        open_session(config) as session,
+        own_folder(config.save_dir, config.data_path, session.processes, partial(way_on, config.save_dir)),
+    ):
         if session.processes.is_main:
             check_shipping(config)
+        ended = session.processes.from_main(partial(ended_run, config, restarted=restarts() > 0))
+        if ended is not None:
+            if session.processes.is_main:
+                clear_halves(config.save_dir)
+                log.open(config.save_dir / LOG, append=True)
+            _log.info("the run in %s has ended; its report is written again", config.save_dir)
+            _show(config, session, ended)
+            return ended
         job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
         dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
@@ -75,10 +91,7 @@ def run(config: RunConfig) -> RunReport:
         report = replace(report, **_circumstances(job))
         if session.processes.is_main:
             _write_results(config, report)
-        _log.info("results in %s\n%s", config.save_dir, report.table())
-        _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if session.processes.is_main and config.push_to_hub is not None:
-            _log.info("published: %s", publish_artifact(config))
+        _show(config, session, report)
     return report
 
 
@@ -176,24 +189,41 @@ def _open_folder(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
     if not job.session.processes.is_main:
         return
-    folder = job.config.save_dir
-    if job.resumed is None:
-        clear_folder(folder, _FILES)
-        remove_folder(folder / ARTIFACT)
-    from vbp.report.html import clear_report
+    folder, resumed, settings = job.config.save_dir, job.resumed, job.config.to_dict()
 
-    clear_report(folder)
-    # Checkpoints later than the one that was chosen belong to another course of the run.
-    clear_checkpoints(folder, after=None if job.resumed is None else job.resumed.path)
-    # First, since a run that ends at once is known again by it.
-    write_json(folder / CONFIG, job.config.to_dict())
-    log.open(folder / LOG, append=job.resumed is not None)
+    def clear() -> None:
+        from vbp.report.html import clear_report
+
+        if resumed is None:
+            clear_folder(folder, _FILES)
+            remove_folder(folder / ARTIFACT)
+        clear_report(folder)
+        # Checkpoints later than the one that was chosen belong to another course of the run.
+        clear_checkpoints(folder, after=None if resumed is None else resumed.path)
+
+    clear_halves(folder)
+    if resumed is None:
+        begin_anew(folder, CONFIG, settings, clear)
+    else:
+        clear()
+        write_json(folder / CONFIG, settings)
+        clear_folder(folder, (BEGUN,))
+    log.open(folder / LOG, append=resumed is not None)
 
 
 def _write_results(config: RunConfig, report: RunReport) -> None:
     """Write the results: the summary last, but for the pages that are drawn from it."""
     write_artifact(config.save_dir, report)
     write_json(config.save_dir / SUMMARY, report.to_dict())
-    from vbp.report.html import write_report  # drawing takes a second to import
 
-    _log.info("report: %s", write_report(config.save_dir))
+
+def _show(config: RunConfig, session: Session, report: RunReport) -> None:
+    """Draw the pages of a report, show its table, and publish the model if asked to."""
+    if session.processes.is_main:
+        from vbp.report.html import write_report  # drawing takes a second to import
+
+        _log.info("report: %s", write_report(config.save_dir))
+    _log.info("results in %s\n%s", config.save_dir, report.table())
+    _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
+    if session.processes.is_main and config.push_to_hub is not None:
+        _log.info("published: %s", publish_artifact(config))

@@ -39,6 +39,7 @@ from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
+from vbp.runtime.signals import reading_processes
 from vbp.sites.site import Site, find_sites
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, default_views
@@ -163,7 +164,7 @@ class Job:
 @contextmanager
 def open_session(config: RunConfig) -> Iterator[Session]:
     """Join the processes of the job, and choose device and precision."""
-    with process_group(config.device, config.timeout_minutes) as (processes, device):
+    with process_group(config.device, config.timeout_minutes) as (processes, device), reading_processes():
         yield Session(processes, device, Precision.choose(config.amp, device), dict.fromkeys(_STAGES, 0.0))
 
 

@@ -22,6 +22,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
+from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, measure, measure_dense
 from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
@@ -132,7 +133,11 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     each process calls it; all do their share, one writes, and all return the same report.
     """
     check_sweep(config)
-    with run_log() as log, open_session(config.run_config()) as session:
+    with (
+        run_log() as log,
+        open_session(config.run_config()) as session,
+        own_folder(config.save_dir, config.data_path, session.processes, functools.partial(_way_on, config)),
+    ):
         processes = session.processes
         progress = processes.from_main(functools.partial(read_progress, config))
         job = prepare(config.run_config(), session, sweep_needs(config.settings))
@@ -141,7 +146,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         refits = make_refits(job)
         dense = None if progress is None else progress.dense
         dense = dense or measure_dense(job)  # before anything else is done
-        _open(config, job, log, settings, fresh=progress is None)
+        _open(config, job, log, settings, fresh=progress is None or progress.begun)
         report = _sweep(config, job, refits, dense, () if progress is None else progress.rows, settings)
         if processes.is_main:
             _write(config, report, settings)
@@ -243,10 +248,10 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     folder = config.save_dir
     needed = evidence_bytes(job.dense, job.sites, sweep_needs(config.settings))
     check_folder(folder, overwrite=True, needed_bytes=sum(needed.values()) + 2**24)
+    clear_halves(folder)
     if fresh:
-        clear_folder(folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
-        # First, since a sweep that ends at once is known again by it.
-        write_state(folder, settings, {"dense": None, "rows": []})
+        clear = functools.partial(clear_folder, folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
+        begin_anew(folder, JSON, _state(settings, {"dense": None, "rows": []}), clear)
     log.open(folder / LOG, append=not fresh)
 
 
@@ -261,11 +266,12 @@ def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]
 
 @dataclass(frozen=True)
 class SweepProgress:
-    """Settings and rows of an earlier attempt."""
+    """Settings and rows of an earlier attempt; `begun` where it ended while it removed the results of another one."""
 
     settings: Mapping[str, Any]
     dense: Measured | None
     rows: tuple[SweepRow, ...]
+    begun: bool = False
 
 
 def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
@@ -292,7 +298,8 @@ def _identity(statistics: Statistics) -> list[Any]:
 
 def read_progress(config: SweepConfig) -> SweepProgress | None:
     """Read what is in the folder: nothing, or an earlier attempt; on the main process."""
-    path = config.save_dir / JSON
+    begun = (config.save_dir / BEGUN).is_file()
+    path = config.save_dir / (BEGUN if begun else JSON)
     if config.overwrite or not path.exists():
         check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
         return None
@@ -301,7 +308,7 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         if stored["format"] != _FORMAT:
             raise ValueError(f"format {stored['format']!r} where {_FORMAT} belongs")
         dense = None if stored["dense"] is None else Measured(**stored["dense"])
-        return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])))
+        return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])), begun)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
@@ -333,4 +340,12 @@ def _short(value: Any) -> str:
 
 def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:
     """Write what is known so far."""
-    write_json(folder / JSON, {"format": _FORMAT, "settings": dict(settings), **report})
+    write_json(folder / JSON, _state(settings, report))
+
+
+def _state(settings: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
+    return {"format": _FORMAT, "settings": dict(settings), **report}
+
+
+def _way_on(config: SweepConfig) -> str:
+    return f"the same command{' without --overwrite' if config.overwrite else ''} goes on where it was"

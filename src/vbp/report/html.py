@@ -21,13 +21,13 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
-from vbp.report.run_report import FinishedRun, RunReport, read_run, setting_text
+from vbp.report.run_report import FIGURES, FinishedRun, RunReport, read_run, setting_text
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, write_bytes
 from vbp.runtime.tables import format_count, markdown_table
 
-REPORT, MARKDOWN, FIGURES = "report.html", "report.md", "figures"
+REPORT, MARKDOWN = "report.html", "report.md"
 
 # Figures that a run may lack, all but the accuracy.
 _MISSING: Final = {

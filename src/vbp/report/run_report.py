@@ -19,7 +19,7 @@ from vbp.runtime.tables import format_count, standard_error, text_table, with_er
 from vbp.statistics.statistics import Statistics
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
-BEST, FINAL, ARTIFACT = "vbp_best.pth", "vbp_final.pth", "artifact"
+BEST, FINAL, ARTIFACT, FIGURES = "vbp_best.pth", "vbp_final.pth", "artifact", "figures"
 
 # How tables call the pruned model, by its compensation.
 _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}

@@ -1,18 +1,137 @@
-"""Write files whole or not at all, and find out early whether they can be written."""
+"""Write files whole or not at all, one job in a folder at a time, and find out early whether they can be written."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import shutil
+import socket
 import stat
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
 
 from vbp.errors import InputError, OutputError, some_of
+from vbp.runtime.signals import killed_reader
+
+_log = logging.getLogger(__name__)
+
+# Names that a killed process may leave in a folder: its lock, the halves of files, and what tried whether a folder
+# can be written. All code that makes, passes over or removes such a file goes by these.
+LOCK: Final = ".vbp.lock"
+_PROBE: Final = ".probe."
+_HALF: Final = ".part"
+
+# Open files of the locks that this process holds. A process that reads images is a fork of this one, and would hold
+# them too, for seconds after this one was killed.
+_held: set[int] = set()
+
+
+def _let_go_in_child() -> None:
+    while _held:
+        os.close(_held.pop())
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go_in_child)
+
+
+@contextlib.contextmanager
+def try_lock(folder: Path) -> Iterator[bool]:
+    """Hold the lock of a folder for the length of the block, if no other process holds it; say whether.
+
+    The lock ends with the process, however that ends. The folder is made if it is missing; what was made goes again
+    if nothing was written into it.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    descriptor = None
+    try:
+        descriptor = _lock(folder)
+        yield descriptor is not None
+    finally:
+        if descriptor is not None:
+            with contextlib.suppress(OSError):
+                (folder / LOCK).unlink()
+            _held.discard(descriptor)
+            os.close(descriptor)
+        with contextlib.suppress(OSError):
+            for place in missing:
+                place.rmdir()
+
+
+@contextlib.contextmanager
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Let no other job write into a folder for the length of the block; as `try_lock`.
+
+    Raises:
+        InputError: Another process writes there, or the folder cannot be written.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(try_lock(folder))
+        except OSError as error:
+            raise _not_writable(folder, error) from error
+        if not held:
+            raise folder_in_use(folder)
+        yield
+
+
+def _lock(folder: Path) -> int | None:
+    """Return the open file that holds the lock of a folder; None if another process has it."""
+    import fcntl  # not on every system
+
+    while True:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # a job that has just ended took the empty folder away
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(descriptor)
+            return None
+        except OSError as error:
+            _log.warning("%s cannot be locked (%s): see that no other job writes into it", folder, error.strerror)
+        # The file may have been removed by the job that held it, and made anew by a third.
+        with contextlib.suppress(OSError):
+            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+                _held.add(descriptor)
+                os.ftruncate(descriptor, 0)
+                os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+                return descriptor
+        os.close(descriptor)
+
+
+def folder_in_use(folder: Path, flag: str = "--save_dir") -> InputError:
+    """Return the error to raise where another process holds the lock of a folder."""
+    holder = ""
+    with contextlib.suppress(OSError):
+        holder = (folder / LOCK).read_text(errors="replace")[:100]
+    return InputError(
+        f"{flag.lstrip('-')} must be a folder into which no other job writes, got {folder}, into which "
+        f"{holder or 'another process'} writes; wait until it has ended, or choose another {flag}"
+    )
+
+
+def leftovers(folder: Path, of: str = "*") -> list[Path]:
+    """Return what killed processes left in a folder: halves of the file of this name, or all that they left."""
+    patterns = [f".{of}.*{_HALF}", *([f"{_PROBE}*"] if of == "*" else [])]
+    return [file for pattern in patterns for file in folder.glob(pattern)]
+
+
+def clear_leftovers(folder: Path, of: str = "*") -> None:
+    """Remove what killed processes left in a folder; for who knows that no other process writes there."""
+    _remove(leftovers(folder, of))
+
+
+def is_leftover(name: str) -> bool:
+    """Return whether a file has the name of something that a killed process left, and that may be removed."""
+    return name == LOCK or name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_HALF))
+
 
 _KINDS: Final = {
     stat.S_IFDIR: "a folder",
@@ -59,7 +178,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False
+            dir=path.parent, prefix=f".{path.name}.", suffix=_HALF, delete=False
         ) as file:
             temporary = Path(file.name)
             write(file)
@@ -74,6 +193,9 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         if temporary is not None:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
+        # PyTorch reports the end of a process that reads images in whatever line is just executed.
+        if killed := killed_reader(error):
+            raise killed from error
         # torch.save reports a failed write as RuntimeError of its zip writer.
         if isinstance(error, OSError | RuntimeError):
             raise OutputError(
@@ -95,19 +217,17 @@ def write_json(path: Path, value: Any) -> None:
 def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
     """Create a folder if missing, and stop before any work if results cannot or may not be written into it.
 
-    With `overwrite` results of another run may be there.
+    With `overwrite` results of another run may be there. What a killed process left half written is nothing.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".probe.") as probe:
+        with tempfile.NamedTemporaryFile(dir=folder, prefix=_PROBE) as probe:
             probe.write(b"0" * 4096)
             probe.flush()
         free = shutil.disk_usage(folder).free
-        present = sorted(entry.name for entry in folder.iterdir())
+        present = sorted(entry.name for entry in folder.iterdir() if not is_leftover(entry.name))
     except OSError as error:
-        raise InputError(
-            f"save_dir must be a folder that can be written, got {folder} ({error}); choose another --save_dir"
-        ) from error
+        raise _not_writable(folder, error) from error
     if free < needed_bytes:
         raise InputError(
             f"save_dir needs about {needed_bytes / 2**20:.0f} MiB, got {free / 2**20:.0f} MiB free in {folder}; "
@@ -120,12 +240,22 @@ def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:
         )
 
 
+def _not_writable(folder: Path, error: OSError) -> InputError:
+    return InputError(
+        f"save_dir must be a folder that can be written, got {folder} ({error}); choose another --save_dir"
+    )
+
+
 def clear_folder(folder: Path, names: Iterable[str]) -> None:
     """Remove the results of an earlier run, so that no file of it is taken for one of this run."""
     for name in names:
+        _remove([folder / name])
+        clear_leftovers(folder, of=name)
+
+
+def _remove(files: Iterable[Path]) -> None:
+    for file in files:
         try:
-            # A killed run leaves the half of a file under its temporary name.
-            for file in (folder / name, *folder.glob(f".{name}.*.part")):
-                file.unlink(missing_ok=True)
+            file.unlink(missing_ok=True)
         except OSError as error:
-            raise OutputError(f"{folder / name} could not be removed ({error}); choose another folder") from error
+            raise OutputError(f"{file} could not be removed ({error}); choose another folder") from error

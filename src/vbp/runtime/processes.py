@@ -25,6 +25,10 @@ _T = TypeVar("_T")
 _LOST_PEER = ("gloo", "nccl", "connection", "peer", "store", "timed out", "timeout")
 
 
+# The processes of a job are told to stop at about the same time.
+_MAIN_REPORTS_WITHIN = timedelta(seconds=3)
+
+
 @dataclass(frozen=True)
 class Processes:
     """The processes of this job, seen from one of them. The default is a job of one.
@@ -201,10 +205,11 @@ def process_group(device: str, timeout_minutes: float) -> Iterator[tuple[Process
     processes = Processes(rank, world, launch.local_rank, launch.local_world, control, PrefixStore("failures", store))
 
     def end(number: int, frame: FrameType | None) -> None:
-        failure = _first_failure(processes, "")
-        raise (
-            PeerError(failure) if failure else Interrupted(number, "stopped by SIGTERM before there was a checkpoint")
-        )
+        if failure := _first_failure(processes, ""):
+            raise _peer_error(processes, failure)
+        if _main_is_told(processes):
+            raise Interrupted(number)
+        raise _peer_error(processes, "the job was told to stop, and process 0, which reports it, is gone or busy")
 
     # torchrun sends SIGTERM to the others when one process has failed.
     before = signal.signal(signal.SIGTERM, end)
@@ -225,13 +230,34 @@ def _root_cause(processes: Processes, error: BaseException) -> BaseException:
         return error  # all processes were told to stop, or the first error is known
     text = first_line(error)
     if isinstance(error, RuntimeError) and any(sign in text.lower() for sign in _LOST_PEER):
-        failure = _first_failure(processes, "")
-        return PeerError(
-            failure or f"another process ended without an error message, seen by process {processes.rank}: {text}"
-        )
+        unknown = f"another process ended without an error message, seen by process {processes.rank}: {text}"
+        return _peer_error(processes, _first_failure(processes, "") or unknown)
     mine = f"process {processes.rank} of {processes.world} failed: {text}"
     first = _first_failure(processes, mine)
-    return error if first == mine else PeerError(first)
+    return error if first == mine else _peer_error(processes, first)
+
+
+def _peer_error(processes: Processes, text: str) -> PeerError:
+    """Return the error of another process; the first process of a node that knows of it shows it."""
+    assert processes.store is not None
+    rank = str(processes.rank)
+    try:
+        first = processes.store.compare_set(f"shown by {os.environ.get('GROUP_RANK', '0')}", "", rank).decode()
+    except RuntimeError:  # the process that held the store is gone
+        first = rank
+    return PeerError(text, shown=first == rank)
+
+
+def _main_is_told(processes: Processes) -> bool:
+    """Return whether the main process was told to stop, and so will report it; called where this one was."""
+    assert processes.store is not None
+    try:
+        if processes.is_main:
+            processes.store.set("told", "1")
+        processes.store.wait(["told"], _MAIN_REPORTS_WITHIN)
+    except RuntimeError:
+        return False
+    return True
 
 
 def _first_failure(processes: Processes, mine: str) -> str:

@@ -1,13 +1,17 @@
-"""Decide when to write a checkpoint: a signal asks the run to stop, or enough time has passed."""
+"""Decide when to write a checkpoint or to stop: a signal asks for it, enough time has passed, a reader was killed."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import FrameType, TracebackType
 from typing import Any
+
+from vbp.errors import InputError, Interrupted
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -77,3 +81,62 @@ def leave_signals_to_parent(worker: int) -> None:
     """
     for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def stop_at_sigterm() -> Iterator[None]:
+    """Let SIGTERM raise `Interrupted` for the length of the block.
+
+    Outside the main thread, and where the signal was ignored before, nothing changes.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    before = signal.getsignal(signal.SIGTERM)
+    if threading.current_thread() is not threading.main_thread() or before in (None, signal.SIG_IGN):
+        yield
+        return
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+# How PyTorch says that a process which reads images has ended.
+_READER = re.compile(
+    r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: ([^.]*)|exited unexpectedly)"
+)
+_MEMORY_REMEDY = (
+    "which is how a lack of memory shows: give fewer --num_workers, or 0 to read in the main process, or more memory"
+)
+_READER_REMEDIES = {
+    "": _MEMORY_REMEDY,
+    " (Killed)": _MEMORY_REMEDY,
+    " (Bus error)": (
+        "which is how a lack of shared memory shows: give fewer --num_workers, or 0 to read in the main process, or "
+        "more shared memory (/dev/shm; docker run --shm-size)"
+    ),
+}
+
+
+def killed_reader(error: BaseException) -> InputError | None:
+    """Return the error to raise where a process that reads images has ended; None where it is another error."""
+    match = _READER.search(str(error)) if isinstance(error, RuntimeError) else None
+    if match is None:
+        return None
+    reason = f" ({match[2].strip()})" if match[2] else ""
+    remedy = _READER_REMEDIES.get(reason, "give --num_workers 0 to read in the main process, where the cause shows")
+    return InputError(f"process {match[1]}, which read images for this one, ended unexpectedly{reason}, {remedy}")
+
+
+@contextlib.contextmanager
+def reading_processes() -> Iterator[None]:
+    """Turn the end of a process that reads images into an error that says what helps, wherever PyTorch reports it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if killed := killed_reader(error):
+            raise killed from error
+        raise

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from vbp.errors import InputError, OutputError, first_line
-from vbp.runtime.files import clear_folder, is_regular, write_atomically
+from vbp.runtime.files import clear_folder, clear_leftovers, is_regular, write_atomically
 from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 
 _log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise OutputError(f"{folder} could not be written ({error}); choose another folder") from error
-    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
+    clear_leftovers(folder)
     write_atomically(path, lambda file: write_sealed(file, {"format": FORMAT, "state": dict(state)}, FORMAT))
     whole = 0
     for other in reversed([file for file in _files(folder) if _position(file) is not None]):
@@ -109,7 +109,12 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 def has_checkpoints(folder: Path) -> bool:
     """Return whether a folder holds a file with the name of a checkpoint, whole or not."""
-    return any(_position(path) is not None for path in _files(folder))
+    return newest_name(folder) is not None
+
+
+def newest_name(folder: Path) -> str | None:
+    """Return the name of the newest checkpoint in a folder, whole or not; None if there is none."""
+    return next((path.name for path in reversed(_files(folder)) if _position(path) is not None), None)
 
 
 def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
@@ -118,7 +123,7 @@ def clear_checkpoints(save_dir: Path, after: Path | None = None) -> None:
     for path in _files(folder):
         if _position(path) is not None and (after is None or _place(path) > _place(after)):
             clear_folder(folder, [path.name])
-    clear_folder(folder, [half.name for half in folder.glob(".*.part")])
+    clear_leftovers(folder)
 
 
 def checkpoint_fault(path: Path) -> str | None:

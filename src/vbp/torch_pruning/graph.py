@@ -160,6 +160,9 @@ def pair_gates_(graph: Any) -> None:
     for node in graph.module2node.values():
         if node.type != ops.OPTYPE.SPLIT or not node.module.split_sizes:
             continue
+        if None in node.module.split_sizes:
+            # A split whose sizes it cannot tell, as of the queries in a rotary embedding: no channels are cut there.
+            continue
         offsets = [0]
         for size in node.module.split_sizes:
             offsets.append(offsets[-1] + size)

@@ -18,8 +18,8 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.pruner import function
 
 from vbp.errors import InputError, first_line
-from vbp.pruning.cutting import keep_channels_
 from vbp.runtime.forward import evaluation_mode, run_model
+from vbp.sites.cutting import keep_channels_
 
 _log = logging.getLogger(__name__)
 

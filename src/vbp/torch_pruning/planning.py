@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError, some_of
 from vbp.method.allocation import AllowedWidths, global_counts
-from vbp.pruning.cutting import HeadChange
+from vbp.sites.cutting import HeadChange
 from vbp.torch_pruning.graph import Coupling, canonical_roots, check_indices, pair_gates_, read_group
 from vbp.torch_pruning.trial import Removal
 

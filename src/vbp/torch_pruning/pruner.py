@@ -14,8 +14,8 @@ import torch_pruning as tp
 from torch import Tensor, nn
 
 from vbp.errors import InputError, some_of
-from vbp.pruning.cutting import HeadChange, update_attributes_
 from vbp.runtime.forward import run_model
+from vbp.sites.cutting import HeadChange, update_attributes_
 from vbp.sites.layers import unusual_layer, unusual_layers
 from vbp.sites.tracer import trace_model
 from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms

@@ -63,8 +63,8 @@ if TYPE_CHECKING:
     from vbp.recipes.run import run as run
     from vbp.refit.refits import refit_ as refit_
     from vbp.report.run_report import RunReport as RunReport
+    from vbp.sites.find import find_sites as find_sites
     from vbp.sites.site import Site as Site
-    from vbp.sites.site import find_sites as find_sites
     from vbp.statistics.collect import collect_statistics as collect_statistics
     from vbp.statistics.statistics import Statistics as Statistics
     from vbp.training.evaluate import Accuracy as Accuracy

@@ -91,7 +91,13 @@ def test_int8_takes_its_ranges_from_the_calibration_images(tmp_path: Path) -> No
     model, images = pruned("timm-vit"), FAMILIES["timm-vit"].example(32, torch.float32)
     labelled = [(images, logits(model, images).argmax(1))]
     report = export_model(
-        model, images, tmp_path / "a.onnx", dtype="int8", calibration=[images], labelled=labelled, tolerance=0.5
+        model,
+        images,
+        tmp_path / "a.onnx",
+        dtype="int8",
+        calibration=[{"image": images}],
+        labelled=labelled,
+        tolerance=0.5,
     )
     graph = onnx.load(report.file).graph
     quantised = [

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -120,24 +122,94 @@ def test_removal_equals_zeroed_channels_under_the_original_softmax_scale(name: s
     torch.testing.assert_close(logits(model, images), expected, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["Pvt", "Data2VecVision"])
-def test_a_scale_that_code_computes_from_the_head_size_stays_the_dense_models(kind: str) -> None:
+def assert_scale_is_the_dense_models(model: nn.Module, images: Tensor) -> list[Site]:
+    """Prune attention alone, compare with the dense model without the channels, and return the query/key sites."""
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images])
+    plan = make_plan(sites, variance_scores(statistics), keep_ratio=1.0, attn_keep_ratio=0.5)
+    expected, dense = zeroed_logits(model, plan, images), logits(model, images)
+    prune_(model, plan)
+    found = logits(model, images)
+    torch.testing.assert_close(found, expected)
+    assert float((found - dense).abs().max()) > 1e-4
+    return [site for site in sites if site.kind == "query_key"]
+
+
+_FOUR: dict[str, Any] = {"depths": [1] * 4, "num_attention_heads": [2] * 4, "mlp_ratios": [2] * 4}
+_TWO: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+COMPUTED: dict[str, tuple[int, dict[str, Any]]] = {
+    "Pvt": (32, {**_FOUR, "hidden_sizes": [16] * 4, "sequence_reduction_ratios": [1] * 4}),
+    "Data2VecVision": (32, {**_TWO, "patch_size": 8}),
+    "DonutSwin": (32, {"patch_size": 4, "embed_dim": 16, "depths": [1, 1], "num_heads": [2, 2], "window_size": 4}),
+    "MobileViT": (128, {"hidden_sizes": [16] * 3, "neck_hidden_sizes": [8] * 6 + [16], "num_attention_heads": 2}),
+}
+
+
+@pytest.mark.parametrize("kernel", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", COMPUTED)
+def test_a_scale_that_code_computes_from_the_head_size_stays_the_dense_models(kind: str, kernel: str) -> None:
     """Kin to reports of a softmax that changes when heads shrink: `math.sqrt(self.attention_head_size)`."""
     import transformers
 
-    one = {"depths": [1] * 4, "hidden_sizes": [16] * 4, "num_attention_heads": [2] * 4, "mlp_ratios": [2] * 4,
-           "sequence_reduction_ratios": [1] * 4}  # fmt: skip
-    two = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
-           "patch_size": 8, "attn_implementation": "eager"}  # fmt: skip
-    config = getattr(transformers, f"{kind}Config")(image_size=32, num_labels=7, **(one if kind == "Pvt" else two))
+    size, arguments = COMPUTED[kind]
+    if kernel == "sdpa" and kind != "Data2VecVision":
+        pytest.skip("has one kernel")
+    arguments = {**arguments, "attn_implementation": kernel} if kind == "Data2VecVision" else arguments
+    config = getattr(transformers, f"{kind}Config")(image_size=size, num_labels=7, **arguments)
     model = randomise_(getattr(transformers, f"{kind}ForImageClassification")(config)).double().eval()
-    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
-    sites = find_sites(model, images[:1], attention=True)
-    statistics = collect_statistics(model, sites, [images])
-    plan = make_plan(sites, variance_scores(statistics), keep_ratio=0.6, attn_keep_ratio=0.5)
-    expected = zeroed_logits(model, plan, images)
-    prune_(model, plan)
-    torch.testing.assert_close(logits(model, images), expected)
+    found = assert_scale_is_the_dense_models(model, torch.randn(3, 3, size, size, dtype=torch.float64))
+    assert all(site.implicit_scale for site in found)
+
+
+class Scaled(nn.Module):
+    """An attention whose softmax has a scale of one's choice."""
+
+    def __init__(self, attend: Callable[[nn.Module, Tensor, Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.proj, self.attend = nn.Linear(8, 24), nn.Linear(8, 8), attend
+        self.d_k, self.scale, self.temperature = 4, 0.5, nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(*x.shape[:2], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return (x + self.proj(self.attend(self, query, key, value).transpose(1, 2).flatten(2))).mean(1)
+
+
+def _weighted(scores: Tensor, value: Tensor) -> Tensor:
+    return scores.softmax(-1) @ value
+
+
+SCALES: dict[str, tuple[bool, Callable[[Any, Tensor, Tensor, Tensor], Tensor]]] = {
+    "queries first": (True, lambda m, q, k, v: _weighted(q / math.sqrt(q.shape[-1]) @ k.mT, v)),
+    "both": (True, lambda m, q, k, v: _weighted((q * q.size(-1) ** -0.25) @ (k * k.size(-1) ** -0.25).mT, v)),
+    "a power": (True, lambda m, q, k, v: _weighted(q @ k.mT * q.shape[-1] ** -0.5, v)),
+    "a tensor": (True, lambda m, q, k, v: _weighted((q @ k.mT).div(torch.tensor(float(k.shape[-1])).sqrt()), v)),
+    "given to the kernel": (
+        True,
+        lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=1 / math.sqrt(q.shape[-1])),
+    ),
+    "none given": (True, lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v)),
+    "a number kept elsewhere": (False, lambda m, q, k, v: _weighted(q @ k.mT / math.sqrt(m.d_k), v)),
+    "a number": (False, lambda m, q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.5)),
+    "a parameter": (False, lambda m, q, k, v: _weighted(q @ k.mT * m.temperature, v)),
+    "kept": (False, lambda m, q, k, v: _weighted(q @ k.mT * m.scale, v)),
+}
+
+
+@pytest.mark.parametrize("kind", SCALES)
+def test_whatever_expression_computes_the_scale_it_stays_the_dense_models(kind: str) -> None:
+    implicit, attend = SCALES[kind]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), Scaled(attend)).double().eval()
+    (site,) = assert_scale_is_the_dense_models(model, torch.randn(3, 5, 8, dtype=torch.float64))
+    assert site.implicit_scale is implicit
+
+
+def test_an_attention_that_depends_on_its_head_size_in_another_way_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), Scaled(lambda m, q, k, v: _weighted(q @ k.mT / q.shape[-1] ** 2, v)))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(InputError, match=r"behind 1.qkv is no site: what it computes depends in another way"):
+        find_sites(model, torch.randn(3, 5, 8), attention=True)
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", WITH_ATTENTION)
@@ -307,10 +379,8 @@ class WritesItsWidth(nn.Module):
 def test_code_that_needs_its_width_is_found_out_before_anything_is_modified() -> None:
     model = nn.Sequential(nn.Linear(8, 8), WritesItsWidth())
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    images = torch.randn(2, 3, 8)
-    sites = find_sites(model, images, attention=True)
-    with pytest.raises(InputError, match=r"does not run with fewer channels in 1: shape .* is invalid"):
-        check_prunable(model, sites, images)
+    with pytest.raises(InputError, match=r"1.qkv is no site: the model does not run with fewer channels .*shape "):
+        find_sites(model, torch.randn(2, 3, 8), attention=True)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
 
@@ -336,7 +406,7 @@ def test_a_model_of_attention_alone() -> None:
 
         def forward(self, x: Tensor) -> Tensor:
             query, key, value = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
-            return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+            return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2).mean(1))
 
     torch.manual_seed(0)
     model, images = Only().double(), torch.randn(2, 3, 8, dtype=torch.float64)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from families import Family
+from families import FAMILIES, Family
 from torch import Tensor, nn
 
-from vbp import InputError, Site, collect_statistics, find_sites
+from vbp import InputError, Site, collect_statistics, count_macs, find_sites
 from vbp.method.sampling import RandomProbes
 from vbp.sites.mlp import find_mlps
 
@@ -202,3 +202,29 @@ def test_a_pointwise_convolution_pair_is_a_site_and_a_wider_kernel_is_none() -> 
     wide = nn.Sequential(nn.Conv2d(3, 5, 3), nn.GELU(), nn.Conv2d(5, 3, 3))
     with pytest.raises(InputError):
         find_sites(wide, torch.randn(1, 3, 8, 8))
+
+
+class ByName(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(8, 16), nn.Linear(16, 8)
+
+    def forward(self, *, pixel_values: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.fc2(self.fc1(pixel_values).relu())
+
+
+def test_example_inputs_that_are_not_the_models_arguments_are_refused() -> None:
+    """Kin to reports of a TypeError from deep inside a tracer."""
+    assert len(find_sites(ByName(), {"pixel_values": torch.randn(2, 8)})) == 1
+    with pytest.raises(InputError, match=r"must be the arguments of ByName.forward, got 1 .*a dict by their names"):
+        find_sites(ByName(), torch.randn(2, 8))
+    with pytest.raises(InputError, match=r"must be the arguments of ByName.forward, got images "):
+        find_sites(ByName(), {"images": torch.randn(2, 8)})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_example_inputs_take_the_type_of_the_model(dtype: torch.dtype) -> None:
+    """Kin to reports of half-precision models that a counter or a tracer stops at with a float32 input."""
+    model, images = FAMILIES["timm-vit"].build().to(dtype), FAMILIES["timm-vit"].example(1, torch.float32)
+    assert find_sites(model, images) == find_sites(model, images.to(dtype))
+    assert count_macs(model, images) == count_macs(model, images.to(dtype))

@@ -15,9 +15,11 @@ from torch.utils.data import DataLoader, TensorDataset
 import vbp
 from vbp.errors import InputError
 from vbp.refit.stream import refit_stream_
+from vbp.runtime.processes import Processes
 from vbp.statistics.batches import pixels_of
-from vbp.statistics.gradients import collect_gradients
+from vbp.statistics.gradients import GradientSum
 from vbp.statistics.mlp_samples import MLPSamples
+from vbp.torch_pruning.compensate import reestimate_batchnorm_
 from vbp.torch_pruning.importance import VarianceImportance
 
 IMAGES = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
@@ -62,20 +64,32 @@ def by_refit(model: nn.Module, batches: Any) -> float:
     return refit_stream_(make_model(), sites, batches, judge).images
 
 
+def by_gradients(model: nn.Module, batches: Any) -> Tensor:
+    gradients = GradientSum(model, vbp.find_sites(model, IMAGES[:1]))
+    for _ in gradients.tee(batches):
+        pass
+    return gradients.mean(Processes())["blocks.0.mlp.fc1.weight"]
+
+
+def by_norm(model: nn.Module, batches: Any) -> Tensor:
+    norms = nn.Sequential(nn.BatchNorm2d(3))
+    reestimate_batchnorm_(norms, batches, "cpu")
+    return norms[0].running_mean  # type: ignore[return-value]
+
+
 ENTRIES: dict[str, Callable[[nn.Module, Any], Any]] = {
     "evaluate": lambda model, batches: vbp.evaluate(model, batches, "cpu"),
     "collect_statistics": lambda model, batches: first(
         vbp.collect_statistics(model, vbp.find_sites(model, IMAGES[:1]), batches).means
     ),
-    "collect_gradients": lambda model, batches: collect_gradients(model, vbp.find_sites(model, IMAGES[:1]), batches)[
-        "blocks.0.mlp.fc1.weight"
-    ],
+    "GradientSum": by_gradients,
     "DenseReference": lambda model, batches: torch.cat(vbp.DenseReference(model, batches).log_probabilities),
     "MLPSamples": lambda model, batches: (
         MLPSamples(model, vbp.find_sites(model, IMAGES[:1]), IMAGES[:1], batches).images
     ),
     "refit_stream_": by_refit,
     "VarianceImportance": by_importance,
+    "reestimate_batchnorm_": by_norm,
 }
 
 

@@ -16,7 +16,7 @@ from vbp import Site, find_sites
 CLASSES = 7
 Library = Literal["timm", "transformers", "torchvision"]
 
-# Why attention is refused: all but the last by `find_sites`, the last by `check_prunable`, which runs a copy.
+# Why attention is refused: the last after a trial on a copy.
 NONE = "no softmax attention"
 ROTARY = "rotary embedding between the query layer and the softmax"
 COSINE = "queries and keys are normalised (cosine attention)"

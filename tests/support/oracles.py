@@ -42,7 +42,7 @@ def clamped_logits(model: nn.Module, plan: PruningPlan, values: Mapping[str, Ten
 
         handles.append(consumer.register_forward_pre_hook(clamp))
     with torch.no_grad():
-        logits = logits_of(model(images))
+        output = model(images)
     for handle in handles:
         handle.remove()
-    return logits
+    return output if isinstance(output, Tensor) else logits_of(output)

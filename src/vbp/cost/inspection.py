@@ -12,7 +12,8 @@ from vbp.cost.widths import WidthCosts
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
-from vbp.sites.site import Site, SiteKind, find_sites
+from vbp.sites.find import find_sites
+from vbp.sites.site import Site, SiteKind
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.forward import evaluation_mode, fitted
 from vbp.runtime.tables import format_count, text_table
 
 
@@ -62,7 +62,7 @@ def macs_by_module(model: nn.Module, example: Tensor) -> dict[str, int]:
     # The counter follows every input back to its origin; a bare parameter that is passed to a module has none.
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     with evaluation_mode(model), _plain_attention(), torch.no_grad(), counter:
-        torch.func.functional_call(model, weights, (example,))
+        torch.func.functional_call(model, weights, (fitted(model, example),))
     root = type(model).__name__
     flops = {name: sum(counts.values()) for name, counts in counter.get_flop_counts().items()}
     by_module = {

@@ -32,6 +32,7 @@ from vbp.deploy.settings import ExportFormat, ExportPrecision
 from vbp.errors import InputError
 from vbp.runtime.files import write_atomically
 from vbp.runtime.tables import with_error
+from vbp.statistics.batches import images_for
 from vbp.training.evaluate import evaluate
 
 _log = logging.getLogger(__name__)
@@ -112,8 +113,8 @@ def export_model(
     *,
     to: ExportFormat = "onnx",
     dtype: ExportPrecision = "float32",
-    calibration: Iterable[Tensor] | None = None,
-    labelled: Iterable[tuple[Tensor, Tensor]] | None = None,
+    calibration: Iterable[Any] | None = None,
+    labelled: Iterable[Any] | None = None,
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -128,7 +129,8 @@ def export_model(
         output: Ends in `.onnx` or `.pt2`, as `to` says.
         to: `onnx` needs the extra `export`.
         dtype: Of weights and arithmetic; int8 for ONNX alone, bfloat16 for pt2 alone.
-        calibration: Batches of prepared training images that set the ranges of int8; 128 images or more.
+        calibration: Batches of prepared training images, as `pixels_of` takes them, that set the ranges of int8; 128
+            images or more.
         labelled: Batches of images and labels, gone through twice: for the accuracy of model and file.
         tolerance: Of the relative error of a logit, in the place of `TOLERANCES[dtype]`.
         overwrite: Whether an earlier file of that name may be replaced.
@@ -148,9 +150,9 @@ def export_model(
     if images.ndim != 4 or len(images) < 2:
         raise InputError(f"images must be two or more of one size, stacked, got shape {tuple(images.shape)}")
     assert allowed is not None
-    if calibration is not None:
-        calibration = _not_empty(calibration)
     reference = Portable(model, torch.float32)
+    if calibration is not None:
+        calibration = _not_empty(images_for(reference, calibration))
     images = images.detach().cpu().float()
     with tempfile.TemporaryDirectory(prefix="vbp-export-") as folder:
         draft = Path(folder) / f"model.{to}"
@@ -237,12 +239,11 @@ def _check_choice(to: str, dtype: str, calibration: object | None) -> None:
         require_onnx()
 
 
-def _not_empty(calibration: Iterable[Tensor]) -> Iterable[Tensor]:
-    batches = iter(calibration)
-    first = next(batches, None)
+def _not_empty(calibration: Iterator[Tensor]) -> Iterable[Tensor]:
+    first = next(calibration, None)
     if first is None:
         raise InputError(_NO_CALIBRATION)
-    return itertools.chain((first,), batches)
+    return itertools.chain((first,), calibration)
 
 
 def _check_output(path: Path, to: str, overwrite: bool) -> None:

@@ -15,16 +15,9 @@ from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
 from vbp.pruning.compensate import compensate_, refits_logits
-from vbp.pruning.cutting import (
-    HeadChange,
-    keep_channels_,
-    keep_columns_,
-    keep_entries_,
-    keep_rows_,
-    update_attributes_,
-)
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
+from vbp.sites.cutting import cut_
 from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.site import Site
 from vbp.statistics.statistics import observed_names
@@ -71,13 +64,7 @@ def prune_(
     restore = snapshot(_touched(model, entries), "_parameters", "_buffers")
     try:
         errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
-        for entry in entries:
-            if entry.site.implicit_scale:
-                _keep_softmax_scale_(model, entry)
-        _cut_(model, entries)
-        for entry in entries:
-            if entry.site.kind != "mlp":
-                update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
+        cut_(model, [(entry.site, entry.keep) for entry in entries])
     except BaseException:  # an interruption too: half a surgery is no model
         restore()
         raise
@@ -199,44 +186,3 @@ def _check_holds(
                     f"the covariance of site {name} must be of {site.hidden} channels, got {width}; collect its "
                     "statistics with covariance=True"
                 )
-
-
-def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
-    """Cut all rows and columns, each layer once: one layer may make the channels of several sites."""
-    rows: dict[str, set[int]] = defaultdict(set)
-    for entry in entries:
-        for name, first in entry.site.rows:
-            rows[name].update(first + index for index in entry.removed)
-    for name, removed in rows.items():
-        layer = model.get_submodule(name)
-        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
-    for entry in entries:
-        for name in entry.site.inner:
-            keep_channels_(model.get_submodule(name), entry.keep)
-        for name in entry.site.parameters:
-            owner, _, attribute = name.rpartition(".")
-            dim = model.get_parameter(name).shape.index(entry.site.hidden)
-            keep_entries_(model.get_submodule(owner), attribute, entry.keep, dim)
-        if entry.site.consumer:
-            keep_columns_(model.get_submodule(entry.site.consumer), entry.keep)
-
-
-def _head_change(entry: SitePlan) -> HeadChange:
-    site = entry.site
-    layers = (*site.producers, site.consumer) if site.consumer else site.producers
-    return HeadChange(layers, site.heads, site.hidden // site.heads, site.heads, len(entry.keep) // site.heads)
-
-
-def _keep_softmax_scale_(model: nn.Module, entry: SitePlan) -> None:
-    """Scale the queries so that the softmax keeps the scale of the original head dimension.
-
-    Fused attention divides by the root of the number of query channels that it finds.
-    """
-    site = entry.site
-    name, first = site.rows[0]
-    layer = model.get_submodule(name)
-    factor = (len(entry.keep) / site.hidden) ** 0.5
-    with torch.no_grad():
-        for parameter in (layer.weight, layer.bias):
-            if isinstance(parameter, Tensor):
-                parameter[first : first + site.hidden] *= factor

@@ -40,7 +40,8 @@ from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
 from vbp.runtime.signals import reading_processes
-from vbp.sites.site import Site, find_sites
+from vbp.sites.find import find_sites
+from vbp.sites.site import Site
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, default_views
 from vbp.statistics.statistics import Statistics

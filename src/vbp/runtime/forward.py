@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
 from vbp.errors import InputError
 from vbp.runtime.random_state import random_state, set_random_state_
@@ -118,10 +120,36 @@ ExampleInputs = Tensor | Sequence[Any] | Mapping[str, Any]
 
 
 def run_model(model: nn.Module, example_inputs: ExampleInputs) -> Any:
-    """Call a model with a tensor, the sequence of its arguments, or the mapping of its named ones."""
-    if isinstance(example_inputs, Tensor):
-        return model(example_inputs)
-    return model(**example_inputs) if isinstance(example_inputs, Mapping) else model(*example_inputs)
+    """Call a model with a tensor, the sequence of its arguments, or the mapping of its named ones.
+
+    Floating-point tensors come in the type of the model's parameters.
+
+    Raises:
+        InputError: The model takes other arguments.
+    """
+    named = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
+    args = () if isinstance(example_inputs, Mapping) else example_inputs
+    args, named = fitted(model, ((args,) if isinstance(args, Tensor) else tuple(args), named))
+    try:
+        inspect.signature(model.forward).bind(*args, **named)
+    except TypeError as error:
+        raise InputError(
+            f"example_inputs must be the arguments of {type(model).__name__}.forward, got "
+            f"{', '.join(named) or len(args)} ({error}); give a tuple of all, or a dict by their names"
+        ) from error
+    except ValueError:
+        pass  # compiled code has no signature
+    return model(*args, **named)
+
+
+Values = TypeVar("Values")
+
+
+def fitted(model: nn.Module, values: Values) -> Values:
+    """Return values, nested or not, with every floating-point tensor in the type of the model's parameters."""
+    dtype = next((each.dtype for each in model.parameters() if each.is_floating_point()), None)
+    fit = lambda value: value.to(dtype) if value.is_floating_point() else value  # noqa: E731
+    return values if dtype is None else tree_map_only(Tensor, fit, values)
 
 
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:

@@ -56,7 +56,6 @@ POSITIONAL = _names(
     "max_pool2d pad upsample"
 )
 
-_SCALINGS = _names("mul mul_ multiply div div_ true_divide __truediv__")
 REDUCTIONS = _names("amax amin linalg_vector_norm max mean norm std sum var vector_norm")
 PRODUCTS = _names("__matmul__ bmm matmul scaled_dot_product_attention")
 
@@ -80,15 +79,13 @@ class Attention:
     """The channels of one attention call; `value` is None if the values' channels could not be followed.
 
     Attributes:
-        implicit_scale: Whether the softmax scale follows from the number of query channels that are left.
-        factor: The number by which code after the product multiplies or divides the logits, if any.
+        implicit_scale: Whether no scale is given to a fused kernel, which then takes it from the query channels.
     """
 
     query: Int[Tensor, "heads head_dim"]
     key: Int[Tensor, "heads head_dim"]
     implicit_scale: bool
     value: Int[Tensor, "heads head_dim"] | None = None
-    factor: float | None = None
 
 
 @dataclass
@@ -109,7 +106,6 @@ class ChannelFlow:
         self._parameters = parameters
         self.ids: Any = WeakIdKeyDictionary()  # tensor -> compact ids of the same shape
         self.mixtures: Any = WeakIdKeyDictionary()  # tensor computed across channels -> the set of those channels
-        self.logits: Any = WeakIdKeyDictionary()  # product of queries and keys -> its `Attention`
         self.from_image: Any = WeakIdKeyDictionary()  # tensors computed from the model's input
         self.trace = Trace()
 
@@ -117,8 +113,6 @@ class ChannelFlow:
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
     ) -> None:
         """Assign ids to the output of a function, or record that the function uses channels in an unknown way."""
-        if name in _SCALINGS and len(args) == 2 and operands[0] in self.logits and isinstance(args[1], int | float):
-            self.logits[operands[0]].factor = float(args[1])
         if any(operand in self.ids for operand in operands):
             if not self._follow(func, name, args, kwargs, operands, output):
                 self.leak(operands, name or "an unnamed operation")
@@ -242,10 +236,7 @@ class ChannelFlow:
             return noted and self._mix_positions(value, output)
         left, right = (self.ids.get(tensor) for tensor in args[:2])
         if left is not None and right is not None:
-            noted = self._note_attention(left, right, implicit_scale=False)
-            if noted:
-                self.logits[output] = self.trace.attentions[-1]
-            return noted
+            return self._note_attention(left, right, implicit_scale=False)
         if right is not None and right.ndim == output.ndim:
             return self._mix_positions(right, output)
         return False

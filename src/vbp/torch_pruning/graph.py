@@ -18,8 +18,8 @@ from torch_pruning.dependency import index_mapping
 from torch_pruning.pruner import function
 
 from vbp.errors import InputError, first_line
-from vbp.pruning.cutting import keep_channels_
 from vbp.runtime.forward import evaluation_mode, run_model
+from vbp.sites.cutting import keep_channels_
 
 _log = logging.getLogger(__name__)
 
@@ -159,6 +159,9 @@ def pair_gates_(graph: Any) -> None:
     """
     for node in graph.module2node.values():
         if node.type != ops.OPTYPE.SPLIT or not node.module.split_sizes:
+            continue
+        if None in node.module.split_sizes:
+            # A split whose sizes it cannot tell, as of the queries in a rotary embedding: no channels are cut there.
             continue
         offsets = [0]
         for size in node.module.split_sizes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -18,7 +19,17 @@ from vbp.sites.layers import input_channels, output_channels
 from vbp.statistics.batches import images_for
 from vbp.statistics.collect import Observer
 from vbp.torch_pruning.compensate import ChannelMeans, by_layer, without
-from vbp.torch_pruning.graph import Coupling, Edge, build_graph, canonical_roots, logged_warnings, read_group
+from vbp.torch_pruning.graph import (
+    Coupling,
+    Edge,
+    build_graph,
+    canonical_roots,
+    check_indices,
+    logged_warnings,
+    read_group,
+)
+
+_log = logging.getLogger(__name__)
 
 
 def finish(running: RunningMoments, name: str) -> ChannelMoments:
@@ -123,7 +134,7 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
         graph = build_graph(model, first[:1])
         ignored = [module for layer in ignored_layers for module in layer.modules()]
         with logged_warnings(model):
-            groups = list(graph.get_all_groups(ignored_layers=ignored))
+            groups = [group for group in graph.get_all_groups(ignored_layers=ignored) if _fits(group)]
             canonical = [canonical_roots(group) for group in groups]
         couplings = [read_group(group) for group in groups]
         names = {module: name for name, module in model.named_modules()}
@@ -238,6 +249,16 @@ class VarianceImportance(tp.importance.Importance):  # type: ignore[misc]
                 for edge in _written(coupling):
                     entries.setdefault(edge.layer, torch.zeros(_width(edge), dtype=torch.float64))
                     entries[edge.layer][edge.channels] = by_root[roots][edge.roots]
+
+
+def _fits(group: Any) -> bool:
+    """Return whether the channel numbers of a group fit its layers; the pruner refuses those that do not."""
+    try:
+        check_indices(group)
+    except InputError as error:
+        _log.info("no statistics: %s", error)
+        return False
+    return True
 
 
 def _check_targets(

@@ -12,9 +12,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vbp.errors import InputError
+from vbp.errors import InputError, some_of
 from vbp.method.allocation import AllowedWidths, global_counts
-from vbp.pruning.cutting import HeadChange
+from vbp.sites.cutting import HeadChange
 from vbp.torch_pruning.graph import Coupling, canonical_roots, check_indices, pair_gates_, read_group
 from vbp.torch_pruning.trial import Removal
 
@@ -91,29 +91,47 @@ def candidates(pruner: Any) -> list[Candidate]:
     pair_gates_(graph)
     order = {module: index for index, module in enumerate(pruner.model.modules())}
     groups: list[tuple[int, Candidate]] = []
+    refused: dict[str, InputError] = {}
     for whole in graph.get_all_groups(
         ignored_layers=pruner.ignored_layers, root_module_types=pruner.root_module_types
     ):
-        group, name = whole, graph._module2name[whole[0].dep.target.module]
-        attention, heads = pruner._is_atten_group(group)
-        if attention:
-            group = pruner._downstream_node_as_root_if_attention(group)
-            if group is None:
-                _log.info("%s belongs to an attention with no prunable layer behind it; it stays whole", name)
-                continue
-        coupling = read_group(group)
-        if not coupling.consumers:
-            _log.info("no layer reads the channels of %s (an output of the model); it stays whole", name)
+        name = graph._module2name[whole[0].dep.target.module]
+        try:
+            candidate = _candidate(pruner, whole, name)
+        except InputError as error:
+            refused[name] = error
             continue
-        check_indices(group)
-        scores = pruner.estimate_importance(group)
-        if scores is None:
-            _log.info("the importance gives no score for %s; it stays whole", name)
-            continue
-        scores = _checked(scores, len(coupling.channels), name)
-        first = min(order.get(edge.layer, len(order)) for edge in coupling.producers or coupling.consumers)
-        groups.append((first, Candidate(group, coupling, tuple(heads), _units(pruner, group, name), scores)))
+        if candidate is not None:
+            edges = candidate.coupling.producers or candidate.coupling.consumers
+            groups.append((min(order.get(edge.layer, len(order)) for edge in edges), candidate))
+    if refused:
+        first, *others = refused
+        raise InputError(
+            f"{refused[first]}" + (f" (also refused: {some_of(others)})" if others else "")
+        ) from refused[first]
     return [candidate for _, candidate in sorted(groups, key=lambda pair: pair[0])]
+
+
+def _candidate(pruner: Any, whole: Any, name: str) -> Candidate | None:
+    """Return what may be cut of a group that `name` begins; None if it stays whole."""
+    group = whole
+    attention, heads = pruner._is_atten_group(group)
+    if attention:
+        group = pruner._downstream_node_as_root_if_attention(group)
+        if group is None:
+            _log.info("%s belongs to an attention with no prunable layer behind it; it stays whole", name)
+            return None
+    coupling = read_group(group)
+    if not coupling.consumers:
+        _log.info("no layer reads the channels of %s (an output of the model); it stays whole", name)
+        return None
+    check_indices(group)
+    scores = pruner.estimate_importance(group)
+    if scores is None:
+        _log.info("the importance gives no score for %s; it stays whole", name)
+        return None
+    scores = _checked(scores, len(coupling.channels), name)
+    return Candidate(group, coupling, tuple(heads), _units(pruner, group, name), scores)
 
 
 def _checked(scores: Tensor, width: int, name: str) -> Tensor:
@@ -142,8 +160,14 @@ def _units(pruner: Any, group: Any, name: str) -> Tensor:
             f"{'a packed gate among them' if gated else 'a remainder'}; put the layer into ignored_layers"
         )
     if gated:
+        sizes = set(canonical.unique(return_counts=True)[1].tolist())  # type: ignore[no-untyped-call]
+        if len(sizes) > 1:
+            raise InputError(
+                f"the channels of {name} must go in pairs or one by one, got sets of {sorted(sizes)} that go "
+                "together, as in an attention; put the layer into ignored_layers, or give num_heads for it"
+            )
         ranked = torch.argsort(canonical, stable=True)
-        return ranked.reshape(len(set(canonical.tolist())), -1)
+        return ranked.reshape(-1, sizes.pop())
     return torch.arange(width).reshape(groups, width // groups).T
 
 

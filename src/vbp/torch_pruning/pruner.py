@@ -13,9 +13,9 @@ import torch
 import torch_pruning as tp
 from torch import Tensor, nn
 
-from vbp.errors import InputError
-from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.errors import InputError, some_of
 from vbp.runtime.forward import run_model
+from vbp.sites.cutting import HeadChange, update_attributes_
 from vbp.sites.layers import unusual_layer, unusual_layers
 from vbp.sites.tracer import trace_model
 from vbp.torch_pruning.compensate import ChannelMeans, compensate_, watching_norms
@@ -220,6 +220,7 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                 f"{self.per_step_pruning_ratio[self.current_step]:.4g}: raise pruning_ratio or max_pruning_ratio, "
                 "lower round_to or iterative_steps, or ignore fewer layers"
             )
+        coupled: dict[str, tuple[int, int]] = {}
         for removal in removals:
             group = self.group_of(removal)
             coupling = read_group(group)
@@ -229,16 +230,20 @@ class VBPPruner(tp.pruner.BasePruner):  # type: ignore[misc]
                         f"{unusual_layer(name, self._unusual[name])}: ignored_layers, with what it reads"
                     )
             if len(group[0].idxs) != len(removal.channels):
-                raise InputError(
-                    f"{self._names[removal.root]} must lose {len(removal.channels)} channels, got "
-                    f"{len(group[0].idxs)}, because its channels are coupled (an attention?); give num_heads for it, "
-                    "or put it into ignored_layers"
-                )
+                coupled[self._names[removal.root]] = (len(removal.channels), len(group[0].idxs))
+                continue
             if compensated:
                 assert self.mean_dict is not None
                 for edge in coupling.consumers:
                     self.mean_dict.at(edge, coupling, self._names[edge.layer])
                 self._warn_inexact(coupling, removal)
+        if coupled:
+            asked, got = next(iter(coupled.values()))
+            raise InputError(
+                f"channels must go one by one, got layers whose channels go together, as in an attention: "
+                f"{some_of(list(coupled))} (the first must lose {asked} channels and would lose {got}); give "
+                "num_heads={layer: heads} for them, or put the layers of every attention into ignored_layers"
+            )
         if self.check:
             check_removals(self.DG, removals, self.example_inputs, self.forward_fn)
         return removals

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from vbp.errors import InputError, first_line
-from vbp.pruning.cutting import HeadChange, update_attributes_
+from vbp.sites.cutting import HeadChange, update_attributes_
 from vbp.sites.propagation import tensors_in
 from vbp.torch_pruning.graph import logged_warnings
 

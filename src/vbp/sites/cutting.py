@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from vbp.sites.layers import output_channels
+from vbp.sites.site import Site
 
 # The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
 _HEADS = ("num_heads", "num_attention_heads")
@@ -88,3 +92,43 @@ def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: 
         scale = getattr(owner, "scale", None)
         if implicit_scale and isinstance(scale, float) and abs(scale - change.head_dim**-0.5) < 1e-9:
             owner.scale = change.head_dim_left**-0.5
+
+
+def cut_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
+    """Keep some channels, ascending, of each site, and the scale of every softmax.
+
+    All rows of a layer are cut at once: one layer may make the channels of several sites.
+    """
+    rows: dict[str, set[int]] = defaultdict(set)
+    for site, kept in cuts:
+        if site.implicit_scale:
+            _scale_queries_(model, site, (len(kept) / site.hidden) ** 0.5)
+        for name, first in site.rows:
+            rows[name].update(first + index for index in set(range(site.hidden)) - set(kept))
+    for name, removed in rows.items():
+        layer = model.get_submodule(name)
+        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
+    for site, kept in cuts:
+        for name in site.inner:
+            keep_channels_(model.get_submodule(name), kept)
+        for name in site.parameters:
+            owner, _, attribute = name.rpartition(".")
+            dim = model.get_parameter(name).shape.index(site.hidden)
+            keep_entries_(model.get_submodule(owner), attribute, kept, dim)
+        if site.consumer:
+            keep_columns_(model.get_submodule(site.consumer), kept)
+    for site, kept in cuts:
+        if site.kind != "mlp":
+            layers = (*site.producers, site.consumer) if site.consumer else site.producers
+            change = HeadChange(layers, site.heads, site.hidden // site.heads, site.heads, len(kept) // site.heads)
+            update_attributes_(model, change, implicit_scale=site.implicit_scale)
+
+
+def _scale_queries_(model: nn.Module, site: Site, factor: float) -> None:
+    """Scale the queries, so that a softmax whose scale follows from their number keeps that of the dense model."""
+    name, first = site.rows[0]
+    layer = model.get_submodule(name)
+    with torch.no_grad():
+        for parameter in (layer.weight, layer.bias):
+            if isinstance(parameter, Tensor):
+                parameter[first : first + site.hidden] *= factor

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vbp.pruning.cutting import keep_channels_, keep_columns_, keep_rows_
+from vbp.sites.cutting import keep_channels_, keep_columns_, keep_rows_
 
 KEPT = [1, 4, 6]
 

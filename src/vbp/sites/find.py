@@ -1,0 +1,234 @@
+"""Find the sites of a model: the hidden channels that can be removed, read off one trace."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Iterator
+
+from torch import nn
+
+from vbp.errors import InputError
+from vbp.runtime.forward import ExampleInputs
+from vbp.sites.attention_trial import try_attentions
+from vbp.sites.channel_ids import Owner
+from vbp.sites.layers import input_channels, output_channels, unusual_layer
+from vbp.sites.propagation import PRODUCTS, Attention, Trace
+from vbp.sites.site import Site, SiteKind
+from vbp.sites.tracer import trace_model
+
+_log = logging.getLogger(__name__)
+
+
+def find_sites(
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    attention: bool = False,
+    convolutions: bool = False,
+) -> tuple[Site, ...]:
+    """Find the hidden channels between pairs of linear or 1x1-convolution layers, in the order in which they run.
+
+    The channels are followed through a forward pass in evaluation mode and one in training mode, so names and nesting
+    of the modules do not matter. Between the two layers there may be activations, gates, norms, depthwise
+    convolutions and changes of shape. What is used in any other way, or is made or read by a layer that is more than
+    its `weight` and `bias`, is left out, with a log line saying why.
+
+    Args:
+        model: Any image classifier.
+        example_inputs: An input of the model, "1 channels height width", on the model's device; or all its arguments,
+            in their order (a tuple) or by name (a dict). Give noise or a real image: a blank one hides differences.
+        attention: Also find the value, and the query and key, channels inside attention.
+        convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
+            the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
+
+    Raises:
+        InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
+
+    Example:
+        >>> [site.name for site in vbp.find_sites(model, example)]
+        ['blocks.0.mlp.fc1', 'blocks.1.mlp.fc1']
+    """
+    finder = _Finder(model, trace_model(model, example_inputs, convolutions=convolutions))
+    sites = list(finder.mlps())
+    others = len(finder.rejected)
+    if attention:
+        sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
+        finder.log_unfollowed_attention()
+    sites = finder.tried(_whole(model, sites), example_inputs)
+    if attention and all(site.kind == "mlp" for site in sites):
+        raise InputError(
+            f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
+            "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
+            f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            f"{_reasons(finder.rejected[others:][-3:])}"
+        )
+    if not sites and finder.unusual:
+        raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(finder.unusual[:3])}")
+    if not sites:
+        raise InputError(
+            f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
+            "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
+            "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
+            f"larger kernels too: find_sites(..., convolutions=True){_reasons(finder.rejected[:3])}"
+        )
+    return tuple(sites)
+
+
+def _reasons(sentences: list[str]) -> str:
+    return "".join(f"; {sentence}" for sentence in sentences)
+
+
+def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
+    """Return the sites without those that share a layer with rows of no site, which the model's code splits."""
+    while True:
+        claimed: dict[str, int] = defaultdict(int)
+        for site in sites:
+            for name in site.producers:
+                claimed[name] += site.hidden
+        partial = {name for name, rows in claimed.items() if rows != output_channels(model.get_submodule(name))}
+        if not partial:
+            return sites
+        for site in sites:
+            if shared := partial & set(site.producers):
+                _log.info("%s is no site: %s also makes channels that are none", site.name, ", ".join(sorted(shared)))
+        sites = [site for site in sites if not partial & set(site.producers)]
+
+
+class _Finder:
+    """Reads sites off a trace."""
+
+    def __init__(self, model: nn.Module, trace: Trace) -> None:
+        self.model, self.trace = model, trace
+        self._classes = trace.channels.classes()
+        self._attentions: list[tuple[Site, Site]] = []
+        self.rejected: list[str] = []  # sentences
+        self.unusual: list[str] = []  # those among them that name a layer, with the remedy
+
+    def reject(self, sentence: str) -> None:
+        """Log why something is no site, and keep it for an error."""
+        _log.info("%s", sentence)
+        self.rejected.append(sentence)
+
+    def mlps(self) -> Iterator[Site]:
+        attended = {
+            identity
+            for call in self.trace.attentions
+            if call.value is not None
+            for identity in self._members(call.value.flatten().tolist())
+        }
+        for read in self.trace.reads:
+            ids = read.ids.tolist()
+            members = self._members(ids)
+            if not members & self.trace.channels.activated or members & attended:
+                continue
+            site = self._site(ids, read.layer, "mlp", 1)
+            if isinstance(site, Site):
+                yield site
+            else:
+                self.reject(f"the input of {read.layer} is no site: {site}")
+
+    def attention(self, call: Attention) -> list[Site]:
+        """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
+        values = None if call.value is None else call.value.flatten().tolist()
+        reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
+        label = self.trace.channels.owner_of(int(call.query[0, 0])).name
+        if len(reads) != 1 or values is None or call.value is None:
+            self.reject(f"the attention behind {label} is no site: no single layer reads its values in order")
+            return []
+        heads = call.value.shape[0]
+        value = self._site(values, reads[0], "value", heads)
+        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        if call.query.shape != call.value.shape:
+            pair = "queries and values have different numbers of channels"
+        if isinstance(value, Site) and isinstance(pair, Site):
+            self._attentions.append((value, pair))
+            return [value, pair]
+        for one in (value, pair):
+            if isinstance(one, str):
+                self.reject(f"the attention behind {label} is no site: {one}")
+        return []
+
+    def tried(self, sites: list[Site], example_inputs: ExampleInputs) -> list[Site]:
+        """Return the sites with every attention as a trial shows it: with the scale that it takes, or without it."""
+        attentions = [pair for pair in self._attentions if all(site in sites for site in pair)]
+        kept = [site for site in sites if site.kind == "mlp"]
+        for pair, result in zip(attentions, try_attentions(self.model, example_inputs, attentions), strict=True):
+            if isinstance(result, str):
+                self.reject(f"the attention behind {pair[1].name} is no site: {result}")
+            else:
+                kept += result
+        return kept
+
+    def log_unfollowed_attention(self) -> None:
+        """Name the layers whose channels meet others of unknown origin in an attention."""
+        channels = self.trace.channels
+        ends = {channels.owner_of(one).name for one, reason in channels.leaks.items() if reason in PRODUCTS}
+        for name in sorted(ends):
+            self.reject(
+                f"the attention behind {name} is no site: not all of queries, keys and values come from layers"
+            )
+
+    def _members(self, ids: list[int]) -> set[int]:
+        channels = self.trace.channels
+        return {member for root in {channels.root(identity) for identity in ids} for member in self._classes[root]}
+
+    def _site(
+        self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
+    ) -> Site | str:
+        """Return the site of these channels, or why they are none."""
+        channels = self.trace.channels
+        groups = [self._classes[channels.root(identity)] for identity in ids]
+        if reason := self._why_unfit(groups, consumer):
+            return reason
+        owners: list[tuple[Owner, int]] = []
+        for place, first in enumerate(sorted(groups[0])):
+            owner = channels.owner_of(first)
+            rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
+            if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
+                return f"its channels are scattered over the rows of {owner.name}"
+            owners.append((owner, first - owner.first))
+        layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
+        offsets = tuple(offset for _, offset in layers)
+        return Site(
+            tuple(name for name, _ in layers),
+            consumer,
+            len(ids),
+            kind,
+            offsets if any(offsets) else (),
+            tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
+            tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
+            heads,
+            not any(member in channels.mixed for group in groups for member in group)
+            and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
+            implicit_scale,
+        )
+
+    def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:
+        channels = self.trace.channels
+        members = {member for group in groups for member in group}
+        if leaks := {channels.leaks[member] for member in members if member in channels.leaks}:
+            return f"its channels are also used by {', '.join(sorted(leaks))}"
+        readers = set().union(*(channels.readers.get(member, set()) for member in members))
+        if readers - {consumer}:
+            return f"its channels are also read by {', '.join(sorted(readers - {consumer}))}"
+        if len({id(group) for group in groups}) != len(groups):
+            return "some of its channels are bound together"
+        names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        if unusual := sorted(names & self.trace.unusual.keys()):
+            self.unusual.append(unusual_layer(unusual[0], self.trace.unusual[unusual[0]]))
+            return self.unusual[-1]
+        if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
+            return f"{', '.join(repeated)} runs more than once in a forward pass"
+        if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
+            return f"{consumer} has other inputs too"
+        return ""
+
+
+def _meets_zero_padding(consumer: nn.Module) -> bool:
+    return (
+        isinstance(consumer, nn.Conv2d)
+        and consumer.kernel_size != (1, 1)
+        and consumer.padding_mode == "zeros"
+        and consumer.padding not in ("valid", (0, 0))
+    )

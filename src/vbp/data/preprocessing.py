@@ -221,7 +221,8 @@ def _check_size_and_crop(preprocessing: Preprocessing) -> None:
     if preprocessing.interpolation not in INTERPOLATIONS:
         # timm's "random" differs from call to call, so that two evaluations would not agree.
         raise InputError(
-            f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {reprlib.repr(preprocessing.interpolation)}"
+            f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got "
+            f"{reprlib.repr(preprocessing.interpolation)}"
         )
     if preprocessing.crop_mode not in CROP_MODES:
         raise InputError(

@@ -297,8 +297,8 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} must be what an earlier sweep left, got {type(error).__name__}: {one_line(error)}; choose another --save_dir, or pass "
-            "--overwrite to begin again"
+            f"{path} must be what an earlier sweep left, got {type(error).__name__}: {one_line(error)}; choose "
+            "another --save_dir, or pass --overwrite to begin again"
         ) from error
 
 

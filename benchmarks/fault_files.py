@@ -27,8 +27,9 @@ import tempfile
 import time
 import traceback
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Final, Literal
 
@@ -40,6 +41,7 @@ from vbp.errors import InputError
 
 Outcome = Literal["right", "error", "other value", "wrong"]
 Change = Literal["bits", "cut", "zeros", "splice", "exchange", "swapped values", "hostile value"]
+OUTCOMES: Final[tuple[Outcome, ...]] = ("right", "error", "other value", "wrong")
 CHANGES: Final[tuple[Change, ...]] = ("bits", "cut", "zeros", "splice", "exchange", "swapped values", "hostile value")
 HOSTILE: Final[tuple[Any, ...]] = (
     *(10**400, -(10**400), 2**63, 2_000_000_000, -1, 0, 1e308, 1e-308, float("nan"), float("inf"), True, None),
@@ -97,7 +99,7 @@ def changed(content: bytes, change: Change, draw: random.Random, reader: Reader)
     length = draw.randint(1, max(1, min(size // 4, 2 ** draw.randint(0, 12))))
     if change == "bits":
         damaged = bytearray(content)
-        for _ in range(draw.choice((1, 1, 3, 20))):
+        for _ in range(draw.choice((1, 1, 1, 10))):
             damaged[draw.randrange(place, min(size, place + 64))] ^= 1 << draw.randrange(8)
         return bytes(damaged)
     if change == "cut":
@@ -121,21 +123,22 @@ def changed(content: bytes, change: Change, draw: random.Random, reader: Reader)
 def _changed_values(content: Any, change: Change, draw: random.Random) -> Any:
     """Return nested data of which one value is another, or two are exchanged."""
     content = copy.deepcopy(content)
-    places = [*_places(content)]
-    container, key = draw.choice(places)
+    container, key = _place(content, draw)
     if change == "hostile value":
         container[key] = draw.choice(HOSTILE)
     else:
-        other, place = draw.choice(places)
+        other, place = _place(content, draw)
         container[key], other[place] = copy.deepcopy(other[place]), copy.deepcopy(container[key])
     return content
 
 
-def _places(content: Any) -> Iterator[tuple[Any, Any]]:
-    if isinstance(content, dict | list):
-        for key, value in [*(content.items() if isinstance(content, dict) else enumerate(content))]:
-            yield content, key
-            yield from _places(value)
+def _place(content: Any, draw: random.Random) -> tuple[Any, Any]:
+    """Return a dictionary or list in nested data and a key in it; those of each level are drawn alike."""
+    container, key = content, draw.choice([*content] if isinstance(content, dict) else range(len(content)))
+    while isinstance(container[key], dict | list) and container[key] and draw.random() < 0.8:
+        container = container[key]
+        key = draw.choice([*container] if isinstance(container, dict) else range(len(container)))
+    return container, key
 
 
 def read_apart(reader: Reader, folder: Path, options: FileOptions) -> tuple[str, str, float, float]:
@@ -233,21 +236,25 @@ def _copy(folder: Path, target: Path) -> Path:
 def main(options: FileOptions) -> int:
     """Print what came of all changes; return the exit code."""
     torch.set_num_threads(1)  # threads do not live on in a child
-    readings = []
-    for reading in read_all(options):
-        readings.append(reading)
-        if reading.outcome == "wrong":
-            print(f"{reading.reader}, {reading.number}, {reading.change}: {reading.text}", file=sys.stderr)
-    outcomes: tuple[Outcome, ...] = ("right", "error", "other value", "wrong")
     print("| file | changed | right | one clear error | other value | anything else | peak MiB | longest s |")
     print("|---|---|---|---|---|---|---|---|")
-    for name in (*dict.fromkeys(reading.reader for reading in readings), "all"):
-        own = [reading for reading in readings if name in ("all", reading.reader)]
-        counts = Counter(reading.outcome for reading in own)
-        columns = [str(len(own)), *(str(counts[outcome]) for outcome in outcomes)]
-        peak, longest = max(reading.memory_mib for reading in own), max(reading.seconds for reading in own)
-        print(f"| {name} | {' | '.join(columns)} | {peak:.0f} | {longest:.1f} |")
+    readings: list[Reading] = []
+    for name, group in groupby(read_all(options), key=lambda reading: reading.reader):
+        own = list(group)
+        for reading in own:
+            if reading.outcome == "wrong":
+                print(f"{name}, {reading.number}, {reading.change}: {reading.text}", file=sys.stderr)
+        print(_row(name, own), flush=True)
+        readings += own
+    print(_row("all", readings))
     return int(any(reading.outcome == "wrong" for reading in readings))
+
+
+def _row(name: str, readings: Sequence[Reading]) -> str:
+    counts = Counter(reading.outcome for reading in readings)
+    columns = [str(len(readings)), *(str(counts[outcome]) for outcome in OUTCOMES)]
+    peak, longest = max(reading.memory_mib for reading in readings), max(reading.seconds for reading in readings)
+    return f"| {name} | {' | '.join(columns)} | {peak:.0f} | {longest:.1f} |"
 
 
 if __name__ == "__main__":

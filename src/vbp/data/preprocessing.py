@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -202,7 +203,7 @@ def _in_colour_or_grey(preprocessing: Preprocessing, steps: list[Callable[[Any],
 def _as_tuple(name: str, value: object) -> tuple[Any, ...]:
     if isinstance(value, (tuple, list)) and all(_is_number(item) for item in value):
         return tuple(value)
-    raise InputError(f"{name} must be a list of numbers, got {value!r}")
+    raise InputError(f"{name} must be a list of numbers, got {reprlib.repr(value)}")
 
 
 def _is_number(value: object) -> bool:
@@ -216,14 +217,17 @@ def _check_size_and_crop(preprocessing: Preprocessing) -> None:
             f"img_size must be positive whole numbers of pixels (height, width), 8192 at most, got {size}"
         )
     if not _is_number(crop_pct) or not 0 < crop_pct <= 1:
-        raise InputError(f"crop_pct must be in (0, 1], got {crop_pct!r}; 1 keeps the whole resized image")
+        raise InputError(f"crop_pct must be in (0, 1], got {reprlib.repr(crop_pct)}; 1 keeps the whole resized image")
     if preprocessing.interpolation not in INTERPOLATIONS:
         # timm's "random" differs from call to call, so that two evaluations would not agree.
         raise InputError(
-            f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got {preprocessing.interpolation!r}"
+            f"interpolation must be one of {', '.join(INTERPOLATIONS)}, got "
+            f"{reprlib.repr(preprocessing.interpolation)}"
         )
     if preprocessing.crop_mode not in CROP_MODES:
-        raise InputError(f"crop_mode must be one of {', '.join(CROP_MODES)}, got {preprocessing.crop_mode!r}")
+        raise InputError(
+            f"crop_mode must be one of {', '.join(CROP_MODES)}, got {reprlib.repr(preprocessing.crop_mode)}"
+        )
 
 
 def _check_normalisation(preprocessing: Preprocessing) -> None:

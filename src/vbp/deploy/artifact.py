@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
+from vbp.runtime.decode import from_json
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,19 @@ class PrunedArtifact:
     class_names: tuple[str, ...] | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     settings: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Description:
+    """The types of what a file or folder holds beside weights."""
+
+    source: Mapping[str, Any] | None
+    preprocessing: Mapping[str, Any] | None
+    metrics: Mapping[str, Any]
+    class_names: tuple[str, ...] | None
+    versions: Mapping[str, str]
+    settings: Mapping[str, Any] | None
+    plans: tuple[Mapping[str, Any], ...]
 
 
 def installed_versions() -> dict[str, str]:
@@ -144,22 +158,22 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
             "or .pth file"
         )
     manifest, weights = read_folder(place) if place.is_dir() else read_file(place)
-    try:
-        source, preprocessing, names = manifest["source"], manifest["preprocessing"], manifest.get("class_names")
-        return PrunedArtifact(
-            tuple(PruningPlan.from_dict(plan) for plan in manifest["plans"]),
-            weights,
-            None if source is None else ModelSource.from_dict(source),
-            None if preprocessing is None else Preprocessing.from_dict(preprocessing),
-            manifest["metrics"],
-            None if names is None else tuple(names),
-            manifest["versions"],
-            manifest.get("settings"),
-        )
-    except KeyError as error:
-        raise InputError(f"{place} lacks {error}; make it again") from error
-    except TypeError as error:
-        raise InputError(f"{place} is damaged ({error}); make it again") from error
+    names = [field.name for field in fields(_Description)]
+    missing = next((name for name in names if name not in (*manifest, "class_names", "settings")), None)
+    if missing is not None:
+        raise InputError(f"{place} lacks {missing!r}; make it again")
+    described = from_json(_Description, {name: manifest.get(name) for name in names}, f"the description in {place}")
+    source, preprocessing = described.source, described.preprocessing
+    return PrunedArtifact(
+        tuple(PruningPlan.from_dict(plan) for plan in described.plans),
+        weights,
+        None if source is None else ModelSource.from_dict(source),
+        None if preprocessing is None else Preprocessing.from_dict(preprocessing),
+        described.metrics,
+        described.class_names,
+        described.versions,
+        described.settings,
+    )
 
 
 def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import re
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -245,7 +246,7 @@ def check_format(path: Path, content: object, wanted: str) -> None:
     if match:
         newer = int(match[1]) > int(number)
         remedy = "a newer vbp wrote it; install that version" if newer else "use the vbp version that wrote it"
-    raise InputError(f"{path} must have format {wanted}, got {got!r}; {remedy}")
+    raise InputError(f"{path} must have format {wanted}, got {reprlib.repr(got)}; {remedy}")
 
 
 def _staged(folder: Path, digest: str) -> Path:

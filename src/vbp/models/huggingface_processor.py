@@ -96,7 +96,7 @@ def _from_processor(values: Mapping[str, Any]) -> Preprocessing:
         img_size, crop_pct, crop_mode = _plain_geometry(values)
     else:
         raise InputError(
-            f"image processor must be one of ConvNextImageProcessor, {', '.join(PLAIN_PROCESSORS)}, got {kind}"
+            f"image processor must be one of ConvNextImageProcessor, {', '.join(PLAIN_PROCESSORS)}, got {kind[:80]}"
         )
     factor = values.get("rescale_factor", 1 / 255)
     if not values.get("do_resize") or not values.get("do_rescale", True) or not math.isclose(factor, 1 / 255):

@@ -75,7 +75,7 @@ def check_known(name: str) -> None:
         close = difflib.get_close_matches(name, timm.list_models(), n=5)
         remedy = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists the names"
         raise InputError(
-            f"model name must be a local folder, a Hugging Face id (OWNER/NAME) or a timm model, got {name!r}; "
+            f"model name must be a local folder, a Hugging Face id (OWNER/NAME) or a timm model, got {name[:200]!r}; "
             f"{remedy}"
         )
 

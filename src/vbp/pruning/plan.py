@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -103,7 +104,7 @@ class PruningPlan:
         """
         file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
         if file_format != _FORMAT:
-            raise InputError(f"a plan must have format {_FORMAT}, got {file_format!r}; make it again")
+            raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
         plan = from_json(PruningPlan, rest, "the plan")
         for entry in plan.sites:

@@ -14,7 +14,7 @@ from torch import nn
 
 from vbp.cost.timing import LatencyComparison
 from vbp.deploy.artifact import installed_versions
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.pruning.auto import AutoSearch
 from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
@@ -311,8 +311,8 @@ def read_progress(config: SweepConfig) -> SweepProgress | None:
         return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])), begun)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{path} must be what an earlier sweep left, got {error!r}; choose another --save_dir, or pass "
-            "--overwrite to begin again"
+            f"{path} must be what an earlier sweep left, got {type(error).__name__}: {one_line(error)}; choose "
+            "another --save_dir, or pass --overwrite to begin again"
         ) from error
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -190,7 +191,9 @@ class RunReport:
             value = {name: item for name, item in value.items() if name != "file_rows"}
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
-            raise InputError(f"sites must keep some of their channels, got {dict(report.sites)}; run it again")
+            raise InputError(
+                f"sites must keep some of their channels, got {reprlib.repr(dict(report.sites))}; run it again"
+            )
         parts = [
             part for part in (report.budget or None, report.producers, report.stream, report.head) if part is not None
         ]

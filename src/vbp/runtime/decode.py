@@ -19,6 +19,7 @@ T = TypeVar("T")
 LARGEST_JSON = 2**25
 _PIECE = 2**22
 _LARGEST_FLOAT, _LARGEST_INT = sys.float_info.max, 2**63
+_LONGEST_TEXT, _LONGEST_LIST = 4096, 800
 _PLAIN: Final[Mapping[Any, str]] = {bool: "true or false", int: "a whole number", str: "text", NoneType: "null"}
 
 
@@ -117,7 +118,8 @@ def _decoded(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
     if origin in (tuple, Sequence):
         return _list(arguments, value, place, use_defaults)
     if origin in (dict, Mapping):
-        _checked(value, isinstance(value, Mapping) and all(isinstance(key, str) for key in value), place, "an object")
+        fits = isinstance(value, Mapping) and all(isinstance(key, str) and len(key) <= _LONGEST_TEXT for key in value)
+        _checked(value, fits, place, "an object")
         return {key: _decoded(arguments[1], item, f"{place}[{key!r}]", use_defaults) for key, item in value.items()}
     if kind is float:
         fits = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST_FLOAT
@@ -125,6 +127,8 @@ def _decoded(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
     if kind is Path:
         return Path(_decoded(str, value, place, use_defaults))
     _checked(value, type(value) is kind, place, _PLAIN[kind])
+    if kind is str:
+        return _checked(value, len(value) <= _LONGEST_TEXT, place, f"text of at most {_LONGEST_TEXT} letters")
     return _checked(value, kind is not int or abs(value) < _LARGEST_INT, place, f"below {_LARGEST_INT}")
 
 
@@ -172,8 +176,8 @@ def _dataclass(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
     if missing or unknown:
         raise _MismatchError(
             place,
-            f"must hold {_listed(hints)}, got {_listed(map(str, value))} (missing: {', '.join(missing) or 'none'}; "
-            f"unknown: {', '.join(sorted(map(str, unknown))) or 'none'})",
+            f"must hold {_listed(hints)}, got {_shortened(_listed(map(str, value)))} (missing: "
+            f"{', '.join(missing) or 'none'}; unknown: {_shortened(', '.join(sorted(map(str, unknown))) or 'none')})",
         )
     dot = f"{place}." if place else ""
     return kind(**{name: _decoded(hints[name], item, dot + name, use_defaults) for name, item in value.items()})
@@ -183,6 +187,10 @@ def _dataclass(kind: Any, value: Any, place: str, use_defaults: bool) -> Any:
 def _hints(kind: Any) -> dict[str, Any]:
     hints = get_type_hints(kind)
     return {field.name: hints[field.name] for field in fields(kind)}
+
+
+def _shortened(text: str) -> str:
+    return " ".join(text[:_LONGEST_LIST].split()) + ("..." if len(text) > _LONGEST_LIST else "")
 
 
 def _listed(names: Any) -> str:

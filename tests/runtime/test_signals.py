@@ -12,8 +12,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vbp.errors import Interrupted
-from vbp.runtime.signals import Interruption, killed_reader, leave_signals_to_parent, stop_at_sigterm
+from vbp.errors import InputError, Interrupted, OutputError
+from vbp.runtime.signals import (
+    Interruption,
+    killed_reader,
+    leave_signals_to_parent,
+    reading_processes,
+    stop_at_sigterm,
+)
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -183,3 +189,16 @@ def test_the_end_of_a_reading_process_says_what_helps(text: str, expected: str) 
     assert killed is not None
     assert re.search(expected, str(killed))
     assert killed_reader(RuntimeError("size mismatch")) is None
+
+
+def test_the_end_of_a_reading_process_is_not_taken_for_another_error() -> None:
+    def write() -> None:
+        try:
+            raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise OutputError("the disk is full") from error
+
+    with pytest.raises(InputError, match="process 77"), reading_processes():
+        write()
+    with pytest.raises(OutputError, match="full"), reading_processes():
+        raise OutputError("the disk is full")

@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 import vbp.cost.timing
 import vbp.report.html  # loaded once: each killed process is a fork of this one
@@ -58,7 +60,7 @@ class KillOptions:
     """Numbers of the operations, from 1; without them all, or as `every` says."""
     every: int = 1
     """Every so many-th operation."""
-    images: int = 6
+    images: int = 4
     """Images of each digit in each split."""
 
 
@@ -250,6 +252,9 @@ def write_images(folder: Path, images: int) -> None:
 def main(options: KillOptions) -> int:
     """Kill all and print a line for each job; return 1 if anything was neither right nor one clear error."""
     torch.set_num_threads(1)  # a process with threads must not be forked
+    # Figures take most of the time, and what is in their files changes nothing.
+    FigureCanvasSVG.print_svg = lambda figure, file, **_: file.write(b'<svg viewBox="0 0 1 1"></svg>')
+    FigureCanvasAgg.print_png = lambda figure, file, **_: file.write(b"no picture")
     versions = installed_versions()
     print(
         f"{datetime.date.today()}; {platform.processor() or platform.machine()}, {platform.system()}; "
@@ -268,6 +273,7 @@ def main(options: KillOptions) -> int:
                 counts[outcome] += 1
                 if outcome != "right":
                     bad.append((outcome, f"{name}, killed before operation {point}: {outcome}: {reason}"))
+                    sys.stderr.write(f"{bad[-1][1]}\n")
             cells = (campaign.operations, len(points), *(counts[outcome] for outcome in get_args(Outcome)))
             print(f"| {name} | {' | '.join(map(str, cells))} |", flush=True)
     print("".join(f"\n{text}" for _, text in bad))

@@ -11,8 +11,11 @@ from typing import Any
 import pytest
 
 from vbp import InputError
+from vbp.errors import Interrupted
 from vbp.recipes.config import RunConfig
-from vbp.recipes.resume import check_same_settings, find_checkpoint
+from vbp.recipes.folder import BEGUN, begin_anew, own_folder
+from vbp.recipes.resume import check_same_settings, find_checkpoint, way_on
+from vbp.runtime.processes import Processes
 from vbp.training.checkpoints import save_checkpoint
 
 SETTINGS = {"lr_ft": 1e-5, "seed": 0}
@@ -70,9 +73,10 @@ def test_a_restarted_job_continues_whatever_it_was_told(run: Path, tmp_path: Pat
 @pytest.mark.parametrize("resume", ["auto", None])
 def test_auto_starts_in_an_empty_folder(tmp_path: Path, resume: str | None) -> None:
     assert epoch_of(resume, tmp_path / "new", restarted=resume is None) is None
-    # Killed in its very first write.
-    (tmp_path / "new" / ".config.json.x1.part").touch()
-    assert epoch_of(resume, tmp_path / "new", restarted=resume is None) is None
+    # Killed while it tried the folder, or in its very first write.
+    for name in (".config.json.x1.part", ".probe.x1", ".vbp.lock"):
+        (tmp_path / "new" / name).touch()
+        assert epoch_of(resume, tmp_path / "new", restarted=resume is None) is None
 
 
 def test_auto_starts_again_where_the_same_run_left_no_checkpoint_and_says_so(
@@ -101,6 +105,59 @@ def test_auto_refuses_what_is_not_this_run(tmp_path: Path) -> None:
     (other / "config.json").unlink()
     with pytest.raises(InputError, match=r"must be empty or new, got .*other"):
         epoch_of("auto", other)
+
+
+@pytest.mark.parametrize("step", range(4))
+def test_a_run_killed_while_it_replaces_another_one_begins_anew(run: Path, step: int) -> None:
+    def clear() -> None:
+        for file in (run / "config.json", run / "vbp_imagenet.log", run / "checkpoints/epoch0001-batch000000.pt")[
+            :step
+        ]:
+            file.unlink()
+        raise KeyError
+
+    (run / "config.json").write_text(json.dumps({**SETTINGS, "seed": 1}))
+    with pytest.raises(KeyError):
+        begin_anew(run, "config.json", SETTINGS, clear)
+    assert "begins anew" in way_on(run)
+    assert epoch_of("auto", run) is None
+    assert epoch_of(None, run, overwrite=True) is None
+    with pytest.raises(InputError, match=r"begun\.json \(seed: 0 -> 2\)"):
+        find_checkpoint("auto", run, {**SETTINGS, "seed": 2})
+    begin_anew(run, "config.json", SETTINGS, lambda: None)
+    assert json.loads((run / "config.json").read_text()) == SETTINGS
+    assert not (run / BEGUN).exists()
+
+
+def stopped(folder: Path, error: BaseException) -> str:
+    """Return what a run says that is told to stop."""
+    with (
+        pytest.raises(Interrupted) as caught,
+        own_folder(folder, "/data", Processes(), lambda: way_on(folder)),
+    ):
+        raise error
+    return str(caught.value)
+
+
+def test_a_job_that_is_told_to_stop_says_how_it_goes_on(run: Path, tmp_path: Path) -> None:
+    command = "the same command with --resume auto"
+    for error, name in ((Interrupted(15), "SIGTERM"), (KeyboardInterrupt(), "SIGINT")):
+        assert stopped(run, error) == f"stopped by {name}; {command} goes on from epoch0002-batch000000.pt"
+        none = f"stopped by {name}; there is no checkpoint yet; {command} begins anew"
+        assert stopped(tmp_path / "new", error) == none
+    assert stopped(run, Interrupted(15, "stopped in epoch 2")) == "stopped in epoch 2"
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("place", ["train/out", "val", "train/cat/../new"])
+def test_a_folder_among_the_images_is_refused_and_not_made(tmp_path: Path, place: str) -> None:
+    (tmp_path / "train/cat").mkdir(parents=True)
+    with (
+        pytest.raises(InputError, match=r"save_dir must lie outside of the images, got .* --save_dir"),
+        own_folder(tmp_path / place, str(tmp_path), Processes(), str),
+    ):
+        pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["cat", "train"]
 
 
 @pytest.mark.parametrize("restarted", [False, True])

@@ -5,9 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
+import os
 import pickle
+import signal
+import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import pytest
 import torch
@@ -27,6 +31,7 @@ from vbp import (
     load_pruned,
     read_artifact,
 )
+from vbp.cli.main import guarded
 from vbp.data.data_path import list_images
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, PREPROCESSING, WEIGHTS, write_digits
 from vbp.data.loader import make_loader
@@ -34,6 +39,7 @@ from vbp.data.preprocessing import evaluation_transform
 from vbp.recipes.run import run
 from vbp.recipes.setup import Job, prepare
 from vbp.runtime.decode import to_json
+from vbp.runtime.files import folder_lock
 from vbp.runtime.session import Session
 from vbp.training.checkpoints import latest_checkpoint, read_checkpoint
 
@@ -145,6 +151,73 @@ def test_without_epochs_both_checkpoints_are_the_pruned_model(quick: RunConfig) 
     images = torch.randn(3, 3, 32, 32)
     assert torch.equal(best(images), final(images))
     assert torch.equal(load_pruned(quick.save_dir / "artifact")(images), final(images))
+
+
+def test_a_pruned_model_that_lacks_its_report_alone_gets_it_by_going_on(
+    quick: RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr("vbp.report.html.write_report", _killed)
+        with pytest.raises(KeyError):
+            run(quick)
+    (quick.save_dir / ".report.html.x1y2.part").touch()
+    written = (quick.save_dir / "artifact/model.safetensors").stat().st_mtime_ns
+    again = dataclasses.replace(quick, resume="auto")
+    assert run(again) == RunReport.read(quick.save_dir)
+    assert (quick.save_dir / "artifact/model.safetensors").stat().st_mtime_ns == written
+    assert not list(quick.save_dir.glob(".*"))
+    assert "has ended; its report is written again" in (quick.save_dir / "vbp_imagenet.log").read_text()
+    with pytest.raises(InputError, match=r"keep_ratio: 0.5 -> 0.6"):
+        run(dataclasses.replace(again, keep_ratio=0.6))
+
+
+def _killed(*_: object) -> NoReturn:
+    raise KeyError
+
+
+def test_a_second_run_in_the_same_folder_is_refused(quick: RunConfig) -> None:
+    with folder_lock(quick.save_dir):
+        for overwrite in (False, True):
+            with pytest.raises(InputError, match=r"no other job writes, got .*run, into which process \d+"):
+                run(dataclasses.replace(quick, overwrite=overwrite))
+    assert not quick.save_dir.exists()
+
+
+def test_a_refused_run_leaves_nothing(quick: RunConfig) -> None:
+    images = Path(quick.data_path)
+    folders = {path for path in images.rglob("*") if path.is_dir()}
+    for place, match in ((images / "train/out", "must lie outside"), (images / "out", "no_statistics")):
+        with pytest.raises(InputError, match=match):
+            run(dataclasses.replace(quick, save_dir=place, stats_path=Path("no_statistics")))
+    assert {path for path in images.rglob("*") if path.is_dir()} == folders
+    assert not list(images.glob(".*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_told_to_stop_before_fine_tuning_says_so_in_one_line(
+    quick: RunConfig, number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("vbp.recipes.measure.evaluate", lambda *_, **__: signal.raise_signal(number))
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert guarded(lambda: [run(quick)].clear()) == 128 + number
+    finally:
+        signal.signal(signal.SIGINT, before)
+    line = f"stopped by {number.name}; there is no checkpoint yet; the same command with --resume auto begins anew\n"
+    assert capsys.readouterr().err.endswith(line)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_reading_process_that_is_killed_is_one_line(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def kill_readers(*_: object, **__: object) -> NoReturn:
+        for process in multiprocessing.active_children():
+            os.kill(process.pid or 0, signal.SIGKILL)
+        time.sleep(5)  # PyTorch reports it in whatever line is executed
+        raise AssertionError
+
+    monkeypatch.setattr("vbp.recipes.run.collect_evidence", kill_readers)
+    with pytest.raises(InputError, match=r"process \d+, which read images .* \(Killed\), .* --num_workers"):
+        run(dataclasses.replace(quick, num_workers=1))
 
 
 def test_statistics_are_reused_and_refused_for_other_data(quick: RunConfig, tmp_path: Path) -> None:

@@ -132,11 +132,16 @@ def test_an_error_of_one_process_ends_the_job_with_its_message(config: RunConfig
     assert "stopped: PeerError" in (folder / "vbp_imagenet.log").read_text()
 
 
-def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig) -> None:
-    folder = config.save_dir.parent / "killed"
-    result = finish(torchrun(DRIVE, written(config, folder, **SHORT), "training", "1", "exit"))
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_dies_without_a_word_ends_the_job(config: RunConfig, rank: str) -> None:
+    folder = config.save_dir.parent / f"killed-{rank}"
+    result = finish(torchrun(DRIVE, written(config, folder, **SHORT), "training", rank, "exit"))
     assert result.returncode != 0
-    assert "another process ended without an error message" in result.stderr
+    said = [line for line in result.stderr.splitlines() if "stopped: " in line]
+    assert len(said) == 1, result.stderr
+    assert said[0].startswith("[process 1] " if rank == "0" else "stopped: ")
+    # It saw the loss, or was told to stop first.
+    assert "another process ended without an error message" in said[0] or "process 0, which reports it" in said[0]
 
 
 def test_a_process_that_hangs_ends_the_job_after_the_time_out(config: RunConfig) -> None:

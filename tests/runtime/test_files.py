@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
+import logging
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,7 +20,17 @@ import pytest
 import torch
 
 from vbp import InputError, OutputError
-from vbp.runtime.files import check_folder, clear_folder, write_atomically, write_bytes, write_json
+from vbp.runtime.files import (
+    LOCK,
+    check_folder,
+    clear_folder,
+    clear_leftovers,
+    folder_lock,
+    try_lock,
+    write_atomically,
+    write_bytes,
+    write_json,
+)
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
 
@@ -241,3 +255,92 @@ def test_what_a_killed_run_left_half_written_is_cleared(tmp_path: Path) -> None:
         (tmp_path / name).write_text(name)
     clear_folder(tmp_path, ["best.pth"])
     assert {entry.name for entry in tmp_path.iterdir()} == {".other.x1.part", "best.pth.part"}
+
+
+LEFT_BY_A_KILL = (LOCK, ".probe.x1y2", ".best.pth.x1y2.part", "checkpoints/.epoch0001-batch000000.pt.x1y2.part")
+
+
+def test_what_a_kill_leaves_counts_as_nothing_and_is_removed_by_who_goes_on(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    for name in (*LEFT_BY_A_KILL, ".keep", "plan.part"):
+        (tmp_path / name).touch()
+    with pytest.raises(InputError, match=r"with \.keep, checkpoints, plan\.part;"):
+        check_folder(tmp_path, overwrite=False, needed_bytes=0)
+    clear_leftovers(tmp_path, of="best.pth")
+    assert not (tmp_path / ".best.pth.x1y2.part").exists()
+    assert (tmp_path / ".probe.x1y2").exists()
+    clear_leftovers(tmp_path)
+    # The lock is removed by who takes it.
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, ".keep", "plan.part", "checkpoints"}
+    with folder_lock(tmp_path):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {".keep", "plan.part", "checkpoints"}
+
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from vbp.runtime.files import folder_lock
+with folder_lock(Path(sys.argv[1])):
+    if os.fork() == 0:  # as the processes that read images are forked
+        print("held", flush=True)
+    time.sleep(30)
+"""
+
+
+def test_another_process_is_refused_until_the_holder_ends_however_it_does(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        message = (
+            rf"save_dir must be a folder into which no other job writes, got {folder}, .*process {holder.pid} on"
+        )
+        with pytest.raises(InputError, match=message + r".* writes; wait .* --save_dir$"), folder_lock(folder):
+            pass
+        with try_lock(folder) as held:
+            assert not held
+        holder.kill()
+        holder.wait()
+        # The fork is still there.
+        with folder_lock(folder):
+            write_bytes(folder / "result", b"")
+    finally:
+        os.killpg(holder.pid, 9)
+        holder.stdout.close()
+    assert [path.name for path in folder.iterdir()] == ["result"]
+
+
+def test_a_folder_that_was_made_for_nothing_is_gone(tmp_path: Path) -> None:
+    with folder_lock(tmp_path / "a/b"):
+        check_folder(tmp_path / "a/b", overwrite=False, needed_bytes=0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "empty").mkdir()
+    with folder_lock(tmp_path / "empty"), folder_lock(tmp_path / "a/c"):
+        (tmp_path / "a/c/file").touch()
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["a", "c", "empty", "file"]
+
+
+def test_a_folder_that_cannot_be_locked_is_named(
+    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with pytest.raises(InputError, match="save_dir must be a folder that can be written"), folder_lock(path):
+        pass
+    assert untouched(path)
+    caplog.set_level(logging.WARNING)
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", failing(OSError(errno.ENOLCK, "No locks available")))
+        with folder_lock(path.parent):
+            pass
+    assert "cannot be locked (No locks available): see that no other job writes into it" in caplog.text
+    assert untouched(path)
+
+
+def test_the_end_of_a_reading_process_during_a_write_is_no_full_disk(path: Path) -> None:
+    error = RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+    with pytest.raises(InputError, match=r"process 77, which read images .* \(Killed\), .*--num_workers"):
+        write_atomically(path, failing(error))
+    assert untouched(path)

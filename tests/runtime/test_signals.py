@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -11,7 +12,14 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from vbp.runtime.signals import Interruption, leave_signals_to_parent
+from vbp.errors import InputError, Interrupted, OutputError
+from vbp.runtime.signals import (
+    Interruption,
+    killed_reader,
+    leave_signals_to_parent,
+    reading_processes,
+    stop_at_sigterm,
+)
 
 SIGNALS = [signal.SIGTERM, signal.SIGINT]
 
@@ -148,3 +156,49 @@ def test_processes_that_read_images_outlive_a_signal_meant_for_all() -> None:
             os.kill(read[0], number)
     assert read == [read[0]] * 6
     assert read[0] != os.getpid()
+
+
+def test_sigterm_interrupts_a_command_and_then_acts_as_before() -> None:
+    with pytest.raises(Interrupted, match="stopped by SIGTERM; files written so far") as caught, stop_at_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+    assert (caught.value.signal, caught.value.told) == (signal.SIGTERM, False)
+    with pytest.raises(ActedError):
+        signal.raise_signal(signal.SIGTERM)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with stop_at_sigterm():
+        signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("DataLoader worker (pid 77) is killed by signal: Killed. ", r"process 77, .* \(Killed\), .* more memory$"),
+        (
+            "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+            r"process 7, 8, which .*--num_workers.* more memory$",
+        ),
+        ("DataLoader worker (pid 7) is killed by signal: Bus error. It is", r"shared memory \(/dev/shm"),
+        (
+            "DataLoader worker (pid 7) is killed by signal: Segmentation fault. ",
+            r"--num_workers 0 .* where the cause",
+        ),
+    ],
+)
+def test_the_end_of_a_reading_process_says_what_helps(text: str, expected: str) -> None:
+    killed = killed_reader(RuntimeError(text))
+    assert killed is not None
+    assert re.search(expected, str(killed))
+    assert killed_reader(RuntimeError("size mismatch")) is None
+
+
+def test_the_end_of_a_reading_process_is_not_taken_for_another_error() -> None:
+    def write() -> None:
+        try:
+            raise RuntimeError("DataLoader worker (pid 77) is killed by signal: Killed. ")
+        except RuntimeError as error:
+            raise OutputError("the disk is full") from error
+
+    with pytest.raises(InputError, match="process 77"), reading_processes():
+        write()
+    with pytest.raises(OutputError, match="full"), reading_processes():
+        raise OutputError("the disk is full")

@@ -91,6 +91,8 @@ def stop_at_sigterm() -> Iterator[None]:
     """
 
     def interrupt(number: int, frame: FrameType | None) -> None:
+        # One request may arrive several times, and the first is being acted upon.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Interrupted(number)
 
     before = signal.getsignal(signal.SIGTERM)
@@ -133,10 +135,16 @@ def killed_reader(error: BaseException) -> InputError | None:
 
 @contextlib.contextmanager
 def reading_processes() -> Iterator[None]:
-    """Turn the end of a process that reads images into an error that says what helps, wherever PyTorch reports it."""
+    """Turn the end of a process that reads images into an error that says what helps.
+
+    PyTorch reports it in whatever line is just executed, which may take it for an error of its own.
+    """
     try:
         yield
-    except RuntimeError as error:
-        if killed := killed_reader(error):
-            raise killed from error
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None:
+            if killed := killed_reader(cause):
+                raise killed from cause
+            cause = cause.__cause__ or cause.__context__
         raise

@@ -28,7 +28,7 @@ from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
-from vbp.runtime.log_file import RunLog, run_log
+from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
 from vbp.training.checkpoints import clear_checkpoints
 
@@ -74,7 +74,8 @@ def run(config: RunConfig) -> RunReport:
         report = replace(report, **_circumstances(job))
         if session.processes.is_main:
             _write_results(config, report)
-        _log.info("results in %s\n%s", config.save_dir, report.table())
+        _log.info("results in %s", config.save_dir)
+        log_lines(_log, report.table())
         _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
         if session.processes.is_main and config.push_to_hub is not None:
             _log.info("published: %s", publish_artifact(config))

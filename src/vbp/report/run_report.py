@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from vbp.errors import InputError
+from vbp.errors import InputError, printable
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
@@ -238,7 +238,9 @@ class RunReport:
 
 def setting_text(value: Any) -> str:
     """Return the value of a setting as tables show it."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
+    return printable(
+        " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
+    )
 
 
 @dataclass(frozen=True)

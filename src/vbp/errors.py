@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Sequence
 from signal import Signals
+
+# Control characters, line breaks, marks that turn the direction of writing, and bytes of a file name that are no
+# UTF-8, as Python has them in a string.
+_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class InputError(ValueError):
@@ -57,6 +62,21 @@ def first_line(error: BaseException) -> str:
         if "weights_only" in str(error)
         else (str(error).strip() or type(error).__name__).splitlines()[0]
     )
+
+
+def printable(text: str) -> str:
+    """Return a text as one line that any terminal and file takes: other characters as Python's escapes."""
+    return _UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def check_printable(names: Sequence[str], what: str, where: str) -> None:
+    """Raise InputError for a name that cannot stand in a result: not UTF-8, or with a control character."""
+    odd = [printable(name) for name in names if printable(name) != name]
+    if odd:
+        raise InputError(
+            f"{what} must be UTF-8 without control characters, for they go into the results, got {some_of(odd)} in "
+            f"{where}; rename them"
+        )
 
 
 def some_of(names: Sequence[str], most: int = 5) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import logging
 import os
@@ -11,9 +12,12 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
-from vbp.errors import InputError, Interrupted, OutputError, PeerError
+from vbp.errors import InputError, Interrupted, OutputError, PeerError, printable
+from vbp.runtime.files import check_path
+from vbp.runtime.log_file import LineFormatter
 from vbp.runtime.signals import reading_processes, stop_at_sigterm
 
 _USAGE = """usage: vbp COMMAND [flags]
@@ -55,6 +59,11 @@ def parse(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping
     config: _T = tyro.cli(
         kind, prog=prog, args=list(arguments), use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **given
     )
+    for field in dataclasses.fields(config):  # type: ignore[arg-type]
+        value = getattr(config, field.name)
+        for path in value if isinstance(value, tuple) else (value,):
+            if isinstance(path, Path) or field.name in ("model", "artifact"):
+                check_path(path, field.name)
     return config
 
 
@@ -107,7 +116,7 @@ def _loading() -> Iterator[None]:
 
 
 def _say(text: str) -> None:
-    sys.stdout.write(text + "\n")
+    sys.stdout.writelines(printable(line) + "\n" for line in text.split("\n"))
 
 
 def guarded(job: Callable[[], None]) -> int:
@@ -115,7 +124,7 @@ def guarded(job: Callable[[], None]) -> int:
     place = _place()
     handler = logging.StreamHandler(sys.stderr)
     # One process of a job logs its progress; the others log only warnings and errors.
-    handler.setFormatter(logging.Formatter(f"{place}%(message)s"))
+    handler.setFormatter(LineFormatter(f"{place}%(message)s"))
     handler.setLevel(logging.WARNING if place else logging.NOTSET)
     logger = logging.getLogger("vbp")
     logger.addHandler(handler)
@@ -141,16 +150,16 @@ def _code(job: Callable[[], None], place: str) -> int:
     try:
         _flushed(job)
     except (InputError, OutputError) as error:
-        sys.stderr.write(f"{place}error: {error}\n")
+        sys.stderr.write(f"{place}error: {printable(str(error))}\n")
         return 1
     except PeerError as error:
         # The process that failed has said it in full, if it could.
         if error.shown:
-            sys.stderr.write(f"{place}stopped: {error}\n")
+            sys.stderr.write(f"{place}stopped: {printable(str(error))}\n")
         return 1
     except Interrupted as error:
         if not place:
-            sys.stderr.write(f"{error}\n")
+            sys.stderr.write(f"{printable(str(error))}\n")
         return 128 + error.signal
     except KeyboardInterrupt:
         sys.stderr.write(f"{place}interrupted; files written so far are whole\n")

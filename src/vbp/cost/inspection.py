@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vbp.cost.widths import WidthCosts
+from vbp.errors import printable
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
@@ -61,7 +62,7 @@ class Inspection:
             rows.append((site.name, kind, *self._costs([site]), shapes))
         rows.append(("all sites", "", *self._costs(self.sites), ""))
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
-        return f"{self.model}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
+        return f"{printable(self.model)}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
 
     def _costs(self, sites: Sequence[SiteDescription]) -> tuple[str, ...]:
         """Return the cells of the sums over some sites."""

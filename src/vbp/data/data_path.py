@@ -15,6 +15,7 @@ from vbp.data.images import SPLITS, Images, Split
 from vbp.data.labels import labels_by_name
 from vbp.data.shards import check_shards, list_samples
 from vbp.errors import InputError
+from vbp.runtime.files import check_path
 
 _log = logging.getLogger(__name__)
 
@@ -64,6 +65,8 @@ def _options(query: str, data_path: str) -> dict[str, str]:
 def _local(place: str) -> str:
     if "://" in place or place.startswith("pipe:"):
         raise InputError(f"the data must lie in local files, got {place}; copy it to a local disk first")
+    if not place.endswith(".tar"):  # a pattern of shards may list many
+        check_path(place, "data_path")
     return place
 
 

@@ -16,7 +16,7 @@ from vbp.data.images import SPLITS
 from vbp.data.labels import NUMBER, ClassNames, head_labels, labels_by_name
 from vbp.data.listing_cache import Row, read_rows, write_rows
 from vbp.data.sample_pickle import read_samples
-from vbp.errors import InputError, some_of
+from vbp.errors import InputError, check_printable, some_of
 from vbp.runtime.files import open_regular
 from vbp.runtime.fingerprints import text_fingerprint
 
@@ -105,6 +105,7 @@ def class_folder_names(folder: Path) -> list[str]:
             f"{folder} must hold one folder of images for each class, found none"
             + (f" but {len(entries)} images; move each into the folder of its class" if entries else "")
         )
+    check_printable(names, "the names of class folders", str(folder))
     return sorted(names, key=int) if all(NUMBER.fullmatch(name) for name in names) else names
 
 
@@ -251,8 +252,12 @@ def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str
 
 
 def check_folder_splits(data_path: Path) -> None:
-    """Stop unless both splits are there; a list of samples needs no folder beside it."""
+    """Stop unless both splits are there, with names for results; a list of samples needs no folder beside it."""
     for split in SPLITS:
-        if not (data_path / split).is_dir() and not samples_file(data_path / split).is_file():
+        if samples_file(data_path / split).is_file():
+            continue
+        if (data_path / split).is_dir():
+            class_folder_names(data_path / split)
+        else:
             missing = data_path / split if data_path.is_dir() else data_path
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")

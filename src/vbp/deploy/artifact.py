@@ -30,6 +30,7 @@ from vbp.models.load import build_model
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.decode import from_json
+from vbp.runtime.files import check_path
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
         >>> vbp.read_artifact(saved).metrics
         {'top1': 75.0}
     """
+    check_path(path, "a pruned model")
     place = fetch(str(path), (MANIFEST, WEIGHTS)) if is_reference(path) else Path(path)
     if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
         place = place.parent

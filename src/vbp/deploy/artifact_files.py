@@ -21,7 +21,7 @@ from vbp.errors import InputError, OutputError, one_line
 from vbp.models.weights import uncompiled, unwrapped_state
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import read_json
-from vbp.runtime.files import clear_folder, is_regular, read_regular, write_atomically, write_bytes
+from vbp.runtime.files import clear_folder, is_regular, read_regular, text_bytes, write_atomically, write_bytes
 from vbp.runtime.sealed import READING_ERRORS, load_plain, seal_fault, write_sealed
 from vbp.sites.site import Site
 
@@ -263,4 +263,4 @@ def _readable_json(content: Mapping[str, Any]) -> bytes:
             "out what is not"
         ) from error
     # The kept channels of a site on one line.
-    return (_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n").encode()
+    return text_bytes(_NUMBERS.sub(lambda numbers: " ".join(numbers[0].split()), text) + "\n")

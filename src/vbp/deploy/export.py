@@ -29,8 +29,9 @@ from vbp.deploy.file_formats import (
     write_program,
 )
 from vbp.deploy.settings import ExportFormat, ExportPrecision
-from vbp.errors import InputError
-from vbp.runtime.files import write_atomically
+from vbp.errors import InputError, printable
+from vbp.runtime.files import check_path, write_atomically
+from vbp.runtime.log_file import log_lines
 from vbp.runtime.tables import with_error
 from vbp.statistics.batches import images_for
 from vbp.training.evaluate import evaluate
@@ -103,7 +104,7 @@ class ExportReport:
         if self.top1 is not None:
             before, after = (with_error(top1, self.labelled) for top1 in self.top1)
             lines.append(f"  top-1                     {before} % -> {after} %")
-        return "\n".join(lines)
+        return "\n".join(map(printable, lines))
 
 
 def export_model(
@@ -172,7 +173,7 @@ def export_model(
         with draft.open("rb") as content:
             write_atomically(path, lambda file: shutil.copyfileobj(content, file))
     report = ExportReport(path, to, dtype, path.stat().st_size, parity, allowed, top1, count)
-    _log.info("%s", report.table())
+    log_lines(_log, report.table())
     return report
 
 
@@ -247,6 +248,7 @@ def _not_empty(calibration: Iterator[Tensor]) -> Iterable[Tensor]:
 
 
 def _check_output(path: Path, to: str, overwrite: bool) -> None:
+    check_path(path, "output")
     if path.suffix != f".{to}":
         raise InputError(f"output must end in .{to}, got {path}; the ending tells others how to read it")
     if not path.parent.is_dir():

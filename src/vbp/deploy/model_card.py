@@ -14,6 +14,7 @@ from vbp.deploy.artifact import PrunedArtifact, read_artifact
 from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
 from vbp.deploy.hub import publish
 from vbp.errors import InputError
+from vbp.runtime.files import text_bytes
 from vbp.runtime.tables import markdown_table, with_error
 
 CARD = "README.md"
@@ -69,7 +70,7 @@ def push_to_hub(
     text: Path | bytes = card
     if not card.is_file():
         facts = {"base_model": base_model, "license": license, "dataset": dataset}
-        text = model_card(artifact, repository, **facts).encode()
+        text = text_bytes(model_card(artifact, repository, **facts))
     content: dict[str, Path | bytes] = {WEIGHTS: weights, MANIFEST: manifest, CARD: text}
     return publish(content, repository, private=private, revision=revision, message=message)
 

@@ -19,11 +19,13 @@ from vbp.deploy.artifact_files import State, plain_state
 from vbp.deploy.export import TOLERANCES, Parity, measure_parity
 from vbp.deploy.file_formats import Portable
 from vbp.deploy.native_files import load_native, write_folder, write_huggingface, write_timm
-from vbp.errors import InputError
+from vbp.errors import InputError, printable
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.models.weights import mismatch
 from vbp.pruning.plan import PruningPlan
+from vbp.runtime.files import check_path
+from vbp.runtime.log_file import log_lines
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site
 
@@ -116,12 +118,12 @@ class NativeReport:
     def table(self) -> str:
         """Return the report as lines for the terminal."""
         says = ", ".join(f"{name} {value}" for name, value in self.arguments.items())
-        return "\n".join((
+        return "\n".join(map(printable, (
             f"{self.folder}: a checkpoint of {self.library} ({says}), {self.size / 2**20:.1f} MiB",
             f"  loaded by {self.library} alone and run on {self.parity.images} images:",
             *self.parity.lines(self.tolerance),
             f"  load it with              {self.loads_by}",
-        ))  # fmt: skip
+        )))  # fmt: skip
 
 
 def export_native(
@@ -145,9 +147,9 @@ def export_native(
         OutputError: The folder could not be written.
     """
     target, allowed = Path(output), TOLERANCES["float32"] if tolerance is None else tolerance
+    _check_free(target)
     if not target.parent.is_dir():
         raise InputError(f"output must lie in an existing folder, got {target}; create {target.parent}")
-    _check_free(target)
     arguments, write = _checkpoint(model, plans, source, preprocessing, class_names)
     parities = []
 
@@ -169,11 +171,12 @@ def export_native(
     write_folder(target, write_and_check)
     size = sum(file.stat().st_size for file in target.iterdir())
     report = NativeReport(target, source.library, arguments, size, parities[0], allowed)
-    _log.info("%s", report.table())
+    log_lines(_log, report.table())
     return report
 
 
 def _check_free(folder: Path) -> None:
+    check_path(folder, "a native checkpoint")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"a native checkpoint must go into a new or empty folder, got {folder}; choose another")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import tempfile
@@ -19,6 +18,7 @@ from vbp.errors import InputError, OutputError, one_line
 from vbp.models.classifier import ModelSource
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
 from vbp.runtime.decode import read_json
+from vbp.runtime.files import write_json
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
@@ -26,7 +26,7 @@ def write_folder(folder: Path, write: Callable[[Path], None]) -> None:
     temporary: Path | None = None
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name[:48]}."))
         write(temporary)
         mask = os.umask(0)
         os.umask(mask)
@@ -72,7 +72,7 @@ def write_timm(
         "pretrained_cfg": cfg,
         **({} if class_names is None else {"label_names": list(class_names)}),
     }
-    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", config)
 
 
 def write_huggingface(
@@ -85,7 +85,7 @@ def write_huggingface(
     native.save_pretrained(folder)
     if preprocessing is not None:
         values = processor_config(preprocessing)
-        (folder / "preprocessor_config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        write_json(folder / "preprocessor_config.json", values)
 
 
 def load_native(folder: Path) -> nn.Module:

@@ -7,7 +7,6 @@ name, with or without tag.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from vbp.models.classifier import Classifier, Library, ModelSource, check_takes_
 from vbp.models.limits import ANY, Limits
 from vbp.models.weights import WeightFile, check_weight_file
 from vbp.runtime.choices import ModelType
+from vbp.runtime.files import check_path
 
 
 def load_classifier(
@@ -111,9 +111,7 @@ def _check_model(model_name: str, model_type: str) -> Library:
         raise InputError(f"model_type must be one of {', '.join(get_args(ModelType))}, got {model_type!r}")
     if not model_name.strip():
         raise InputError("model_name must be a local folder, a Hugging Face id or a timm model, got nothing")
-    # Of longer ones the system does not say whether they exist.
-    if len(os.fsencode(model_name)) > 4000 or any(len(os.fsencode(part)) > 255 for part in model_name.split("/")):
-        raise InputError(f"model_name must be a name, got {len(model_name)} letters: {model_name[:40]}...")
+    check_path(model_name, "model_name")
     if Path(model_name).is_dir():
         return "transformers"
     if hub_repository(model_name) is not None or "/" not in model_name:

@@ -30,6 +30,7 @@ from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.log_file import log_lines
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource
 from vbp.statistics.statistics import Statistics
@@ -205,7 +206,8 @@ class _Search:
         assert self.best is not None
         best = self.best
         choice = PlanChoice(best.plan, self._means, self._covariances, tuple(self._tried), best.plan_for)
-        _log.info("auto: %d plans tried on %d images\n%s", len(self._tried), self.reference.images, choice.table())
+        _log.info("auto: %d plans tried on %d images", len(self._tried), self.reference.images)
+        log_lines(_log, choice.table())
         return choice
 
     def _compete(self, costs: Scores) -> None:

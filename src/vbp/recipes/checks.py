@@ -17,6 +17,7 @@ from vbp.recipes.options import REFITS, Role, fields_with
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.sweep_report import Setting
 from vbp.runtime.choices import Compensation, Scope
+from vbp.runtime.files import check_path
 from vbp.statistics.evidence import Need
 from vbp.training.losses import DistillationLoss, check_below_one
 
@@ -26,12 +27,18 @@ _COVARIANCE = ("covariance_tokens", "ridge")
 
 def check_config(config: RunConfig) -> None:
     """Check the values that need no file, before any work."""
+    _check_paths(config)
     _check_ranges(config)
     _check_effect(config)
     if config.push_to_hub is not None:
         check_repository(config.push_to_hub)
     if config.convnext_checkpoint is not None and config.checkpoint is not None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
+
+
+def _check_paths(config: RunConfig) -> None:
+    for name in ("model_name", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir", "resume"):
+        check_path(getattr(config, name) or "", name)
 
 
 def _check_ranges(config: RunConfig) -> None:

@@ -19,6 +19,7 @@ from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.recipes.setup import Job, comparison_by_main
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.log_file import log_lines
 from vbp.statistics.evidence import Evidence, EvidenceReader
 
 _log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
                 auto=config.calib_samples == "auto",
             )
             _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
-            _log.info("%s", convergence.table())
+            log_lines(_log, convergence.table())
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
@@ -64,7 +65,7 @@ def choose_plan(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]
     else:
         choice, budget = _by_scores(job, evidence)
     keep_plan(job, choice.plan)
-    _log.info("%s", format_plan(choice.plan, plan_cost(job.dense, choice.plan, job.example)))
+    log_lines(_log, format_plan(choice.plan, plan_cost(job.dense, choice.plan, job.example)))
     (_log.info if budget.met else _log.warning)("%s", budget.sentence())
     return choice, budget
 

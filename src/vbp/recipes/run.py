@@ -30,7 +30,7 @@ from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
-from vbp.runtime.log_file import RunLog, run_log
+from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
 from vbp.runtime.processes import restarts
 from vbp.runtime.session import Session
@@ -223,7 +223,8 @@ def _show(config: RunConfig, session: Session, report: RunReport) -> None:
         from vbp.report.html import write_report  # drawing takes a second to import
 
         _log.info("report: %s", write_report(config.save_dir))
-    _log.info("results in %s\n%s", config.save_dir, report.table())
+    _log.info("results in %s", config.save_dir)
+    log_lines(_log, report.table())
     _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
     if session.processes.is_main and config.push_to_hub is not None:
         _log.info("published: %s", publish_artifact(config))

@@ -34,9 +34,9 @@ from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
 from vbp.runtime.decode import read_json
-from vbp.runtime.files import check_folder, clear_folder, write_bytes, write_json
+from vbp.runtime.files import check_folder, clear_folder, text_bytes, write_bytes, write_json
 from vbp.runtime.fingerprints import json_fingerprint
-from vbp.runtime.log_file import RunLog, run_log
+from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.sites.site import Site
 from vbp.statistics.evidence import FROM_STATISTICS, Evidence, EvidenceReader, Need, evidence_bytes
 from vbp.statistics.statistics import Statistics
@@ -150,7 +150,8 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         report = _sweep(config, job, refits, dense, () if progress is None else progress.rows, settings)
         if processes.is_main:
             _write(config, report, settings)
-        _log.info("results in %s\n%s", config.save_dir, report.table())
+        _log.info("results in %s", config.save_dir)
+        log_lines(_log, report.table())
     return report
 
 
@@ -258,7 +259,7 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
 def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]) -> None:
     folder = config.save_dir
     write_state(folder, settings, report.to_dict())
-    write_bytes(folder / CSV, report.csv().encode())
+    write_bytes(folder / CSV, text_bytes(report.csv()))
     svg, png = render(draw_sweep(report, points_of(config.model_name)), "sweep")
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)

@@ -10,7 +10,7 @@ from typing import Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from vbp.errors import OutputError
+from vbp.errors import OutputError, printable
 from vbp.report.figures import (
     accuracy_against_macs,
     accuracy_steps,
@@ -24,7 +24,7 @@ from vbp.report.figures import (
 from vbp.report.run_report import FIGURES, FinishedRun, RunReport, read_run, setting_text
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
-from vbp.runtime.files import clear_folder, write_bytes
+from vbp.runtime.files import clear_folder, text_bytes, write_bytes
 from vbp.runtime.tables import format_count, markdown_table
 
 REPORT, MARKDOWN = "report.html", "report.md"
@@ -62,8 +62,8 @@ def write_report(folder: Path) -> Path:
     for drawing in drawings.values():
         write_bytes(folder / FIGURES / f"{drawing.name}.svg", drawing.svg)
         write_bytes(folder / FIGURES / f"{drawing.name}.png", drawing.png)
-    write_bytes(folder / MARKDOWN, (summary_row(run.report) + _loading(run.report, artefacts)).encode())
-    write_bytes(folder / REPORT, page.encode())
+    write_bytes(folder / MARKDOWN, text_bytes(summary_row(run.report) + _loading(run.report, artefacts)))
+    write_bytes(folder / REPORT, text_bytes(page))
     return folder / REPORT
 
 
@@ -113,7 +113,7 @@ def summary_row(run: RunReport) -> str:
 
 
 def _model_name(run: RunReport) -> str:
-    return str(run.config.get("model_name") or "model")
+    return printable(str(run.config.get("model_name") or "model"))
 
 
 def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[str, str]]) -> str:
@@ -176,4 +176,4 @@ def _rows_of_files(run: RunReport) -> dict[str, str]:
 def _artefacts(folder: Path) -> list[tuple[str, str]]:
     """Return each pruned model in the folder: its name, and its path as Python writes it; `artifact` sorts first."""
     paths = sorted(path for path in folder.iterdir() if path.suffix == ".pth" or (path / "vbp.json").is_file())
-    return [(path.name, repr(os.fspath(path))) for path in paths]
+    return [(printable(path.name), repr(os.fspath(path))) for path in paths]

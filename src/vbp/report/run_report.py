@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.cost.timing import LatencyComparison
-from vbp.errors import InputError, one_line
+from vbp.errors import InputError, one_line, printable
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
 from vbp.pruning.plan import Candidate, PruningPlan
@@ -247,7 +247,9 @@ class RunReport:
 
 def setting_text(value: Any) -> str:
     """Return the value of a setting as tables show it."""
-    return " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
+    return printable(
+        " ".join(map(str, value)) if isinstance(value, list | tuple) else "-" if value is None else str(value)
+    )
 
 
 @dataclass(frozen=True)

@@ -119,7 +119,7 @@ def folder_in_use(folder: Path, flag: str = "--save_dir") -> InputError:
 
 def leftovers(folder: Path, of: str = "*") -> list[Path]:
     """Return what killed processes left in a folder: halves of the file of this name, or all that they left."""
-    patterns = [f".{of}.*{_HALF}", *([f"{_PROBE}*"] if of == "*" else [])]
+    patterns = [f".{of[:_LONGEST_START]}.*{_HALF}", *([f"{_PROBE}*"] if of == "*" else [])]
     return [file for pattern in patterns for file in folder.glob(pattern)]
 
 
@@ -133,6 +133,9 @@ def is_leftover(name: str) -> bool:
     return name == LOCK or name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_HALF))
 
 
+# What Linux takes, in bytes, less some for the files in a folder; and how much of a name its temporary name has.
+_LONGEST_NAME, _LONGEST_PATH, _LONGEST_START = 255, 4000, 48
+
 _KINDS: Final = {
     stat.S_IFDIR: "a folder",
     stat.S_IFIFO: "a pipe",
@@ -140,6 +143,20 @@ _KINDS: Final = {
     stat.S_IFBLK: "a device",
     stat.S_IFSOCK: "a socket",
 }
+
+
+def check_path(path: Path | str, what: str) -> None:
+    """Raise InputError for a path that no file system takes, or not every library: safetensors wants UTF-8."""
+    try:
+        whole = str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{what} must be a path in UTF-8, got {path}; rename the folder") from None
+    longest = max(whole.split(b"/"), key=len)
+    if len(longest) > _LONGEST_NAME or len(whole) > _LONGEST_PATH:
+        raise InputError(
+            f"{what} must be a path of at most {_LONGEST_PATH} bytes, with at most {_LONGEST_NAME} between two "
+            f"slashes, got {len(whole)} and {len(longest)} ({str(path)[:40]}...); choose a shorter one"
+        )
 
 
 def is_regular(path: Path) -> bool:
@@ -178,7 +195,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     temporary: Path | None = None
     try:
         with tempfile.NamedTemporaryFile(
-            dir=path.parent, prefix=f".{path.name}.", suffix=_HALF, delete=False
+            dir=path.parent, prefix=f".{path.name[:_LONGEST_START]}.", suffix=_HALF, delete=False
         ) as file:
             temporary = Path(file.name)
             write(file)
@@ -209,9 +226,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     write_atomically(path, lambda file: file.write(content))
 
 
+def text_bytes(text: str) -> bytes:
+    r"""Return a text as UTF-8; bytes of a file name that are none become escapes, `\udcff`, as JSON has them."""
+    return text.encode(errors="backslashreplace")
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write readable JSON whole or not at all."""
-    write_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, text_bytes(json.dumps(value, indent=2, ensure_ascii=False) + "\n"))
 
 
 def check_folder(folder: Path, *, overwrite: bool, needed_bytes: int) -> None:

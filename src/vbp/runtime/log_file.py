@@ -10,9 +10,24 @@ from contextlib import contextmanager
 from logging.handlers import MemoryHandler
 from pathlib import Path
 
-from vbp.errors import OutputError
+from vbp.errors import OutputError, printable
 
-_LINE = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+class LineFormatter(logging.Formatter):
+    """Writes each record as one line: a line break in the name of a file cannot pass for a record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record, without characters that are for the terminal."""
+        return printable(super().format(record))
+
+
+_LINE = LineFormatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+
+
+def log_lines(logger: logging.Logger, text: str) -> None:
+    """Log a table: each of its lines as a record."""
+    for line in text.splitlines():
+        logger.info("%s", line)
 
 
 class _LogFile(logging.FileHandler):

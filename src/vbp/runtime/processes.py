@@ -132,9 +132,9 @@ def check_launch(script: str, *, disable_ddp: bool) -> None:
     """Check that a script meant for torchrun was either started by it, or was told not to need it."""
     if not disable_ddp and "WORLD_SIZE" not in os.environ:
         raise InputError(
-            f"{script} must be started by torchrun or with --disable_ddp, got neither; type\n"
-            f"  python {script} --disable_ddp ...              one GPU if there is one, else the CPU\n"
-            f"  torchrun --nproc_per_node=4 {script} ...       one process for each of four GPUs"
+            f"{script} must be started by torchrun or with --disable_ddp, got neither; type "
+            f"`python {script} --disable_ddp ...` for one GPU if there is one, else the CPU, or "
+            f"`torchrun --nproc_per_node=4 {script} ...` for one process on each of four GPUs"
         )
     world = launched().world
     if disable_ddp and world > 1:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
+from vbp.errors import printable
+
 
 def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence[int] = ()) -> str:
     """Return rows as lines with aligned columns, two spaces between them; a heading is the first row.
@@ -18,7 +20,7 @@ def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence
         dense   72.02
         pruned   9.50
     """
-    rows = list(rows)
+    rows = [[printable(cell) for cell in row] for row in rows]
     sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
     sizes[: len(widths)] = map(max, sizes, widths)
     align = align.ljust(len(sizes), "r")
@@ -40,7 +42,9 @@ def markdown_table(heading: Sequence[str], rows: Iterable[Sequence[str]]) -> str
 
 
 def _markdown_cell(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split())
+    return " ".join(
+        printable(" ".join(text.split())).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").split()
+    )
 
 
 def format_count(number: int) -> str:

@@ -38,7 +38,10 @@ def folder(tmp_path: Path) -> Path:
         model, tmp_path / "pruned", plans=plan,
         source=ModelSource("transformers", type(model).__name__, model.config.to_dict()),
         preprocessing=Preprocessing((32, 32), 0.9, "bicubic", (0.5,) * 3, (0.5,) * 3),
-        metrics={"top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000, "images": 650}, "pruned": {"top1": 70.0}, "note": "text"},
+        metrics={
+            "top1": 71.25, "dense": {"top1": 72.5, "macs": 1260000, "images": 650}, "pruned": {"top1": 70.0},
+            "note": "text",
+        },
     )  # fmt: skip
     return tmp_path / "pruned"
 

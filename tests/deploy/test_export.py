@@ -16,6 +16,7 @@ from vbp import InputError
 from vbp.cli.export import run_export
 from vbp.cli.options import ExportConfig
 from vbp.deploy.export import TOLERANCES, ExportReport, compare_logits, export_model, open_exported
+from vbp.runtime.tables import with_error
 
 
 def pruned(name: str) -> nn.Module:
@@ -82,7 +83,8 @@ def test_half_precision_is_near_and_its_accuracy_measured(to: str, dtype: str, t
     assert output.dtype == torch.float32
     right = float((output.argmax(1) == labels).double().mean())
     assert report.top1 == (100.0, 100 * right)
-    assert f"top-1                     100.00 % -> {100 * right:.2f} %" in report.table()
+    assert f"top-1                     100.00 % -> {with_error(100 * right, 8)} %" in report.table()
+    assert report.to_dict()["labelled"] == 8
 
 
 def test_int8_takes_its_ranges_from_the_calibration_images(tmp_path: Path) -> None:

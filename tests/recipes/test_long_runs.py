@@ -19,6 +19,7 @@ from launching import DRIVE, environment, summary, wait_for, weights, written
 from vbp import InputError, RunConfig, run
 from vbp.recipes.config import DemoConfig
 from vbp.recipes.demo import demo_run_config
+from vbp.training.checkpoints import latest_checkpoint, read_checkpoint
 
 
 @pytest.fixture(scope="module")
@@ -91,11 +92,16 @@ def test_a_stopped_run_that_goes_on_ends_like_one_never_stopped(
     if number != signal.SIGKILL:
         assert f"stopped by {number.name} in epoch" in errors
         assert "--resume auto" in errors
+    checkpoint = latest_checkpoint(folder / "checkpoints")
+    assert checkpoint is not None
+    measured = read_checkpoint(checkpoint)["report"]["latency"]
     again = started(written(config, folder, resume="auto"))
     _, errors = again.communicate(timeout=240)
     assert again.returncode == 0, errors
     assert "going on from" in errors
     same(whole, folder)
+    # The speed-up is not measured again: this machine may be busier now, or another.
+    assert summary(folder)["latency"] == measured
 
 
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(

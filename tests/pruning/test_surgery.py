@@ -22,6 +22,7 @@ from vbp import (
     prune_,
     variance_scores,
 )
+from vbp.pruning.surgery import check_prunable
 from vbp.runtime.forward import logits_of
 
 
@@ -135,3 +136,29 @@ def test_frozen_layers_stay_frozen() -> None:
     model.requires_grad_(False)
     prune_(model, plan, statistics.means)
     assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+class Scales(nn.Module):
+    """An MLP whose code uses a number of hidden channels, or means the first ones."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.kind = nn.Linear(8, 12), nn.Linear(12, 8), kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x)
+        if self.kind == "in place":
+            hidden[..., :3].mul_(9)
+        output: Tensor = self.fc2(hidden.relu())
+        return output / {"layer": self.fc1.out_features, "shape": hidden.shape[-1]}.get(self.kind, 1)
+
+
+@pytest.mark.parametrize("kind", ["layer", "shape", "in place"])
+def test_code_that_uses_the_number_of_channels_is_found_out(kind: str) -> None:
+    """Kin to reports of pruned models that run, and return something else: a constant follows from a width."""
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Linear(8, 8), Scales(kind), nn.Linear(8, 5)).eval(), torch.randn(4, 8)
+    sites = find_sites(model, images)
+    with pytest.raises(InputError, match="fewer channels in 1: its output is then off by"):
+        check_prunable(model, sites, images)
+    check_prunable(nn.Sequential(nn.Linear(8, 8), Scales(""), nn.Linear(8, 5)).eval(), sites, images)

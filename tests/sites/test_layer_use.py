@@ -253,3 +253,19 @@ def test_a_layer_that_became_unusual_after_it_was_found_is_refused() -> None:
     with pytest.raises(InputError, match=r"site blocks.1.fc1 is none: .* it holds parametrizations.weight.original0"):
         prune_(model, plan)
     assert model.get_parameter("blocks.0.fc1.weight").shape == (12, 8)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")
+def test_quantised_layers_are_named() -> None:
+    """Kin to reports of a quantised model in which a pruner finds nothing, and does not say why."""
+    quantised = torch.ao.quantization.quantize_dynamic(MLP().eval(), {nn.Linear})
+    with pytest.raises(InputError, match=r"no prunable site in MLP: fc1 cannot be pruned .*its weight is quantised"):
+        find_sites(quantised, torch.randn(2, 8))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+def test_a_scripted_module_keeps_its_mode() -> None:
+    """Kin to reports of a model that a tool leaves in another mode where a part of it is TorchScript."""
+    model = nn.Sequential(nn.Linear(8, 12), torch.jit.script(nn.Sequential(nn.GELU())), nn.Linear(12, 8)).train()
+    assert len(find_sites(model, torch.randn(2, 8))) == 1
+    assert all(module.training for module in model.modules())

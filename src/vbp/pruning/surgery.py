@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,10 +18,15 @@ from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
 from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
+from vbp.sites.attention_trial import half
 from vbp.sites.cutting import cut_
 from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
+from vbp.sites.propagation import tensors_in
 from vbp.sites.site import Site
 from vbp.statistics.statistics import observed_names
+
+# Share of an output that rounding may change.
+_ROUNDING = 2e-3
 
 
 def prune_(
@@ -94,7 +100,7 @@ def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> 
         blocks[site.producers[0].rpartition(".")[0]].append(site)
     reasons = {block: reason for block, group in blocks.items() if (reason := _breaks(model, group, example))}
     raise InputError(
-        f"{type(model).__name__} does not run with fewer channels in "
+        f"{type(model).__name__} does not run as it should with fewer channels in "
         f"{', '.join(reasons) or 'all its sites together'}: "
         f"{next(iter(reasons.values()), 'each alone does')}; its code needs that width. Leave attention "
         "(--bottleneck) out, or give vbp.prune_ a plan without these sites"
@@ -102,19 +108,40 @@ def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> 
 
 
 def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
+    """Return what goes wrong where half of the channels are removed from a copy, if anything does."""
+    plan = PruningPlan(tuple(SitePlan(site, tuple(half(site))) for site in sites), 0.5, "per_layer")
     trial = copy.deepcopy(model)
-    entries = []
-    for site in sites:
-        size = site.hidden // site.heads
-        kept = [head * size + index for head in range(site.heads) for index in range(max(1, size // 2))]
-        entries.append(SitePlan(site, tuple(kept)))
     try:
-        prune_(trial, PruningPlan(tuple(entries), 0.5, "per_layer"))
+        prune_(trial, plan)
         with evaluation_mode(trial), torch.no_grad():
-            trial(example)
+            found = trial(example)
     except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
         return first_line(error)
-    return None
+    if not all(site.exact for site in sites):
+        return None
+    pruned, expected, dense = (tensors_in(one)[0].double() for one in (found, *_silenced(model, plan, example)))
+    difference, cut, size = (float(one.norm()) for one in (pruned - expected, expected - dense, expected))
+    rounding = max(_ROUNDING, 10 * torch.finfo(tensors_in(found)[0].dtype).eps) * size
+    if not difference > 0.05 * cut + rounding:
+        return None
+    return f"its output is then off by {difference / max(size, 1e-12):.2g} of its size"
+
+
+def _silenced(model: nn.Module, plan: PruningPlan, example: Tensor) -> tuple[Any, Any]:
+    """Return what the dense model returns if nothing reads the channels that a plan removes, and as it is."""
+    silent = copy.deepcopy(model)
+    with evaluation_mode(model), evaluation_mode(silent), torch.no_grad():
+        for entry in plan.sites:
+            removed = list(entry.removed)
+            if entry.site.consumer:
+                silent.get_parameter(f"{entry.site.consumer}.weight")[:, removed] = 0
+            else:
+                for name, first in entry.site.rows:
+                    layer = silent.get_submodule(name)
+                    for parameter in (layer.weight, layer.bias):
+                        if isinstance(parameter, Tensor):
+                            parameter[[first + channel for channel in removed]] = 0
+        return silent(example), model(example)
 
 
 def _check_fits(

@@ -38,8 +38,8 @@ def snapshot(modules: Iterable[nn.Module], *tables: Literal["_parameters", "_buf
     saved = []
     for module in modules:
         own = vars(module)
-        kept = {key: dict(own[key]) for key in tables}
-        values = [value for table in kept.values() for value in table.values() if value is not None]
+        kept = {key: dict(own[key]) for key in tables if isinstance(own[key], dict)}  # TorchScript has other tables
+        values = [value for key in tables for value in dict(own[key].items()).values() if value is not None]
         saved.append((module, dict(own), kept, [(value, value.detach().clone()) for value in values]))
 
     def restore() -> None:
@@ -63,12 +63,15 @@ def training_paths(model: nn.Module) -> Iterator[None]:
     """
     device = next(iter(model.parameters()), torch.empty(0)).device
     state, restore = random_state(device), snapshot(model.modules(), "_buffers")
+    modes = {module: module.training for module in model.modules()}
     for module in model.modules():
         module.training = not type(module).__module__.startswith("torch.") and not isinstance(module, _BatchNorm)
     try:
         yield
     finally:
         restore()
+        for module, mode in modes.items():
+            module.training = mode
         set_random_state_(state, device)
 
 

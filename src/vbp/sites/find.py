@@ -63,8 +63,9 @@ def find_sites(
             f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
             f"{_reasons(finder.rejected[others:][-3:])}"
         )
-    if not sites and finder.unusual:
-        raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(finder.unusual[:3])}")
+    unusual = finder.unusual or [unusual_layer(*one) for one in finder.trace.unusual.items()]
+    if not sites and unusual:
+        raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(unusual[:3])}")
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "

@@ -82,6 +82,10 @@ def unusual_layers(model: nn.Module) -> dict[str, str]:
             held = {*dict(layer.named_parameters()), *dict(layer.named_buffers())}
             if extra := sorted(held - _OWN):
                 reasons[name] = f"it holds {', '.join(extra)} beside its weight and bias"
+            elif layer.weight is not None and type(layer.weight) is not nn.Parameter:
+                reasons[name] = f"its weight is a {type(layer.weight).__name__}"
+        elif type(layer).__module__.startswith("torch.ao.nn.") and {"weight", "_packed_params"} <= set(dir(layer)):
+            reasons[name] = "its weight is quantised"
     return reasons
 
 

@@ -85,6 +85,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
 SWITCHES = (
     "equal_widths",
     "bottleneck",
+    "convolutions",
     "global_pruning",
     "norm_per_layer",
     "use_kd",

@@ -154,6 +154,8 @@ class WidthOptions:
     """Floor: no layer keeps a smaller share than this."""
     bottleneck: Result[bool] = False
     """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
+    convolutions: Result[bool] = False
+    """Prune between convolutions with larger kernels too, as in a ResNet."""
     stats_path: Speed[Path | None] = None
     """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
 

@@ -195,7 +195,7 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     if resumed is not None:
         check_same_settings(resumed.state["settings"], settings, resumed.path)
     example = classifier.example_input().to(device)
-    sites = find_sites(model, example, attention=config.bottleneck)
+    sites = find_sites(model, example, attention=config.bottleneck, convolutions=config.convolutions)
     if given is not None and config.stats_path is not None:
         given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(

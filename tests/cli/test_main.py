@@ -79,6 +79,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "checkpoint_minutes": (30.0, ["5"], 5.0),
     "log_dir": (None, ["logs"], Path("logs")),
     "timeout_minutes": (30.0, ["5"], 5.0),
+    "cost_aware": ("auto", ["on"], "on"),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),
 }

@@ -223,6 +223,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_params": "1.5"}, "target_params must be a share in .* or a count, got 1.5"),
     ({"target_speedup": 0.9}, "target_speedup must be above 1, got 0.9"),
     ({"best_effort": True}, "best_effort changes nothing without a target"),
+    ({"cost_aware": "off"}, "cost_aware changes nothing without a target"),
+    (
+        {"cost_aware": "on", "target_macs": "0.8", "criterion": "variance", "compensation": "mean"},
+        "cost_aware changes nothing unless layers are ranked together, got on; add --global_pruning",
+    ),
     ({"target_latency_ms": 0.0}, "target_latency_ms must be a number above 0, got 0.0"),
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),

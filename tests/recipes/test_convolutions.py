@@ -50,3 +50,15 @@ def test_larger_kernels_are_pruned_on_request_alone(small: RunConfig) -> None:
 def test_a_sweep_hands_it_on() -> None:
     assert SweepConfig("data", convolutions=True).run_config().convolutions
     assert not SweepConfig("data").run_config().convolutions
+
+
+def test_a_budget_in_macs_takes_channels_where_they_save_most(small: RunConfig) -> None:
+    paper = dataclasses.replace(
+        small, criterion="l2", compensation="none", global_pruning=True, keep_ratio=0.65, target_macs="0.7",
+        refit_stream="auto", refit_head="auto",
+    )  # fmt: skip
+    aware = run(paper)
+    plain = run(dataclasses.replace(paper, cost_aware="off", save_dir=small.save_dir / "off"))
+    assert aware.budget["met"]
+    assert plain.budget["met"]
+    assert aware.keep_ratio > plain.keep_ratio

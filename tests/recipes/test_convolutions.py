@@ -42,6 +42,9 @@ def test_larger_kernels_are_pruned_on_request_alone(small: RunConfig) -> None:
         name: layer.out_channels for name, layer in pruned.named_modules()
         if isinstance(layer, nn.Conv2d) and layer.kernel_size == (3, 3)
     }  # fmt: skip
+    assert found.batchnorm is not None
+    assert set(found.batchnorm["divergences"]) == {"keep", "match", "recalibrate"}
+    assert found.batchnorm["sentence"] in found.refits
     assert any(kernels.get(name) == kept < total for name, (kept, total) in found.sites.items())
     with pytest.raises(InputError, match=r"no prunable site in ResNet.*--convolutions"):
         run(dataclasses.replace(small, convolutions=False, save_dir=small.save_dir / "without"))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal, TypeVar
 import tyro
 
 from vbp.method.defaults import RIDGE
-from vbp.runtime.choices import Amp, MatmulPrecision, ModelType, Toggle
+from vbp.runtime.choices import Amp, BatchNormChoice, MatmulPrecision, ModelType, Toggle
 
 T = TypeVar("T")
 
@@ -130,6 +130,9 @@ class RefitOptions:
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE
     """How much the refit is regularised, as a share of each kept channel's variance."""
+    batchnorm: Result[BatchNormChoice] = "auto"
+    """Running statistics of BatchNorms after surgery: estimated anew in the pruned model (recalibrate), moved by the
+    difference of both models (match), left (keep), or what held-out images prefer (auto)."""
     refit_producers: Result[Toggle] = "auto"
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""

@@ -237,14 +237,18 @@ def _calibration(
 
 
 def make_refits(job: Job) -> Refits | None:
-    """Return what is refitted after surgery; None where the compensation is no refit."""
+    """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config = job.config
     if config.compensation != "refit":
-        return None
+        if config.batchnorm == "keep":
+            return None
+        known = job.dense, job.sites, job.example, job.calibration
+        return Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
     views = default_views(job.session.device) if config.refit_views == "auto" else config.refit_views
     return Refits(
         job.dense, job.sites, job.example, job.calibration,
-        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head, views=views,
+        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
+        batchnorm=config.batchnorm, views=views,
     )  # fmt: skip
 
 

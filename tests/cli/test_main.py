@@ -80,12 +80,15 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "checkpoint_minutes": (30.0, ["5"], 5.0),
     "log_dir": (None, ["logs"], Path("logs")),
     "timeout_minutes": (30.0, ["5"], 5.0),
+    "batchnorm": ("keep", ["match"], "match"),
+    "cost_aware": ("auto", ["on"], "on"),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),
 }
 SWITCHES = (
     "equal_widths",
     "bottleneck",
+    "convolutions",
     "global_pruning",
     "norm_per_layer",
     "use_kd",
@@ -291,7 +294,8 @@ def test_the_script_does_what_the_paper_does_and_the_command_what_is_best(
 ) -> None:
     type_(*DATA, "--disable_ddp")
     type_("run", *DATA, entry=main)
-    assert [(config.criterion, config.compensation) for config in ran] == [("variance", "mean"), ("auto", "refit")]
+    chosen = [(config.criterion, config.compensation, config.batchnorm) for config in ran]
+    assert chosen == [("variance", "mean", "keep"), ("auto", "refit", "auto")]
 
 
 def test_the_library_command_needs_no_launcher(ran: list[RunConfig], type_: Callable[..., int]) -> None:

@@ -49,3 +49,8 @@ def test_each_unit_saves_what_its_curve_says(widths: tuple[int, int, int], ms: f
 def test_no_unit_takes_less_than_no_time() -> None:
     steep = replace(TIMES, curves={**TIMES.curves, "a": ((20, 1.0), (40, 30.0))})
     assert steep.predicted_ms(plan(1, 40, 8)) == 70
+
+
+def test_what_a_channel_saves_is_the_mean_over_its_curve() -> None:
+    saved = TIMES.saved_by_channel()
+    assert saved == pytest.approx({"a": 0.8, "b": 0.8, "p": 0.5, "q": 0.5})

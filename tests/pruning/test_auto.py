@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Barrier
@@ -14,13 +15,24 @@ from pairs import Pair
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites, make_plan, prune_, variance_scores
+from vbp.cost.search import PlanSearch
+from vbp.cost.widths import WidthCosts
 from vbp.method.sampling import RandomProbes
-from vbp.pruning.auto import auto_plan, mixed_with_uniform, scaled, sensitivity_eliminations
+from vbp.pruning.auto import (
+    AutoSearch,
+    auto_plan,
+    mixed_with_uniform,
+    per_saving,
+    scaled,
+    sensitivity_eliminations,
+)
 from vbp.pruning.divergence import DenseReference
-from vbp.pruning.plan import PlanChoice
+from vbp.pruning.make_plan import PlanRules
+from vbp.pruning.plan import PlanChoice, PruningPlan, SitePlan
 from vbp.runtime.forward import logits_of
 from vbp.runtime.session import Session
 from vbp.sites.site import Site
+from vbp.statistics.images import GivenImages
 
 Setting = tuple[nn.Module, tuple[Site, ...], Statistics, Tensor]
 
@@ -165,6 +177,41 @@ def test_prices_keep_the_order_of_the_closest_scores() -> None:
     found = scaled(scores, {"a": 1.3})["a"]
     assert torch.equal(found.argsort(), scores["a"].argsort())
     torch.testing.assert_close(found, scores["a"] * 1.3)
+
+
+def test_scores_are_compared_by_what_is_saved() -> None:
+    scores = {"a": torch.tensor([4.0, 2.0]), "b": torch.tensor([3.0, 0.0])}
+    assert per_saving(scores, {}) is scores
+    found = per_saving(scores, {"a": 4.0, "b": 1.0})
+    torch.testing.assert_close(found["a"], torch.tensor([1.0, 0.5], dtype=torch.float64))
+    torch.testing.assert_close(found["b"], torch.tensor([3.0, 0.0], dtype=torch.float64))
+
+
+def test_plans_of_one_cost_compete_where_channels_save_differently() -> None:
+    model, sites, statistics, images = setting("timm-convnext-conv")
+    costs = WidthCosts.of(model, sites, images[:1])
+    limit = 0.7 * costs.macs
+
+    def size(plan_for: Callable[[float], PruningPlan]) -> PruningPlan:
+        plan = PlanSearch(plan_for).largest(costs.macs_of, limit)
+        assert plan is not None
+        return plan
+
+    mean = sum(costs.of_site(site)[0] for site in sites) / sum(site.hidden for site in sites)
+    savings = {site.name: costs.of_site(site)[0] / site.hidden / mean for site in sites}
+    assert max(savings.values()) > 1.5 * min(savings.values())
+    found = {}
+    for weights in ({}, savings):
+        search = AutoSearch(model, sites, statistics, GivenImages([images]), PlanRules(), savings=weights)
+        choice = search.plan_of_size(size, "70 % of the MACs")
+        assert limit * 0.97 < costs.macs_of(choice.plan) <= limit
+        for one in choice.tried:
+            keep = {site.name: one.widths[site.name] for site in sites}
+            entries = tuple(SitePlan(site, tuple(range(keep[site.name]))) for site in sites)
+            assert limit * 0.97 < costs.macs_of(PruningPlan(entries, 0.5, "global")) <= limit
+        found[bool(weights)] = {one.name: one.widths for one in choice.tried}
+    assert found[False]["equal shares"] == found[True]["equal shares"]
+    assert found[False]["sensitivity"] != found[True]["sensitivity"]
 
 
 def test_missing_sensitivities_are_an_error() -> None:

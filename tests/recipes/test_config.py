@@ -224,6 +224,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_params": "1.5"}, "target_params must be a share in .* or a count, got 1.5"),
     ({"target_speedup": 0.9}, "target_speedup must be above 1, got 0.9"),
     ({"best_effort": True}, "best_effort changes nothing without a target"),
+    ({"cost_aware": "off"}, "cost_aware changes nothing without a target"),
+    (
+        {"cost_aware": "on", "target_macs": "0.8", "criterion": "variance", "compensation": "mean"},
+        "cost_aware changes nothing unless layers are ranked together, got on; add --global_pruning",
+    ),
     ({"target_latency_ms": 0.0}, "target_latency_ms must be a number above 0, got 0.0"),
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
@@ -299,8 +304,8 @@ PRIVATE = (
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (
-    "round_to min_keep_ratio bottleneck seed limit_val max_pixels val_batch_size matmul_precision latency "
-    "covariance_tokens ridge refit_producers refit_stream refit_head refit_views"
+    "round_to min_keep_ratio bottleneck convolutions seed limit_val max_pixels val_batch_size matmul_precision "
+    "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views"
 )
 
 

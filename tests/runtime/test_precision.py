@@ -90,19 +90,19 @@ def test_tf32_is_set_for_products_and_convolutions_alike() -> None:
     ("timm-vit", False), ("timm-swin", False), ("timm-convnext-conv", True), ("hf-convnext", True), ("hf-vit", False),
     ("torchvision-convnext", True),
 ])  # fmt: skip
-def test_convolutional_networks_are_channels_last_on_a_gpu_alone(name: str, last: bool) -> None:
+def test_convolutional_networks_are_channels_last(name: str, last: bool) -> None:
     model = FAMILIES[name].build()
-    assert memory_format_for(model, GPU) == (torch.channels_last if last else torch.preserve_format)
-    assert memory_format_for(model, CPU) == torch.preserve_format
+    for device in (CPU, GPU):
+        assert memory_format_for(model, device) == (torch.channels_last if last else torch.preserve_format)
+    assert memory_format_for(model, torch.device("meta")) == torch.preserve_format
 
 
-def test_channels_last_weights_give_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_channels_last_weights_give_the_same_logits() -> None:
     family = FAMILIES["timm-convnext-conv"]
     torch.manual_seed(0)
     model = family.build().double().eval()
     expected = model(family.example())
     layouts: list[bool] = []
-    monkeypatch.setattr("vbp.runtime.precision.memory_format_for", lambda model, device: torch.channels_last)
     assert move_(model, CPU) is model
 
     def note(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -68,3 +68,11 @@ def test_norms_keep_the_order_of_their_weights(norm: nn.Module) -> None:
     assert torch.equal(norm.weight, weight)
     assert torch.equal(norm.bias, bias)
     assert norm(torch.randn(2, len(KEPT))).shape == (2, len(KEPT))
+
+
+def test_the_layout_in_memory_stays() -> None:
+    layer = nn.Conv2d(6, 8, 3).to(memory_format=torch.channels_last)
+    keep_rows_(layer, KEPT)
+    keep_columns_(layer, [0, 2])
+    assert layer.weight.shape == (3, 2, 3, 3)
+    assert layer.weight.is_contiguous(memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ class InspectConfig:
     attention: bool = False
     """Also the channels inside attention."""
     convolutions: bool = False
-    """Also channels between larger convolutions, as in a ResNet."""
+    """Also channels between convolutions with larger kernels, as in a ResNet."""
     json: bool = False
     """Print JSON in the place of a table."""
 

@@ -74,6 +74,38 @@ class BudgetTarget:
             plan = search.largest(cost, budget.limit(dense))
         return BudgetTarget(budget, costs, times, share_of(plan or search.floor))
 
+    def savings(self) -> dict[str, float]:
+        """Return what a channel of each site saves in the budget's quantity, as a share of the mean channel's.
+
+        From the dense model's widths, and for a budget of time from the measured layers. A channel that saves next to
+        nothing counts as one that saves a thousandth of the best.
+        """
+        if self.times is not None:
+            saved = self.times.saved_by_channel()
+        else:
+            which = ("macs", "params").index(self.budget.quantity)
+            saved = {site.name: self.costs.of_site(site)[which] / site.hidden for site in self.costs.sites}
+        least = max(saved.values()) / 1000
+        saved = {name: max(value, least) for name, value in saved.items()}
+        hidden = {site.name: site.hidden for site in self.costs.sites}
+        mean = sum(saved[name] * hidden[name] for name in saved) / sum(hidden[name] for name in saved)
+        return {name: value / mean for name, value in saved.items()}
+
+    def proposal(self, plan_for: PlanFor, *, compensated: bool, like: PruningPlan | None = None) -> PruningPlan:
+        """Return the largest of some plans that is computed to meet the budget, or to cost no more than another plan.
+
+        The narrowest one if none does. A time is predicted from that of the layers.
+        """
+        if self.budget.quantity == "keep_ratio" or (self.budget.timed and self.times is None):
+            return plan_for(self.keep_ratio)
+        search = PlanSearch(plan_for)
+        if self.times is None:
+            cost, dense = counted(self.budget, self.costs, compensated=compensated)
+            limit = self.budget.limit(dense)
+        else:
+            cost, limit = self.times.share, allowed_share(self.budget, self.times.dense_ms)
+        return search.largest(cost, limit if like is None else cost(like)) or search.floor
+
     def meet(
         self,
         plan_for: PlanFor,

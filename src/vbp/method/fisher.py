@@ -12,6 +12,9 @@ M = mean_i G_i' G_i and an output metric D = mean_i G_i G_i' of trace 1:
 
     KL = 1/2 tr(D E M E').
 
+A kernel over several positions has one E and one G for each of its offsets. M and D are their sums, and each offset
+counts with an equal share of M: what the offsets' errors do together is left out.
+
 Source: Amari (1998), natural gradient; Martens, Grosse (2015) and Gupta, Koren, Singer (2018), the factored form.
 """
 
@@ -83,19 +86,20 @@ class SiteSensitivity:
 
     def scaled_weight(
         self, weight: Float[Tensor, "out hidden *kernel"], covariance: ChannelCovariance
-    ) -> Float[Tensor, "out hidden"]:
+    ) -> Float[Tensor, "out hidden *kernel"]:
         """Return the root of the output metric times a consumer's weight: with it, removals cost nats of KL.
 
-        The consumer reads single positions; `covariance` is the plain one, not `blended_covariance` of it.
+        `covariance` is the plain one, not `blended_covariance` of it.
         """
+        offsets = weight[0, 0].numel()
         values, vectors = torch.linalg.eigh(self.outputs.double())
         here = self.recentred(covariance.mean)
-        nats = 0.5 * here.inputs.diagonal()[:-1].sum() / self.images
+        nats = 0.5 * here.inputs.diagonal()[:-1].sum() / (self.images * offsets)
         scale = nats / covariance.covariance.trace().clamp_min(torch.finfo(torch.float64).tiny)
         share = values.clamp_min(0) / values.sum().clamp_min(torch.finfo(torch.float64).tiny)
         root = (vectors * share.sqrt()).T * scale.clamp_min(0).sqrt()
         scaled: Tensor = root @ weight.detach().double().flatten(1)
-        return scaled
+        return scaled.reshape(weight.shape)
 
 
 def sensitivity_bytes(sizes: Sequence[tuple[int, int]]) -> int:

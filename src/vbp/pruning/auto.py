@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import torch
@@ -40,6 +40,8 @@ _log = logging.getLogger(__name__)
 # Price updates. One brings most of the gain, the others less and less of the rest.
 _ROUNDS = 3
 Scores = Mapping[str, Float[Tensor, "hidden"]]
+# From the plans of all keep ratios to the one that is wanted.
+Sizing = Callable[[Callable[[float], PruningPlan]], PruningPlan]
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
@@ -115,6 +117,20 @@ def scaled(scores: Scores, prices: Mapping[str, float]) -> dict[str, Float[Tenso
     return products
 
 
+def per_saving(scores: Scores, savings: Mapping[str, float]) -> Scores:
+    """Return the scores of each site divided by what a channel of it saves; without `savings` the scores themselves.
+
+    Channels removed in this order lose the least for what they save.
+    """
+    if not savings:
+        return scores
+    weighed = scaled(
+        {name: score.double() for name, score in scores.items() if name in savings},
+        {name: 1 / saving for name, saving in savings.items()},
+    )
+    return {**scores, **weighed}
+
+
 def _places(values: Float[Tensor, "n"]) -> Float[Tensor, "n"]:
     """Return each value its place among all, in (0, 1); equal ones in their order."""
     places = torch.empty(len(values), dtype=torch.float64)
@@ -165,7 +181,9 @@ def auto_plan(
     rules = PlanRules("equal" if equal_widths else "global", round_to, min_keep_ratio, attn_keep_ratio)
     if orders is None:
         orders = sensitivity_eliminations(model, sites, statistics, ridge=ridge)
-    search = _Search(model, sites, statistics, reference, rules, ridge, keep_ratio, progress)
+    search = _Search(
+        model, sites, statistics, reference, rules, ridge, lambda plan_for: plan_for(keep_ratio), progress
+    )
     return search.run({name: order.scores for name, order in orders.items()})
 
 
@@ -187,11 +205,12 @@ class _Search:
     reference: DenseReference
     rules: PlanRules
     ridge: float
-    keep_ratio: float
+    size: Sizing
     progress: Callable[[str], None] | None
+    savings: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self._variances = variance_scores(self.statistics)
+        self._variances = per_saving(variance_scores(self.statistics), self.savings)
         self._covariances = refit_metrics(self.sites, self.statistics)
         self._means = self.statistics.means | {name: metric.mean for name, metric in self._covariances.items()}
         self._tried: list[Candidate] = []
@@ -199,6 +218,7 @@ class _Search:
         self.best: _Attempt | None = None
 
     def run(self, costs: Scores) -> PlanChoice:
+        costs = per_saving(costs, self.savings)
         if self.rules.scope == "equal":
             self.attempt("equal widths", costs, scope="equal")
         else:
@@ -238,6 +258,7 @@ class _Search:
     def _wanted(self, costs: Scores, start: _Attempt) -> dict[str, float]:
         lost = {
             entry.site.name: float(costs[entry.site.name][list(entry.removed)].sum())
+            * self.savings.get(entry.site.name, 1.0)
             for entry in start.plan.sites
             if entry.site.kind == "mlp"
         }
@@ -250,7 +271,7 @@ class _Search:
         def plan_for(keep_ratio: float) -> PruningPlan:
             return rules.plan(self.sites, {**self._variances, **scores}, keep_ratio)
 
-        plan = plan_for(self.keep_ratio)
+        plan = self.size(plan_for)
         key = tuple(hash(entry.keep) for entry in plan.sites)
         if key in self._seen:
             return None
@@ -273,7 +294,8 @@ class AutoSearch:
     """Search plans of several sizes for one dense model; what does not depend on the size is done once.
 
     All processes make it and call it alike. The first of the images compare plans. All plans have the floor and the
-    rounding of the rules; of their scopes, `equal` alone makes a difference.
+    rounding of the rules; of their scopes, `equal` alone makes a difference. Costs of the sites in `savings` are
+    divided by what a channel saves there.
     """
 
     model: nn.Module
@@ -282,6 +304,7 @@ class AutoSearch:
     images: ImageSource
     rules: PlanRules
     ridge: float = RIDGE
+    savings: Mapping[str, float] = field(default_factory=dict)
 
     @cached_property
     def _orders(self) -> Mapping[str, Elimination]:
@@ -292,14 +315,19 @@ class AutoSearch:
         return DenseReference.held_out(self.model, self.images, range(HELD_OUT_IMAGES))
 
     def plan(self, keep_ratio: float) -> PlanChoice:
-        """Search the plan that keeps this share.
+        """Search the plan that keeps this share; otherwise as `plan_of_size`."""
+        return self.plan_of_size(lambda plan_for: plan_for(keep_ratio), f"keep {keep_ratio:g}")
+
+    def plan_of_size(self, size: Sizing, label: str) -> PlanChoice:
+        """Search among plans of one size, which `size` makes of each candidate's plans of all keep ratios.
 
         Raises:
             InputError: Statistics are missing or unfit, or the processes do not find the same.
         """
         session = self.images.session
-        with session.timed("search"), session.progress_steps(f"auto, keep {keep_ratio:g}", "plan") as tell:
+        with session.timed("search"), session.progress_steps(f"auto, {label}", "plan") as tell:
             known = self.model, self.sites, self.statistics, self._reference, self.rules, self.ridge
-            best = _Search(*known, keep_ratio, tell).run({name: one.scores for name, one in self._orders.items()})
+            search = _Search(*known, size, tell, self.savings)
+            best = search.run({name: one.scores for name, one in self._orders.items()})
         session.processes.check_same("plan", json_fingerprint(best.plan.to_dict()))
         return best

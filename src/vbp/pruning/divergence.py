@@ -19,7 +19,7 @@ from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import ALONE, Session
-from vbp.sites.layers import channel_dim
+from vbp.sites.layers import channel_dim, output_channels
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import ImageSource, in_pieces
 
@@ -149,17 +149,28 @@ def _errors_added(
     """Add to the dense model's consumers the errors of the pruned model's, times the amplitudes."""
 
     def add(
-        small: nn.Module, keep: Tensor, amplitude: Tensor, module: nn.Module, args: tuple[Any, ...], output: Tensor
+        small: nn.Module,
+        keep: Tensor,
+        rows: Tensor,
+        amplitude: Tensor,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        output: Tensor,
     ) -> Tensor:
-        kept = args[0].index_select(args[0].ndim + channel_dim(module), keep)
-        error: Tensor = small(kept) - output
-        return output + amplitude.to(output.dtype) * error
+        dim = output.ndim + channel_dim(module)
+        error: Tensor = small(args[0].index_select(args[0].ndim + channel_dim(module), keep))
+        error = error - output.index_select(dim, rows)
+        return output.index_add(dim, rows, amplitude.to(output.dtype) * error)
 
+    gone = {(name, first + row) for entry in entries for name, first in entry.site.rows for row in entry.removed}
     hooks = []
     for entry, amplitude in zip(entries, amplitudes, strict=True):
-        dense_layer, small = (model.get_submodule(entry.site.consumer) for model in (dense, pruned))
-        keep = torch.tensor(entry.keep, device=amplitudes.device)
-        hooks.append((dense_layer, partial(add, small, keep, amplitude)))
+        name = entry.site.consumer
+        dense_layer, small = (model.get_submodule(name) for model in (dense, pruned))
+        # The consumer may make the channels of the next site: rows that it lost have no error of their own.
+        rows = [row for row in range(output_channels(dense_layer)) if (name, row) not in gone]
+        keep, left = (torch.tensor(places, device=amplitudes.device) for places in (entry.keep, rows))
+        hooks.append((dense_layer, partial(add, small, keep, left, amplitude)))
     with hooked(hooks):
         yield
 

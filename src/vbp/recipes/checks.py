@@ -87,7 +87,10 @@ def _check_effect(config: RunConfig) -> None:
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
     if config.budget.quantity == "keep_ratio":
-        _check_unused(config, ("best_effort",), "without a target", "give --target_speedup or another target")
+        targeted = ("best_effort", "cost_aware")
+        _check_unused(config, targeted, "without a target", "give --target_speedup or another target")
+    if not config.global_pruning and config.criterion != "auto":
+        _check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
     if config.num_workers == 0:
         _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
     if not config.bottleneck:

@@ -24,7 +24,7 @@ from vbp.recipes.options import (
     Tuning,
     WidthOptions,
 )
-from vbp.runtime.choices import Compensation, Criterion
+from vbp.runtime.choices import Compensation, Criterion, Toggle
 from vbp.runtime.decode import from_json, to_json
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from vbp.statistics.evidence import Need
 
 # What the benchmark script does unless told otherwise: the published method.
-PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean"}
+PAPER: Final[Mapping[str, Any]] = {"criterion": "variance", "compensation": "mean", "batchnorm": "keep"}
 _TARGETS = ("target_macs", "target_params", "target_latency_ms", "target_speedup")
 
 
@@ -61,6 +61,9 @@ class PlanOptions:
     """Rank the channels of all layers together; otherwise every layer keeps the same share. auto decides itself."""
     equal_widths: Result[bool] = False
     """Let layers of one width keep equally many channels, as checkpoints without vbp need them."""
+    cost_aware: Result[Toggle] = "auto"
+    """With a target: divide the score of a channel by what it saves of the target's quantity, where layers are ranked
+    together: with every criterion but variance (auto), always (on) or never (off)."""
     norm_per_layer: Result[bool] = False
     """With --criterion variance: divide the variances of a layer by their mean before ranking."""
     compensation: Result[Compensation] = "refit"
@@ -151,6 +154,13 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
         if not targets or self.keep_ratio != default_of("keep_ratio"):
             targets["keep_ratio"] = self.keep_ratio
         return Budget.of(**targets)
+
+    @property
+    def ranks_by_cost(self) -> bool:
+        """Return whether the score of a channel is divided by what it saves."""
+        if self.budget.quantity == "keep_ratio":
+            return False
+        return self.cost_aware == "on" or (self.cost_aware == "auto" and self.criterion != "variance")
 
     @property
     def needs(self) -> frozenset[Need]:

@@ -17,7 +17,7 @@ import tyro
 
 from vbp.data.formats import MAX_PIXELS
 from vbp.method.defaults import RIDGE
-from vbp.runtime.choices import Amp, MatmulPrecision, ModelType, Toggle
+from vbp.runtime.choices import Amp, BatchNormChoice, MatmulPrecision, ModelType, Toggle
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ class ModelOptions:
     """One of Facebook's original ConvNeXt checkpoints (.pth), with --model_type convnext."""
     allow_random_init: Source[bool] = False
     """Allow weights that no file provides to stay at random."""
-    allow_bad_dense: Speed[bool] = False
+    allow_bad_dense: Launch[bool] = False
     """Go on though the dense model is not above chance on the validation images."""
     img_size: Local[int | None] = None
     """Override the model's preprocessing: height and width of the input, in pixels."""
@@ -133,6 +133,9 @@ class RefitOptions:
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE
     """How much the refit is regularised, as a share of each kept channel's variance."""
+    batchnorm: Result[BatchNormChoice] = "auto"
+    """Running statistics of BatchNorms after surgery: estimated anew in the pruned model (recalibrate), moved by the
+    difference of both models (match), left (keep), or what held-out images prefer (auto)."""
     refit_producers: Result[Toggle] = "auto"
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""
@@ -157,6 +160,8 @@ class WidthOptions:
     """Floor: no layer keeps a smaller share than this."""
     bottleneck: Result[bool] = False
     """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
+    convolutions: Result[bool] = False
+    """Prune between convolutions with larger kernels too, as in a ResNet."""
     stats_path: Speed[Path | None] = None
     """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from vbp.cost.budget import BudgetResult
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
-from vbp.pruning.auto import AutoSearch
+from vbp.pruning.auto import AutoSearch, per_saving
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan
@@ -90,23 +91,30 @@ def _by_scores(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
             scores: Mapping[str, Tensor] = variance_scores(statistics, norm_per_layer=True)
         else:
             scores = criterion_scores(config.criterion, job.dense, job.sites, evidence)
+        scores = per_saving(scores, savings_of(job))
         budget = _meet(job, lambda keep_ratio: _plan(job, scores, keep_ratio))
     choice = PlanChoice(budget.plan, statistics.means, statistics.covariances)
     return choice.compensated_by(config.compensation), budget
 
 
 def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Search at the size that the budget is expected to need; once more if the sites' costs make it another."""
+    """Search among plans that are computed to meet the budget; once more if a measurement asks for another size."""
     assert evidence.statistics is not None
-    search = AutoSearch(
-        job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules, ridge=job.config.ridge
-    )
-    choice = search.plan(job.target.keep_ratio)
+    known = job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules
+    search = AutoSearch(*known, ridge=job.config.ridge, savings=savings_of(job))
+    label = f"{job.target.budget.flag} {job.target.budget.amount:g}"
+    size = partial(job.target.proposal, compensated=True)
+    choice = search.plan_of_size(size, label)
     budget = _meet(job, choice.plan_for)
-    if abs(share_of(budget.plan) - job.target.keep_ratio) > _NEAR:
-        choice = search.plan(share_of(budget.plan))
+    if abs(share_of(budget.plan) - share_of(choice.plan)) > _NEAR:
+        choice = search.plan_of_size(partial(size, like=budget.plan), label)
         budget = _meet(job, choice.plan_for)
     return replace(choice, plan=budget.plan), budget
+
+
+def savings_of(job: Job) -> dict[str, float]:
+    """Return by what the costs of each site's channels are divided; nothing where they are not."""
+    return job.target.savings() if job.config.ranks_by_cost else {}
 
 
 def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:

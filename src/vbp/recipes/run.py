@@ -122,7 +122,7 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
     refitted = RefitReport()
     if refits is not None:
         with session.timed("refit"):
-            refitted = refits.refit_(pruned)
+            refitted = refits.refit_(pruned, plan=choice.plan)
     small = measure(job, pruned)
     _log.info("pruned: %s", describe(small))
     latency = compare_latency(job, pruned)

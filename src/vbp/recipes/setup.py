@@ -199,7 +199,7 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             saved = dict(resumed.state["settings"])
         check_same_settings(saved, settings, resumed.path)
     example = classifier.example_input().to(device)
-    sites = find_sites(model, example, attention=config.bottleneck)
+    sites = find_sites(model, example, attention=config.bottleneck, convolutions=config.convolutions)
     if given is not None and config.stats_path is not None:
         given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(
@@ -242,14 +242,18 @@ def _calibration(
 
 
 def make_refits(job: Job) -> Refits | None:
-    """Return what is refitted after surgery; None where the compensation is no refit."""
+    """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config = job.config
     if config.compensation != "refit":
-        return None
+        if config.batchnorm == "keep":
+            return None
+        known = job.dense, job.sites, job.example, job.calibration
+        return Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
     views = default_views(job.session.device) if config.refit_views == "auto" else config.refit_views
     return Refits(
         job.dense, job.sites, job.example, job.calibration,
-        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head, views=views,
+        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
+        batchnorm=config.batchnorm, views=views,
     )  # fmt: skip
 
 

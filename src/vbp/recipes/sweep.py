@@ -19,7 +19,7 @@ from vbp.pruning.auto import AutoSearch
 from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules, check_ratios
-from vbp.pruning.plan import PlanChoice
+from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
 from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
@@ -59,7 +59,7 @@ def sweep(
     dense: Measured | None = None,
     known: Collection[SweepRow] = (),
     planners: Mapping[str, Callable[[Setting], PlanChoice]] | None = None,
-    after_refit: Callable[[nn.Module], object] | None = None,
+    after_surgery: Callable[[nn.Module, PruningPlan, Setting], object] | None = None,
     on_row: Callable[[SweepReport], None] | None = None,
     about: Mapping[str, Any] | None = None,
 ) -> SweepReport:
@@ -68,7 +68,7 @@ def sweep(
     One copy exists at a time, beside those of a planner; scores are computed once for a criterion. `evidence` must
     hold what `sweep_needs` says of the settings that are not among the `known` rows, which are not measured again.
     `latency` times a pruned model beside the dense one. `planners` make the plans of criteria that
-    need more than scores (`auto`). `after_refit` changes a pruned model whose compensation is the refit.
+    need more than scores (`auto`). `after_surgery` changes a pruned model.
     `on_row` is called with all that is known, after the dense model and after each row.
     """
     for setting in settings:
@@ -91,8 +91,8 @@ def sweep(
         choice = planned.compensated_by(setting.compensation)
         plan, pruned = choice.plan, copy.deepcopy(model)
         prune_(pruned, plan, choice.means, choice.covariances, ridge=evidence.ridge)
-        if after_refit is not None and setting.compensation == "refit":
-            after_refit(pruned)
+        if after_surgery is not None:
+            after_surgery(pruned, plan, setting)
         timed = None if latency is None else latency(pruned)
         measured = measure(pruned)
         rows[setting] = SweepRow(setting, plan.kept, plan.total, measured, timed)
@@ -189,7 +189,7 @@ def _sweep(
         dense=dense,
         known=known,
         planners=planners,
-        after_refit=None if refits is None else refits.refit_,
+        after_surgery=None if refits is None else functools.partial(_refit_, refits),
         on_row=keep,
         about={
             "model_name": config.model_name,
@@ -199,6 +199,14 @@ def _sweep(
             "versions": installed_versions(),
         },
     )
+
+
+def _refit_(refits: Refits, pruned: nn.Module, plan: PruningPlan, setting: Setting) -> None:
+    """Refit what belongs to the compensation: without the refit BatchNorms alone."""
+    if setting.compensation == "refit":
+        refits.refit_(pruned, plan=plan)
+    else:
+        refits.refit_(pruned, ["batchnorm"], plan=plan)
 
 
 def _evidence(config: SweepConfig, job: Job, needs: frozenset[Need]) -> Evidence:

@@ -1,4 +1,4 @@
-"""What is refitted after surgery, without labels: producers, residual stream, last layer; and to which images."""
+"""What is refitted after surgery, without labels, and to which images: BatchNorms, producers, stream, last layer."""
 
 from __future__ import annotations
 
@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
+from vbp.pruning.plan import PruningPlan
+from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, refit_batchnorm_, running_norms
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
-from vbp.runtime.choices import Toggle
+from vbp.runtime.choices import BatchNormChoice, Toggle
 from vbp.runtime.decode import to_json
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.mlp import check_mlps
@@ -25,7 +27,7 @@ from vbp.statistics.images import GivenImages, ImageSource
 from vbp.statistics.mlp_samples import MLPSamples
 
 _log = logging.getLogger(__name__)
-Refit = Literal["producers", "stream", "head"]
+Refit = Literal["batchnorm", "producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
@@ -35,6 +37,7 @@ _ONE_IN = 4
 
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
+    "batchnorm": "no BatchNorm is estimated anew",
     "producers": "the producers stay as they are",
     "stream": "the residual stream stays as it is",
     "head": "the last layer stays as it is",
@@ -48,6 +51,7 @@ class RefitReport:
     producers: ProducerRefit | None = None
     stream: StreamRefit | None = None
     head: HeadRefit | None = None
+    batchnorm: BatchNormRefit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return each as plain JSON data, with a sentence; the strength of a head that was left as it was is None."""
@@ -62,8 +66,8 @@ class RefitReport:
 class Refits:
     """Refit pruned models to one dense model. What does not depend on the pruned model is computed once.
 
-    The first images, a quarter and no more than 256, judge the refit of the stream; producers and stream are refitted
-    to the 1,000 that follow, the last layer to the first 1,000.
+    The first images, a quarter and no more than 256, judge the refit of the stream and the BatchNorms; producers and
+    stream are refitted to the 1,000 that follow, BatchNorms to the first of these, the last layer to the first 1,000.
     """
 
     def __init__(
@@ -76,6 +80,7 @@ class Refits:
         producers: Toggle = "auto",
         stream: Toggle = "auto",
         head: Toggle = "auto",
+        batchnorm: BatchNormChoice = "keep",
         views: int = 1,
     ) -> None:
         """Find what can be refitted, and log what cannot, and why; `on` must be possible.
@@ -87,18 +92,26 @@ class Refits:
         """
         self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
         toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
+        toggles["batchnorm"] = {"keep": "off", "auto": "auto"}.get(batchnorm, "on")  # type: ignore[assignment]
+        self._batchnorm = batchnorm
         self._wanted: set[Refit] = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
-        if self._wanted:
+        if self._wanted - {"batchnorm"}:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
 
-    def refit_(self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit)) -> RefitReport:
+    def refit_(
+        self, pruned: nn.Module, only: Collection[Refit] = get_args(Refit), *, plan: PruningPlan | None = None
+    ) -> RefitReport:
         """Refit a pruned model in place, on the dense model's device, as far as is wanted, possible and in `only`.
+
+        BatchNorms need the plan, and come first; once more if producers or the stream have changed, which changes
+        what they read. The last layer comes last.
 
         Raises:
             InputError: No image can be read, or a value is not finite.
         """
         producers, stream, head, wanted = None, None, None, self._wanted & {*only}
         with out_of_memory("calibration"):
+            batchnorm = self._estimate_(pruned, plan) if "batchnorm" in wanted else None
             if "producers" in wanted:
                 producers = refit_producers_(pruned, self._samples)
                 _log.info("%s", producers.sentence())
@@ -106,10 +119,21 @@ class Refits:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
                 stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
                 _log.info("%s", stream.sentence())
+            changed = producers is not None or (stream is not None and stream.sites)
+            if changed and batchnorm is not None:
+                batchnorm = self._estimate_(pruned, plan)
             if "head" in wanted:
                 head = refit_head_(pruned, self._reference)
                 _log.info("%s", head.sentence())
-        return RefitReport(producers, stream, head)
+        return RefitReport(producers, stream, head, batchnorm)
+
+    def _estimate_(self, pruned: nn.Module, plan: PruningPlan | None) -> BatchNormRefit:
+        assert plan is not None
+        places = range(self._fitted.start, self._fitted.start + BATCHNORM_IMAGES)
+        pixels = self._images.pixels(places, "BatchNorms")
+        done = refit_batchnorm_(pruned, plan, pixels, self._judge, self._batchnorm)
+        _log.info("%s", done.sentence())
+        return done
 
     @cached_property
     def _judge(self) -> DenseReference:
@@ -144,14 +168,22 @@ class Refits:
 
     def _check(self, name: Refit) -> None:
         images = len(self._images)
+        if name == "batchnorm":
+            running_norms(self._dense)
+            _check_enough("BatchNorms", images)
+            return
         if name == "head":
             last_linear(self._dense, self._example)
             check_images(images)
             return
         what, find = ("producers", check_mlps) if name == "producers" else ("residual stream", residual_adds)
-        if images < _ONE_IN:
-            raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
+        _check_enough(what, images)
         find(self._dense, self._example, self._sites)
+
+
+def _check_enough(what: str, images: int) -> None:
+    if images < _ONE_IN:
+        raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
 
 
 def refit_(

@@ -93,6 +93,7 @@ class RunReport:
         producers: What the refit of the producers did: the data of `ProducerRefit`, and a `sentence`; None without.
         stream: The same of the refit of the residual stream, `StreamRefit`.
         head: The same of the refit of the last layer, `HeadRefit`.
+        batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
 
     Example:
         >>> vbp.run(config).sites
@@ -121,6 +122,7 @@ class RunReport:
     producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
+    batchnorm: Mapping[str, Any] | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -166,7 +168,11 @@ class RunReport:
     @property
     def refits(self) -> tuple[str, ...]:
         """Return what each refit after surgery did, in words."""
-        return tuple(refit["sentence"] for refit in (self.producers, self.stream, self.head) if refit)
+        return tuple(refit["sentence"] for refit in self._refits if refit)
+
+    @property
+    def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
+        return self.batchnorm, self.producers, self.stream, self.head
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out.
@@ -194,9 +200,7 @@ class RunReport:
             raise InputError(
                 f"sites must keep some of their channels, got {reprlib.repr(dict(report.sites))}; run it again"
             )
-        parts = [
-            part for part in (report.budget or None, report.producers, report.stream, report.head) if part is not None
-        ]
+        parts = [part for part in (report.budget or None, *report._refits) if part is not None]
         details = {
             "compensation": report.config.get("compensation"),
             "convergence": report.convergence,

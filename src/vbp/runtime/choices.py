@@ -15,5 +15,7 @@ Compensation = Literal["none", "mean", "refit"]
 
 # Whether something is done: where it is possible, always (an error where it is not), or never.
 Toggle = Literal["auto", "on", "off"]
+# What becomes of the running statistics of BatchNorms after surgery.
+BatchNormChoice = Literal["auto", "recalibrate", "match", "keep"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]

@@ -57,6 +57,8 @@ def keep_entries_(owner: nn.Module, name: str, kept: Sequence[int], dim: int) ->
         return
     index = torch.tensor(kept, dtype=torch.long, device=whole.device)
     part: Tensor = whole.detach().index_select(dim, index)
+    if whole.ndim == 4 and whole.is_contiguous(memory_format=torch.channels_last):
+        part = part.contiguous(memory_format=torch.channels_last)
     if isinstance(whole, nn.Parameter):
         part = nn.Parameter(part, requires_grad=whole.requires_grad)
         if whole.grad is not None:

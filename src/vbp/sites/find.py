@@ -71,7 +71,8 @@ def find_sites(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
             "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
             "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
-            f"larger kernels too: find_sites(..., convolutions=True){_reasons(finder.rejected[:3])}"
+            "larger kernels too, as in a ResNet: --convolutions, in Python find_sites(..., convolutions=True)"
+            f"{_reasons(finder.rejected[:3])}"
         )
     return tuple(sites)
 

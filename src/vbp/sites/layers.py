@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -58,6 +60,33 @@ def first_tensor(output: Any) -> Tensor | None:
 def rows(values: Tensor, dim: int, images: int) -> Float[Tensor, "images positions channels"]:
     """Return values image by image, channels last."""
     return values.movedim(dim, -1).reshape(images, -1, values.shape[dim])
+
+
+def reads(layer: nn.Module, values: Tensor, output: Tensor) -> Iterator[Tensor]:
+    """Return what an ungrouped layer reads at each position of its output, for each offset of its kernel.
+
+    Padding is read as the layer pads. A layer of single positions has one offset.
+    """
+    if not isinstance(layer, nn.Conv2d) or (layer.kernel_size == (1, 1) and layer.stride == (1, 1)):
+        yield values
+        return
+    extents, sides = [], list[int]()
+    for dim in (1, 0):
+        place = dim - 2
+        extent = layer.stride[dim] * (output.shape[place] - 1) + 1
+        missing = extent + layer.dilation[dim] * (layer.kernel_size[dim] - 1) - values.shape[place]
+        given = 0 if isinstance(layer.padding, str) else int(layer.padding[dim])
+        # Without a number the layer pads as much as its output needs, at the end by one more if it is odd.
+        before = given or max(0, missing) // 2
+        extents.append(extent)
+        sides += [before, max(0, missing - before)]
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(values, sides, mode=mode) if any(sides) else values
+    width, height = extents
+    for row in range(0, layer.kernel_size[0] * layer.dilation[0], layer.dilation[0]):
+        for column in range(0, layer.kernel_size[1] * layer.dilation[1], layer.dilation[1]):
+            part = padded[..., row : row + height, column : column + width]
+            yield part[..., :: layer.stride[0], :: layer.stride[1]]
 
 
 _OWN = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}

@@ -22,7 +22,7 @@ from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import hooked
 from vbp.runtime.precision import in_float32
-from vbp.sites.layers import channel_dim, rows
+from vbp.sites.layers import channel_dim, reads, rows
 from vbp.sites.site import Site
 
 
@@ -35,22 +35,17 @@ class FisherCollector:
         self._sites = [site for site in sites if site.kind == "mlp"]
         self._probes, self._pivots = probes, pivots or {}
         self._images = 0
-        self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}
+        self._seen: dict[str, tuple[Tensor, Tensor, nn.Module]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
 
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Hold on to what each consumer reads and returns while the body runs a forward pass, for `see`.
-
-        Raises:
-            InputError: A consumer reads more than single positions; nothing is hooked then.
-        """
-        consumers = [(site, model.get_submodule(site.consumer)) for site in self._sites]
-        for site, consumer in consumers:
-            check_single_positions(site, consumer)
-        return hooked([(consumer, partial(self._record, site.name)) for site, consumer in consumers])
+        """Hold on to what each consumer reads and returns while the body runs a forward pass, for `see`."""
+        return hooked(
+            [(model.get_submodule(site.consumer), partial(self._record, site.name)) for site in self._sites]
+        )
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._seen[name] = args[0].detach(), output, channel_dim(module)
+        self._seen[name] = args[0].detach(), output, module
 
     def see(self, logits: Float[Tensor, "images classes"]) -> None:
         """Take in the batch whose logits these are; nothing waits for the device.
@@ -61,8 +56,8 @@ class FisherCollector:
         if missing := [site.name for site in self._sites if site.name not in self._seen]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
         images = logits.shape[0]
-        outputs = max(output.shape[dim] for _, output, dim in self._seen.values())
-        hidden = max(h.shape[dim] for h, _, dim in self._seen.values())
+        outputs = max(output.shape[channel_dim(layer)] for _, output, layer in self._seen.values())
+        hidden = max(h.shape[channel_dim(layer)] for h, _, layer in self._seen.values())
         noise, left, right = (
             draw.to(logits.device, non_blocking=True)
             for draw in self._probes.of(self._images, images, logits.shape[1], outputs, hidden)
@@ -72,27 +67,33 @@ class FisherCollector:
         gradients = torch.autograd.grad(
             logits, [output for _, output, _ in self._seen.values()], cotangent.to(logits.dtype)
         )
-        for (name, (h, _, dim)), gradient in zip(self._seen.items(), gradients, strict=True):
+        for (name, (h, output, layer)), gradient in zip(self._seen.items(), gradients, strict=True):
+            dim = channel_dim(layer)
             _check_positions(name, h, dim, images)
-            read, slopes = (in_float32(rows(values, dim, images)) for values in (h, gradient))
-            self._add_(name, read, slopes / scale, left, right)
+            slopes = in_float32(rows(gradient, dim, images)) / scale
+            if name not in self._sums:
+                self._sums[name] = self._empty(name, in_float32(rows(h, dim, images)), slopes.shape[-1])
+            for read in reads(layer, h, output):
+                self._add_(name, in_float32(rows(read, dim, images)), slopes, left, right)
+            sums = self._sums[name]
+            self._sums[name] = SiteSensitivity(sums.images + images, sums.pivot, sums.inputs, sums.outputs)
         self._images += images
         self._seen.clear()
 
+    def _empty(self, name: str, read: Tensor, out: int) -> SiteSensitivity:
+        pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
+        inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (read.shape[-1] + 1, out))
+        return SiteSensitivity(0, pivot.double(), inputs, outputs)
+
     def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
-        out, hidden = slopes.shape[-1], read.shape[-1]
-        if name not in self._sums:
-            pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
-            inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (hidden + 1, out))
-            self._sums[name] = SiteSensitivity(0, pivot.double(), inputs, outputs)
-        sums = self._sums[name]
+        """Add what a consumer reads, at one offset of its kernel; in the place of padding it reads 0."""
+        sums, out, hidden = self._sums[name], slopes.shape[-1], read.shape[-1]
         with torch.autocast(read.device.type, enabled=False):
             centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
             sketch = ((slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred).flatten(0, 1)
             sums.inputs.add_(sketch.T @ sketch, alpha=1 / left.shape[-1])
             sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
             sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
-        self._sums[name] = SiteSensitivity(sums.images + len(read), sums.pivot, sums.inputs, sums.outputs)
 
     def finish(self) -> dict[str, SiteSensitivity]:
         """Return the sums by site name, on the CPU, symmetric to the last bit.
@@ -111,18 +112,6 @@ class FisherCollector:
             inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
             sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
         return sensitivities
-
-
-def check_single_positions(site: Site, consumer: nn.Module) -> None:
-    """Raise InputError if a consumer's kernel reads several positions or groups of channels."""
-    if isinstance(consumer, nn.Conv2d) and (
-        consumer.kernel_size != (1, 1) or consumer.stride != (1, 1) or consumer.groups != 1
-    ):
-        raise InputError(
-            f"sensitivity needs consumers that read single positions (Linear, 1x1 convolution), got {site.consumer} "
-            f"of site {site.name} with kernel {consumer.kernel_size}, stride {consumer.stride} and "
-            f"{consumer.groups} groups; rank these channels by variance instead"
-        )
 
 
 def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 
 import vbp
+from vbp.cost.timing import LatencyComparison, Spread
 from vbp.data.data_path import list_images
 from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
@@ -150,16 +151,21 @@ def _read_config(folder: Path) -> str:
     return str(find_checkpoint("auto", folder, _settings()))
 
 
+def _latency() -> Any:
+    spread = Spread(9.0, 8.0, 10.0)
+    return to_json(LatencyComparison(spread, spread, spread, 8, "cpu", "float32", "wall", 5, 1.0, None))
+
+
 def _write_run(folder: Path) -> None:
     _write_plan(folder)
     _write_statistics(folder)
     plan = PruningPlan.load(folder / "plan.json")
-    dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "latency_ms": 12.0, "images": 500}
-    small = {**dense, "macs": 7 * 10**8, "latency_ms": 9.0, "epoch": 1}
+    dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
+    small = {**dense, "macs": 7 * 10**8, "epoch": 1}
     summary = {
         "base": dense, "pruned": small, "best": small, "final": small, "keep_ratio": plan.kept / plan.total,
         "sites": {name: list(widths) for name, widths in plan.widths.items()}, "images": {"val": 500},
-        "latency_batch": 8, "device": "cpu", "processes": 1, "versions": {"torch": "2"},
+        "latency": _latency(), "device": "cpu", "processes": 1, "versions": {"torch": "2"},
         "config": _settings(), "seconds": {"calibration": 1.0},
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
@@ -180,7 +186,7 @@ def _sweep(folder: Path) -> SweepConfig:
 def _write_sweep(folder: Path) -> None:
     dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
     row = {"criterion": "variance", "compensation": "mean", "scope": "global", "keep_ratio": 0.5}
-    row |= {**dense, "kept": 5, "total": 10, "dense_latency_ms": None}
+    row |= {**dense, "kept": 5, "total": 10, "latency": _latency()}
     write_state(folder, {"seed": 0, "model": "a"}, {"dense": dense, "rows": [row, {**row, "keep_ratio": 0.4}]})
 
 

@@ -86,7 +86,7 @@ def test_a_sweep_leaves_its_files_and_its_report(config: SweepConfig) -> None:
 def test_a_killed_sweep_goes_on_with_what_it_had(config: SweepConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run_sweep(dataclasses.replace(config, save_dir=config.save_dir.parent / "whole"))
     with monkeypatch.context() as patch:
-        _counting(patch, stop_after=3)
+        _counting(patch, stop_after=2)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(config)
     assert len(json.loads((config.save_dir / "sweep.json").read_text())["rows"]) == 2

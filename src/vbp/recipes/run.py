@@ -79,6 +79,7 @@ def run(config: RunConfig) -> RunReport:
         refits = make_refits(job)
         dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
         _open_folder(job, log)
+        session.processes.barrier()  # an error of another process is to find the log
         torch.manual_seed(config.seed + session.processes.rank)
         check_memory(job)
         if job.resumed is None:

@@ -147,6 +147,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         dense = None if progress is None else progress.dense
         dense = dense or measure_dense(job)  # before anything else is done
         _open(config, job, log, settings, fresh=progress is None or progress.begun)
+        processes.barrier()  # an error of another process is to find the log
         report = _sweep(config, job, refits, dense, () if progress is None else progress.rows, settings)
         if processes.is_main:
             _write(config, report, settings)

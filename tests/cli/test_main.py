@@ -81,6 +81,8 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "log_dir": (None, ["logs"], Path("logs")),
     "timeout_minutes": (30.0, ["5"], 5.0),
     "batchnorm": ("keep", ["match"], "match"),
+    "include": ((), ["blocks.0.*", "*.fc1"], ("blocks.0.*", "*.fc1")),
+    "exclude": ((), ["head"], ("head",)),
     "cost_aware": ("auto", ["on"], "on"),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),

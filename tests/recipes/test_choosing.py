@@ -157,6 +157,19 @@ def test_a_target_that_is_missed_at_the_end_is_an_error_after_all_results_are_wr
     assert (config.save_dir / "summary.json").is_file()
 
 
+def test_layers_left_out_stay_as_they_are(quick: RunConfig) -> None:
+    found = run(dataclasses.replace(quick, exclude=("blocks.0.*",)))
+    assert list(found.sites) == [f"blocks.{block}.mlp.fc1" for block in (1, 2, 3)]
+    assert found.keep_ratio == 0.5
+    plan = PruningPlan.load(found_folder(found) / "plan.json")
+    assert (plan.include, plan.exclude) == ((), ("blocks.0.*",))
+    assert load_pruned(found_folder(found) / "artifact").blocks[0].mlp.fc1.out_features == 256
+    with pytest.raises(
+        InputError, match=r"include must match the name of a site, got 'layers\.\*'; the sites are blocks"
+    ):
+        run(dataclasses.replace(quick, include=("layers.*",), save_dir=quick.save_dir / "none"))
+
+
 def test_round_to_auto_takes_what_suits_the_device(quick: RunConfig) -> None:
     found = run(changed(quick, round_to="auto"))
     assert found.config["round_to"] == "auto"

@@ -304,7 +304,8 @@ PRIVATE = (
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (
-    "round_to min_keep_ratio bottleneck convolutions seed limit_val max_pixels val_batch_size matmul_precision "
+    "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
+    "matmul_precision "
     "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views"
 )
 

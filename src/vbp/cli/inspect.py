@@ -29,4 +29,7 @@ def run_inspect(config: InspectConfig) -> Inspection:
             )
         image = artifact.preprocessing.example_input()
         model, plans = load_pruned(config.model), artifact.plans
-    return inspect_model(model, image, attention=config.attention, convolutions=config.convolutions, plans=plans)
+    return inspect_model(
+        model, image, attention=config.attention, convolutions=config.convolutions, include=config.include,
+        exclude=config.exclude, plans=plans,
+    )  # fmt: skip

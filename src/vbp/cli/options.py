@@ -28,6 +28,10 @@ class InspectConfig:
     """Also the channels inside attention."""
     convolutions: bool = False
     """Also channels between convolutions with larger kernels, as in a ResNet."""
+    include: tuple[str, ...] = ()
+    """Patterns over the dotted names of the sites, as 'blocks.[0-5].*': select these alone."""
+    exclude: tuple[str, ...] = ()
+    """Likewise: leave these out, of what --include selects or all."""
     json: bool = False
     """Print JSON in the place of a table."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
 from vbp.sites.find import find_sites
+from vbp.sites.selection import select_sites
 from vbp.sites.site import Site, SiteKind
 
 
@@ -36,16 +37,22 @@ class SiteDescription:
     shapes: Mapping[str, tuple[int, ...]]
     macs: int
     params: int
+    selected: bool = True
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """The sites of a model in the order in which they run, and what the whole model costs."""
+    """The sites of a model in the order in which they run, and what the whole model costs.
+
+    `include` and `exclude` are the patterns that say which sites are selected.
+    """
 
     model: str
     macs: int
     params: int
     sites: tuple[SiteDescription, ...]
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data."""
@@ -53,15 +60,20 @@ class Inspection:
         return plain
 
     def table(self) -> str:
-        """Return the sites as lines of text, with sums."""
+        """Return the sites as lines of text, with sums; a site that the patterns leave out has `left out` as kind."""
         head = ("site", "kind", "channels", "of", "MACs", "share", "parameters", "share", "weights")
-        rows = []
+        rows, selected = [], [site for site in self.sites if site.selected]
         for site in self.sites:
             shapes = " ".join("x".join(map(str, shape)) for shape in site.shapes.values())
             kind = site.kind if site.exact else f"{site.kind} (inexact)"
+            kind = kind if site.selected else "left out"
             rows.append((site.name, kind, *self._costs([site]), shapes))
         rows.append(("all sites", "", *self._costs(self.sites), ""))
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
+        if self.include or self.exclude:
+            rows.append(("selected sites", "", *self._costs(selected), ""))
+            whole += f"; include {' '.join(self.include) or 'all'}"
+            whole += f", exclude {' '.join(self.exclude)}" if self.exclude else ""
         return f"{printable(self.model)}: {whole}\n{text_table([head, *rows], 'llrrrrrrl')}"
 
     def _costs(self, sites: Sequence[SiteDescription]) -> tuple[str, ...]:
@@ -78,6 +90,8 @@ def inspect_model(
     *,
     attention: bool = False,
     convolutions: bool = False,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
     plans: PruningPlan | Sequence[PruningPlan] = (),
 ) -> Inspection:
     """Describe a model: its sites, and what it costs.
@@ -87,10 +101,12 @@ def inspect_model(
         example: One image "1 channels height width" on the model's device.
         attention: Also describe value, and query and key, channels.
         convolutions: Also look between convolutions with larger kernels.
+        include: Patterns over the names of sites: only these are selected, as for `vbp run`; by default all.
+        exclude: Patterns of those that are not. Without any pattern those of the last plan hold.
         plans: What was applied to the model, so that the widths of the dense one are known.
 
     Raises:
-        InputError: The model has no site.
+        InputError: The model has no site, or a pattern matches none.
 
     Example:
         >>> vbp.inspect_model(model, example).sites[0].params
@@ -100,8 +116,14 @@ def inspect_model(
     applied = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
     # The first plan that a site is in says its dense width.
     dense = {entry.site.name: entry.site.hidden for plan in reversed(applied) for entry in plan.sites}
-    sites = tuple(_describe(model, site, costs, dense.get(site.name, site.hidden)) for site in costs.sites)
-    return Inspection(type(model).__name__, costs.macs, costs.params, sites)
+    if not include and not exclude and applied:
+        include, exclude = applied[-1].include, applied[-1].exclude
+    chosen = {site.name for site in select_sites(costs.sites, include, exclude)}
+    sites = tuple(
+        replace(_describe(model, site, costs, dense.get(site.name, site.hidden)), selected=site.name in chosen)
+        for site in costs.sites
+    )
+    return Inspection(type(model).__name__, costs.macs, costs.params, sites, tuple(include), tuple(exclude))
 
 
 def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:

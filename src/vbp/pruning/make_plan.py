@@ -110,16 +110,23 @@ def make_plan(
 
 @dataclass(frozen=True)
 class PlanRules:
-    """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio."""
+    """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
+
+    `include` and `exclude` are the patterns by which the sites were chosen: they stand in the plan.
+    """
 
     scope: Scope = "global"
     round_to: int = 1
     min_keep_ratio: float = 0.02
     attn_keep_ratio: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
         """Make a plan by these rules."""
-        return make_plan(sites, scores, keep_ratio=keep_ratio, **vars(self))
+        rules = dict(vars(self))
+        patterns = {name: rules.pop(name) for name in ("include", "exclude")}
+        return replace(make_plan(sites, scores, keep_ratio=keep_ratio, **rules), **patterns)
 
     def neutral(self, sites: Sequence[Site], keep_ratio: float) -> PruningPlan:
         """Make a plan of the right widths before there are scores: the same share in every site."""

@@ -54,6 +54,8 @@ class PruningPlan:
         round_to: Channels of a site (of a head, in attention) come in multiples of this.
         min_keep_ratio: No site keeps a smaller share than this.
         attn_keep_ratio: The share of every head's channels that was asked for; None without attention sites.
+        include: Patterns over names by which the sites were chosen; empty for all.
+        exclude: Patterns of those that were left out.
 
     Example:
         >>> plan.kept, plan.total
@@ -66,6 +68,8 @@ class PruningPlan:
     round_to: int = 1
     min_keep_ratio: float = 0.0
     attn_keep_ratio: float | None = None
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
 
     @property
     def total(self) -> int:
@@ -106,7 +110,7 @@ class PruningPlan:
         if file_format != _FORMAT:
             raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
-        plan = from_json(PruningPlan, rest, "the plan")
+        plan = from_json(PruningPlan, rest, "the plan", use_defaults=True)
         for entry in plan.sites:
             _check(entry)
         if len(plan.widths) != len(plan.sites):

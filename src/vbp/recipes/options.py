@@ -162,6 +162,10 @@ class WidthOptions:
     """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
     convolutions: Result[bool] = False
     """Prune between convolutions with larger kernels too, as in a ResNet."""
+    include: Result[tuple[str, ...]] = ()
+    """Patterns over the dotted names of the layers that vbp inspect lists, as 'blocks.[0-5].*': prune these alone."""
+    exclude: Result[tuple[str, ...]] = ()
+    """Likewise: leave these as they are, out of what --include takes or all."""
     stats_path: Speed[Path | None] = None
     """A statistics.safetensors of the same model and data, reused in the place of a calibration pass."""
 

@@ -41,6 +41,7 @@ from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
 from vbp.runtime.signals import reading_processes
 from vbp.sites.find import find_sites
+from vbp.sites.selection import select_sites
 from vbp.sites.site import Site
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, default_views
@@ -63,7 +64,7 @@ def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> Pl
         round_to = recommended_round_to(session.device, dtype, sites)
         _log.info("round_to %d suits %s in %s", round_to, session.device.type, dtype)
     scope: Scope = "global" if config.global_pruning else "equal" if config.equal_widths else "per_layer"
-    return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio)
+    return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio, config.include, config.exclude)
 
 
 def comparison_by_main(
@@ -199,7 +200,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             saved = dict(resumed.state["settings"])
         check_same_settings(saved, settings, resumed.path)
     example = classifier.example_input().to(device)
-    sites = find_sites(model, example, attention=config.bottleneck, convolutions=config.convolutions)
+    found = find_sites(model, example, attention=config.bottleneck, convolutions=config.convolutions)
+    sites = select_sites(found, config.include, config.exclude)
     if given is not None and config.stats_path is not None:
         given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(

@@ -63,22 +63,21 @@ class BatchNormRefit:
 
 
 def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the BatchNorms with running statistics, by name.
-
-    Raises:
-        InputError: The model has none.
-    """
-    norms = {
+    """Return the BatchNorms with running statistics, by name."""
+    return {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    if not norms:
+
+
+def check_norms(model: nn.Module) -> None:
+    """Raise InputError if a model has no BatchNorm with running statistics."""
+    if not running_norms(model):
         raise InputError(
             f"batchnorm needs BatchNorm layers with running statistics, got {type(model).__name__}, which has none; "
             "leave --batchnorm out"
         )
-    return norms
 
 
 def refit_batchnorm_(
@@ -102,6 +101,7 @@ def refit_batchnorm_(
     Raises:
         InputError: The model has no such layer, or there is no image.
     """
+    check_norms(pruned)
     norms, pixels = running_norms(pruned), ImagesFor(judge.model, batches)
     kept = {name: list(entry.keep) for entry in plan.sites for name in entry.site.inner}
     before = _held(norms)

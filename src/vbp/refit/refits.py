@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.pruning.plan import PruningPlan
-from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, refit_batchnorm_, running_norms
+from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, check_norms, refit_batchnorm_, running_norms
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
@@ -92,7 +92,9 @@ class Refits:
         """
         self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
         toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
-        toggles["batchnorm"] = {"keep": "off", "auto": "auto"}.get(batchnorm, "on")  # type: ignore[assignment]
+        # Most models have no BatchNorm, and nobody asked for it by name.
+        left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
+        toggles["batchnorm"] = "off" if left else "auto" if batchnorm == "auto" else "on"
         self._batchnorm = batchnorm
         self._wanted: set[Refit] = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
         if self._wanted - {"batchnorm"}:
@@ -169,7 +171,7 @@ class Refits:
     def _check(self, name: Refit) -> None:
         images = len(self._images)
         if name == "batchnorm":
-            running_norms(self._dense)
+            check_norms(self._dense)
             _check_enough("BatchNorms", images)
             return
         if name == "head":

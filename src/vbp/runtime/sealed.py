@@ -20,7 +20,7 @@ import torch
 # What torch raises on damaged and foreign files.
 READING_ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, LookupError),
-    MemoryError,
+    *(MemoryError, AssertionError, AttributeError, TypeError, OverflowError, struct.error),
 )
 
 # The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:

@@ -149,7 +149,7 @@ def _check_files(folder: Path) -> None:
                 strays = [repr(name) for name in named if not re.fullmatch(r"\w[\w.-]*\.[a-z]\w+", str(name))]
                 if strays:
                     raise ValueError(f"it names files elsewhere: {some_of(strays)}")
-        except (*READING_ERRORS, TypeError) as error:
+        except READING_ERRORS as error:
             raise InputError(f"{file} cannot be read ({one_line(error)}); save the model again") from error
 
 

@@ -28,7 +28,7 @@ CONVNEXT_SQUASH_EDGE = 384
 
 # What transformers raises for files that it cannot fetch, read or understand; the last one for a value of the wrong
 # type in a configuration.
-LOADING_ERRORS = (*READING_ERRORS, ArithmeticError, AttributeError, SafetensorError, StrictDataclassError, TypeError)
+LOADING_ERRORS = (*READING_ERRORS, ArithmeticError, SafetensorError, StrictDataclassError)
 
 
 def processor_preprocessing(model_name: str, overrides: Mapping[str, Any]) -> Preprocessing:

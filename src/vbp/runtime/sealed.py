@@ -22,7 +22,7 @@ from vbp.runtime.files import open_regular
 # What torch raises on damaged and foreign files.
 READING_ERRORS = (
     *(pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, OSError, EOFError, ValueError, LookupError),
-    MemoryError,
+    *(MemoryError, AssertionError, AttributeError, TypeError, OverflowError, struct.error),
 )
 
 # The end of a file is a digest of all before it, kept as the comment of the zip archive that torch.save makes:

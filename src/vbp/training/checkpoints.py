@@ -61,7 +61,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is no checkpoint that can be continued: {fault}")
     try:
         state: dict[str, Any] = load_plain(path)["state"]
-    except (*READING_ERRORS, TypeError) as error:
+    except READING_ERRORS as error:
         raise InputError(
             f"{path} is no checkpoint that can be continued: it cannot be read ({first_line(error)})"
         ) from error

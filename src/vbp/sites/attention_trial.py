@@ -85,7 +85,7 @@ def half(site: Site) -> list[int]:
 
 
 def _draw_(model: nn.Module, pairs: Sequence[Site]) -> None:
-    """Give queries and keys weights by which the softmax tells one scale from another; those that go are 0."""
+    """Set weights of queries and keys by which the softmax tells one scale from another; those that go are 0."""
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for site in pairs:

@@ -191,3 +191,11 @@ def test_the_table_of_defaults_is_the_parsers() -> None:
             continue
         checked += 1
     assert checked > 20
+
+
+def test_every_known_case_names_a_test_that_exists() -> None:
+    text = (ROOT / "docs/known_cases.md").read_text()
+    named = re.findall(r"\| `(tests/\S+\.py)` `(test_\w+)` \|$", text, re.MULTILINE)
+    assert len(named) == text.count("](https://github.com/") > 30
+    for file, test in named:
+        assert f"def {test}(" in (ROOT / file).read_text(), test

@@ -172,7 +172,8 @@ def test_labels_and_logits_with_more_dimensions_are_counted_right(labels: Any, m
         (torch.full((4, 3), 1 / 3), nn.Identity(), r"got shape \[4, 3\] of torch.float32"),
         (RIGHT + 0.5, nn.Identity(), r"got shape \[4\] of torch.float32"),
         (RIGHT, nn.Unflatten(1, (1, 3)), r"one row of logits for each image, got shape \[4, 1, 3\]"),
-        (RIGHT, nn.Threshold(2.5, float("nan")), r"got NaN for 4 of 4 images; check the weights"),
+        (RIGHT, nn.Threshold(2.5, float("nan")), r"got NaN or infinity for 4 of 4 images; check the weights"),
+        (RIGHT, nn.Threshold(2.5, float("inf")), r"got NaN or infinity for 4 of 4 images; check the weights"),
     ],
 )
 def test_labels_and_predictions_that_are_none_are_refused(labels: Tensor, model: nn.Module, text: str) -> None:

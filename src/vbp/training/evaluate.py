@@ -61,7 +61,7 @@ def evaluate(
         processes: Whose counts are added up; all of them call this, and get the same.
 
     Raises:
-        InputError: No image came, to any process; a label is no class of the model; or a prediction is NaN.
+        InputError: No image came, to any process; a label is no class of the model; or a prediction is no number.
 
     Example:
         >>> vbp.evaluate(model, [(images, labels)], "cpu").images
@@ -75,15 +75,16 @@ def evaluate(
                 logits = logits_of(model(pixels))
             numbers = class_numbers(labels, *logits.shape).to(device, non_blocking=True)
             right = logits.topk(min(5, logits.shape[1]), dim=1).indices == numbers[:, None]
-            hits += torch.stack((right[:, 0].sum(), right.sum(), logits.isnan().any(1).sum()))
+            undefined = (logits.isnan() | logits.isposinf()).any(1)
+            hits += torch.stack((right[:, 0].sum(), right.sum(), undefined.sum()))
             images += len(pixels)
     counts = torch.cat((hits, hits.new_tensor([images])))
-    first, among_five, undefined, total = processes.all_reduce_sum_(counts).tolist()
+    first, among_five, unusable, total = processes.all_reduce_sum_(counts).tolist()
     if total == 0:
         raise InputError("evaluation needs at least one image, got none; check the validation images")
-    if undefined:
+    if unusable:
         raise InputError(
-            f"the predictions of {type(model).__name__} must be numbers, got NaN for {undefined} of {total} images; "
-            "check the weights and the preprocessing, or compute in float32"
+            f"the predictions of {type(model).__name__} must be numbers, got NaN or infinity for {unusable} of "
+            f"{total} images; check the weights and the preprocessing, or compute in float32"
         )
     return Accuracy(first, among_five, total)

@@ -144,8 +144,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
         refits = make_refits(job)
-        dense = None if progress is None else progress.dense
-        dense = dense or measure_dense(job)  # before anything else is done
+        dense = (None if progress is None else progress.dense) or measure_dense(job)  # before anything else is done
         _open(config, job, log, settings, fresh=progress is None or progress.begun)
         processes.barrier()  # an error of another process is to find the log
         report = _sweep(config, job, refits, dense, () if progress is None else progress.rows, settings)

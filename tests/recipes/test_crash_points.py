@@ -24,5 +24,7 @@ def test_a_job_that_is_killed_at_a_file_operation_goes_on_and_leaves_nothing_els
         operations, killed, right, refused, other = map(int, row.groups())
         assert operations > 60
         assert killed == right + refused == (operations + 29) // 30
+        assert other == 0, result.stdout
         # The results of another sweep that were not touched yet are kept.
-        assert (refused, other) == (0 if job == "prune" else 1, 0), result.stdout
+        assert refused == 0 if job == "prune" else refused >= 1, result.stdout
+        assert right > 1

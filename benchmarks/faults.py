@@ -2,9 +2,10 @@
 
     python benchmarks/faults.py kills
     python benchmarks/faults.py kills --jobs run sweep --every 10
+    python benchmarks/faults.py files
 
 `kills` ends a run, a sweep and runs that overwrite before each of their file operations, and gives the command that
-goes on. Prints a Markdown table, and below it what was not right; the exit code is 1 if there was anything else than
+goes on. `files` changes files in seven ways and reads each as vbp does. Prints a Markdown table, and below it what was not right; the exit code is 1 if there was anything else than
 a right result or one clear error.
 """
 
@@ -12,8 +13,10 @@ from __future__ import annotations
 
 import sys
 
+import fault_files
 import fault_kills
 import tyro
+from fault_files import FileOptions
 from fault_kills import KillOptions
 from tyro.extras import SubcommandApp
 
@@ -24,6 +27,12 @@ app = SubcommandApp()
 def kills(options: KillOptions) -> int:
     """Kill jobs before each of their file operations."""
     return fault_kills.main(options)
+
+
+@app.command(name="files")
+def files(options: FileOptions) -> int:
+    """Change files, and read each as vbp does."""
+    return fault_files.main(options)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import sys
@@ -57,6 +58,8 @@ def type_(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def run(*words: str, command: str = "run") -> int:
+        for handler in logging.getLogger().handlers:  # those of pytest send lines on that cannot be encoded
+            monkeypatch.setattr(handler, "level", logging.CRITICAL + 1)
         flags = f"--img_size 16 --crop_pct 1 --interpolation bilinear --mean {'0.5 ' * 3} --std {'0.5 ' * 3}"
         flags += " --allow_bad_dense --num_workers 0 --device cpu --epochs_ft 1 --train_batch_size 4"
         where = ["--data_path", f"{folder}/data", "--model_name", f"{folder}/model"]

@@ -11,6 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from vbp.errors import InputError
+
 # Values handled at a time: small enough to stay in a CPU's caches, since the pass over the data
 # reads each value three times; a GPU wants large pieces instead.
 CPU_CHUNK = 2**18
@@ -32,7 +34,7 @@ class ChannelMoments:
         Source: VBP paper, section 3.1.
         """
         if self.count < 2:
-            raise ValueError(f"a variance needs at least 2 samples, got {self.count}; give more images")
+            raise InputError(f"a variance needs at least 2 samples, got {self.count}; give more images")
         return self.m2 / (self.count - 1)
 
     @property

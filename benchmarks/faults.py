@@ -5,8 +5,8 @@
     python benchmarks/faults.py files
 
 `kills` ends a run, a sweep and runs that overwrite before each of their file operations, and gives the command that
-goes on. `files` changes files in seven ways and reads each as vbp does. Prints a Markdown table, and below it what was not right; the exit code is 1 if there was anything else than
-a right result or one clear error.
+goes on. `files` changes files in seven ways and reads each as vbp does. Both print a Markdown table and what was not
+right; the exit code is 1 if there was anything else than a right result or one clear error.
 """
 
 from __future__ import annotations

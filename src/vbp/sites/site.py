@@ -42,6 +42,8 @@ class Site:
         exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
             for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
+        rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
+            their layer, or both layers of queries and keys, and what reads them.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
 
@@ -60,6 +62,7 @@ class Site:
     heads: int = 1
     exact: bool = True
     implicit_scale: bool = False
+    rotatable: bool = False
 
     @property
     def name(self) -> str:
@@ -241,6 +244,9 @@ class _Finder:
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)
+        members = {member for group in groups for member in group}
+        # Queries and keys come from a layer each, or twice from one; a second layer of values would be a gate.
+        plain = len(owners) == len(layers) == (2 if kind == "query_key" else 1)
         return Site(
             tuple(name for name, _ in layers),
             consumer,
@@ -250,9 +256,10 @@ class _Finder:
             tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
             tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
             heads,
-            not any(member in channels.mixed for group in groups for member in group)
+            not members & channels.mixed
             and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
             implicit_scale,
+            kind != "mlp" and plain and not members & (channels.mixed | channels.bound),
         )
 
     def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,12 @@ from vbp.runtime.decode import parse_json
 from vbp.runtime.files import write_bytes
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-statistics/3"
+_FORMAT = "vbp-statistics/4"
 
+# Version 3 has the covariance of keys about the mean of all images, not of each, so that it must be collected again.
 # Older files have no digest, those of version 1 no covariances either; they are otherwise the same.
-_READABLE = ("vbp-statistics/1", "vbp-statistics/2", _FORMAT)
+_READABLE = ("vbp-statistics/1", "vbp-statistics/2", "vbp-statistics/3", _FORMAT)
+_WITHOUT_DIGEST = _READABLE[:2]
 
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
@@ -43,7 +45,7 @@ class Statistics:
         model: Fingerprint of the model that was observed.
         data: Fingerprint of the images and their preprocessing; empty if the caller gave none.
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
-            the tokens; empty if they were not collected.
+            the tokens, those of keys about the mean of their image; empty if they were not collected.
         token_fraction: That share.
         sensitivities: Name of an MLP site -> how much the predictions depend on its consumer; empty if not collected.
 
@@ -182,18 +184,24 @@ class Statistics:
                     f"{path} must be a statistics file of format {_FORMAT}, "
                     f"got format {metadata.get('format')!r}; collect the statistics again"
                 )
-            if metadata["format"] == _FORMAT or "sha256" in metadata:
+            if metadata["format"] not in _WITHOUT_DIGEST or "sha256" in metadata:
                 _checked(
                     metadata["sha256"] == _digest(metadata["format"] + metadata["header"], tensors),
                     "its content has another digest",
                 )
-            return _decoded(parse_json(metadata["header"]), tensors)
+            statistics = _decoded(parse_json(metadata["header"]), tensors)
+            return statistics if metadata["format"] == _FORMAT else _without_key_covariances(statistics)
         except InputError:
             raise
         except (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError) as error:
             raise InputError(
                 f"{path} is no readable statistics file ({error}); delete it and collect the statistics again"
             ) from error
+
+
+def _without_key_covariances(statistics: Statistics) -> Statistics:
+    kept = {name: value for name, value in statistics.covariances.items() if not name.endswith(KEY)}
+    return replace(statistics, covariances=kept)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:

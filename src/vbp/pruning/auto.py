@@ -148,7 +148,8 @@ def auto_plan(
         keep_ratio: As for `make_plan`, as are the next three.
         min_keep_ratio: See above.
         round_to: See above.
-        attn_keep_ratio: See above. Channels of attention go in the order of their variance.
+        attn_keep_ratio: See above. Where any basis serves, heads are cut in their principal one; other channels of
+            attention go in the order of their variance.
         equal_widths: Let sites of one width keep as many channels; there is one such plan.
         ridge: Of the refit.
         orders: From `sensitivity_eliminations`, where several plans are made from them.
@@ -243,7 +244,7 @@ class _Search:
 
     def attempt(self, name: str, scores: Scores, scope: Scope = "global") -> _Attempt | None:
         """Make a plan, prune a copy by it, and keep it if it is the best so far; return it if it is a new one."""
-        rules = replace(self.rules, scope=scope)
+        rules = replace(self.rules, scope=scope, attn_basis="principal")
 
         def plan_for(keep_ratio: float) -> PruningPlan:
             return rules.plan(self.sites, {**self._variances, **scores}, keep_ratio)

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
+from vbp.pruning.attention import rotate_
 from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.cutting import (
     HeadChange,
@@ -47,7 +49,8 @@ def prune_(
             consumer's bias. Without them nothing is compensated.
         covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
             refitted to predict what the removed ones would have contributed, and the queries of an attention
-            that loses query/key channels. They need means, too.
+            that loses query/key channels. They need means, too. From them come the directions of heads that a plan
+            cuts in the principal basis; without means nothing but these is changed.
         ridge: How much the refit is regularised, as a share of each kept channel's variance.
 
     Returns:
@@ -70,18 +73,26 @@ def prune_(
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
     restore = snapshot(_touched(model, entries), "_parameters", "_buffers")
     try:
+        if covariances is not None:
+            means, covariances = rotate_(model, entries, means, covariances)
         errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
-        for entry in entries:
-            if entry.site.implicit_scale:
-                _keep_softmax_scale_(model, entry)
         _cut_(model, entries)
-        for entry in entries:
-            if entry.site.kind != "mlp":
-                update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
     except BaseException:  # an interruption too: half a surgery is no model
         restore()
         raise
     return errors
+
+
+def cut_(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut a model to the widths of a plan, in place, whatever its weights: they are not compensated nor rotated.
+
+    For a count of what the pruned model costs, or for weights that will be loaded into it.
+
+    Raises:
+        InputError: The plan does not fit the model, which is then left as it was.
+    """
+    channels = [replace(entry, basis="channels") for entry in plan.sites]
+    prune_(model, replace(plan, sites=tuple(channels)))
 
 
 def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
@@ -141,7 +152,13 @@ def _check_fits(
             "a model must be pruned before DistributedDataParallel wraps it, which keeps the weights that it was "
             "given; prune model.module and wrap it again"
         )
-    if covariances is not None and means is None:
+    principal = plan.principal
+    if principal and covariances is None:
+        raise InputError(
+            f"the plan cuts {len(principal)} sites in their principal basis ({principal[0]} first), which comes from "
+            "covariances, got none; collect statistics with covariance=True and give statistics.covariances"
+        )
+    if covariances is not None and means is None and not principal:
         raise InputError("covariances need the means as well, got none; give statistics.means")
     unusual = unusual_layers(model)
     rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
@@ -203,6 +220,9 @@ def _check_holds(
 
 def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
     """Cut all rows and columns, each layer once: one layer may make the channels of several sites."""
+    for entry in entries:
+        if entry.site.implicit_scale:
+            _keep_softmax_scale_(model, entry)
     rows: dict[str, set[int]] = defaultdict(set)
     for entry in entries:
         for name, first in entry.site.rows:
@@ -219,6 +239,8 @@ def _cut_(model: nn.Module, entries: Sequence[SitePlan]) -> None:
             keep_entries_(model.get_submodule(owner), attribute, entry.keep, dim)
         if entry.site.consumer:
             keep_columns_(model.get_submodule(entry.site.consumer), entry.keep)
+        if entry.site.kind != "mlp":
+            update_attributes_(model, _head_change(entry), implicit_scale=entry.site.implicit_scale)
 
 
 def _head_change(entry: SitePlan) -> HeadChange:

@@ -14,7 +14,7 @@ from torch import nn
 from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
 from vbp.errors import InputError
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
@@ -101,7 +101,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
     _log.info("dense: %s", describe(dense))
     evidence, convergence = collect_evidence(job)
     choice, budget = choose_plan(job, evidence)
-    uncompensated = _uncompensated(job, choice.plan)
+    uncompensated = _uncompensated(job, choice)
     pruned = copy.deepcopy(job.dense)
     with session.timed("surgery"):
         errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
@@ -148,11 +148,12 @@ def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan
     return pruned, plan, report
 
 
-def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:
+def _uncompensated(job: Job, choice: PlanChoice) -> Measured | None:
     if not job.config.compare_uncompensated:
         return None
     model = copy.deepcopy(job.dense)
-    prune_(model, plan)
+    # The directions that go are part of the plan, not of the compensation.
+    prune_(model, choice.plan, covariances=choice.covariances if choice.plan.principal else None)
     measured = measure(job, model)
     _log.info("pruned without compensation: %s", describe(measured))
     return measured

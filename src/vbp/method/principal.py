@@ -20,8 +20,6 @@ Values. With W = Q R (Q orthonormal) and the eigenvectors E of R Cov[o] R', o wh
 
     C = E'R,    D = Q E:    the principal components of what the head adds to the output.
 
-A metric M of the outputs' errors, error' M error, takes M^1/2 W in the place of W and M^-1/2 Q E in that of D.
-
 Scales of the directions are free: they are chosen so that both sides are about as large as before.
 """
 
@@ -33,9 +31,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# Share of the mean that joins the variance of keys, and the weight of outputs, in every direction: so the inverse
-# roots exist in any case, and lose five digits of sixteen at most.
-_FLOOR, _METRIC_FLOOR = 1e-10, 1e-8
+# Share of the mean variance of keys that joins it in every direction: so the inverse root exists in any case, and
+# loses five digits of sixteen at most.
+_FLOOR = 1e-10
 
 
 @dataclass(frozen=True)
@@ -84,32 +82,20 @@ def query_key_basis(query: Float[Tensor, "heads size size"], key: Float[Tensor, 
 def value_basis(
     covariance: Float[Tensor, "heads size size"],
     weight: Float[Tensor, "heads out size"],
-    metric: Float[Tensor, "out out"] | None = None,
 ) -> ValueBasis:
     """Return the basis in which the first directions keep most of what each head adds to the output.
 
     Args:
         covariance: Of the mixed values, where the projection reads them.
         weight: The projection's columns of each head.
-        metric: What an error of the output costs, error' metric error; by default its square.
 
     Returns:
         A change and columns whose product is `weight`, whatever its rank.
     """
     columns, spread = weight.double(), covariance.double()
-    inverse = None
-    if metric is not None:
-        values, vectors = torch.linalg.eigh(metric.double())
-        values = values.clamp_min(0)
-        mean = values.mean()
-        roots = (values + _METRIC_FLOOR * torch.where(mean > 0, mean, torch.ones_like(mean))).sqrt()
-        columns = (vectors * roots) @ vectors.T @ columns
-        inverse = (vectors / roots) @ vectors.T
     orthonormal, triangle = torch.linalg.qr(columns)
     cost, directions = _descending(triangle @ spread @ triangle.mT)
     change, read = directions.mT @ triangle, orthonormal @ directions
-    if inverse is not None:
-        read = inverse @ read
     norm = change.norm(dim=-1)
     scale = torch.where(norm > 0, norm, torch.ones_like(norm))
     change, read = change / scale[..., None], read * scale[..., None, :]

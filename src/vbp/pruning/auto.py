@@ -42,15 +42,13 @@ Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
-    """Return the covariances that the refit takes: of MLP sites mixed with their sensitivity, of attention plain.
+    """Return the covariances that the refit takes: mixed with the site's sensitivity, of queries and keys plain.
 
     Raises:
         InputError: Covariances or sensitivities are missing.
     """
     for site in sites:
-        if site.kind == "mlp" and (
-            site.name not in statistics.covariances or site.name not in statistics.sensitivities
-        ):
+        if site.consumer and (site.name not in statistics.covariances or site.name not in statistics.sensitivities):
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
                 f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
@@ -210,7 +208,9 @@ class _Search:
         return choice
 
     def _compete(self, costs: Scores) -> None:
-        self.attempt("equal shares", costs, scope="per_layer")
+        first = self.attempt("equal shares", costs, scope="per_layer")
+        if first is not None and first.plan.kept == first.plan.total:
+            return  # attention alone loses something, in one way
         self.attempt("variance", {})
         self.attempt("sensitivity", costs)
         self.attempt("half equal shares", mixed_with_uniform(costs, 0.5))

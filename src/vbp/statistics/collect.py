@@ -120,8 +120,9 @@ def collect_statistics(
             mean of their image. It takes `covariance_bytes` on the device, and with all tokens about as much time as
             the model itself.
         tokens: The tokens that count for the covariance; by default all. Means and variances are of all tokens.
-        sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
-            takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
+        sensitivity: Also collect the sensitivity of each site that a layer reads, with these random numbers; by
+            default not. It takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes`
+            on the device.
         pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
             mean of the first batch. Merged passes equal a single one only if they have the same.
 

@@ -32,7 +32,7 @@ class FisherCollector:
     def __init__(
         self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._sites = [site for site in sites if site.kind == "mlp"]
+        self._sites = [site for site in sites if site.consumer]
         self._probes, self._pivots = probes, pivots or {}
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, int]] = {}

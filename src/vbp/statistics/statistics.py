@@ -47,7 +47,8 @@ class Statistics:
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
             the tokens, those of keys about the mean of their image; empty if they were not collected.
         token_fraction: That share.
-        sensitivities: Name of an MLP site -> how much the predictions depend on its consumer; empty if not collected.
+        sensitivities: Name of an MLP or value site -> how much the predictions depend on its consumer; empty if not
+            collected.
 
     Example:
         >>> statistics.means["blocks.0.mlp.fc1"].shape
@@ -136,7 +137,7 @@ class Statistics:
                         f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
                         "leave --stats_path out to collect it, or compensate with the mean"
                     )
-            if sensitivity and site.kind == "mlp" and site.name not in self.sensitivities:
+            if sensitivity and site.consumer and site.name not in self.sensitivities:
                 raise InputError(
                     f"{path} must hold the sensitivity of {site.name} for the criterion auto, got none; leave "
                     "--stats_path out to collect it, or choose another criterion"

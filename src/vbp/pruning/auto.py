@@ -32,7 +32,7 @@ from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource
-from vbp.statistics.statistics import Statistics
+from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
 
@@ -42,22 +42,29 @@ Scores = Mapping[str, Float[Tensor, "hidden"]]
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
-    """Return the covariances that the refit takes: mixed with the site's sensitivity, of queries and keys plain.
+    """Return the covariances that the refit and the principal basis take: mixed with the sensitivity of the site.
 
     Raises:
         InputError: Covariances or sensitivities are missing.
     """
+    metrics = dict(statistics.covariances)
     for site in sites:
-        if site.consumer and (site.name not in statistics.covariances or site.name not in statistics.sensitivities):
+        held = statistics.sensitivities if site.consumer else statistics.logit_sensitivities
+        names = observed_names(site)
+        if site.name not in held or any(name not in metrics for name in names):
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
-                f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
-                "statistics with covariance=True and sensitivity=RandomProbes()"
+                f"{'only the covariance' if site.name not in held and names[0] in metrics else 'no covariance'}; "
+                "collect statistics with covariance=True and sensitivity=RandomProbes()"
             )
-    return {
-        name: statistics.sensitivities[name].blended_covariance(plain) if name in statistics.sensitivities else plain
-        for name, plain in statistics.covariances.items()
-    }
+        if site.consumer:
+            plain = metrics[site.name]
+            metrics[site.name] = statistics.sensitivities[site.name].blended_covariance(plain)
+        elif site.rotatable:
+            query, key = names
+            pair = statistics.logit_sensitivities[site.name]
+            metrics[query], metrics[key] = pair.blended(metrics[query], metrics[key])
+    return metrics
 
 
 def sensitivity_eliminations(

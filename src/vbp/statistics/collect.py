@@ -158,7 +158,8 @@ def collect_statistics(
     }
     fraction = sample.fraction if covariance else 1.0
     sensitivities = {} if sums is None else sums.finish()
-    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities)
+    logits = {} if sums is None else sums.finish_pairs()
+    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities, logits)
 
 
 def _finite(name: str, moments: Moments | None) -> Moments:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
-from vbp.method.fisher import SiteSensitivity
+from vbp.method.fisher import LogitSensitivity, SiteSensitivity
 from vbp.method.moments import ChannelMoments
 from vbp.runtime.decode import parse_json
 from vbp.runtime.files import write_bytes
@@ -32,6 +32,7 @@ _WITHOUT_DIGEST = _READABLE[:2]
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
 _SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
+_LOGIT_PARTS = ("query", "key")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Statistics:
         token_fraction: That share.
         sensitivities: Name of an MLP or value site -> how much the predictions depend on its consumer; empty if not
             collected.
+        logit_sensitivities: Name of a query/key site -> how much the predictions depend on its logits, likewise.
 
     Example:
         >>> statistics.means["blocks.0.mlp.fc1"].shape
@@ -62,6 +64,7 @@ class Statistics:
     covariances: Mapping[str, ChannelCovariance] = field(default_factory=dict)
     token_fraction: float = 1.0
     sensitivities: Mapping[str, SiteSensitivity] = field(default_factory=dict)
+    logit_sensitivities: Mapping[str, LogitSensitivity] = field(default_factory=dict)
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -90,7 +93,7 @@ class Statistics:
                 f"{len(self.covariances)} of {self.token_fraction} and {len(other.covariances)} of "
                 f"{other.token_fraction}; collect them again"
             )
-        if list(self.sensitivities) != list(other.sensitivities):
+        if [*self.sensitivities, *self.logit_sensitivities] != [*other.sensitivities, *other.logit_sensitivities]:
             raise InputError(
                 "statistics to merge must all have sensitivities of the same sites, or none, got "
                 f"{len(self.sensitivities)} and {len(other.sensitivities)}; collect them again"
@@ -98,9 +101,10 @@ class Statistics:
         merged = {name: moments.merge(other.moments[name]) for name, moments in self.moments.items()}
         covariances = {name: own.merge(other.covariances[name]) for name, own in self.covariances.items()}
         sensitivities = {name: own.merge(other.sensitivities[name]) for name, own in self.sensitivities.items()}
+        logits = {name: own.merge(other.logit_sensitivities[name]) for name, own in self.logit_sensitivities.items()}
         data = self.data if self.data == other.data else ""
         images = self.images + other.images
-        return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities)
+        return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities, logits)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
         """Refuse statistics of another model or other data, by their fingerprints; `path` is for the message.
@@ -137,7 +141,7 @@ class Statistics:
                         f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
                         "leave --stats_path out to collect it, or compensate with the mean"
                     )
-            if sensitivity and site.consumer and site.name not in self.sensitivities:
+            if sensitivity and site.name not in (self.sensitivities if site.consumer else self.logit_sensitivities):
                 raise InputError(
                     f"{path} must hold the sensitivity of {site.name} for the criterion auto, got none; leave "
                     "--stats_path out to collect it, or choose another criterion"
@@ -152,6 +156,8 @@ class Statistics:
             tensors |= {f"{name}/covariance_mean": covariance.mean, f"{name}/covariance_m2": covariance.packed()}
         for name, sums in self.sensitivities.items():
             tensors |= {f"{name}/sensitivity_{part}": getattr(sums, part) for part in _SENSITIVITY_PARTS}
+        for name, pairs in self.logit_sensitivities.items():
+            tensors |= {f"{name}/sensitivity_{part}": getattr(pairs, part) for part in _LOGIT_PARTS}
         header = {
             "images": self.images,
             "model": self.model,
@@ -160,6 +166,7 @@ class Statistics:
             "covariance_counts": {name: covariance.count for name, covariance in self.covariances.items()},
             "token_fraction": self.token_fraction,
             "sensitivity_images": {name: sums.images for name, sums in self.sensitivities.items()},
+            "logit_images": {name: pairs.images for name, pairs in self.logit_sensitivities.items()},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(header)
@@ -244,12 +251,19 @@ def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statis
         shapes = ((hidden,), (hidden + 1, hidden + 1), (out, out))
         named = [f"{name}/sensitivity_{kind}" for kind in _SENSITIVITY_PARTS]
         sensitivities[name] = SiteSensitivity(images, *map(lambda place, shape: part(place, *shape), named, shapes))
+    logits = {}
+    for name, images in header.get("logit_images", {}).items():
+        heads, size, _ = tensors[f"{name}/sensitivity_query"].shape
+        query, key = (part(f"{name}/sensitivity_{kind}", heads, size, size) for kind in _LOGIT_PARTS)
+        _checked(heads * size == len(moments[name + QUERY].mean), f"{name} must have the sensitivity of its heads")
+        logits[name] = LogitSensitivity(images, query, key)
     counts = [header["images"], *header["counts"].values()]
-    counts += [*header.get("covariance_counts", {}).values(), *header.get("sensitivity_images", {}).values()]
+    for kind in ("covariance_counts", "sensitivity_images", "logit_images"):
+        counts += header.get(kind, {}).values()
     _checked(all(type(count) is int and count > 0 for count in counts), "it must count at least one image and sample")
     model, data, fraction = header["model"], header["data"], header.get("token_fraction", 1.0)
     _checked(isinstance(model, str) and isinstance(data, str) and 0 < fraction <= 1, "its header is damaged")
-    return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities)
+    return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities, logits)
 
 
 def observed_names(site: Site) -> tuple[str, ...]:

@@ -191,7 +191,8 @@ def test_attention_alone_is_cut_in_its_principal_basis(quick: RunConfig, caplog:
     with caplog.at_level("INFO"):
         found = run(config)
     assert "auto ranks the channels of all layers together, with or without global_pruning" in caplog.text
-    assert found.keep_ratio == 1.0
+    assert (found.keep_ratio, found.attention) == (1.0, 0.5)
+    assert "kept 100.0% of the hidden channels and 50.0% of the heads' channels" in found.table()
     assert [one["name"] for one in found.candidates] == ["equal shares"]
     assert found.uncompensated is not None
     plan = PruningPlan.load(config.save_dir / "plan.json")

@@ -93,6 +93,13 @@ class PruningPlan:
         return round(self.total * self.keep_ratio)
 
     @property
+    def attention_share(self) -> float | None:
+        """Return the share of heads' channels, of queries, keys and values, that stays; None without attention."""
+        entries = [entry for entry in self.sites if entry.site.kind != "mlp"]
+        total = sum(entry.site.hidden for entry in entries)
+        return sum(len(entry.keep) for entry in entries) / total if total else None
+
+    @property
     def principal(self) -> tuple[str, ...]:
         """Return the sites that are cut in their principal basis, for which surgery needs covariances."""
         cut = (entry for entry in self.sites if entry.basis == "principal" and len(entry.keep) < entry.site.hidden)

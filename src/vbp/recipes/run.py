@@ -121,6 +121,7 @@ def _prune(job: Job, refits: Refits | None) -> tuple[nn.Module, PruningPlan, Run
         final=small,
         keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
+        attention=plan.attention_share,
         images={"calibration": evidence.statistics.images, "val": dense.images or 0},
         latency_batch=job.latency_batch,
         uncompensated=uncompensated,

@@ -94,6 +94,7 @@ class RunReport:
         producers: What the refit of the producers did: the data of `ProducerRefit`, and a `sentence`; None without.
         stream: The same of the refit of the residual stream, `StreamRefit`.
         head: The same of the refit of the last layer, `HeadRefit`.
+        attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
 
     Example:
         >>> vbp.run(config).sites
@@ -122,6 +123,7 @@ class RunReport:
     producers: Mapping[str, Any] | None = None
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
+    attention: float | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -220,7 +222,8 @@ class RunReport:
             latency = "" if model.latency_ms is None else f"{model.latency_ms:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
             rows.append((label, model.top1_text, model.top5_text, *sizes, latency))
-        facts = [f"kept {self.keep_ratio:.1%} of the hidden channels"]
+        heads = "" if self.attention is None else f" and {self.attention:.1%} of the heads' channels"
+        facts = [f"kept {self.keep_ratio:.1%} of the hidden channels{heads}"]
         if self.speedup is not None:
             facts.append(
                 f"{self.speedup:.2f}x as fast at batch {self.latency_batch} "

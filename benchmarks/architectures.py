@@ -26,7 +26,10 @@ sys.path.insert(0, str(_ROOT / "tests" / "support"))
 from architectures import ARCHITECTURES, Architecture  # noqa: E402
 
 KEEP_RATIO = 0.6
-HEAD = ("Family", "Library", "Model", "MLP sites", "Mean shift", "Attention (`--bottleneck`)", "MACs (M) at keep 0.6")
+HEAD = (
+    "Family", "Library", "Model", "MLP sites", "Mean shift", "Attention (`--bottleneck`)", "Principal basis",
+    "MACs (M) at keep 0.6",
+)  # fmt: skip
 INTRODUCTION = f"""# Architectures
 
 Each family below is built small (few blocks, random weights), checked by `tests/project/test_architectures.py`:
@@ -40,7 +43,9 @@ Each family below is built small (few blocks, random weights), checked by `tests
   a saved model comes back bit-equal through `load_pruned`;
 - attention: with queries and keys removed in pairs and values held at their means the same equality holds, every head
   keeps the same number of channels, and saving and training work. Where attention cannot be pruned, the reason stands
-  in its place: asking for it is an error that leaves the model as it was, and the MLP sites can be pruned without it.
+  in its place: asking for it is an error that leaves the model as it was, and the MLP sites can be pruned without it;
+- principal basis: in how many of these attentions directions can go in the place of channels
+  ([Attention](how_it_works.md#attention)). The change of basis alone changes no logit (float64, 1e-10).
 
 The MACs are those of the small model on one image, before and after pruning the MLP sites alone.
 """
@@ -68,16 +73,17 @@ def row(entry: Architecture) -> tuple[str, ...]:
     """
     model, images = entry.build(), entry.images(2, torch.float32)
     _expect(entry, "attentions", _attentions(entry, model, images), entry.attention if _counted(entry) else "refused")
+    turned = _principal(entry, model, images) if _counted(entry) else ""
     if not entry.sites:
         _expect(entry, "sites", _found(entry, model, images), "refused")
-        return (*entry.cells(), "")
+        return (*entry.cells(), turned, "")
     sites = entry.find(model, images)
     check_prunable(model, sites, images[:1])
     _expect(entry, "sites", len(sites), entry.sites)
     _expect(entry, "inexact sites", sum(not site.exact for site in sites), entry.inexact)
     scores = variance_scores(collect_statistics(model, sites, [images]))
     before, after = plan_cost(model, make_plan(sites, scores, keep_ratio=KEEP_RATIO), images[:1]).macs
-    return (*entry.cells(), f"{before / 1e6:.2f} → {after / 1e6:.2f} ({after / before - 1:+.0%})")
+    return (*entry.cells(), turned, f"{before / 1e6:.2f} → {after / 1e6:.2f} ({after / before - 1:+.0%})")
 
 
 def _counted(entry: Architecture) -> bool:
@@ -99,6 +105,12 @@ def _attentions(entry: Architecture, model: nn.Module, images: Tensor) -> int | 
     except InputError:
         return "refused"
     return min(sum(site.kind == kind for site in sites) for kind in ("value", "query_key"))
+
+
+def _principal(entry: Architecture, model: nn.Module, images: Tensor) -> str:
+    """Count the attentions whose values, queries and keys can be cut in their principal basis."""
+    turned = [site.kind for site in entry.find(model, images, attention=True) if site.rotatable]
+    return str(min(turned.count(kind) for kind in ("value", "query_key")))
 
 
 def _expect(entry: Architecture, what: str, found: object, wanted: object) -> None:

@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, randomise_
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import hidden_values
+from oracles import hidden_values, made_values
 from torch import Tensor, nn
 
 from vbp import InputError, Statistics, collect_statistics, find_sites
@@ -125,6 +125,27 @@ def test_covariance_of_what_each_consumer_reads(name: str) -> None:
         if site.consumer:
             rows = hidden_values(model, site.consumer, images).flatten(0, 1)
             assert_matches(statistics.covariances[site.name], rows, 1e-9)
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-vit"])
+def test_keys_are_taken_about_the_mean_of_their_image_or_window(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = randomise_(family.build()).double(), family.example(5)
+    sites = find_sites(model, images[:1], attention=True)
+    whole = collect_statistics(model, sites, [images], covariance=True)
+    parts = [collect_statistics(model, sites, part.split(2), covariance=True) for part in images.split([3, 2])]
+    for site in sites:
+        if site.kind != "query_key":
+            continue
+        (query, first), (key, second) = site.rows
+        seen = [made_values(model, layer, images)[..., row : row + site.hidden] for layer, row in site.rows]
+        assert (query == key) is ("timm" in name)
+        assert (first, second) == ((0, site.hidden) if "timm" in name else (0, 0))
+        for statistics in (whole, parts[0].merge(parts[1])):
+            assert_matches(statistics.covariances[f"{site.name}#query"], seen[0].flatten(0, -2), 1e-9)
+            keys = seen[1] - seen[1].mean(1, keepdim=True)
+            assert_matches(statistics.covariances[f"{site.name}#key"], keys.flatten(0, -2), 1e-9)
+            torch.testing.assert_close(statistics.means[f"{site.name}#key"], seen[1].flatten(0, -2).mean(0))
 
 
 def test_a_share_of_the_tokens_is_the_same_for_any_batch_size_and_number_of_processes() -> None:

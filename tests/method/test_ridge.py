@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, Family, randomise_
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from oracles import hidden_values
+from oracles import hidden_values, made_values
 from torch import Tensor, nn
 
 from vbp import (
@@ -80,16 +80,6 @@ def predicted_logits(model: nn.Module, plan: PruningPlan, images: Tensor, rows: 
     return logits
 
 
-def made_values(model: nn.Module, name: str, images: Tensor) -> Tensor:
-    """Return what a layer makes, "positions channels"."""
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
-    with torch.no_grad():
-        model(images)
-    handle.remove()
-    return seen[0].flatten(0, -2)
-
-
 def predict_queries_and_keys_(model: nn.Module, plan: PruningPlan, images: Tensor) -> None:
     """Replace removed query and key channels by the fit from those that stay in their head, from now on."""
     dense = copy.deepcopy(model)
@@ -97,8 +87,9 @@ def predict_queries_and_keys_(model: nn.Module, plan: PruningPlan, images: Tenso
         if entry.site.kind != "query_key":
             continue
         size = entry.site.hidden // entry.site.heads
-        for name, first in entry.site.rows:
-            rows = made_values(dense, name, images)[:, first : first + entry.site.hidden]
+        for (name, first), keys in zip(entry.site.rows, (False, True), strict=True):
+            made = made_values(dense, name, images)[..., first : first + entry.site.hidden]
+            rows = (made - made.mean(1, keepdim=True) if keys else made).flatten(0, -2)
             for head in range(entry.site.heads):
                 keep, removed = (
                     [channel for channel in channels if channel // size == head]

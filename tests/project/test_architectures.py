@@ -39,6 +39,7 @@ from vbp import (
     save_pruned,
     variance_scores,
 )
+from vbp.pruning.attention import rotate_
 from vbp.pruning.surgery import check_prunable
 from vbp.runtime.forward import logits_of
 from vbp.sites.layers import channel_dim
@@ -324,6 +325,25 @@ def test_pruned_attention_equals_clamped_values_and_silent_queries(entry: Archit
     promise = plan_cost(case.model, case.plan, case.images[:1])
     alone = plan_cost(case.model, prepared(entry).plan, case.images[:1])
     assert promise.macs[1] == count_macs(pruned, case.images[:1]) < alone.macs[1]
+
+
+@over(ATTENTION)
+def test_the_principal_basis_of_attention_changes_no_logit(entry: Architecture) -> None:
+    """Of every attention that can be pruned."""
+    case = prepared(entry, attention=True)
+    sites = [site for site in case.sites if site.kind != "mlp"]
+    assert all(site.rotatable for site in sites)
+    statistics = collect_statistics(case.model, sites, [case.images], covariance=True)
+    turned = copy.deepcopy(case.model)
+    whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in sites]
+    rotate_(turned, whole, statistics.means, statistics.covariances)
+    torch.testing.assert_close(logits(turned, case.images), logits(case.model, case.images), rtol=0, atol=1e-10)
+    plan = make_plan(case.sites, case.scores, keep_ratio=1.0, attn_keep_ratio=0.5, attn_basis="principal")
+    pruned = copy.deepcopy(case.model)
+    every = collect_statistics(case.model, case.sites, [case.images], covariance=True)
+    prune_(pruned, plan, every.means, every.covariances)
+    assert logits(pruned, case.images).isfinite().all()
+    assert count_macs(pruned, case.images[:1]) == plan_cost(case.model, plan, case.images[:1]).macs[1]
 
 
 def channels_per_head(planned: SitePlan) -> list[int]:

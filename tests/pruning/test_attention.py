@@ -67,6 +67,54 @@ def test_every_attention_is_found_once(name: str) -> None:
     assert all(site.kind == "mlp" for site in find_sites(model, family.example(1)))
 
 
+class Between(nn.Module):
+    """An attention with functions between its layers and the softmax, and before the projection."""
+
+    def __init__(self, queries: Callable[[Tensor], Tensor], outputs: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.qkv, self.proj = nn.Linear(8, 24), nn.Linear(8, 8)
+        self.queries, self.outputs = queries, outputs
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.qkv(x).reshape(x.shape[0], x.shape[1], 3, 2, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        mixed = F.scaled_dot_product_attention(self.queries(query), key, value)
+        return self.proj(self.outputs(mixed).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(
+    ("function", "free"),
+    [
+        (lambda x: x, True),
+        (lambda x: 2 * x / 3, True),
+        (lambda x: -x.clone(), True),
+        (lambda x: x + x.mean(2, keepdim=True), True),
+        (lambda x: x + 1.0, False),
+        (lambda x: 1.0 - x, False),
+        (lambda x: x + torch.ones(2, 3, 1)[:1, :1], False),
+        (lambda x: torch.div(2.0, x), False),
+        (lambda x: x * x, False),
+        (lambda x: x.abs(), False),
+        (F.gelu, False),
+        (lambda x: x - x.amax(2, keepdim=True), False),
+    ],
+)
+def test_any_basis_serves_where_nothing_but_factors_and_sums_stands_between(
+    function: Callable[[Tensor], Tensor], free: bool
+) -> None:
+    image = torch.randn(1, 3, 8)
+    for queries, outputs, kinds in ((function, abs, (free, False)), (torch.clone, function, (True, free))):
+        sites = find_sites(Between(queries, outputs), image, attention=True)
+        found = {site.kind: site.rotatable for site in sites if site.kind != "mlp"}
+        assert found == {"query_key": kinds[0], "value": kinds[1]}
+
+
+@pytest.mark.parametrize("name", WITH_ATTENTION)
+def test_any_basis_serves_in_every_family(name: str) -> None:
+    family = FAMILIES[name]
+    sites = find_sites(family.build().double(), family.example(1), attention=True)
+    assert all(site.rotatable is (site.kind != "mlp") for site in sites)
+
+
 @pytest.mark.parametrize("fused", [True, False])
 @pytest.mark.parametrize("name", WITH_ATTENTION)
 def test_heads_keep_the_same_number_and_the_model_runs(

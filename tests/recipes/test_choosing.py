@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, load_pruned
+from vbp import InputError, PruningPlan, RunConfig, RunReport, Statistics, count_parameters, load_pruned
 from vbp.recipes.run import run, run_to_budget
 
 
@@ -190,7 +190,32 @@ def test_a_gradient_criterion_reads_labels_with_statistics_from_a_file_too(quick
 def test_attention_is_refitted_too(quick: RunConfig) -> None:
     found = run(auto(quick, bottleneck=True, attn_keep_ratio=0.75))
     assert found.keep_ratio == 0.5
-    assert any("attn" in name for name in found.reconstruction)
+    plan = PruningPlan.load(found_folder(found) / "plan.json")
+    assert len(plan.principal) == sum(entry.site.kind != "mlp" for entry in plan.sites) > 0
+    assert set(plan.principal) <= found.reconstruction.keys()
+
+
+def test_attention_alone_is_cut_in_its_principal_basis(quick: RunConfig, caplog: pytest.LogCaptureFixture) -> None:
+    config = changed(
+        quick, criterion="auto", compensation="refit", keep_ratio=1.0, bottleneck=True, attn_keep_ratio=0.5,
+        compare_uncompensated=True,
+    )  # fmt: skip
+    assert config.global_pruning
+    with caplog.at_level("INFO"):
+        found = run(config)
+    assert "auto ranks the channels of all layers together, with or without global_pruning" in caplog.text
+    assert (found.keep_ratio, found.attention) == (1.0, 0.5)
+    assert "kept 100.0% of the hidden channels and 50.0% of the heads' channels" in found.table()
+    assert [one["name"] for one in found.candidates] == ["equal shares"]
+    assert found.uncompensated is not None
+    plan = PruningPlan.load(config.save_dir / "plan.json")
+    assert {len(entry.keep) / entry.site.hidden for entry in plan.sites if entry.site.kind == "mlp"} == {1.0}
+    assert {len(entry.keep) / entry.site.hidden for entry in plan.sites if entry.site.kind != "mlp"} == {0.5}
+    pruned = load_pruned(config.save_dir / "vbp_final.pth")
+    assert count_parameters(pruned) == found.final.params < found.base.params
+    again = run(changed(config, stats_path=config.save_dir / "statistics.safetensors"))
+    assert again.pruned.top1 == found.pruned.top1
+    assert again.candidates == found.candidates
 
 
 def test_the_last_layer_answers_more_like_the_dense_model_after_its_refit(quick: RunConfig) -> None:

@@ -185,7 +185,6 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"norm_per_layer": True, "criterion": "variance"}, "norm_per_layer changes nothing .* add --global_pruning"),
     ({"norm_per_layer": True, "global_pruning": True, "criterion": "l2"}, "norm_per_layer divides variances, got"),
     ({"compensation": "mean"}, "criterion auto chooses for the refit, got compensation mean"),
-    ({"global_pruning": True}, "criterion auto decides itself how many channels each layer keeps"),
     (
         {"criterion": "variance", "compensation": "mean", "ridge": 0.1},
         r"ridge changes nothing without covariances, got 0\.1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,14 @@ def test_attention_sites_have_spectra_and_no_hidden_error_of_queries(tmp_path: P
     drawing = variance_spectra(run)
     assert drawing is not None
     assert "Query/key" in drawing.caption
+    assert run.plan is not None
+    entries = (replace(entry, basis="principal") for entry in run.plan.sites[:2])
+    turned = replace(run, plan=replace(run.plan, sites=(*entries, run.plan.sites[2])))
+    assert [spectrum.site for spectrum in spectra(turned)] == ["blocks.0.mlp.fc1"]
+    drawing = variance_spectra(turned)
+    assert drawing is not None
+    assert "Query/key" not in drawing.caption
+    assert "Attention is not shown: it is cut in its principal basis" in drawing.caption
 
 
 def test_dead_channels_and_constant_sites_can_be_drawn(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -38,8 +39,11 @@ def weight_gradients(model: nn.Module, sites: tuple[Site, ...], image: Tensor, n
 def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
     family = FAMILIES[name]
     model, images = randomise_(family.build()).double().eval(), family.example(3)
-    sites = find_sites(model, images[:1])
-    found = collect(model, [images[:2], images[2:]]).sensitivities
+    every = find_sites(model, images[:1], attention="convnext" not in name)
+    sites = tuple(site for site in every if site.consumer)
+    found = collect_statistics(
+        model, every, [images[:2], images[2:]], covariance=True, sensitivity=RandomProbes()
+    ).sensitivities
     classes = logits_of(model(images)).shape[1]
     for place, site in enumerate(sites):
         one = found[site.name].recentred(torch.zeros(site.hidden, dtype=torch.float64))
@@ -57,6 +61,85 @@ def test_sums_are_those_of_sketched_weight_gradients(name: str) -> None:
         assert one.images == 3
         torch.testing.assert_close(one.inputs, inputs, rtol=1e-8, atol=1e-8 * float(inputs.abs().max()))
         torch.testing.assert_close(one.outputs, outputs, rtol=1e-8, atol=1e-8 * float(outputs.abs().max()))
+
+
+def logit_gradients(model: nn.Module, site: Site, image: Tensor, noise: Tensor) -> Tensor:
+    """Return by autograd what a change E of the queries, q + E q in each head, does: "heads size size"."""
+    name, first = site.rows[0]
+    change = torch.zeros(site.heads, *2 * (site.hidden // site.heads,), dtype=torch.float64, requires_grad=True)
+
+    def add(module: nn.Module, args: tuple[Tensor], output: Tensor) -> Tensor:
+        queries = output[..., first : first + site.hidden]
+        by_head = queries.reshape(*queries.shape[:-1], site.heads, -1)
+        changed = queries + torch.einsum("hkq,...hq->...hk", change, by_head).reshape(queries.shape)
+        return torch.cat([output[..., :first], changed, output[..., first + site.hidden :]], -1)
+
+    handle = model.get_submodule(name).register_forward_hook(add)
+    (2 * logits_of(model(image)).softmax(-1).sqrt() * noise).sum().backward()
+    handle.remove()
+    assert change.grad is not None
+    return change.grad
+
+
+@pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "hf-vit"])
+def test_sums_of_queries_and_keys_are_those_of_the_logits_gradients(name: str) -> None:
+    family = FAMILIES[name]
+    model, images = randomise_(family.build()).double().eval(), family.example(3)
+    sites = tuple(site for site in find_sites(model, images[:1], attention=True) if site.kind == "query_key")
+    parts = [
+        collect_statistics(model, sites, [part], covariance=True, sensitivity=RandomProbes(first=first))
+        for first, part in ((0, images[:2]), (2, images[2:]))
+    ]
+    found = parts[0].merge(parts[1]).logit_sensitivities
+    for site in sites:
+        assert found[site.name].images == 3
+        query, key = torch.zeros_like(found[site.name].query), torch.zeros_like(found[site.name].key)
+        for image in range(3):
+            noise = RandomProbes().of(image, 1, 7, 1, 1)[0]
+            gradient = logit_gradients(model, site, images[image : image + 1], noise)
+            query, key = query + gradient.mT @ gradient, key + gradient @ gradient.mT
+        torch.testing.assert_close(found[site.name].query, query, rtol=1e-8, atol=1e-8 * float(query.max()))
+        torch.testing.assert_close(found[site.name].key, key, rtol=1e-8, atol=1e-8 * float(key.max()))
+
+
+def test_half_of_the_moments_of_queries_and_keys_is_the_plain_one() -> None:
+    family = FAMILIES["timm-vit"]
+    model, images = randomise_(family.build()).double().eval(), family.example(3)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images], covariance=True, sensitivity=RandomProbes())
+    name = next(site.name for site in sites if site.kind == "query_key")
+    pair = statistics.logit_sensitivities[name]
+    query, key = (statistics.covariances[name + kind] for kind in ("#query", "#key"))
+    moment = query.covariance + torch.outer(query.mean, query.mean)
+    plain = pair.blended(query, key, share=0.0)
+    half = pair.blended(query, key)
+    for place, (wanted, sums) in enumerate(((moment, pair.query), (key.covariance, pair.key))):
+        blocks = [wanted[:16, :16], wanted[16:, 16:]]
+        torch.testing.assert_close(plain[place].covariance, torch.block_diag(*blocks))
+        mixed = [(block + one * block.trace() / one.trace()) / 2 for block, one in zip(blocks, sums, strict=True)]
+        torch.testing.assert_close(half[place].covariance, torch.block_diag(*mixed))
+    assert not half[0].mean.any()
+    silent = replace(pair, query=torch.zeros_like(pair.query), key=torch.zeros_like(pair.key))
+    torch.testing.assert_close(silent.blended(query, key)[1].covariance, plain[1].covariance)
+
+
+def test_sensitivities_of_attention_survive_a_file(tmp_path: Path) -> None:
+    family = FAMILIES["timm-vit"]
+    model, images = randomise_(family.build()).double().eval(), family.example(3)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images], covariance=True, sensitivity=RandomProbes())
+    statistics.save(tmp_path / "s.safetensors")
+    again = Statistics.load(tmp_path / "s.safetensors")
+    again.check_holds(sites, tmp_path, covariance=True, sensitivity=True)
+    assert again.logit_sensitivities.keys() == statistics.logit_sensitivities.keys()
+    for name, pair in statistics.logit_sensitivities.items():
+        assert torch.equal(again.logit_sensitivities[name].query, pair.query)
+        assert torch.equal(again.logit_sensitivities[name].key, pair.key)
+        assert again.logit_sensitivities[name].images == 3
+    with pytest.raises(InputError, match=r"must hold the sensitivity of .*qkv"):
+        replace(again, logit_sensitivities={}).check_holds(sites, tmp_path, sensitivity=True)
+    with pytest.raises(InputError, match="sensitivities of the same sites, or none"):
+        again.merge(replace(again, logit_sensitivities={}))
 
 
 def test_the_sketch_has_the_gradients_product_as_its_mean() -> None:

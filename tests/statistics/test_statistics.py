@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from families import FAMILIES, Family
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -229,3 +230,23 @@ def test_a_header_without_end_is_one_error(tmp_path: Path) -> None:
         save_file({}, path, {"format": "vbp-statistics/2", "header": header})
         with pytest.raises(InputError, match="no readable statistics file"):
             Statistics.load(path)
+
+
+def test_the_covariance_of_keys_in_an_older_file_is_collected_again(tmp_path: Path) -> None:
+    """It was about the mean of all images; the rest of the file holds."""
+    family, path = FAMILIES["timm-vit"], tmp_path / "s.safetensors"
+    model, images = family.build().double(), family.example(3)
+    sites = find_sites(model, images[:1], attention=True)
+    statistics = collect_statistics(model, sites, [images], covariance=True)
+    statistics.save(path)
+    assert Statistics.load(path).covariances.keys() == statistics.covariances.keys()
+    with safe_open(path, framework="pt") as file:
+        tensors, header = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()["header"]  # noqa: SIM118
+    save_file(tensors, path, {"format": "vbp-statistics/2", "header": header})
+    old = Statistics.load(path)
+    assert statistics.covariances.keys() - old.covariances.keys() == {
+        f"{site.name}#key" for site in sites if site.kind == "query_key"
+    }
+    with pytest.raises(InputError, match=r"must hold the covariance of .*#key"):
+        old.check_holds(sites, path, covariance=True)
+    old.check_holds(sites, path)

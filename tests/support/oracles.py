@@ -25,6 +25,16 @@ def hidden_values(model: nn.Module, consumer: str, images: Tensor) -> Tensor:
     return last.reshape(len(images), -1, last.shape[-1])
 
 
+def made_values(model: nn.Module, name: str, images: Tensor) -> Tensor:
+    """Return what a layer makes, as it makes it."""
+    seen: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(output))
+    with torch.no_grad():
+        model.eval()(images)
+    handle.remove()
+    return seen[0]
+
+
 def clamped_logits(model: nn.Module, plan: PruningPlan, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Run the dense model with the removed channels held at fixed values."""
     handles = []

@@ -16,7 +16,7 @@ from vbp.cost.timing import LatencyComparison, Spread, compare_models
 from vbp.cost.widths import LayerTimes
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
-from vbp.pruning.surgery import prune_
+from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import to_json
 from vbp.runtime.precision import Precision
 
@@ -38,7 +38,7 @@ def compare_in_turns(
 ) -> LatencyComparison:
     """Time a dense model against a copy that is pruned by a plan; the arguments are those of `compare_models`."""
     pruned = copy.deepcopy(model)
-    prune_(pruned, plan)
+    cut_(pruned, plan)
     return compare_models(model, pruned, images, precision=precision, rounds=rounds, budget_s=budget_s)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from vbp.pruning.plan import PruningPlan
-from vbp.pruning.surgery import prune_
+from vbp.pruning.surgery import cut_
 from vbp.runtime.forward import evaluation_mode, fitted
 from vbp.runtime.tables import format_count, text_table
 
@@ -123,7 +123,7 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
         (566912, 427648)
     """
     pruned = copy.deepcopy(model)
-    prune_(pruned, plan)
+    cut_(pruned, plan)
     return PlanCost(
         (count_macs(model, example), count_macs(pruned, example)), (count_parameters(model), count_parameters(pruned))
     )

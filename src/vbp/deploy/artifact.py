@@ -28,7 +28,7 @@ from vbp.errors import InputError
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.pruning.plan import PruningPlan
-from vbp.pruning.surgery import prune_
+from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
 from vbp.runtime.files import check_path
 
@@ -216,7 +216,7 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
 def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Turn a dense model into the pruned one that has these weights; raise RuntimeError if they do not fit."""
     for plan in plans:
-        prune_(model, plan)
+        cut_(model, plan)
     _add_missing_biases_(model, plans, weights)
     # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
     model.load_state_dict(dict(weights), strict=True, assign=True)

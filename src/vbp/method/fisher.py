@@ -28,6 +28,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from vbp.method.covariance import ChannelCovariance
+from vbp.method.principal import head_blocks
 
 # Share of the sensitivity in the metric that refit and elimination use; the rest is the plain covariance, which says
 # what the few images' gradients happen not to say.
@@ -100,6 +101,50 @@ class SiteSensitivity:
         root = (vectors * share.sqrt()).T * scale.clamp_min(0).sqrt()
         scaled: Tensor = root @ weight.detach().double().flatten(1)
         return scaled.reshape(weight.shape)
+
+
+@dataclass(frozen=True)
+class LogitSensitivity:
+    """Hold sums over `images` images at the queries and keys of one attention, by head, float64.
+
+    With T = sum_t g_t q_t', q the queries and g the gradient there, <E, T> is what a change of the logits q'k to
+    q'(I + E')k does. `query` is the sum of T'T, `key` that of TT': as g_t is a mixture of keys that sums to nothing
+    over constants, both take the place of the plain moments of queries and of centred keys.
+    """
+
+    images: int
+    query: Float[Tensor, "heads size size"]
+    key: Float[Tensor, "heads size size"]
+
+    def merge(self, other: LogitSensitivity) -> LogitSensitivity:
+        """Return the sums over both sets of images."""
+        return LogitSensitivity(self.images + other.images, self.query + other.query, self.key + other.key)
+
+    def blended(
+        self, query: ChannelCovariance, key: ChannelCovariance, share: float = SHARE
+    ) -> tuple[ChannelCovariance, ChannelCovariance]:
+        """Return moments of queries, about zero, and of keys that are mixed with the sensitivity, head by head.
+
+        Both are brought to one trace first; between heads they are zero.
+        """
+        about_zero = query.covariance + torch.outer(query.mean, query.mean)
+        queries = _mixed(about_zero, self.query, share) * (query.count - 1)
+        keys = _mixed(key.covariance, self.key, share) * (key.count - 1)
+        return (
+            ChannelCovariance(query.count, torch.zeros_like(query.mean), queries),
+            ChannelCovariance(key.count, key.mean, keys),
+        )
+
+
+def _mixed(
+    plain: Float[Tensor, "hidden hidden"], sums: Float[Tensor, "heads size size"], share: float
+) -> Float[Tensor, "hidden hidden"]:
+    blocks, here = head_blocks(plain, len(sums)), sums.to(plain)
+    ours, theirs = (matrix.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] for matrix in (blocks, here))
+    # A head on which no prediction depends keeps its plain moments.
+    told = theirs > 0
+    mixed = (1 - share) * blocks + share * ours / torch.where(told, theirs, torch.ones_like(theirs)) * here
+    return torch.block_diag(*torch.where(told, mixed, blocks))  # type: ignore[no-untyped-call, no-any-return]
 
 
 def sensitivity_bytes(sizes: Sequence[tuple[int, int]]) -> int:

@@ -5,8 +5,9 @@ predictions from what stays in the head (see `vbp.method.ridge`): with A for que
 
     (mu_P + A (q_S - mu_S)) . B k_S,  so  q_S becomes  q_S + B' (mu_P + A (q_S - mu_S)).
 
-Keys need no constant: what is added to all keys alike adds the same to all logits of a query, and the softmax does
-not see it. So keys are taken about their mean, and the whole is linear in q_S: it goes into the query layer's rows.
+Keys need no constant: what is added to all keys of an image adds the same to all logits of a query, and the softmax
+does not see it. So keys are taken about the mean of their image, and the whole is linear in q_S: it goes into the
+query layer's rows.
 
 If queries and keys are drawn independently, in pairs, this is the least-squares fit of the lost part by all products
 of a query and a key channel, but for the ridge. The pairs that meet in one image are not independent, so it is exact

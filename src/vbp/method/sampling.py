@@ -67,17 +67,17 @@ class TokenSample(ImageNumbers):
 
 
 class TokenSampler:
-    """Draw the sampled rows of one batch after the other."""
+    """Draw the sampled rows of one batch after the other; `images` are those of the batch."""
 
     def __init__(self, sample: TokenSample) -> None:
         self._sample = sample
-        self._start = self._images = 0
+        self._start = self.images = 0
         self._drawn: dict[int, Tensor] = {}
 
     def begin(self, images: int) -> None:
         """Begin a batch of so many images."""
-        self._start += self._images
-        self._images = images
+        self._start += self.images
+        self.images = images
         self._drawn = {}
 
     def draw(self, rows: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class TokenSampler:
             return rows
         count = rows.shape[0]
         if count not in self._drawn:
-            images = self._images if self._images and count % self._images == 0 else 1
+            images = self.images if self.images and count % self.images == 0 else 1
             size = count // images
             chosen = [
                 image * size + token

@@ -33,7 +33,7 @@ from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import log_lines
 from vbp.sites.site import Site
 from vbp.statistics.images import ImageSource
-from vbp.statistics.statistics import Statistics
+from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
 
@@ -45,24 +45,29 @@ Sizing = Callable[[Callable[[float], PruningPlan]], PruningPlan]
 
 
 def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, ChannelCovariance]:
-    """Return the covariances that the refit takes: of MLP sites mixed with their sensitivity, of attention plain.
+    """Return the covariances that the refit and the principal basis take: mixed with the sensitivity of the site.
 
     Raises:
         InputError: Covariances or sensitivities are missing.
     """
+    metrics = dict(statistics.covariances)
     for site in sites:
-        if site.kind == "mlp" and (
-            site.name not in statistics.covariances or site.name not in statistics.sensitivities
-        ):
+        held = statistics.sensitivities if site.consumer else statistics.logit_sensitivities
+        names = observed_names(site)
+        if site.name not in held or any(name not in metrics for name in names):
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
-                f"{'only the covariance' if site.name in statistics.covariances else 'no covariance'}; collect "
-                "statistics with covariance=True and sensitivity=RandomProbes()"
+                f"{'only the covariance' if site.name not in held and names[0] in metrics else 'no covariance'}; "
+                "collect statistics with covariance=True and sensitivity=RandomProbes()"
             )
-    return {
-        name: statistics.sensitivities[name].blended_covariance(plain) if name in statistics.sensitivities else plain
-        for name, plain in statistics.covariances.items()
-    }
+        if site.consumer:
+            plain = metrics[site.name]
+            metrics[site.name] = statistics.sensitivities[site.name].blended_covariance(plain)
+        elif site.rotatable:
+            query, key = names
+            pair = statistics.logit_sensitivities[site.name]
+            metrics[query], metrics[key] = pair.blended(metrics[query], metrics[key])
+    return metrics
 
 
 def sensitivity_eliminations(
@@ -165,7 +170,8 @@ def auto_plan(
         keep_ratio: As for `make_plan`, as are the next three.
         min_keep_ratio: See above.
         round_to: See above.
-        attn_keep_ratio: See above. Channels of attention go in the order of their variance.
+        attn_keep_ratio: See above. Where any basis serves, heads are cut in their principal one; other channels of
+            attention go in the order of their variance.
         equal_widths: Let sites of one width keep as many channels; there is one such plan.
         ridge: Of the refit.
         orders: From `sensitivity_eliminations`, where several plans are made from them.
@@ -231,7 +237,9 @@ class _Search:
         return choice
 
     def _compete(self, costs: Scores) -> None:
-        self.attempt("equal shares", costs, scope="per_layer")
+        first = self.attempt("equal shares", costs, scope="per_layer")
+        if first is not None and first.plan.kept == first.plan.total:
+            return  # attention alone loses something, in one way
         self.attempt("variance", {})
         self.attempt("sensitivity", costs)
         self.attempt("half equal shares", mixed_with_uniform(costs, 0.5))
@@ -266,7 +274,7 @@ class _Search:
 
     def attempt(self, name: str, scores: Scores, scope: Scope = "global") -> _Attempt | None:
         """Make a plan, prune a copy by it, and keep it if it is the best so far; return it if it is a new one."""
-        rules = replace(self.rules, scope=scope)
+        rules = replace(self.rules, scope=scope, attn_basis="principal")
 
         def plan_for(keep_ratio: float) -> PruningPlan:
             return rules.plan(self.sites, {**self._variances, **scores}, keep_ratio)

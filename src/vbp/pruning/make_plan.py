@@ -13,8 +13,8 @@ from torch import Tensor
 
 from vbp.errors import InputError
 from vbp.method.allocation import AllowedWidths, global_counts, per_layer_counts
-from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.choices import Scope
+from vbp.pruning.plan import PruningPlan, SitePlan, first_of_heads
+from vbp.runtime.choices import Basis, Scope
 from vbp.sites.site import Site
 
 
@@ -50,6 +50,7 @@ def make_plan(
     round_to: int = 1,
     min_keep_ratio: float = 0.02,
     attn_keep_ratio: float | None = None,
+    attn_basis: Basis = "channels",
 ) -> PruningPlan:
     """Keep the best `round(total * keep_ratio)` channels, or the nearest count that rounding and floors allow.
 
@@ -68,6 +69,8 @@ def make_plan(
         min_keep_ratio: Floor of each site, as a share of its channels; at least one channel stays in any case.
         attn_keep_ratio: Share of its channels that every head of an attention keeps, to the nearest multiple of
             `round_to`, in queries, keys and values alike, for the tensors stay rectangular; by default `keep_ratio`.
+        attn_basis: What heads keep: their best channels by score, or, where any basis serves, their first directions
+            in the `principal` one, which surgery finds from covariances.
 
     Raises:
         InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
@@ -100,9 +103,11 @@ def make_plan(
     attn_ratio = (keep_ratio if attn_keep_ratio is None else attn_keep_ratio) if attention else None
     for site in attention:
         assert attn_ratio is not None
-        entries[site] = _plan_heads(
-            site, scores, attn_ratio, AllowedWidths.of(site.hidden // site.heads, round_to, 0.0)
-        )
+        count = AllowedWidths.of(size := site.hidden // site.heads, round_to, 0.0).nearest(size * attn_ratio)
+        if attn_basis == "principal" and site.rotatable:
+            entries[site] = SitePlan(site, first_of_heads(site, count), "principal")
+        else:
+            entries[site] = _plan_heads(site, scores, count)
     return PruningPlan(
         tuple(entries[site] for site in sites), keep_ratio, scope, round_to, min_keep_ratio, attn_ratio
     )
@@ -121,6 +126,7 @@ class PlanRules:
     attn_keep_ratio: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
+    attn_basis: Basis = "channels"
 
     def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
         """Make a plan by these rules."""
@@ -134,10 +140,9 @@ class PlanRules:
         return replace(self, scope="per_layer").plan(sites, scores, keep_ratio)
 
 
-def _plan_heads(site: Site, scores: Mapping[str, Tensor], keep_ratio: float, bounds: AllowedWidths) -> SitePlan:
+def _plan_heads(site: Site, scores: Mapping[str, Tensor], count: int) -> SitePlan:
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
-    count = bounds.nearest(size * keep_ratio)
     order, _ = _removal_order(site, scores)
     heads = [order[order // size == head] for head in range(site.heads)]
     return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))

@@ -13,19 +13,25 @@ from torch import Tensor
 
 from vbp.errors import InputError, one_line
 from vbp.method.covariance import ChannelCovariance
-from vbp.runtime.choices import Compensation, Scope
+from vbp.runtime.choices import Basis, Compensation, Scope
 from vbp.runtime.decode import from_json, read_json, to_json
 from vbp.runtime.files import write_json
 from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-plan/1"
+_FORMAT = "vbp-plan/2"
+
+# Of before there were directions.
+_WITHOUT_BASIS = "vbp-plan/1"
 _MOST_CHANNELS = 2**24
 
 
 @dataclass(frozen=True)
 class SitePlan:
     """Hold what stays of one site: the indices of the kept channels, ascending.
+
+    In the basis `principal` they are directions of each head, those of most variance first, so that each head keeps
+    its first ones.
 
     Example:
         >>> len(plan.sites[0].keep), len(plan.sites[0].removed)
@@ -34,6 +40,7 @@ class SitePlan:
 
     site: Site
     keep: tuple[int, ...]
+    basis: Basis = "channels"
 
     @property
     def removed(self) -> tuple[int, ...]:
@@ -91,6 +98,19 @@ class PruningPlan:
         return round(self.total * self.keep_ratio)
 
     @property
+    def attention_share(self) -> float | None:
+        """Return the share of heads' channels, of queries, keys and values, that stays; None without attention."""
+        entries = [entry for entry in self.sites if entry.site.kind != "mlp"]
+        total = sum(entry.site.hidden for entry in entries)
+        return sum(len(entry.keep) for entry in entries) / total if total else None
+
+    @property
+    def principal(self) -> tuple[str, ...]:
+        """Return the sites that are cut in their principal basis, for which surgery needs covariances."""
+        cut = (entry for entry in self.sites if entry.basis == "principal" and len(entry.keep) < entry.site.hidden)
+        return tuple(entry.site.name for entry in cut)
+
+    @property
     def widths(self) -> dict[str, tuple[int, int]]:
         """Return (kept, total) channels by site name."""
         return {entry.site.name: (len(entry.keep), entry.site.hidden) for entry in self.sites}
@@ -107,7 +127,7 @@ class PruningPlan:
             InputError: The data is no plan, or of another format.
         """
         file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if file_format != _FORMAT:
+        if file_format not in (_FORMAT, _WITHOUT_BASIS):
             raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
         plan = from_json(PruningPlan, rest, "the plan", use_defaults=True)
@@ -159,6 +179,19 @@ def _check(entry: SitePlan) -> None:
         or (len(set(np.bincount(np.asarray(keep) // size, minlength=site.heads))) > 1)
     ):
         raise InputError(f"plan of site {site.name} must keep as many channels in each head; make the plan again")
+    if entry.basis == "principal" and not (
+        site.rotatable and site.kind != "mlp" and keep == first_of_heads(site, len(keep) // site.heads)
+    ):
+        raise InputError(
+            f"plan of site {site.name} must keep the first directions of each head, of an attention that allows any "
+            "basis; make the plan again"
+        )
+
+
+def first_of_heads(site: Site, count: int) -> tuple[int, ...]:
+    """Return the first channels, or directions, of each head."""
+    size = site.hidden // site.heads
+    return tuple(head * size + index for head in range(site.heads) for index in range(count))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch.nn.parallel import DistributedDataParallel
 from vbp.errors import InputError, first_line
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
+from vbp.pruning.attention import rotate_
 from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
 from vbp.sites.attention_trial import half
-from vbp.sites.cutting import cut_
+from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.propagation import tensors_in
 from vbp.sites.site import Site
@@ -46,7 +48,8 @@ def prune_(
             consumer's bias. Without them nothing is compensated.
         covariances: Site name -> second moments of all channels: the consumer's weights of the kept channels are
             refitted to predict what the removed ones would have contributed, and the queries of an attention
-            that loses query/key channels. They need means, too.
+            that loses query/key channels. They need means, too. From them come the directions of heads that a plan
+            cuts in the principal basis; without means nothing but these is changed.
         ridge: How much the refit is regularised, as a share of each kept channel's variance.
 
     Returns:
@@ -69,12 +72,26 @@ def prune_(
     entries = [entry for entry in plan.sites if len(entry.keep) < entry.site.hidden]
     restore = snapshot(_touched(model, entries), "_parameters", "_buffers")
     try:
+        if covariances is not None:
+            means, covariances = rotate_(model, entries, means, covariances)
         errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
-        cut_(model, [(entry.site, entry.keep) for entry in entries])
+        cut_sites_(model, [(entry.site, entry.keep) for entry in entries])
     except BaseException:  # an interruption too: half a surgery is no model
         restore()
         raise
     return errors
+
+
+def cut_(model: nn.Module, plan: PruningPlan) -> None:
+    """Cut a model to the widths of a plan, in place, whatever its weights: they are not compensated nor rotated.
+
+    For a count of what the pruned model costs, or for weights that will be loaded into it.
+
+    Raises:
+        InputError: The plan does not fit the model, which is then left as it was.
+    """
+    channels = [replace(entry, basis="channels") for entry in plan.sites]
+    prune_(model, replace(plan, sites=tuple(channels)))
 
 
 def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
@@ -155,7 +172,13 @@ def _check_fits(
             "a model must be pruned before DistributedDataParallel wraps it, which keeps the weights that it was "
             "given; prune model.module and wrap it again"
         )
-    if covariances is not None and means is None:
+    principal = plan.principal
+    if principal and covariances is None:
+        raise InputError(
+            f"the plan cuts {len(principal)} sites in their principal basis ({principal[0]} first), which comes from "
+            "covariances, got none; collect statistics with covariance=True and give statistics.covariances"
+        )
+    if covariances is not None and means is None and not principal:
         raise InputError("covariances need the means as well, got none; give statistics.means")
     unusual = unusual_layers(model)
     rows: dict[str, list[tuple[int, int]]] = defaultdict(list)

@@ -111,11 +111,6 @@ def _check_criterion(config: RunConfig) -> None:
             f"the criterion auto chooses for the refit, got compensation {config.compensation}; leave --compensation "
             "out or choose another criterion"
         )
-    if config.criterion == "auto" and config.global_pruning:
-        raise InputError(
-            "the criterion auto decides itself how many channels each layer keeps, got global_pruning; leave "
-            "--global_pruning out or choose another criterion"
-        )
     if config.norm_per_layer and config.criterion != "variance":
         raise InputError(
             f"norm_per_layer divides variances, got criterion {config.criterion}; add --criterion variance or leave "

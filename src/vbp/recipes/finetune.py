@@ -20,7 +20,7 @@ from vbp.deploy.artifact import save_pruned
 from vbp.errors import Interrupted
 from vbp.models.weights import mismatch
 from vbp.pruning.plan import PruningPlan
-from vbp.pruning.surgery import prune_
+from vbp.pruning.surgery import cut_
 from vbp.recipes.measure import describe, measure
 from vbp.recipes.setup import Job, loader_options
 from vbp.report.run_report import BEST, FINAL, METRICS, Measured, RunReport
@@ -154,7 +154,7 @@ def check_memory(job: Job) -> None:
 def dry_run(job: Job) -> None:
     """Take one training step and one evaluation batch of the real size on a copy, and log what they took."""
     student = copy.deepcopy(job.dense)
-    prune_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
+    cut_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
     trainer = _trainer(job, student, 1, job.dense if job.config.use_kd else None, compiled=False)
     use = dry_step(

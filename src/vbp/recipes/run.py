@@ -15,7 +15,7 @@ from torch import nn
 from vbp.deploy.artifact import installed_versions, rebuild_
 from vbp.deploy.artifact_files import remove_folder
 from vbp.errors import InputError
-from vbp.pruning.plan import PruningPlan
+from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
@@ -116,7 +116,7 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
     session = job.session
     evidence, convergence = collect_evidence(job)
     choice, budget = choose_plan(job, evidence)
-    uncompensated = _uncompensated(job, choice.plan)
+    uncompensated = _uncompensated(job, choice)
     pruned = copy.deepcopy(job.dense)
     with session.timed("surgery"):
         errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
@@ -136,6 +136,7 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
         final=small,
         keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
+        attention=plan.attention_share,
         images={"calibration": evidence.statistics.images, "val": dense.images or 0},
         latency=latency,
         uncompensated=uncompensated,
@@ -163,11 +164,12 @@ def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan
     return pruned, plan, report
 
 
-def _uncompensated(job: Job, plan: PruningPlan) -> Measured | None:
+def _uncompensated(job: Job, choice: PlanChoice) -> Measured | None:
     if not job.config.compare_uncompensated:
         return None
     model = copy.deepcopy(job.dense)
-    prune_(model, plan)
+    # The directions that go are part of the plan, not of the compensation.
+    prune_(model, choice.plan, covariances=choice.covariances if choice.plan.principal else None)
     measured = measure(job, model)
     _log.info("pruned without compensation: %s", describe(measured))
     return measured

@@ -63,6 +63,8 @@ def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> Pl
         dtype = session.precision.dtype or torch.float32
         round_to = recommended_round_to(session.device, dtype, sites)
         _log.info("round_to %d suits %s in %s", round_to, session.device.type, dtype)
+    if config.criterion == "auto" and config.global_pruning:
+        _log.info("the criterion auto ranks the channels of all layers together, with or without global_pruning")
     scope: Scope = "global" if config.global_pruning else "equal" if config.equal_widths else "per_layer"
     return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio, config.include, config.exclude)
 

@@ -94,6 +94,7 @@ class RunReport:
         stream: The same of the refit of the residual stream, `StreamRefit`.
         head: The same of the refit of the last layer, `HeadRefit`.
         batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
+        attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
 
     Example:
         >>> vbp.run(config).sites
@@ -123,6 +124,7 @@ class RunReport:
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
     batchnorm: Mapping[str, Any] | None = None
+    attention: float | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -238,7 +240,8 @@ class RunReport:
                 latency = f"{times.median:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
             rows.append((label, model.top1_text, model.top5_text, *sizes, latency))
-        facts = [f"kept {self.keep_ratio:.1%} of the hidden channels"]
+        heads = "" if self.attention is None else f" and {self.attention:.1%} of the heads' channels"
+        facts = [f"kept {self.keep_ratio:.1%} of the hidden channels{heads}"]
         facts.append(f"{self.images['val']} validation images")
         lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
         if self.latency is not None:

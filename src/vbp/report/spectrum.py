@@ -29,12 +29,17 @@ class Spectrum:
 
 
 def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
-    """Return the spectrum of each site in the order of the plan; none without plan or statistics."""
+    """Return the spectrum of each site in the order of the plan; none without plan or statistics.
+
+    What is cut in its principal basis is left out: directions went, no channels.
+    """
     if run.plan is None or run.statistics is None:
         return ()
     scores = variance_scores(run.statistics)
     spectra_of_sites = []
     for entry in run.plan.sites:
+        if entry.basis == "principal":
+            continue
         values = scores[entry.site.name].double().cpu().numpy()
         kept = np.zeros(entry.site.hidden, dtype=bool)
         kept[list(entry.keep)] = True
@@ -128,13 +133,16 @@ def variance_spectra(run: FinishedRun) -> Drawing | None:
     with canvas(0.7 + rows * (1.35 if columns < 3 else 1.05 if columns == 3 else 0.92)) as (figure, axes):
         _panels(axes, all_spectra, columns, low, high)
         figure.legend(loc="outside upper center", ncols=3)
-    query_key = any(entry.site.kind == "query_key" for entry in (run.plan.sites if run.plan else ()))
+    entries = run.plan.sites if run.plan else ()
+    query_key = any(entry.site.kind == "query_key" and entry.basis == "channels" for entry in entries)
+    principal = any(entry.basis == "principal" for entry in entries)
     return Drawing(
         "spectrum",
         "Variance spectrum of each site",
         "Channels of a site from the largest variance to the smallest (logarithmic, the same scale in all panels); "
         "the line is the cut. Where the ranking is not by variance alone, both colours lie on both sides of it."
-        + (" Query/key channels show the product of their mean squares instead." if query_key else ""),
+        + (" Query/key channels show the product of their mean squares instead." if query_key else "")
+        + (" Attention is not shown: it is cut in its principal basis, by directions." if principal else ""),
         f"Spectra of {len(all_spectra)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right, "
         "and what lies right of its cut was removed.",
         ("Site", "Channels", "Kept", "Largest", "Median", "Smallest", "Smallest kept", "Largest removed"),

@@ -13,6 +13,9 @@ Criterion = Literal[
 Scope = Literal["global", "per_layer", "equal"]
 Compensation = Literal["none", "mean", "refit"]
 
+# What the head of an attention loses: some of its channels, or of the directions in which they vary least.
+Basis = Literal["channels", "principal"]
+
 # Whether something is done: where it is possible, always (an error where it is not), or never.
 Toggle = Literal["auto", "on", "off"]
 # What becomes of the running statistics of BatchNorms after surgery.

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from vbp.errors import first_line
 from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
-from vbp.sites.cutting import cut_
+from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 
@@ -59,7 +59,9 @@ def _try(model: nn.Module, example_inputs: ExampleInputs, attentions: Sequence[P
     for implicit in (False, True):
         trial = copy.deepcopy(dense)
         try:
-            cut_(trial, [(replace(site, implicit_scale=implicit and not site.consumer), kept) for site, kept in cuts])
+            cut_sites_(
+                trial, [(replace(site, implicit_scale=implicit and not site.consumer), kept) for site, kept in cuts]
+            )
             found.append(run.outputs(trial))
         except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError, TypeError) as error:
             return f"the model does not run with fewer channels in its heads: {first_line(error)}"

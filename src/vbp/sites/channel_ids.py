@@ -39,6 +39,7 @@ class Channels:
     owners: list[Owner] = field(default_factory=list)
     activated: set[int] = field(default_factory=set)
     mixed: set[int] = field(default_factory=set)  # normalised together with others: pruning is inexact
+    bound: set[int] = field(default_factory=set)  # pass what must have these very channels, no mixtures of them
     leaks: dict[int, str] = field(default_factory=dict)  # used in a way that pruning would break
     readers: dict[int, set[str]] = field(default_factory=dict)
     _parent: list[int] = field(default_factory=list)

@@ -96,7 +96,7 @@ def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: 
             owner.scale = change.head_dim_left**-0.5
 
 
-def cut_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
+def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
     """Keep some channels, ascending, of each site, and the scale of every softmax.
 
     All rows of a layer are cut at once: one layer may make the channels of several sites.

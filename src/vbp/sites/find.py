@@ -192,6 +192,9 @@ class _Finder:
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)
+        members = {member for group in groups for member in group}
+        # Queries and keys come from a layer each, or twice from one; a second layer of values would be a gate.
+        plain = len(owners) == len(layers) == (2 if kind == "query_key" else 1)
         return Site(
             tuple(name for name, _ in layers),
             consumer,
@@ -201,9 +204,10 @@ class _Finder:
             tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
             tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
             heads,
-            not any(member in channels.mixed for group in groups for member in group)
+            not members & channels.mixed
             and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
             implicit_scale,
+            kind != "mlp" and plain and not members & (channels.mixed | channels.bound),
         )
 
     def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:

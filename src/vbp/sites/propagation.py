@@ -56,6 +56,12 @@ POSITIONAL = _names(
     "max_pool2d pad upsample"
 )
 
+_SCALINGS = _names("mul mul_ multiply div div_ true_divide __truediv__")
+_SUMS = _names("add add_ sub sub_")
+# Nonlinear functions of several positions.
+_NONLINEAR = _names(
+    "adaptive_max_pool2d amax amin linalg_vector_norm max max_pool1d max_pool2d norm std var vector_norm"
+)
 REDUCTIONS = _names("amax amin linalg_vector_norm max mean norm std sum var vector_norm")
 PRODUCTS = _names("__matmul__ bmm matmul scaled_dot_product_attention")
 
@@ -138,13 +144,14 @@ class ChannelFlow:
             self.ids[output] = ids
             return True
         if name in POSITIONAL and len(tagged) == 1:
+            self._bind(name, ids)
             after = respread(ids, tuple(output.shape))
             if after is not None:
                 self.ids[output] = after
             return after is not None
         if name in REDUCTIONS and len(tagged) == 1:
             return self._follow_reduction(name, ids, args, kwargs, output)
-        return name in ELEMENTWISE and self._follow_elementwise(name, operands, output)
+        return name in ELEMENTWISE and self._follow_elementwise(name, args, operands, output)
 
     def _follow_view(self, func: Callable[..., Any], args: Any, kwargs: Any, output: Any) -> bool:
         if any(leaf not in self.ids and leaf in self.from_image for leaf in tensors_in((args, kwargs))):
@@ -166,6 +173,7 @@ class ChannelFlow:
 
     def _follow_reduction(self, name: str, ids: Tensor, args: Any, kwargs: Any, output: Tensor) -> bool:
         """Reduce over positions, or, across channels, to a mixture that must come back to the same channels."""
+        self._bind(name, ids)
         after = respread(ids, tuple(output.shape))
         if after is None and output.ndim < ids.ndim:
             kept = [dim for dim in range(ids.ndim) if dim not in _reduced_dims(name, args, kwargs, ids.ndim)]
@@ -179,7 +187,7 @@ class ChannelFlow:
             self.mixtures[output] = set(present(ids))
         return True
 
-    def _follow_elementwise(self, name: str, operands: list[Tensor], output: Tensor) -> bool:
+    def _follow_elementwise(self, name: str, args: Any, operands: list[Tensor], output: Tensor) -> bool:
         channels = self.trace.channels
         with_ids = [self.ids[operand] for operand in operands if operand in self.ids]
         if any(ids.ndim != output.ndim for ids in with_ids):
@@ -204,8 +212,21 @@ class ChannelFlow:
                 return False
         if name in ACTIVATIONS:
             channels.activated.update(present(main))
+        if not self._any_basis(name, args, len(with_ids)):
+            channels.bound.update(present(main))
         self.ids[output] = spread
         return True
+
+    def _any_basis(self, name: str, args: Any, with_ids: int) -> bool:
+        """Return whether a function is the same in any basis of the channels: a factor, a sum without constants."""
+        channels = [isinstance(value, Tensor) and value in self.ids for value in args[:2]]
+        if name in _SCALINGS:
+            return with_ids == 1 and (channels[0] or "mul" in name)
+        return name == "neg" or (name in _SUMS and all(channels))
+
+    def _bind(self, name: str, ids: Tensor) -> None:
+        if name in _NONLINEAR:
+            self.trace.channels.bound.update(present(ids))
 
     def _neutral(self, operand: Tensor, ids: Tensor) -> bool:
         """Return whether an operand treats all channels alike, or is a parameter with one element a channel."""

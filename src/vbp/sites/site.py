@@ -30,6 +30,8 @@ class Site:
         exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
             for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
+        rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
+            their layer, or both layers of queries and keys, and what reads them.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
 
@@ -48,6 +50,7 @@ class Site:
     heads: int = 1
     exact: bool = True
     implicit_scale: bool = False
+    rotatable: bool = False
 
     @property
     def name(self) -> str:

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
@@ -19,24 +20,29 @@ from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
 from vbp.statistics.batches import images_for
 from vbp.statistics.fisher import FisherCollector
-from vbp.statistics.statistics import Statistics, observed_names
+from vbp.statistics.statistics import KEY, Statistics, observed_names
 
 Moments = TypeVar("Moments", ChannelMoments, ChannelCovariance)
 
 
 class Observer(RunningMoments):
-    """Collect moments of all values that it is shown and, with a sampler, the covariance of a sample of them."""
+    """Collect moments of all values that it is shown and, with a sampler, the covariance of a sample of them.
 
-    def __init__(self, sampler: TokenSampler | None = None) -> None:
+    With `keys` the covariance is about the mean of each image, or window: the softmax does not see that mean.
+    """
+
+    def __init__(self, sampler: TokenSampler | None = None, *, keys: bool = False) -> None:
         super().__init__()
         self.covariance = None if sampler is None else RunningCovariance()
-        self._sampler = sampler
+        self._sampler, self._keys = sampler, keys
 
     def see(self, values: Tensor) -> None:
         """Take in values, channels last."""
         rows = values.detach().reshape(-1, values.shape[-1])
         self.add_(rows)
         if self._sampler is not None and self.covariance is not None:
+            if self._keys:
+                rows = about_mean_of_image(values.detach(), self._sampler.images).reshape(-1, values.shape[-1])
             self.covariance.add_(self._sampler.draw(rows))
 
     def of_input(self, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -46,6 +52,18 @@ class Observer(RunningMoments):
     def of_output(self, part: Callable[[Tensor], Tensor]) -> Hook:
         """Return a hook after a layer that takes in a part, or another function, of what the layer returns."""
         return lambda layer, args, output: self.see(part(output).movedim(channel_dim(layer), -1))
+
+
+def about_mean_of_image(values: Float[Tensor, "groups *positions channels"], images: int) -> Tensor:
+    """Return keys less their mean over the positions of an image, or of a window.
+
+    Where the first dimension is none of images or their windows, all images together count as one.
+    """
+    if values.dtype in (torch.float16, torch.bfloat16):
+        values = values.float()
+    if values.ndim < 3 or not images or values.shape[0] % images:
+        return values
+    return values - values.mean(tuple(range(1, values.ndim - 1)), keepdim=True)
 
 
 def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], Tensor]:
@@ -99,11 +117,13 @@ def collect_statistics(
         batches: Images, with labels or without, as `pixels_of` takes them.
         device: Where the images go; by default where the model is.
         data: Fingerprint of the images, kept so that a saved file is not used for other data.
-        covariance: Also collect the covariance of the channels of each site, for the refit. It takes
-            `covariance_bytes` on the device, and with all tokens about as much time as the model itself.
+        covariance: Also collect the covariance of the channels of each site, for the refit; of keys that about the
+            mean of their image. It takes `covariance_bytes` on the device, and with all tokens about as much time as
+            the model itself.
         tokens: The tokens that count for the covariance; by default all. Means and variances are of all tokens.
-        sensitivity: Also collect the sensitivity of each MLP site, with these random numbers; by default not. It
-            takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes` on the device.
+        sensitivity: Also collect the sensitivity of each site that a layer reads, with these random numbers; by
+            default not. It takes a backward pass, with the activations of a batch in memory, and `sensitivity_bytes`
+            on the device.
         pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
             mean of the first batch. Merged passes equal a single one only if they have the same.
 
@@ -116,7 +136,7 @@ def collect_statistics(
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
     sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
-    observers = {name: Observer(sampler) for site in sites for name in observed_names(site)}
+    observers = {name: Observer(sampler, keys=name.endswith(KEY)) for site in sites for name in observed_names(site)}
     images = 0
     # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
     with evaluation_mode(model), frozen(model), torch.set_grad_enabled(sums is not None):
@@ -136,7 +156,8 @@ def collect_statistics(
     }
     fraction = sample.fraction if covariance else 1.0
     sensitivities = {} if sums is None else sums.finish()
-    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities)
+    logits = {} if sums is None else sums.finish_pairs()
+    return Statistics(moments, images, model_fingerprint(model), data, covariances, fraction, sensitivities, logits)
 
 
 def _finite(name: str, moments: Moments | None) -> Moments:

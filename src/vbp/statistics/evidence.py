@@ -155,7 +155,7 @@ def evidence_bytes(model: nn.Module, sites: Sequence[Site], needs: Collection[Ne
     if "covariance" in needs:
         sizes["covariance"] = covariance_bytes([site.hidden for site in sites for _ in observed_names(site)])
     if "sensitivity" in needs:
-        consumers = {site: model.get_submodule(site.consumer) for site in sites if site.kind == "mlp"}
+        consumers = {site: model.get_submodule(site.consumer) for site in sites if site.consumer}
         sizes["sensitivity"] = sensitivity_bytes(
             [(site.hidden, output_channels(consumer)) for site, consumer in consumers.items()]
         )

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.fisher import FP16_SCALE, SiteSensitivity, fisher_direction
+from vbp.method.fisher import FP16_SCALE, LogitSensitivity, SiteSensitivity, fisher_direction
 from vbp.method.sampling import RandomProbes
-from vbp.runtime.forward import hooked
+from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, reads, rows
 from vbp.sites.site import Site
@@ -32,20 +32,28 @@ class FisherCollector:
     def __init__(
         self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._sites = [site for site in sites if site.kind == "mlp"]
+        self._sites = [site for site in sites if site.consumer]
+        self._pairs = [site for site in sites if site.kind == "query_key"]
         self._probes, self._pivots = probes, pivots or {}
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, nn.Module]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
+        self._queries: dict[str, tuple[Tensor, int]] = {}
+        self._logits: dict[str, LogitSensitivity] = {}
 
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
-        """Hold on to what each consumer reads and returns while the body runs a forward pass, for `see`."""
-        return hooked(
-            [(model.get_submodule(site.consumer), partial(self._record, site.name)) for site in self._sites]
-        )
+        """Hold on to queries, and to what consumers read and return, during a forward pass in the body, for `see`."""
+        hooks: list[tuple[nn.Module, Hook]] = [
+            (model.get_submodule(site.consumer), partial(self._record, site.name)) for site in self._sites
+        ]
+        makers = {site.name: model.get_submodule(site.producers[0]) for site in self._pairs}
+        return hooked([*hooks, *((maker, partial(self._record_made, name)) for name, maker in makers.items())])
 
     def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._seen[name] = args[0].detach(), output, module
+
+    def _record_made(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._queries[name] = output, channel_dim(module)
 
     def see(self, logits: Float[Tensor, "images classes"]) -> None:
         """Take in the batch whose logits these are; nothing waits for the device.
@@ -53,21 +61,25 @@ class FisherCollector:
         Raises:
             InputError: A consumer did not run, or its output cannot be divided by image.
         """
-        if missing := [site.name for site in self._sites if site.name not in self._seen]:
+        run = self._seen.keys() | self._queries.keys()
+        if missing := [site.name for site in (*self._sites, *self._pairs) if site.name not in run]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
         images = logits.shape[0]
-        outputs = max(output.shape[channel_dim(layer)] for _, output, layer in self._seen.values())
-        hidden = max(h.shape[channel_dim(layer)] for h, _, layer in self._seen.values())
+        outputs = max((output.shape[channel_dim(layer)] for _, output, layer in self._seen.values()), default=1)
+        hidden = max((h.shape[channel_dim(layer)] for h, _, layer in self._seen.values()), default=1)
         noise, left, right = (
             draw.to(logits.device, non_blocking=True)
             for draw in self._probes.of(self._images, images, logits.shape[1], outputs, hidden)
         )
         scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
         cotangent = fisher_direction(logits.detach(), noise) * scale
-        gradients = torch.autograd.grad(
-            logits, [output for _, output, _ in self._seen.values()], cotangent.to(logits.dtype)
-        )
-        for (name, (h, output, layer)), gradient in zip(self._seen.items(), gradients, strict=True):
+        outputs_seen = [output for _, output, _ in self._seen.values()]
+        made = [output for output, _ in self._queries.values()]
+        gradients = torch.autograd.grad(logits, [*outputs_seen, *made], cotangent.to(logits.dtype))
+        for site, gradient in zip(self._pairs, gradients[len(outputs_seen) :], strict=True):
+            self._add_pairs_(site, gradient, images, scale)
+        seen = zip(self._seen.items(), gradients[: len(outputs_seen)], strict=True)
+        for (name, (h, output, layer)), gradient in seen:
             dim = channel_dim(layer)
             _check_positions(name, h, dim, images)
             slopes = in_float32(rows(gradient, dim, images)) / scale
@@ -79,6 +91,23 @@ class FisherCollector:
             self._sums[name] = SiteSensitivity(sums.images + images, sums.pivot, sums.inputs, sums.outputs)
         self._images += images
         self._seen.clear()
+        self._queries.clear()
+
+    def _add_pairs_(self, site: Site, gradient: Tensor, images: int, scale: float) -> None:
+        output, dim = self._queries[site.name]
+        _check_positions(site.name, output, dim, images)
+        first = site.rows[0][1]
+        queries, slopes = (
+            in_float32(rows(values.detach().narrow(dim, first, site.hidden), dim, images)).reshape(
+                images, -1, site.heads, site.hidden // site.heads
+            )
+            for values in (output, gradient)
+        )
+        with torch.autocast(output.device.type, enabled=False):
+            products = torch.einsum("ithk,ithq->ihkq", slopes / scale, queries).double()
+        query, key = (torch.einsum(how, products, products) for how in ("ihka,ihkb->hab", "ihaq,ihbq->hab"))
+        seen, before = LogitSensitivity(images, query, key), self._logits.get(site.name)
+        self._logits[site.name] = seen if before is None else before.merge(seen)
 
     def _empty(self, name: str, read: Tensor, out: int) -> SiteSensitivity:
         pivot = self._pivots[name].to(read.device) if name in self._pivots else read.mean((0, 1))
@@ -95,6 +124,19 @@ class FisherCollector:
             sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
             sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
 
+    def finish_pairs(self) -> dict[str, LogitSensitivity]:
+        """Return the sums of queries and keys by site name, on the CPU, symmetric to the last bit.
+
+        Raises:
+            InputError: A gradient was not finite.
+        """
+        sensitivities = {}
+        for name, sums in self._logits.items():
+            query, key = ((matrix + matrix.mT).cpu() / 2 for matrix in (sums.query, sums.key))
+            _check_finite(name, query, key)
+            sensitivities[name] = LogitSensitivity(sums.images, query, key)
+        return sensitivities
+
     def finish(self) -> dict[str, SiteSensitivity]:
         """Return the sums by site name, on the CPU, symmetric to the last bit.
 
@@ -104,14 +146,18 @@ class FisherCollector:
         sensitivities = {}
         for name, running in self._sums.items():
             sums = running.to("cpu")
-            if not bool(sums.inputs.isfinite().all() and sums.outputs.isfinite().all()):
-                raise InputError(
-                    f"gradients at site {name} must be finite, got NaN or infinity during calibration; check the "
-                    "weights and the preprocessing, or run in float32"
-                )
+            _check_finite(name, sums.inputs, sums.outputs)
             inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
             sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
         return sensitivities
+
+
+def _check_finite(name: str, *sums: Tensor) -> None:
+    if not all(bool(matrix.isfinite().all()) for matrix in sums):
+        raise InputError(
+            f"gradients at site {name} must be finite, got NaN or infinity during calibration; check the weights and "
+            "the preprocessing, or run in float32"
+        )
 
 
 def _check_positions(name: str, values: Tensor, dim: int, images: int) -> None:

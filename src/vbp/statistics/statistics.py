@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,21 +16,24 @@ from torch import Tensor
 
 from vbp.errors import InputError, one_line
 from vbp.method.covariance import ChannelCovariance
-from vbp.method.fisher import SiteSensitivity
+from vbp.method.fisher import LogitSensitivity, SiteSensitivity
 from vbp.method.moments import ChannelMoments
 from vbp.runtime.decode import parse_json
 from vbp.runtime.files import is_regular, write_bytes
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-statistics/3"
+_FORMAT = "vbp-statistics/4"
 
+# Version 3 has the covariance of keys about the mean of all images, not of each, so that it must be collected again.
 # Older files have no digest, those of version 1 no covariances either; they are otherwise the same.
-_READABLE = ("vbp-statistics/1", "vbp-statistics/2", _FORMAT)
+_READABLE = ("vbp-statistics/1", "vbp-statistics/2", "vbp-statistics/3", _FORMAT)
+_WITHOUT_DIGEST = _READABLE[:2]
 
 # No module name holds this sign, so no other site has these names.
 QUERY, KEY = "#query", "#key"
 _READING_ERRORS = (SafetensorError, LookupError, ValueError, TypeError, AttributeError, OSError, RuntimeError)
 _SENSITIVITY_PARTS = ("pivot", "inputs", "outputs")
+_LOGIT_PARTS = ("query", "key")
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,11 @@ class Statistics:
         model: Fingerprint of the model that was observed.
         data: Fingerprint of the images and their preprocessing; empty if the caller gave none.
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
-            the tokens; empty if they were not collected.
+            the tokens, those of keys about the mean of their image; empty if they were not collected.
         token_fraction: That share.
-        sensitivities: Name of an MLP site -> how much the predictions depend on its consumer; empty if not collected.
+        sensitivities: Name of an MLP or value site -> how much the predictions depend on its consumer; empty if not
+            collected.
+        logit_sensitivities: Name of a query/key site -> how much the predictions depend on its logits, likewise.
 
     Example:
         >>> statistics.means["blocks.0.mlp.fc1"].shape
@@ -60,6 +65,7 @@ class Statistics:
     covariances: Mapping[str, ChannelCovariance] = field(default_factory=dict)
     token_fraction: float = 1.0
     sensitivities: Mapping[str, SiteSensitivity] = field(default_factory=dict)
+    logit_sensitivities: Mapping[str, LogitSensitivity] = field(default_factory=dict)
 
     @property
     def means(self) -> dict[str, Tensor]:
@@ -88,7 +94,7 @@ class Statistics:
                 f"{len(self.covariances)} of {self.token_fraction} and {len(other.covariances)} of "
                 f"{other.token_fraction}; collect them again"
             )
-        if list(self.sensitivities) != list(other.sensitivities):
+        if [*self.sensitivities, *self.logit_sensitivities] != [*other.sensitivities, *other.logit_sensitivities]:
             raise InputError(
                 "statistics to merge must all have sensitivities of the same sites, or none, got "
                 f"{len(self.sensitivities)} and {len(other.sensitivities)}; collect them again"
@@ -96,9 +102,10 @@ class Statistics:
         merged = {name: moments.merge(other.moments[name]) for name, moments in self.moments.items()}
         covariances = {name: own.merge(other.covariances[name]) for name, own in self.covariances.items()}
         sensitivities = {name: own.merge(other.sensitivities[name]) for name, own in self.sensitivities.items()}
+        logits = {name: own.merge(other.logit_sensitivities[name]) for name, own in self.logit_sensitivities.items()}
         data = self.data if self.data == other.data else ""
         images = self.images + other.images
-        return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities)
+        return Statistics(merged, images, self.model, data, covariances, self.token_fraction, sensitivities, logits)
 
     def check_made_for(self, model: str, data: str, path: Path) -> None:
         """Refuse statistics of another model or other data, by their fingerprints; `path` is for the message.
@@ -135,7 +142,7 @@ class Statistics:
                         f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
                         "leave --stats_path out to collect it, or compensate with the mean"
                     )
-            if sensitivity and site.kind == "mlp" and site.name not in self.sensitivities:
+            if sensitivity and site.name not in (self.sensitivities if site.consumer else self.logit_sensitivities):
                 raise InputError(
                     f"{path} must hold the sensitivity of {site.name} for the criterion auto, got none; leave "
                     "--stats_path out to collect it, or choose another criterion"
@@ -150,6 +157,8 @@ class Statistics:
             tensors |= {f"{name}/covariance_mean": covariance.mean, f"{name}/covariance_m2": covariance.packed()}
         for name, sums in self.sensitivities.items():
             tensors |= {f"{name}/sensitivity_{part}": getattr(sums, part) for part in _SENSITIVITY_PARTS}
+        for name, pairs in self.logit_sensitivities.items():
+            tensors |= {f"{name}/sensitivity_{part}": getattr(pairs, part) for part in _LOGIT_PARTS}
         header = {
             "images": self.images,
             "model": self.model,
@@ -158,6 +167,7 @@ class Statistics:
             "covariance_counts": {name: covariance.count for name, covariance in self.covariances.items()},
             "token_fraction": self.token_fraction,
             "sensitivity_images": {name: sums.images for name, sums in self.sensitivities.items()},
+            "logit_images": {name: pairs.images for name, pairs in self.logit_sensitivities.items()},
         }
         tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
         text = json.dumps(header)
@@ -183,12 +193,13 @@ class Statistics:
                     f"{path} must be a statistics file of format {_FORMAT}, "
                     f"got format {metadata.get('format')!r}; collect the statistics again"
                 )
-            if metadata["format"] == _FORMAT or "sha256" in metadata:
+            if metadata["format"] not in _WITHOUT_DIGEST or "sha256" in metadata:
                 _checked(
                     metadata["sha256"] == _digest(metadata["format"] + metadata["header"], tensors),
                     "its content has another digest",
                 )
-            return _decoded(parse_json(metadata["header"]), tensors)
+            statistics = _decoded(parse_json(metadata["header"]), tensors)
+            return statistics if metadata["format"] == _FORMAT else _without_key_covariances(statistics)
         except InputError:
             raise
         except _READING_ERRORS as error:
@@ -196,6 +207,11 @@ class Statistics:
                 f"{path} is no readable statistics file ({one_line(error)}); delete it and collect the statistics "
                 "again"
             ) from error
+
+
+def _without_key_covariances(statistics: Statistics) -> Statistics:
+    kept = {name: value for name, value in statistics.covariances.items() if not name.endswith(KEY)}
+    return replace(statistics, covariances=kept)
 
 
 def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
@@ -237,15 +253,22 @@ def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statis
         shapes = ((hidden,), (hidden + 1, hidden + 1), (out, out))
         named = [f"{name}/sensitivity_{kind}" for kind in _SENSITIVITY_PARTS]
         sensitivities[name] = SiteSensitivity(images, *map(lambda place, shape: part(place, *shape), named, shapes))
+    logits = {}
+    for name, images in header.get("logit_images", {}).items():
+        heads, size, _ = tensors[f"{name}/sensitivity_query"].shape
+        query, key = (part(f"{name}/sensitivity_{kind}", heads, size, size) for kind in _LOGIT_PARTS)
+        _checked(heads * size == len(moments[name + QUERY].mean), f"{name} must have the sensitivity of its heads")
+        logits[name] = LogitSensitivity(images, query, key)
     counts = [header["images"], *header["counts"].values()]
-    counts += [*header.get("covariance_counts", {}).values(), *header.get("sensitivity_images", {}).values()]
+    for kind in ("covariance_counts", "sensitivity_images", "logit_images"):
+        counts += header.get(kind, {}).values()
     _checked(
         all(type(count) is int and 0 < count < 2**63 for count in counts),
         "it must count at least one image and sample",
     )
     model, data, fraction = header["model"], header["data"], header.get("token_fraction", 1.0)
     _checked(isinstance(model, str) and isinstance(data, str) and 0 < fraction <= 1, "its header is damaged")
-    return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities)
+    return Statistics(moments, header["images"], model, data, covariances, fraction, sensitivities, logits)
 
 
 def observed_names(site: Site) -> tuple[str, ...]:

@@ -202,3 +202,10 @@ def test_the_end_of_a_reading_process_is_not_taken_for_another_error() -> None:
         write()
     with pytest.raises(OutputError, match="full"), reading_processes():
         raise OutputError("the disk is full")
+
+
+def test_causes_that_form_a_circle_end() -> None:
+    first, second = RuntimeError("one"), RuntimeError("other")
+    first.__cause__, second.__cause__ = second, first
+    with pytest.raises(RuntimeError, match="one"), reading_processes():
+        raise first

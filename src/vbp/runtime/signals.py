@@ -143,8 +143,10 @@ def reading_processes() -> Iterator[None]:
         yield
     except Exception as error:
         cause: BaseException | None = error
-        while cause is not None:
+        seen: set[int] = set()  # causes can form a circle
+        while cause is not None and id(cause) not in seen:
             if killed := killed_reader(cause):
                 raise killed from cause
+            seen.add(id(cause))
             cause = cause.__cause__ or cause.__context__
         raise

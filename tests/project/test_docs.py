@@ -119,7 +119,7 @@ def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
 
 def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example = blocks("README.md", "python")[0]
+    example = blocks("README.md", "python")[1]
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
     (tmp_path / "output").mkdir()
     exec(compile(example, "README.md", "exec"), {})

@@ -12,7 +12,7 @@ from vbp.method.ridge import check_ridge
 from vbp.method.sampling import TokenSample
 from vbp.pruning.criteria import needs_of
 from vbp.pruning.make_plan import check_ratios
-from vbp.recipes.config import RunConfig, default_of
+from vbp.recipes.config import PruneConfig, RunConfig, default_of
 from vbp.recipes.options import REFITS, Role, fields_with
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.sweep_report import Setting
@@ -26,6 +26,7 @@ _COVARIANCE = ("covariance_tokens", "ridge")
 
 def check_config(config: RunConfig) -> None:
     """Check the values that need no file, before any work."""
+    check_pruning(config)
     _check_ranges(config)
     _check_effect(config)
     if config.push_to_hub is not None:
@@ -34,7 +35,8 @@ def check_config(config: RunConfig) -> None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
 
 
-def _check_ranges(config: RunConfig) -> None:
+def check_pruning(config: PruneConfig) -> None:
+    """Check the values that say how a model is pruned, whatever it is."""
     _ = config.budget
     TokenSample(config.covariance_tokens)
     check_ridge(config.ridge)
@@ -42,6 +44,21 @@ def _check_ranges(config: RunConfig) -> None:
         raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:
         raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
+    _check_criterion(config)
+    if config.equal_widths and config.global_pruning:
+        raise InputError(
+            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
+            "both; leave one of them out"
+        )
+    if not config.global_pruning:
+        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
+    if not config.bottleneck:
+        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
+    if config.budget.quantity == "keep_ratio":
+        _check_unused(config, ("best_effort",), "without a target", "give --target_speedup or another target")
+
+
+def _check_ranges(config: RunConfig) -> None:
     for name, usual in (("train_batch_size", 64), ("val_batch_size", 128), ("grad_accum", 1), ("prefetch", 2)):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
@@ -66,24 +83,12 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_effect(config: RunConfig) -> None:
     """Refuse flags that would change nothing: whoever gives them expects something else."""
-    _check_criterion(config)
-    if config.equal_widths and config.global_pruning:
-        raise InputError(
-            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
-            "both; leave one of them out"
-        )
-    if not config.global_pruning:
-        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
     if config.resume is not None and config.overwrite:
         raise InputError(
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
-    if config.budget.quantity == "keep_ratio":
-        _check_unused(config, ("best_effort",), "without a target", "give --target_speedup or another target")
     if config.num_workers == 0:
         _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
-    if not config.bottleneck:
-        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
     idle = _changed(config, fields_with(RunConfig, Role.TUNING))
     if config.epochs_ft == 0 and idle:
         raise InputError(
@@ -94,7 +99,7 @@ def _check_effect(config: RunConfig) -> None:
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 
-def _check_criterion(config: RunConfig) -> None:
+def _check_criterion(config: PruneConfig) -> None:
     if config.criterion == "auto" and config.compensation != "refit":
         raise InputError(
             f"the criterion auto chooses for the refit, got compensation {config.compensation}; leave --compensation "
@@ -123,7 +128,7 @@ def _check_criterion(config: RunConfig) -> None:
 
 
 def _check_unused(
-    config: RunConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
+    config: PruneConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
 ) -> None:
     for name in names:
         if (value := getattr(config, name)) != default_of(name):

@@ -71,6 +71,35 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
+class PruneConfig(WidthOptions, RefitOptions, PlanOptions):
+    """How a model is pruned, whatever model and images these are."""
+
+    @property
+    def budget(self) -> Budget:
+        """Return what the pruned model may cost.
+
+        Raises:
+            InputError: More than one budget was given, or its number is none.
+        """
+        from vbp.cost.budget import Budget
+
+        targets = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
+        if not targets or self.keep_ratio != default_of("keep_ratio"):
+            targets["keep_ratio"] = self.keep_ratio
+        return Budget.of(**targets)
+
+    @property
+    def needs(self) -> frozenset[Need]:
+        """Return what must be collected from the calibration images."""
+        from vbp.pruning.criteria import needs_of
+
+        needs: set[Need] = {"statistics", *needs_of([self.criterion])}
+        if self.compensation == "refit":
+            needs.add("covariance")
+        return frozenset(needs)
+
+
+@dataclass(frozen=True)
 class TuningOptions:
     """How the pruned model is fine-tuned."""
 
@@ -113,7 +142,7 @@ class TuningOptions:
 
 
 @dataclass(frozen=True)
-class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanOptions, DataOptions, ModelOptions):
+class RunConfig(ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOptions):
     """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
 
     Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
@@ -137,30 +166,6 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
     # For programs alone: the command lines do not show these.
     hflip: Result[Annotated[bool, tyro.conf.Suppress]] = True
     crop_scale: Result[Annotated[tuple[float, float], tyro.conf.Suppress]] = (0.08, 1.0)
-
-    @property
-    def budget(self) -> Budget:
-        """Return what the pruned model may cost.
-
-        Raises:
-            InputError: More than one budget was given, or its number is none.
-        """
-        from vbp.cost.budget import Budget
-
-        targets = {name: getattr(self, name) for name in _TARGETS if getattr(self, name) is not None}
-        if not targets or self.keep_ratio != default_of("keep_ratio"):
-            targets["keep_ratio"] = self.keep_ratio
-        return Budget.of(**targets)
-
-    @property
-    def needs(self) -> frozenset[Need]:
-        """Return what must be collected from the calibration images."""
-        from vbp.pruning.criteria import needs_of
-
-        needs: set[Need] = {"statistics", *needs_of([self.criterion])}
-        if self.compensation == "refit":
-            needs.add("covariance")
-        return frozenset(needs)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data from which the run can be repeated."""

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vbp.deploy.artifact import installed_versions, rebuild_
-from vbp.deploy.artifact_files import remove_folder
+from vbp.deploy.artifact_files import ARTIFACT, remove_folder
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
@@ -20,12 +20,12 @@ from vbp.recipes.checks import check_config
 from vbp.recipes.config import RunConfig
 from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.measure import describe, latencies, measure, measure_dense
-from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
+from vbp.recipes.prune import keep_plan, prune_copy
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
-from vbp.refit.refits import RefitReport, Refits
-from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
+from vbp.refit.refits import Refits
+from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
@@ -97,23 +97,15 @@ def run_to_budget(config: RunConfig) -> RunReport:
 
 
 def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module, PruningPlan, RunReport]:
-    """Prune a copy of the dense model: statistics, plan, surgery, refits; and measure it."""
-    session = job.session
-    evidence, convergence = collect_evidence(job)
-    choice, budget = choose_plan(job, evidence)
-    uncompensated = _uncompensated(job, choice.plan)
-    pruned = copy.deepcopy(job.dense)
-    with session.timed("surgery"):
-        errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
-    refitted = RefitReport()
-    if refits is not None:
-        with session.timed("refit"):
-            refitted = refits.refit_(pruned)
-    small = measure(job, pruned)
+    """Prune a copy of the dense model, and measure it."""
+    config = job.config
+    pruned = prune_copy(job, refits, stop_early=config.calib_samples == "auto", save_dir=config.save_dir)
+    plan, convergence = pruned.plan, pruned.convergence
+    uncompensated = _uncompensated(job, plan)
+    small = measure(job, pruned.model)
     _log.info("pruned: %s", describe(small))
-    dense_ms, pruned_ms = latencies(job, pruned)
-    assert evidence.statistics is not None
-    small, plan = replace(small, latency_ms=pruned_ms, epoch=0), choice.plan
+    dense_ms, pruned_ms = latencies(job, pruned.model)
+    small = replace(small, latency_ms=pruned_ms, epoch=0)
     report = RunReport(
         base=replace(dense, latency_ms=dense_ms),
         pruned=small,
@@ -121,19 +113,20 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
         final=small,
         keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
-        images={"calibration": evidence.statistics.images, "val": dense.images or 0},
+        images={"calibration": pruned.images, "val": dense.images or 0},
         latency_batch=job.latency_batch,
         uncompensated=uncompensated,
         convergence=None if convergence is None else convergence.to_dict(),
-        budget=budget.to_dict(),
-        candidates=to_json(choice.tried),
+        budget=pruned.budget.to_dict(),
+        candidates=to_json(pruned.choice.tried),
         reconstruction={
-            one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
+            one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy}
+            for one in pruned.reconstruction
         },
-        **refitted.to_dict(),
+        **pruned.refits.to_dict(),
         **_circumstances(job),
     )
-    return pruned, plan, report
+    return pruned.model, plan, report
 
 
 def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:
@@ -144,7 +137,7 @@ def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan
     move_(pruned, job.session.device)
     for stage, seconds in state["seconds"].items():
         job.session.seconds[stage] = job.session.seconds.get(stage, 0.0) + seconds
-    keep_plan(job, plan)
+    keep_plan(job, plan, job.config.save_dir)
     return pruned, plan, report
 
 

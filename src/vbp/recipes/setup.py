@@ -29,7 +29,7 @@ from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
-from vbp.recipes.config import RunConfig
+from vbp.recipes.config import PruneConfig, RunConfig
 from vbp.recipes.options import ModelOptions
 from vbp.recipes.resume import check_same_settings, find_checkpoint
 from vbp.refit.refits import Refits
@@ -41,7 +41,7 @@ from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
 from vbp.sites.site import Site, find_sites
 from vbp.statistics.evidence import Need
-from vbp.statistics.images import CalibrationImages, default_views
+from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import read_checkpoint
 from vbp.training.memory import enable_gradient_checkpointing_
@@ -53,7 +53,7 @@ _log = logging.getLogger(__name__)
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
 
 
-def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
+def plan_rules(config: PruneConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
     """Return what all plans of a job have in common."""
     round_to = config.round_to
     if round_to == "auto":
@@ -77,7 +77,7 @@ def comparison_by_main(
 
 
 def find_target(
-    config: RunConfig,
+    config: PruneConfig,
     session: Session,
     model: nn.Module,
     sites: Sequence[Site],
@@ -108,7 +108,7 @@ def find_target(
     return target
 
 
-def _check_removes(config: RunConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
+def _check_removes(config: PruneConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
     plan = rules.neutral(sites, target.keep_ratio)
     asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
@@ -128,36 +128,43 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Model, data and settings of a run, checked and ready; private to the recipes.
+class PruneJob:
+    """A dense model, its sites and calibration images, plan rules and budget, checked and ready to be pruned.
 
-    `given_statistics` stand in the place of a calibration pass; `settings` must be the same when a checkpoint of this
-    run is taken up again.
+    `given_statistics` stand in the place of a calibration pass.
     """
 
-    config: RunConfig
+    config: PruneConfig
     session: Session
-    classifier: Classifier
+    dense: nn.Module
     sites: tuple[Site, ...]
     plan_rules: PlanRules
     target: BudgetTarget
-    calibration: CalibrationImages
-    train: Images
-    val: ImageLoader
+    calibration: ImageSource
     example: Tensor
     latency_batch: int
     given_statistics: Statistics | None
-    settings: Mapping[str, Any]
-    resumed: Resumed | None
-
-    @property
-    def dense(self) -> nn.Module:
-        return self.classifier.model
 
     @property
     def latency_images(self) -> Tensor:
         """Return the batch that is timed."""
         return self.example.repeat(self.latency_batch, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Job(PruneJob):
+    """Model, data and settings of a run, checked and ready; private to the recipes.
+
+    `settings` must be the same when a checkpoint of this run is taken up again.
+    """
+
+    config: RunConfig
+    calibration: CalibrationImages
+    classifier: Classifier
+    train: Images
+    val: ImageLoader
+    settings: Mapping[str, Any]
+    resumed: Resumed | None
 
 
 @contextmanager
@@ -214,8 +221,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
         **loader_options(config, processes),
     )
     return Job(
-        config, session, classifier, sites, rules, target, calibration, train, val_loader, example, batch, given,
-        settings, resumed,
+        config, session, model, sites, rules, target, calibration, example, batch, given,
+        classifier, train, val_loader, settings, resumed,
     )  # fmt: skip
 
 
@@ -236,12 +243,14 @@ def _calibration(
     )
 
 
-def make_refits(job: Job) -> Refits | None:
+def make_refits(job: PruneJob) -> Refits | None:
     """Return what is refitted after surgery; None where the compensation is no refit."""
     config = job.config
     if config.compensation != "refit":
         return None
-    views = default_views(job.session.device) if config.refit_views == "auto" else config.refit_views
+    views = config.refit_views
+    if views == "auto":
+        views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         job.dense, job.sites, job.example, job.calibration,
         producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head, views=views,

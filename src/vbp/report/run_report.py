@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import InputError
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
@@ -17,7 +18,7 @@ from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.statistics import Statistics
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
-BEST, FINAL, ARTIFACT = "vbp_best.pth", "vbp_final.pth", "artifact"
+BEST, FINAL = "vbp_best.pth", "vbp_final.pth"
 
 # How tables call the pruned model, by its compensation.
 _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}

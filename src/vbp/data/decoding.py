@@ -6,7 +6,8 @@ import hashlib
 import struct
 import warnings
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import Dataset
 
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
+from vbp.errors import InputError
 
 # What Pillow's decoders raise on damaged files, beside OSError.
 _DECODING_ERRORS = (
@@ -70,7 +72,8 @@ class DecodedImages(Dataset[Sample]):
         for attempt in range(self.attempts):
             index = (first + attempt) % len(self.images)
             try:
-                image = _read_rgb(self.images, index)
+                with self.images.read(index) as stream:
+                    image = _rgb(stream)
             except _DECODING_ERRORS as error:
                 # Logged by the main process: a worker's log may go nowhere.
                 failures.append(Failure(self.images.name(index), _reason(error)))
@@ -90,12 +93,25 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
 
 
-def _read_rgb(images: Images, index: int) -> Image.Image:
+def read_image(path: Path) -> Image.Image:
+    """Return an image file in RGB, read as those of a data set are.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with path.open("rb") as stream:
+            return _rgb(stream)
+    except _DECODING_ERRORS as error:
+        raise InputError(f"{path} must be an image file, but cannot be read ({_reason(error)})") from error
+
+
+def _rgb(stream: BinaryIO) -> Image.Image:
     with warnings.catch_warnings():
         # Pillow warns of harmless things (odd EXIF data, transparent palettes); a file that it cannot
         # decode raises, and so does one that unpacks to twice its pixel limit.
         warnings.simplefilter("ignore")
-        with images.read(index) as stream, Image.open(stream) as image:
+        with Image.open(stream) as image:
             return _eight_bits(image).convert("RGB")
 
 

@@ -95,7 +95,7 @@ def _check_effect(config: RunConfig) -> None:
             f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
             "give more --epochs_ft"
         )
-    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
+    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T", "teacher"), "use_kd", "distillation")
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 

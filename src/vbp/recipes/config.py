@@ -14,6 +14,7 @@ from vbp.errors import InputError
 from vbp.recipes.options import (
     DataOptions,
     Launch,
+    LoadingOptions,
     Local,
     ModelOptions,
     ProcessOptions,
@@ -117,6 +118,9 @@ class TuningOptions:
     """With --use_kd: weight of the divergence from the teacher."""
     kd_T: Tuning[float] = 2.0  # noqa: N815 (the published flag)
     """With --use_kd: temperature."""
+    teacher: Annotated[str | None, Role.LOCAL, Role.TUNING] = None
+    """With --use_kd: the model to distil from, as for --model_name, in the place of the one that is pruned here;
+    source for the dense model that a pruned one was made from."""
     grad_accum: Tuning[int] = 1
     """Batches whose gradients make one step of the optimizer."""
     weight_decay: Tuning[float] = 0.01
@@ -127,6 +131,10 @@ class TuningOptions:
     """Largest norm of the gradient; larger ones are scaled down to it."""
     label_smoothing: Tuning[float] = 0.0
     """Share of each label that is spread over all classes."""
+    hflip: Result[bool] = True
+    """Mirror half of the training images, and of the views of the refits; not for digits, letters or road signs."""
+    crop_scale: Result[tuple[float, float]] = (0.08, 1.0)
+    """Least and largest share of an image that a random crop shows, in training and in the views of the refits."""
     mixup: Tuning[float] = 0.0
     """Alpha of Mixup; 0 leaves it out."""
     cutmix: Tuning[float] = 0.0
@@ -142,11 +150,8 @@ class TuningOptions:
 
 
 @dataclass(frozen=True)
-class RunConfig(ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOptions):
-    """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
-
-    Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
-    """
+class LongRunOptions:
+    """How a run is taken up again, watched and published."""
 
     resume: Launch[str | None] = None
     """Go on from the last checkpoint in save_dir, if there is one (auto), or from a checkpoint or run folder."""
@@ -160,12 +165,17 @@ class RunConfig(ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOp
     """Accepted and ignored: older launchers pass it."""
     push_to_hub: Launch[str | None] = None
     """OWNER/NAME: upload the pruned model with a model card there when the run has ended."""
+
+
+@dataclass(frozen=True)
+class RunConfig(LongRunOptions, ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOptions):
+    """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
+
+    Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
+    """
+
     compare_uncompensated: Local[bool] = False
     """Also evaluate the pruned model without compensation, for the report."""
-
-    # For programs alone: the command lines do not show these.
-    hflip: Result[Annotated[bool, tyro.conf.Suppress]] = True
-    crop_scale: Result[Annotated[tuple[float, float], tyro.conf.Suppress]] = (0.08, 1.0)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data from which the run can be repeated."""
@@ -191,6 +201,32 @@ class RunConfig(ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOp
 def default_of(name: str) -> Any:
     """Return the default of a setting of a run."""
     return next(field.default for field in dataclasses.fields(RunConfig) if field.name == name)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptions):
+    """Fine-tune a pruned model that vbp saved, without pruning it further.
+
+    Example: vbp finetune output/vbp --data_path DATA --use_kd --save_dir output/tuned
+    """
+
+    artifact: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
+    """The folder of a run, or a pruned model that vbp saved."""
+    data_path: str = dataclasses.field(kw_only=True)
+    """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+    teacher: str | None = "source"
+    """With --use_kd: the model to distil from: source for the dense model that the pruned one was made from, or
+    another as for vbp run --model_name."""
+    save_dir: Path = Path("./output/finetune")
+    """Where log, checkpoints and report go."""
+
+    def run_config(self) -> RunConfig:
+        """Return the same as a run that removes nothing from the pruned model."""
+        names = {field.name for field in dataclasses.fields(RunConfig)}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
+        pruning = {"keep_ratio": 1.0, "criterion": "variance", "compensation": "none"}
+        teacher = {"teacher": self.teacher if self.use_kd else None}
+        return RunConfig(**shared | pruning | teacher | {"model_name": self.artifact, "model_type": "auto"})
 
 
 @dataclass(frozen=True)

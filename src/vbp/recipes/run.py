@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbp.deploy.artifact import installed_versions, rebuild_
+from vbp.deploy.artifact import PrunedArtifact, installed_versions, rebuild_
 from vbp.deploy.artifact_files import ARTIFACT, remove_folder
+from vbp.deploy.open_model import is_pruned, open_dense, open_model
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
-from vbp.recipes.config import RunConfig
+from vbp.recipes.config import FinetuneConfig, RunConfig
 from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.measure import describe, latencies, measure, measure_dense
 from vbp.recipes.prune import keep_plan, prune_copy
@@ -26,7 +27,7 @@ from vbp.recipes.resume import CONFIG
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
 from vbp.refit.refits import Refits
 from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
-from vbp.runtime.decode import to_json
+from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, run_log
 from vbp.runtime.precision import move_
@@ -61,6 +62,7 @@ def run(config: RunConfig) -> RunReport:
             check_shipping(config)
         job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
+        teacher = _teacher(job)
         dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
         _open_folder(job, log)
         torch.manual_seed(config.seed + session.processes.rank)
@@ -70,15 +72,98 @@ def run(config: RunConfig) -> RunReport:
             pruned, plan, report = _prune(job, dense, refits)
         else:
             pruned, plan, report = _restore(job, job.resumed.state)
-        report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
-        report = replace(report, **_circumstances(job))
+        return _finish(job, pruned, plan, report, teacher)
+
+
+def run_finetune(config: FinetuneConfig) -> RunReport:
+    """Fine-tune a pruned model, and leave what a run leaves, but for statistics.
+
+    Raises:
+        InputError: The model is none that vbp pruned, or as `run`.
+    """
+    settings = config.run_config()
+    if not is_pruned(config.artifact):
+        raise InputError(
+            f"vbp finetune takes a pruned model or the folder of a run, got {config.artifact}; prune it by vbp run"
+        )
+    if settings.epochs_ft < 1:
+        raise InputError(f"epochs_ft must be at least 1 to fine-tune, got {settings.epochs_ft}; 10 is usual")
+    check_config(settings)
+    with run_log() as log, open_session(settings) as session:
         if session.processes.is_main:
-            _write_results(config, report)
-        _log.info("results in %s\n%s", config.save_dir, report.table())
-        _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
-        if session.processes.is_main and config.push_to_hub is not None:
-            _log.info("published: %s", publish_artifact(config))
+            check_shipping(settings)
+        job = prepare(settings, session)
+        teacher = _teacher(job)
+        _open_folder(job, log)
+        torch.manual_seed(settings.seed + session.processes.rank)
+        check_memory(job)
+        if job.resumed is None:
+            pruned, plan, report = _as_it_is(job)
+        else:
+            pruned, plan, report = _restore(job, job.resumed.state)
+        return _finish(job, pruned, plan, report, teacher)
+
+
+def _finish(
+    job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, teacher: nn.Module | None
+) -> RunReport:
+    """Fine-tune, and write and publish the results."""
+    config, is_main = job.config, job.session.processes.is_main
+    report = finetune(job, pruned, plan, report, teacher=teacher)
+    report = replace(report, **_circumstances(job))
+    if is_main:
+        _write_results(config, report)
+    _log.info("results in %s\n%s", config.save_dir, report.table())
+    _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)
+    if is_main and config.push_to_hub is not None:
+        _log.info("published: %s", publish_artifact(config))
     return report
+
+
+def _teacher(job: Job) -> nn.Module | None:
+    """Return the model to distil from, if any: checked before any work."""
+    config = job.config
+    if not config.use_kd or config.teacher is None:
+        return job.dense if config.use_kd else None
+    source = config.teacher == "source"
+    teacher = open_dense(config.model_name) if source else open_model(config.teacher).classifier
+    if teacher.num_classes != job.classifier.num_classes or teacher.preprocessing != job.classifier.preprocessing:
+        raise InputError(
+            f"a teacher must take the same images and have the same classes as the model, got {config.teacher} with "
+            f"{teacher.num_classes} classes and {teacher.preprocessing}, and {job.classifier.num_classes} with "
+            f"{job.classifier.preprocessing}; choose another --teacher"
+        )
+    return move_(teacher.model, job.session.device)
+
+
+def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
+    """Measure the pruned model that is fine-tuned; the report has the plan by which it was pruned."""
+    assert job.artifact is not None
+    small, made = measure(job, job.dense), job.artifact.plans[-1]
+    _log.info("pruned: %s", describe(small))
+    small = replace(small, epoch=0)
+    keep_plan(job, made, job.config.save_dir)
+    report = RunReport(
+        base=_dense_of(job.artifact) or small,
+        pruned=small,
+        best=small,
+        final=small,
+        keep_ratio=made.kept / made.total if made.total else 1.0,
+        sites=made.widths,
+        images={"calibration": 0, "val": small.images or 0},
+        latency_batch=job.latency_batch,
+        **_circumstances(job),
+    )
+    return copy.deepcopy(job.dense), job.plan_rules.neutral(job.sites, 1.0), report
+
+
+def _dense_of(artifact: PrunedArtifact) -> Measured | None:
+    """Return what was measured of the dense model when the pruned one was made, if that is known."""
+    dense = (artifact.metrics or {}).get("dense")
+    try:
+        return None if dense is None else from_json(Measured, dense, "the dense model's figures", use_defaults=True)
+    except InputError:
+        return None  # of another program's making
 
 
 def run_to_budget(config: RunConfig) -> RunReport:

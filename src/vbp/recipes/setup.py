@@ -22,10 +22,11 @@ from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
+from vbp.deploy.artifact import PrunedArtifact
+from vbp.deploy.open_model import OpenedModel, open_model
 from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
-from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
@@ -155,16 +156,24 @@ class PruneJob:
 class Job(PruneJob):
     """Model, data and settings of a run, checked and ready; private to the recipes.
 
-    `settings` must be the same when a checkpoint of this run is taken up again.
+    `settings` must be the same when a checkpoint of this run is taken up again. The model may be a pruned one, which
+    is the dense model of this run; then `artifact` is what it was read from.
     """
 
     config: RunConfig
     calibration: CalibrationImages
     classifier: Classifier
+    artifact: PrunedArtifact | None
     train: Images
     val: ImageLoader
     settings: Mapping[str, Any]
     resumed: Resumed | None
+
+    def plans_with(self, plan: PruningPlan) -> tuple[PruningPlan, ...]:
+        """Return the plans from the first dense model on, without one that removes nothing from a pruned model."""
+        earlier = () if self.artifact is None else self.artifact.plans
+        removes = any(kept < total for kept, total in plan.widths.values())
+        return (*earlier, plan) if removes or not earlier else earlier
 
 
 @contextmanager
@@ -188,7 +197,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     resumed = _resumed(config, processes)
     with processes.local_main_first():
-        classifier = _classifier(config)
+        opened = _open(config)
+        classifier = opened.classifier
         count, names = classifier.num_classes, classifier.class_names
         train, val = (list_images(config.data_path, split, count, names) for split in get_args(Split))
         if names is None:  # then they are those of the data
@@ -222,7 +232,7 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     )
     return Job(
         config, session, model, sites, rules, target, calibration, example, batch, given,
-        classifier, train, val_loader, settings, resumed,
+        classifier, opened.artifact, train, val_loader, settings, resumed,
     )  # fmt: skip
 
 
@@ -284,12 +294,15 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
     check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
 
 
-def _classifier(config: RunConfig) -> Classifier:
+def _open(config: RunConfig) -> OpenedModel:
     options = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}
     del options["data_path"], options["allow_bad_dense"]
-    classifier = load_classifier(**options)
-    _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
-    return classifier
+    name = options.pop("model_name")
+    opened = open_model(name, **options)
+    _log.info("model %s: %s; %s", name, opened.classifier.family, opened.classifier.preprocessing)
+    if opened.plans:
+        _log.info("it is pruned already: it is the dense model of this run, and shares are of the channels it has")
+    return opened
 
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:

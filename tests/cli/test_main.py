@@ -99,6 +99,7 @@ SWITCHES = (
     "disable_ddp",
     "overwrite",
     "allow_random_init",
+    "allow_bad_dense",
     "compare_uncompensated",
     "ema",
     "compile",

@@ -96,7 +96,7 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
 def test_flags_in_the_text_exist() -> None:
     known = {field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}
     # Of every command, of torchrun, of a script in benchmarks/; and a whole group of flags.
-    known |= {"help", "node_rank", "ratios", "kd_"}
+    known |= {"help", "config", "version", "node_rank", "ratios", "kd_"}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
         unknown = {

@@ -9,7 +9,7 @@ from typing import Literal
 import tyro
 
 from vbp.deploy.settings import ExportPrecision, LatencySettings
-from vbp.runtime.choices import Amp
+from vbp.runtime.choices import Amp, TableForm
 
 ExportTarget = Literal["onnx", "pt2", "native"]
 
@@ -153,5 +153,7 @@ class CompareConfig:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of two or more runs, or of the pruned models in them."""
+    form: TableForm = "table"
+    """table with a column for each run, or csv or markdown with a row for each."""
     json: bool = False
     """Print JSON in the place of a table."""

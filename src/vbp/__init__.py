@@ -60,6 +60,8 @@ if TYPE_CHECKING:
     from vbp.pruning.plan import SitePlan as SitePlan
     from vbp.pruning.surgery import prune_ as prune_
     from vbp.recipes.config import RunConfig as RunConfig
+    from vbp.recipes.prune_model import PruneResult as PruneResult
+    from vbp.recipes.prune_model import prune as prune
     from vbp.recipes.run import run as run
     from vbp.refit.refits import refit_ as refit_
     from vbp.report.run_report import RunReport as RunReport

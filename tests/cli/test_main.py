@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
 import re
@@ -14,8 +16,10 @@ from typing import Any
 
 import pytest
 
+import vbp
 from vbp import InputError, OutputError, RunConfig
-from vbp.cli.main import main, parse, run_benchmark
+from vbp.cli.main import main, run_benchmark
+from vbp.cli.parse import parse
 from vbp.errors import Interrupted, PeerError
 from vbp.recipes.config import PAPER
 
@@ -63,6 +67,9 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "interpolation": (None, ["bilinear"], "bilinear"),
     "mean": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
     "std": (None, ["0.5", "0.4", "0.3"], (0.5, 0.4, 0.3)),
+    "crop_scale": ((0.08, 1.0), ["0.5", "1"], (0.5, 1.0)),
+    "model_kwargs": ({}, ['{"num_classes": 10}'], {"num_classes": 10}),
+    "teacher": (None, ["source"], "source"),
     "local_rank": (None, ["3"], 3),
     "prefetch": (2, ["4"], 4),
     "max_pixels": (178_956_970, ["1000"], 1000),
@@ -177,7 +184,7 @@ def test_the_help_shows_every_flag_with_underscores_and_its_default(
     monkeypatch.setenv("COLUMNS", "200")
     text = help_text(lambda: parse(RunConfig, ["--help"], SCRIPT, PAPER), capsys)
     assert SCRIPT in text
-    assert set(re.findall(r"--([a-z][\w-]*)", text)) == {"help", "data_path", *FLAGS}
+    assert set(re.findall(r"--([a-z][\w-]*)", text)) == {"help", "data_path", "no_hflip", "config", *FLAGS}
     # Flags stand in the third column, after the frame that a terminal gets.
     lines = [line[2:].rstrip(" \N{BOX DRAWINGS LIGHT VERTICAL}") for line in text.splitlines()]
     for name, (default, _, _) in FLAGS.items():
@@ -185,7 +192,8 @@ def test_the_help_shows_every_flag_with_underscores_and_its_default(
         entry = " ".join(" ".join(lines[start : start + 4]).split())
         shown = re.search(r"\(default: (.*?)\)", entry)
         assert shown is not None
-        assert shown[1] == str(default), name
+        text_of = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        assert shown[1].strip("'") == text_of, name
 
 
 @pytest.mark.parametrize(
@@ -201,9 +209,8 @@ def test_the_help_shows_every_flag_with_underscores_and_its_default(
         [*DATA, "--no_use_kd"],
         [*DATA, "--keep_rate", "0.5"],
         [*DATA, "stray"],
-        # For programs alone.
         [*DATA, "--hflip", "False"],
-        [*DATA, "--model_kwargs", "{}"],
+        [*DATA, "--model_kwargs", "[]"],
     ],
 )
 def test_a_usage_error_exits_with_2_before_anything_runs(
@@ -391,7 +398,7 @@ def test_the_command_alone_lists_its_commands(
 ) -> None:
     assert type_(*words, entry=main) == 0
     output = capsys.readouterr()
-    commands = ["run", "sweep", "inspect", "latency", "export", "compare", "demo"]
+    commands = ["run", "sweep", "inspect", "latency", "export", "finetune", "eval", "predict", "compare", "demo"]
     assert re.findall(r"^  vbp (\w+)", output.out, re.MULTILINE) == commands
     assert output.err == ""
 
@@ -439,12 +446,17 @@ def test_every_command_of_the_usage_text_parses(
     monkeypatch.setattr("vbp.recipes.demo.run_demo", demos.append)
     shown: list[Any] = []
     monkeypatch.setattr("vbp.recipes.sweep.run_sweep", shown.append)
-    for command in ("inspect", "latency", "export", "compare"):
-        monkeypatch.setattr(f"vbp.cli.{command}.run_{command}", lambda config: shown.append(config) or Report())
+    monkeypatch.setattr("vbp.recipes.run.run_finetune", shown.append)
+    for module, command in (
+        *((command, command) for command in ("inspect", "latency", "export", "compare")),
+        ("evaluate", "eval"),
+        ("evaluate", "predict"),
+    ):
+        monkeypatch.setattr(f"vbp.cli.{module}.run_{command}", lambda config: shown.append(config) or Report())
     assert type_(entry=main) == 0
     lines = re.findall(r"^  vbp \w+ .*  vbp (.+)$", capsys.readouterr().out, re.MULTILINE)
-    assert [type_(*line.split(), entry=main) for line in lines] == [0] * 7
-    assert (len(ran), len(demos), len(shown)) == (1, 1, 5)
+    assert [type_(*line.split(), entry=main) for line in lines] == [0] * 10
+    assert (len(ran), len(demos), len(shown)) == (1, 1, 8)
 
 
 def test_the_demo_takes_its_own_flags(type_: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -485,3 +497,56 @@ def test_an_interruption_while_the_libraries_load_is_one_line(module: str, words
 def _hears_interrupts() -> None:
     """Undo what a shell does to programs in its background."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_the_version_is_printed(type_: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert type_("--version", entry=main) == 0
+    assert capsys.readouterr().out == f"vbp {vbp.__version__}\n"
+
+
+def test_images_are_not_mirrored_on_request() -> None:
+    assert parsed("--no_hflip") == RunConfig("data", **{**PAPER, "hflip": False})
+
+
+def test_settings_come_from_a_file_with_flags_on_top(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data_path: images\nlr_ft: 1e-4\nmean: [0.5, 0.4, 0.3]\nkeep_ratio: 0.5\nuse_kd: true\n")
+    read = parse(RunConfig, ["--config", str(file), "--lr_ft", "2e-4"], "vbp run")
+    expected = RunConfig("images", lr_ft=2e-4, mean=(0.5, 0.4, 0.3), keep_ratio=0.5, use_kd=True)
+    assert read == expected
+    assert parse(RunConfig, [f"--config={file}", "--lr_ft", "2e-4"], "vbp run") == expected
+    # A budget takes the place of the one in the file.
+    assert parse(RunConfig, ["--config", str(file), "--target-macs", "60%"], "vbp run").keep_ratio == 0.65
+    assert parse(RunConfig, ["--config", str(file)], "vbp run", PAPER).criterion == "variance"
+
+
+def test_an_earlier_run_is_repeated_from_its_settings(tmp_path: Path) -> None:
+    config = RunConfig("data", keep_ratio=0.4, model_kwargs={"depth": 2}, round_to="auto", save_dir=Path("a"))
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    again = parse(RunConfig, ["--config", str(tmp_path / "config.json"), "--save_dir", "b"], "vbp run")
+    assert again == dataclasses.replace(config, save_dir=Path("b"))
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("keep_rate: 0.5", "got unknown keep_rate"),
+        ("keep_ratio: half", "keep_ratio, which must be a finite number, got 'half'"),
+        ("- a\n- b", "settings by name, got list"),
+        ("a: [", "must be a YAML or JSON file"),
+        (None, "must be a YAML or JSON file"),
+    ],
+)
+def test_a_file_with_other_than_settings_is_refused(
+    text: str | None, error: str, tmp_path: Path, type_: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    if text is not None:
+        file.write_text(text)
+    assert type_("run", *DATA, "--config", str(file), entry=main) == 1
+    assert error in capsys.readouterr().err
+
+
+def test_without_a_file_config_is_refused(type_: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
+    assert type_("run", *DATA, "--config", entry=main) == 1
+    assert "--config needs a file" in capsys.readouterr().err

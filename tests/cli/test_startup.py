@@ -19,6 +19,7 @@ HEAVY = {
     "PIL", "huggingface_hub", "jaxtyping", "matplotlib", "numpy", "safetensors", "scipy", "sklearn", "timm", "torch",
     "torch_pruning", "torchvision", "tqdm", "transformers",
 }  # fmt: skip
+COMMANDS = ("run", "finetune", "sweep", "inspect", "latency", "export", "eval", "predict", "compare", "demo")
 WITHOUT_CODE = "try:\n    main()\nexcept SystemExit:\n    pass\n"
 
 
@@ -44,7 +45,7 @@ def test_importing_vbp_imports_no_library() -> None:
     "words",
     [
         ["--help"],
-        *([name, "--help"] for name in ("run", "sweep", "inspect", "latency", "export", "compare", "demo")),
+        *([name, "--help"] for name in COMMANDS),
         ["run", "--data_path", "data", "--keep_rate", "0.5"],
         ["run", "--data_path", "data", "--keep_ratio", "half"],
         ["inspect", "--bogus"],

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from vbp import RunConfig
-from vbp.cli.main import parse
-from vbp.cli.options import CompareConfig, ExportConfig, InspectConfig, LatencyConfig
+from vbp.cli.options import CompareConfig, EvalConfig, ExportConfig, InspectConfig, LatencyConfig, PredictConfig
+from vbp.cli.parse import parse
 from vbp.recipes.checks import check_config, check_sweep
-from vbp.recipes.config import PAPER, DemoConfig
+from vbp.recipes.config import PAPER, DemoConfig, FinetuneConfig
 from vbp.recipes.sweep_config import SweepConfig
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +32,8 @@ DOCUMENTS = tuple(
 )
 KINDS: dict[str, Any] = {
     "run": RunConfig, "demo": DemoConfig, "inspect": InspectConfig, "latency": LatencyConfig, "export": ExportConfig,
-    "compare": CompareConfig, "sweep": SweepConfig,
+    "compare": CompareConfig, "sweep": SweepConfig, "eval": EvalConfig, "finetune": FinetuneConfig,
+    "predict": PredictConfig,
 }  # fmt: skip
 # What follows this line in a document is run by a test, with what earlier such blocks of the document left.
 RUN = "<!-- run -->\n"
@@ -95,10 +96,12 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
 def test_flags_in_the_text_exist() -> None:
     known = {field.name for kind in KINDS.values() for field in dataclasses.fields(kind)}
     # Of every command, of torchrun, of a script in benchmarks/; and a whole group of flags.
-    known |= {"help", "node_rank", "ratios", "kd_"}
+    known |= {"help", "config", "version", "node_rank", "ratios", "kd_"}
     for document in DOCUMENTS:
         text = (ROOT / document).read_text()
-        unknown = {flag for flag in re.findall(r"`--([a-zA-Z][\w-]*)", text) if flag.replace("-", "_") not in known}
+        unknown = {
+            flag for flag in re.findall(r"`--(?:no_)?([a-zA-Z][\w-]*)", text) if flag.replace("-", "_") not in known
+        }
         assert not unknown, document
 
 
@@ -119,7 +122,7 @@ def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
 
 def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    example = blocks("README.md", "python")[0]
+    example = blocks("README.md", "python")[1]
     assert len([line for line in example.splitlines() if line and "import" not in line]) <= 10
     (tmp_path / "output").mkdir()
     exec(compile(example, "README.md", "exec"), {})
@@ -164,8 +167,7 @@ def test_the_table_of_arguments_is_the_parsers() -> None:
     section = text[text.index("## Arguments") : text.index("## How it works")]
     rows = [line for line in section.splitlines() if line.startswith("| `--")]
     documented = {name.replace("-", "_") for row in rows for name in re.findall(r"`--([\w-]+)`", row.split("|")[1])}
-    hidden = {"model_kwargs", "hflip", "crop_scale"}
-    assert documented == {field.name for field in dataclasses.fields(RunConfig)} - hidden
+    assert documented == {field.name for field in dataclasses.fields(RunConfig)}
 
 
 def test_the_table_of_defaults_is_the_parsers() -> None:
@@ -179,13 +181,17 @@ def test_the_table_of_defaults_is_the_parsers() -> None:
         if default is None or default == ():
             assert shown == "none", name
         elif isinstance(default, bool):
-            assert shown == "off", name
+            assert shown == ("on" if default else "off"), name
         elif isinstance(default, Path):
             assert Path(shown) == default, name
         elif isinstance(default, int | float):
             assert float(shown) == default, name
         elif isinstance(default, str):
             assert shown == default, name
+        elif isinstance(default, tuple):
+            assert shown == " ".join(map(str, default)), name
+        elif name == "model_kwargs":
+            assert shown == "{}"
         else:
             assert shown == "required", name
             continue

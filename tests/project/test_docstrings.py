@@ -18,7 +18,7 @@ from hub_stand_in import Hub
 from PIL import Image
 
 import vbp
-from vbp.cli.main import parse
+from vbp.cli.parse import parse
 from vbp.deploy.settings import LatencySettings
 from vbp.method.sampling import RandomProbes
 from vbp.recipes.checks import check_config

@@ -289,7 +289,7 @@ def test_flags_that_work_together_pass(changed: dict[str, Any]) -> None:
 
 # The lists of names that the roles stand in place of.
 TUNING = (
-    "train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay warmup_epochs clip_grad "
+    "train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T teacher grad_accum weight_decay warmup_epochs clip_grad "
     "label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing checkpoint_minutes log_dir"
 )
 FREE = (
@@ -299,7 +299,7 @@ FREE = (
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort allow_bad_dense"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher"
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (

@@ -314,7 +314,7 @@ def test_no_model_of_an_earlier_run_stays_beside_a_run_that_failed(
 ) -> None:
     run(quick)
     (quick.save_dir / "artifact" / "README.md").write_text("mine")
-    monkeypatch.setattr("vbp.recipes.run.collect_evidence", lambda job: 1 / 0)
+    monkeypatch.setattr("vbp.recipes.run.prune_copy", lambda *given, **settings: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(dataclasses.replace(quick, overwrite=True))
     assert [file.name for file in (quick.save_dir / "artifact").iterdir()] == ["README.md"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from functools import partial
 from pathlib import Path
@@ -115,3 +116,14 @@ def test_what_cannot_be_compared_is_refused(folders: list[Path], tmp_path: Path)
         compare([folders[0], folders[0] / ".." / "run"])
     with pytest.raises(InputError, match="must be a folder with"):
         compare([folders[0], tmp_path])
+
+
+def test_other_forms_have_a_row_for_each_run(tmp_path: Path) -> None:
+    for name, ratio in (("a", 0.5), ("b", 0.4)):
+        write_run(tmp_path / name, config={"keep_ratio": ratio, "compensation": "mean"})
+    folders = [tmp_path / "a", tmp_path / "b"]
+    heading, *rows = csv.reader(compare(folders, incidental=(), form="csv").table().splitlines())
+    assert (heading[:2], rows[0][:2], rows[1][:2]) == (["run", "keep_ratio"], ["a", "0.5"], ["b", "0.4"])
+    assert len(heading) == len(rows[0]) == len(rows[1])
+    lines = compare(folders, incidental=(), form="markdown").table().splitlines()
+    assert [line.split(" | ")[0] for line in lines] == ["| run", "| ---", "| a", "| b"]

@@ -18,7 +18,6 @@ from pairs import Pair
 from PIL import Image
 from torch import Tensor, nn
 
-import vbp.statistics.evidence
 import vbp.statistics.images
 from vbp import InputError, Preprocessing, Site, Statistics, find_sites, list_images, load_classifier
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS, write_digits
@@ -65,14 +64,13 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> Case:
 
 @pytest.fixture(autouse=True)
 def _exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = vbp.statistics.evidence.evaluation_transform
+    real = vbp.statistics.images.evaluation_transform
 
     def exact(preprocessing: Preprocessing) -> Callable[[Any], Tensor]:
         transform = real(preprocessing)
         return lambda image: transform(image).double()
 
-    for module in (vbp.statistics.evidence, vbp.statistics.images):
-        monkeypatch.setattr(module, "evaluation_transform", exact)
+    monkeypatch.setattr(vbp.statistics.images, "evaluation_transform", exact)
 
 
 def _read(case: Case, needs: tuple[Need, ...], parts: list[range], sizes: list[int], world: int) -> Statistics:

@@ -21,4 +21,4 @@ def run_compare(config: CompareConfig) -> RunComparison:
     # It needs torch, a usage error does not.
     from vbp.report.comparison import compare
 
-    return compare(config.runs, incidental=fields_with(RunConfig, Role.LAUNCH))
+    return compare(config.runs, incidental=fields_with(RunConfig, Role.LAUNCH), form=config.form)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from vbp.cli.options import InspectConfig
 from vbp.cost.inspection import Inspection, inspect_model
 from vbp.deploy.artifact import load_pruned, read_artifact
-from vbp.deploy.artifact_files import MANIFEST
-from vbp.deploy.hub import is_reference
+from vbp.deploy.open_model import is_pruned
 from vbp.errors import InputError
 from vbp.models.load import load_classifier
 from vbp.pruning.plan import PruningPlan
@@ -16,9 +13,8 @@ from vbp.pruning.plan import PruningPlan
 
 def run_inspect(config: InspectConfig) -> Inspection:
     """Return the sites of a model or artefact, and what they cost."""
-    place = Path(config.model)
     plans: tuple[PruningPlan, ...] = ()
-    if not (is_reference(config.model) or place.suffix == ".pth" or (place / MANIFEST).is_file()):
+    if not is_pruned(config.model):
         classifier = load_classifier(config.model, allow_random_init=True)
         model, image = classifier.model, classifier.example_input()
     else:

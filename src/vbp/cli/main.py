@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import logging
 import os
@@ -11,12 +10,11 @@ import pkgutil
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
 
+from vbp import __version__
+from vbp.cli.parse import parse
 from vbp.errors import InputError, Interrupted, OutputError, PeerError, printable
-from vbp.runtime.files import check_path
 from vbp.runtime.log_file import LineFormatter
 from vbp.runtime.signals import reading_processes, stop_at_sigterm
 
@@ -27,44 +25,29 @@ _USAGE = """usage: vbp COMMAND [flags]
   vbp inspect  what can be pruned in a model               vbp inspect deit_tiny_patch16_224
   vbp latency  how much faster a pruned model is           vbp latency output/vbp/artifact
   vbp export   a pruned model for use without vbp          vbp export output/vbp/artifact --output model.onnx
+  vbp finetune fine-tune a pruned model                    vbp finetune output/vbp --data_path DATA --use_kd
+  vbp eval     accuracy, beside the dense model's          vbp eval output/vbp --data_path DATA --dense auto
+  vbp predict  the classes of image files                  vbp predict output/vbp photo.jpg
   vbp compare  runs side by side                           vbp compare output/keep_65 output/keep_50
   vbp demo     prune a small ViT on handwritten digits     vbp demo
 
-`vbp COMMAND --help` lists the flags and shows an example."""
+`vbp COMMAND --help` lists the flags and shows an example; `vbp --version` prints the version. The folder of a run may
+stand wherever a pruned model is asked for."""
 
 # Command -> the class of its flags, and its job. One whose flags have `json` returns what is shown on the standard
 # output: a table for people, JSON for programs.
 _COMMANDS = {
     "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run_to_budget"),
+    "finetune": ("vbp.recipes.config:FinetuneConfig", "vbp.recipes.run:run_finetune"),
     "sweep": ("vbp.recipes.sweep_config:SweepConfig", "vbp.recipes.sweep:run_sweep"),
     "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
     "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
     "export": ("vbp.cli.options:ExportConfig", "vbp.cli.export:run_export"),
+    "eval": ("vbp.cli.options:EvalConfig", "vbp.cli.evaluate:run_eval"),
+    "predict": ("vbp.cli.options:PredictConfig", "vbp.cli.evaluate:run_predict"),
     "compare": ("vbp.cli.options:CompareConfig", "vbp.cli.compare:run_compare"),
     "demo": ("vbp.recipes.config:DemoConfig", "vbp.recipes.demo:run_demo"),
 }
-
-_T = TypeVar("_T")
-
-
-def parse(kind: type[_T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> _T:
-    """Read a configuration from command-line arguments; usage errors exit with code 2.
-
-    `defaults` hold where nothing is typed, in the place of those of a `RunConfig`.
-    """
-    import tyro
-
-    # What has no default stays required.
-    given: Any = {} if defaults is None else {"default": kind(**{"data_path": tyro.MISSING, **defaults})}
-    config: _T = tyro.cli(
-        kind, prog=prog, args=list(arguments), use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **given
-    )
-    for field in dataclasses.fields(config):  # type: ignore[arg-type]
-        value = getattr(config, field.name)
-        for path in value if isinstance(value, tuple) else (value,):
-            if isinstance(path, Path) or field.name in ("model", "artifact"):
-                check_path(path, field.name)
-    return config
 
 
 def main() -> int:
@@ -72,6 +55,8 @@ def main() -> int:
     command, *arguments = sys.argv[1:] or ["--help"]
     if command in ("-h", "--help"):
         return guarded(lambda: _say(_USAGE))
+    if command == "--version":
+        return guarded(lambda: _say(f"vbp {__version__}"))
     if command not in _COMMANDS:
         sys.stderr.write(f"vbp: unknown command {command!r}\n{_USAGE}\n")
         return 2

@@ -10,6 +10,7 @@ import tyro
 
 from vbp.data.formats import MAX_PIXELS
 from vbp.deploy.settings import ExportPrecision, LatencySettings
+from vbp.runtime.choices import Amp, TableForm
 
 ExportTarget = Literal["onnx", "pt2", "native"]
 
@@ -98,6 +99,63 @@ class ExportConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """Measure top-1 and top-5 accuracy of a model, pruned or not, and where it agrees with its dense model.
+
+    Example: vbp eval output/vbp --data_path /data/imagenet --dense auto
+    """
+
+    model: tyro.conf.Positional[str]
+    """The folder of a run, a pruned model that vbp saved, or a dense one as for vbp run --model_name."""
+    data_path: str
+    """Folder with val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+    dense: str | None = None
+    """Also evaluate a dense model, and count where both are right: auto for the one that the run began with, or its
+    name."""
+    checkpoint: Path | None = None
+    """Weights for a timm model that is not pruned."""
+    limit_val: int = 0
+    """Validation images, chosen class-balanced by the seed; 0 takes all."""
+    val_batch_size: int = 128
+    """Images in a batch."""
+    num_workers: int = 4
+    """Processes that read images; 0 reads in the main process."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is read; one with more counts as unreadable."""
+    amp: Amp = "auto"
+    """Autocast: bf16, fp16, off, or auto (bf16 where the GPU has it)."""
+    device: str = "auto"
+    """auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N."""
+    seed: int = 0
+    """Seed of the subset."""
+    output: Path | None = None
+    """JSON file for the figures."""
+    json: bool = False
+    """Print JSON in the place of a table."""
+
+
+@dataclass(frozen=True)
+class PredictConfig:
+    """Print the most likely classes of image files, and their probabilities.
+
+    Example: vbp predict output/vbp photo.jpg
+    """
+
+    model: tyro.conf.Positional[str]
+    """The folder of a run, a pruned model that vbp saved, or a dense one as for vbp run --model_name."""
+    images: tyro.conf.Positional[tuple[Path, ...]]
+    """Image files."""
+    top: int = 5
+    """Classes to print for each."""
+    checkpoint: Path | None = None
+    """Weights for a timm model that is not pruned."""
+    max_pixels: int = MAX_PIXELS
+    """Pixels of the largest image that is read."""
+    json: bool = False
+    """Print JSON in the place of a table."""
+
+
+@dataclass(frozen=True)
 class CompareConfig:
     """Show runs side by side: what differs in their settings, and what came of it.
 
@@ -106,5 +164,7 @@ class CompareConfig:
 
     runs: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of two or more runs, or of the pruned models in them."""
+    form: TableForm = "table"
+    """table with a column for each run, or csv or markdown with a row for each."""
     json: bool = False
     """Print JSON in the place of a table."""

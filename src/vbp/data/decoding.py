@@ -8,7 +8,8 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from vbp.data.formats import IMAGE_FORMATS
+from vbp.data.formats import IMAGE_FORMATS, MAX_PIXELS
 from vbp.data.images import Images
 from vbp.data.preprocessing import Transform
+from vbp.errors import InputError
+from vbp.runtime.files import open_regular
 
 # The bytes that a pixel takes at most where nothing is compressed: four colours of 16 bits.
 _LARGEST_PIXEL = 8
@@ -71,7 +74,8 @@ class DecodedImages(Dataset[Sample]):
         for attempt in range(self.attempts):
             index = (first + attempt) % len(self.images)
             try:
-                image = _read_rgb(self.images, index, self.max_pixels)
+                with self.images.read(index) as stream:
+                    image = _rgb(stream, self.max_pixels)
             except Exception as error:  # noqa: BLE001 (decoders raise almost anything on damaged files)
                 # Logged by the main process: a worker's log may go nowhere.
                 failures.append(Failure(self.images.name(index), _reason(error)))
@@ -91,8 +95,21 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
 
 
-def _read_rgb(images: Images, index: int, max_pixels: int) -> Image.Image:
-    with images.read(index) as stream, _limited(max_pixels):
+def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Return an image file in RGB, read as those of a data set are.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    try:
+        with open_regular(path) as stream:
+            return _rgb(stream, max_pixels)
+    except Exception as error:
+        raise InputError(f"{path} must be an image file, but cannot be read ({_reason(error)})") from error
+
+
+def _rgb(stream: BinaryIO, max_pixels: int) -> Image.Image:
+    with _limited(max_pixels):
         size = stream.seek(0, os.SEEK_END)
         if size > _LARGEST_PIXEL * max_pixels + 2**20:
             raise ValueError(f"it has {size} bytes, more than the {max_pixels} pixels of max_pixels can take")

@@ -15,6 +15,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.deploy.artifact_files import (
     MANIFEST,
     WEIGHTS,
+    model_in,
     plain_state,
     read_file,
     read_folder,
@@ -141,7 +142,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
     """Read what `save_pruned` wrote, without building a model.
 
     Args:
-        path: A folder, a `.pth` file, or `hf://USER/REPO` with `@REVISION` or without.
+        path: A folder, that of a run which has ended, a `.pth` file, or `hf://USER/REPO` with `@REVISION` or without.
 
     Raises:
         InputError: It is missing, damaged, or something else.
@@ -152,8 +153,7 @@ def read_artifact(path: Path | str) -> PrunedArtifact:
     """
     check_path(path, "a pruned model")
     place = fetch(str(path), (MANIFEST, WEIGHTS)) if is_reference(path) else Path(path)
-    if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
-        place = place.parent
+    place = model_in(place)
     if not place.is_dir() and not place.is_file():
         raise InputError(
             f"a pruned model must be an existing file or folder, got {place}; give the path of a vbp folder "
@@ -185,7 +185,8 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
     Nothing is downloaded, unless the path is `hf://...`.
 
     Args:
-        path: A folder or file that `save_pruned` wrote, or `hf://USER/REPO` with `@REVISION` or without.
+        path: A folder or file that `save_pruned` wrote, the folder of a run, or `hf://USER/REPO` with `@REVISION` or
+            without.
         model: A fresh dense model of the same architecture; needed for models that neither timm nor Hugging Face
             builds. It is pruned in place and returned.
 

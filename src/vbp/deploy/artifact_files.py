@@ -28,9 +28,32 @@ from vbp.sites.site import Site
 FILE_FORMAT, FOLDER_FORMAT = "vbp-pruned/2", "vbp-artifact/2"
 MANIFEST, WEIGHTS = "vbp.json", "model.safetensors"
 
+# The folder of a run has the folder of its pruned model in it, and a list of its settings.
+ARTIFACT, RUN_CONFIG = "artifact", "config.json"
+
 # Lists of numbers that `json.dumps` spreads over one line each; no text can hold these line breaks.
 _NUMBERS = re.compile(r"\[\n\s*(?:-?[\d.e+-]+,\n\s*)*-?[\d.e+-]+\n\s*\]")
 State = dict[str, Tensor]
+
+
+def model_in(place: Path) -> Path:
+    """Return the pruned model that a path means: that in the folder of a run, or the folder of one of its files.
+
+    Raises:
+        InputError: It is the folder of a run that has not ended.
+    """
+    if place.name in (MANIFEST, WEIGHTS) and (place.parent / MANIFEST).is_file():
+        return place.parent
+    if not place.is_dir() or (place / MANIFEST).is_file():
+        return place
+    if (place / ARTIFACT / MANIFEST).is_file():
+        return place / ARTIFACT
+    if (place / RUN_CONFIG).is_file() and (models := sorted(place.glob("vbp_*.pth"))):
+        raise InputError(
+            f"{place} is the folder of a run that has not ended, without {ARTIFACT}; end it with --resume auto, or "
+            f"give {models[0]}, its best model so far"
+        )
+    return place
 
 
 def plain_state(model: nn.Module | Mapping[str, Any]) -> State:

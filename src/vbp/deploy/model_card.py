@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from vbp.deploy.artifact import PrunedArtifact, read_artifact
-from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, read_manifest, weights_path
+from vbp.deploy.artifact_files import MANIFEST, WEIGHTS, model_in, read_manifest, weights_path
 from vbp.deploy.hub import publish
 from vbp.errors import InputError
 from vbp.runtime.files import text_bytes
@@ -57,7 +57,7 @@ def push_to_hub(
     Example:
         >>> address = vbp.push_to_hub(saved, "me/tiny")  # vbp.load_pruned("hf://me/tiny") reads it back
     """
-    place = Path(folder)
+    place = model_in(Path(folder))
     if not place.is_dir():
         raise InputError(
             f"the hub takes the folder of a pruned model, got {folder}; write one with save_pruned(model, FOLDER)"

@@ -15,7 +15,7 @@ from typing import Any, get_args
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, Library, ModelSource, check_takes_images, hub_repository
+from vbp.models.classifier import Classifier, Family, Library, ModelSource, check_takes_images, hub_repository
 from vbp.models.limits import ANY, Limits
 from vbp.models.weights import WeightFile, check_weight_file
 from vbp.runtime.choices import ModelType
@@ -103,6 +103,17 @@ def build_model(source: ModelSource, pruned_weights: Mapping[str, Tensor] | None
     from vbp.models.huggingface import build_huggingface
 
     return build_huggingface(source, limits)
+
+
+def family_of(model: nn.Module, source: ModelSource) -> Family:
+    """Return the family of a model that `build_model` built."""
+    if source.library == "timm":
+        from vbp.models.timm_models import family_of_timm
+
+        return family_of_timm(model)
+    from vbp.models.huggingface import FAMILIES
+
+    return FAMILIES.get(str(source.arguments.get("model_type")), "other")
 
 
 def _check_model(model_name: str, model_type: str) -> Library:

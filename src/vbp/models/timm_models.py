@@ -63,7 +63,7 @@ def load_timm(
     preprocessing = _preprocessing(architecture).override(**overrides)
     model = _build(architecture.name, architecture.arguments)
     check_timm_arguments(architecture.name, architecture.arguments)  # what is built here is built again from a file
-    family: Family = next((name for name, classes in FAMILIES.items() if isinstance(model, classes)), "other")
+    family = family_of_timm(model)
     check_family(model_name, model_type, family)
     if file is not None:
         model, architecture = _from_file(model, architecture, file, fixed="num_classes" in model_kwargs)
@@ -82,6 +82,11 @@ def load_timm(
     fetched = file is None and not allow_random_init
     names = timm_class_names(architecture.cfg, num_classes) if fetched else None
     return Classifier(model.eval(), source, preprocessing, num_classes, family, names)
+
+
+def family_of_timm(model: nn.Module) -> Family:
+    """Return the family of a timm model, by its class."""
+    return next((name for name, classes in FAMILIES.items() if isinstance(model, classes)), "other")
 
 
 def build_timm(source: ModelSource, limits: Limits) -> nn.Module:

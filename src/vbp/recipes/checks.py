@@ -12,7 +12,7 @@ from vbp.method.ridge import check_ridge
 from vbp.method.sampling import TokenSample
 from vbp.pruning.criteria import needs_of
 from vbp.pruning.make_plan import check_ratios
-from vbp.recipes.config import RunConfig, default_of
+from vbp.recipes.config import PruneConfig, RunConfig, default_of
 from vbp.recipes.options import REFITS, Role, fields_with
 from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.sweep_report import Setting
@@ -28,6 +28,7 @@ _COVARIANCE = ("covariance_tokens", "ridge")
 def check_config(config: RunConfig) -> None:
     """Check the values that need no file, before any work."""
     _check_paths(config)
+    check_pruning(config)
     _check_ranges(config)
     _check_effect(config)
     if config.push_to_hub is not None:
@@ -37,11 +38,13 @@ def check_config(config: RunConfig) -> None:
 
 
 def _check_paths(config: RunConfig) -> None:
-    for name in ("model_name", "checkpoint", "convnext_checkpoint", "stats_path", "save_dir", "log_dir", "resume"):
+    models = ("model_name", "checkpoint", "convnext_checkpoint", "teacher")
+    for name in (*models, "stats_path", "save_dir", "log_dir", "resume"):
         check_path(getattr(config, name) or "", name)
 
 
-def _check_ranges(config: RunConfig) -> None:
+def check_pruning(config: PruneConfig) -> None:
+    """Check the values that say how a model is pruned, whatever it is."""
     _ = config.budget
     TokenSample(config.covariance_tokens)
     check_ridge(config.ridge)
@@ -49,6 +52,24 @@ def _check_ranges(config: RunConfig) -> None:
         raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:
         raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
+    _check_criterion(config)
+    if config.equal_widths and config.global_pruning:
+        raise InputError(
+            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
+            "both; leave one of them out"
+        )
+    if not config.global_pruning:
+        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
+    if not config.bottleneck:
+        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
+    if config.budget.quantity == "keep_ratio":
+        targeted = ("best_effort", "cost_aware")
+        _check_unused(config, targeted, "without a target", "give --target_speedup or another target")
+    if not config.global_pruning and config.criterion != "auto":
+        _check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
+
+
+def _check_ranges(config: RunConfig) -> None:
     counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels")
     for name, usual in ((name, default_of(name)) for name in counts):
         if getattr(config, name) < 1:
@@ -74,38 +95,23 @@ def _check_ranges(config: RunConfig) -> None:
 
 def _check_effect(config: RunConfig) -> None:
     """Refuse flags that would change nothing: whoever gives them expects something else."""
-    _check_criterion(config)
-    if config.equal_widths and config.global_pruning:
-        raise InputError(
-            "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "
-            "both; leave one of them out"
-        )
-    if not config.global_pruning:
-        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
     if config.resume is not None and config.overwrite:
         raise InputError(
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
-    if config.budget.quantity == "keep_ratio":
-        targeted = ("best_effort", "cost_aware")
-        _check_unused(config, targeted, "without a target", "give --target_speedup or another target")
-    if not config.global_pruning and config.criterion != "auto":
-        _check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
     if config.num_workers == 0:
         _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
-    if not config.bottleneck:
-        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
     idle = _changed(config, fields_with(RunConfig, Role.TUNING))
     if config.epochs_ft == 0 and idle:
         raise InputError(
             f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
             "give more --epochs_ft"
         )
-    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T"), "use_kd", "distillation")
+    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T", "teacher"), "use_kd", "distillation")
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 
-def _check_criterion(config: RunConfig) -> None:
+def _check_criterion(config: PruneConfig) -> None:
     if config.criterion == "auto" and config.compensation != "refit":
         raise InputError(
             f"the criterion auto chooses for the refit, got compensation {config.compensation}; leave --compensation "
@@ -129,7 +135,7 @@ def _check_criterion(config: RunConfig) -> None:
 
 
 def _check_unused(
-    config: RunConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
+    config: PruneConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
 ) -> None:
     for name in names:
         if (value := getattr(config, name)) != default_of(name):

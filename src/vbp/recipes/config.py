@@ -14,6 +14,7 @@ from vbp.errors import InputError
 from vbp.recipes.options import (
     DataOptions,
     Launch,
+    LoadingOptions,
     Local,
     ModelOptions,
     ProcessOptions,
@@ -74,72 +75,8 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class TuningOptions:
-    """How the pruned model is fine-tuned."""
-
-    train_batch_size: Tuning[int] = 64
-    """Images in a fine-tuning batch of one process."""
-    epochs_ft: Result[int] = 10
-    """Epochs of fine-tuning; 0 only prunes."""
-    lr_ft: Tuning[float] = 1.5e-5
-    """Peak learning rate of AdamW, down to 0 by a cosine over all steps."""
-    use_kd: Tuning[bool] = False
-    """Distil from the unpruned model."""
-    kd_alpha: Tuning[float] = 0.7
-    """With --use_kd: weight of the cross-entropy."""
-    kd_beta: Tuning[float] = 0.3
-    """With --use_kd: weight of the divergence from the teacher."""
-    kd_T: Tuning[float] = 2.0  # noqa: N815 (the published flag)
-    """With --use_kd: temperature."""
-    grad_accum: Tuning[int] = 1
-    """Batches whose gradients make one step of the optimizer."""
-    weight_decay: Tuning[float] = 0.01
-    """Weight decay of AdamW."""
-    warmup_epochs: Tuning[float] = 0.0
-    """Epochs over which the learning rate rises from 0 to its peak."""
-    clip_grad: Tuning[float | None] = None
-    """Largest norm of the gradient; larger ones are scaled down to it."""
-    label_smoothing: Tuning[float] = 0.0
-    """Share of each label that is spread over all classes."""
-    mixup: Tuning[float] = 0.0
-    """Alpha of Mixup; 0 leaves it out."""
-    cutmix: Tuning[float] = 0.0
-    """Alpha of CutMix; 0 leaves it out."""
-    ema: Tuning[bool] = False
-    """Evaluate and save a moving average of the weights."""
-    ema_decay: Tuning[float] = 0.9998
-    """With --ema: what remains of the average at each step."""
-    compile: Tuning[bool] = False
-    """Compile student and teacher for fine-tuning (torch.compile)."""
-    grad_checkpointing: Tuning[bool] = False
-    """Keep fewer activations in fine-tuning and compute them again: less memory, about a third slower."""
-
-
-@dataclass(frozen=True)
-class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanOptions, DataOptions, ModelOptions):
-    """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
-
-    Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
-    """
-
-    resume: Launch[str | None] = None
-    """Go on from the last checkpoint in save_dir, if there is one (auto), or from a checkpoint or run folder."""
-    checkpoint_minutes: Annotated[float, Role.SPEED, Role.TUNING] = 30.0
-    """Besides one at the end of each epoch, write a checkpoint every so many minutes; 0 does not."""
-    log_dir: Annotated[Path | None, Role.LAUNCH, Role.TUNING] = None
-    """Folder for TensorBoard."""
-    disable_ddp: Speed[bool] = False
-    """Run as one plain process, without torchrun."""
-    local_rank: Launch[int | None] = None
-    """Accepted and ignored: older launchers pass it."""
-    push_to_hub: Launch[str | None] = None
-    """OWNER/NAME: upload the pruned model with a model card there when the run has ended."""
-    compare_uncompensated: Local[bool] = False
-    """Also evaluate the pruned model without compensation, for the report."""
-
-    # For programs alone: the command lines do not show these.
-    hflip: Result[Annotated[bool, tyro.conf.Suppress]] = True
-    crop_scale: Result[Annotated[tuple[float, float], tyro.conf.Suppress]] = (0.08, 1.0)
+class PruneConfig(WidthOptions, RefitOptions, PlanOptions):
+    """How a model is pruned, whatever model and images these are."""
 
     @property
     def budget(self) -> Budget:
@@ -172,6 +109,84 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
             needs.add("covariance")
         return frozenset(needs)
 
+
+@dataclass(frozen=True)
+class TuningOptions:
+    """How the pruned model is fine-tuned."""
+
+    train_batch_size: Tuning[int] = 64
+    """Images in a fine-tuning batch of one process."""
+    epochs_ft: Result[int] = 10
+    """Epochs of fine-tuning; 0 only prunes."""
+    lr_ft: Tuning[float] = 1.5e-5
+    """Peak learning rate of AdamW, down to 0 by a cosine over all steps."""
+    use_kd: Tuning[bool] = False
+    """Distil from the unpruned model."""
+    kd_alpha: Tuning[float] = 0.7
+    """With --use_kd: weight of the cross-entropy."""
+    kd_beta: Tuning[float] = 0.3
+    """With --use_kd: weight of the divergence from the teacher."""
+    kd_T: Tuning[float] = 2.0  # noqa: N815 (the published flag)
+    """With --use_kd: temperature."""
+    teacher: Annotated[str | None, Role.LOCAL, Role.TUNING] = None
+    """With --use_kd: the model to distil from, as for --model_name, in the place of the one that is pruned here;
+    source for the dense model that a pruned one was made from."""
+    grad_accum: Tuning[int] = 1
+    """Batches whose gradients make one step of the optimizer."""
+    weight_decay: Tuning[float] = 0.01
+    """Weight decay of AdamW."""
+    warmup_epochs: Tuning[float] = 0.0
+    """Epochs over which the learning rate rises from 0 to its peak."""
+    clip_grad: Tuning[float | None] = None
+    """Largest norm of the gradient; larger ones are scaled down to it."""
+    label_smoothing: Tuning[float] = 0.0
+    """Share of each label that is spread over all classes."""
+    hflip: Result[bool] = True
+    """Mirror half of the training images, and of the views of the refits; not for digits, letters or road signs."""
+    crop_scale: Result[tuple[float, float]] = (0.08, 1.0)
+    """Least and largest share of an image that a random crop shows, in training and in the views of the refits."""
+    mixup: Tuning[float] = 0.0
+    """Alpha of Mixup; 0 leaves it out."""
+    cutmix: Tuning[float] = 0.0
+    """Alpha of CutMix; 0 leaves it out."""
+    ema: Tuning[bool] = False
+    """Evaluate and save a moving average of the weights."""
+    ema_decay: Tuning[float] = 0.9998
+    """With --ema: what remains of the average at each step."""
+    compile: Tuning[bool] = False
+    """Compile student and teacher for fine-tuning (torch.compile)."""
+    grad_checkpointing: Tuning[bool] = False
+    """Keep fewer activations in fine-tuning and compute them again: less memory, about a third slower."""
+
+
+@dataclass(frozen=True)
+class LongRunOptions:
+    """How a run is taken up again, watched and published."""
+
+    resume: Launch[str | None] = None
+    """Go on from the last checkpoint in save_dir, if there is one (auto), or from a checkpoint or run folder."""
+    checkpoint_minutes: Annotated[float, Role.SPEED, Role.TUNING] = 30.0
+    """Besides one at the end of each epoch, write a checkpoint every so many minutes; 0 does not."""
+    log_dir: Annotated[Path | None, Role.LAUNCH, Role.TUNING] = None
+    """Folder for TensorBoard."""
+    disable_ddp: Speed[bool] = False
+    """Run as one plain process, without torchrun."""
+    local_rank: Launch[int | None] = None
+    """Accepted and ignored: older launchers pass it."""
+    push_to_hub: Launch[str | None] = None
+    """OWNER/NAME: upload the pruned model with a model card there when the run has ended."""
+
+
+@dataclass(frozen=True)
+class RunConfig(LongRunOptions, ProcessOptions, TuningOptions, PruneConfig, DataOptions, ModelOptions):
+    """Prune a trained image classifier, keep what can be kept without training, and fine-tune it.
+
+    Example: vbp run --data_path DATA --model_name deit_tiny_patch16_224 --keep_ratio 0.65 --use_kd
+    """
+
+    compare_uncompensated: Local[bool] = False
+    """Also evaluate the pruned model without compensation, for the report."""
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data from which the run can be repeated."""
         plain: dict[str, Any] = to_json(self)
@@ -196,6 +211,32 @@ class RunConfig(ProcessOptions, TuningOptions, WidthOptions, RefitOptions, PlanO
 def default_of(name: str) -> Any:
     """Return the default of a setting of a run."""
     return next(field.default for field in dataclasses.fields(RunConfig) if field.name == name)
+
+
+@dataclass(frozen=True)
+class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptions):
+    """Fine-tune a pruned model that vbp saved, without pruning it further.
+
+    Example: vbp finetune output/vbp --data_path DATA --use_kd --save_dir output/tuned
+    """
+
+    artifact: tyro.conf.Positional[str] = dataclasses.field(kw_only=True)
+    """The folder of a run, or a pruned model that vbp saved."""
+    data_path: str = dataclasses.field(kw_only=True)
+    """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+    teacher: str | None = "source"
+    """With --use_kd: the model to distil from: source for the dense model that the pruned one was made from, or
+    another as for vbp run --model_name."""
+    save_dir: Path = Path("./output/finetune")
+    """Where log, checkpoints and report go."""
+
+    def run_config(self) -> RunConfig:
+        """Return the same as a run that removes nothing from the pruned model."""
+        names = {field.name for field in dataclasses.fields(RunConfig)}
+        shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
+        pruning = {"keep_ratio": 1.0, "criterion": "variance", "compensation": "none", "batchnorm": "keep"}
+        teacher = {"teacher": self.teacher if self.use_kd else None}
+        return RunConfig(**shared | pruning | teacher | {"model_name": self.artifact, "model_type": "auto"})
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ class _Progress:
             save_pruned(
                 weights,
                 self.job.config.save_dir / name,
-                plans=self.plan,
+                plans=self.job.plans_with(self.plan),
                 source=classifier.source,
                 preprocessing=classifier.preprocessing,
                 class_names=classifier.class_names,

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.data.data_path import check_outside
+from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import Interrupted
-from vbp.report.run_report import ARTIFACT, FIGURES
+from vbp.report.run_report import FIGURES
 from vbp.runtime.files import clear_leftovers, folder_lock, write_json
 from vbp.runtime.processes import Processes
 from vbp.training.checkpoints import CHECKPOINTS

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import json
 import typing
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ import tyro
 from vbp.data.formats import MAX_PIXELS
 from vbp.method.defaults import RIDGE
 from vbp.runtime.choices import Amp, BatchNormChoice, MatmulPrecision, ModelType, Toggle
+from vbp.runtime.decode import parse_json
 
 T = TypeVar("T")
 
@@ -74,6 +76,24 @@ REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
 COVARIANCE_TOKENS: Final = 0.2
 
 
+# A flag whose value is a JSON object.
+JSON_OBJECT: Final = tyro.constructors.PrimitiveConstructorSpec(
+    nargs=1,
+    metavar="JSON",
+    instance_from_str=lambda words: _json_object(words[0]),
+    is_instance=lambda value: isinstance(value, dict),
+    str_from_instance=lambda value: [json.dumps(value)],
+)
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    """Return the object; a ValueError is a usage error."""
+    value = parse_json(text)
+    if not isinstance(value, dict):
+        raise ValueError(f'it must be a JSON object, as {{"num_classes": 10}}, got {text}')
+    return value
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """Which model, and on what data."""
@@ -83,7 +103,8 @@ class ModelOptions:
     model_type: Source[ModelType] = "vit"
     """Family that the model must belong to (vit includes DeiT); auto checks nothing."""
     model_name: Source[str] = "google/vit-base-patch16-224"
-    """A folder with a Hugging Face model, a hub id (with /), or a timm name."""
+    """A folder with a Hugging Face model, a hub id (with /), or a timm name; or a pruned model that vbp saved or the
+    folder of a run, to prune it further."""
     checkpoint: Local[Path | None] = None
     """Weights for a timm model in the place of a download: .safetensors, or .pth, .pt, .bin, .ckpt, .pth.tar."""
     convnext_checkpoint: Local[Path | None] = None
@@ -102,12 +123,12 @@ class ModelOptions:
     """Override the model's preprocessing: mean of each colour, for pixels in 0..1."""
     std: Local[tuple[float, ...] | None] = None
     """Override the model's preprocessing: standard deviation of each colour, for pixels in 0..1."""
-    # For programs alone: the command lines do not show it.
-    model_kwargs: Local[Annotated[dict[str, Any], tyro.conf.Suppress]] = dataclasses.field(default_factory=dict)
+    model_kwargs: Local[Annotated[dict[str, Any], JSON_OBJECT]] = dataclasses.field(default_factory=dict)
+    """Further arguments of timm.create_model, as a JSON object: '{"num_classes": 10}'."""
 
 
 @dataclass(frozen=True)
-class DataOptions:
+class LoadingOptions:
     """How images are read."""
 
     val_batch_size: Result[int] = 128
@@ -116,13 +137,19 @@ class DataOptions:
     """Processes that read images, for each process of the job; 0 reads in the process itself."""
     prefetch: Speed[int] = 2
     """Batches that each of them reads ahead."""
-    calib_samples: Source[int | Literal["auto"]] = 0
-    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
-    has converged."""
     limit_val: Result[int] = 0
     """Validation images, chosen class-balanced by the seed; 0 takes all."""
     max_pixels: Result[int] = MAX_PIXELS
     """Pixels of the largest image that is read; one with more counts as unreadable."""
+
+
+@dataclass(frozen=True)
+class DataOptions(LoadingOptions):
+    """How images are read, and which for the statistics."""
+
+    calib_samples: Source[int | Literal["auto"]] = 0
+    """Training images for the statistics, chosen class-balanced by the seed; 0 takes all; auto stops when the plan
+    has converged."""
 
 
 @dataclass(frozen=True)

@@ -1,23 +1,28 @@
-"""From statistics to a plan that meets the budget: the steps of a run before surgery."""
+"""From statistics to a pruned copy of the dense model that meets the budget: what all recipes call to prune."""
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from vbp.cost.budget import BudgetResult
 from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
+from vbp.method.ridge import Reconstruction
 from vbp.pruning.auto import AutoSearch, per_saving
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan
-from vbp.recipes.setup import Job, comparison_by_main
+from vbp.pruning.surgery import prune_
+from vbp.recipes.setup import PruneJob, comparison_by_main
+from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import log_lines
@@ -29,7 +34,48 @@ _log = logging.getLogger(__name__)
 _NEAR = 0.02
 
 
-def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
+@dataclass(frozen=True)
+class Pruned:
+    """A pruned copy of a dense model, and what was found on the way to it."""
+
+    model: nn.Module
+    choice: PlanChoice
+    budget: BudgetResult
+    images: int
+    convergence: Convergence | None
+    reconstruction: tuple[Reconstruction, ...]
+    refits: RefitReport
+
+    @property
+    def plan(self) -> PruningPlan:
+        return self.choice.plan
+
+
+def prune_copy(
+    job: PruneJob, refits: Refits | None, *, stop_early: bool = False, save_dir: Path | None = None
+) -> Pruned:
+    """Prune a copy of the dense model: statistics, plan, surgery, refits. The dense model stays as it was.
+
+    With `stop_early` statistics end when the plan has converged. Statistics and plan are written to `save_dir` as
+    soon as they are there.
+    """
+    evidence, convergence = collect_evidence(job, stop_early=stop_early)
+    assert evidence.statistics is not None
+    if save_dir is not None and job.session.processes.is_main:
+        evidence.statistics.save(save_dir / STATISTICS)
+    choice, budget = choose_plan(job, evidence)
+    keep_plan(job, choice.plan, save_dir)
+    pruned = copy.deepcopy(job.dense)
+    with job.session.timed("surgery"):
+        errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
+    refitted = RefitReport()
+    if refits is not None:
+        with job.session.timed("refit"):
+            refitted = refits.refit_(pruned, plan=choice.plan)
+    return Pruned(pruned, choice, budget, evidence.statistics.images, convergence, errors, refitted)
+
+
+def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Convergence | None]:
     """Collect what criterion and compensation need, in stages; return also how the plan converged meanwhile."""
     config, session, statistics, needs = job.config, job.session, job.given_statistics, job.config.needs
     if statistics is not None:
@@ -47,43 +93,40 @@ def collect_evidence(job: Job) -> tuple[Evidence, Convergence | None]:
                 # By the variances whatever the criterion: plans are compared that cost nothing to make.
                 lambda collected: _plan(job, variance_scores(collected, norm_per_layer=config.norm_per_layer)),
                 processes=session.processes,
-                auto=config.calib_samples == "auto",
+                auto=stop_early,
             )
             _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
             log_lines(_log, convergence.table())
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
-    if session.processes.is_main:
-        statistics.save(config.save_dir / STATISTICS)
-    return Evidence(statistics, gradients, config.seed, config.ridge), convergence
+    return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 
 
-def choose_plan(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Make the plan that the configuration asks for, and write it; the same on every process."""
+def choose_plan(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
+    """Make the plan that the configuration asks for; the same on every process."""
     if job.config.criterion == "auto":
         choice, budget = _by_divergence(job, evidence)
     else:
         choice, budget = _by_scores(job, evidence)
-    keep_plan(job, choice.plan)
     log_lines(_log, format_plan(choice.plan, plan_cost(job.dense, choice.plan, job.example)))
     (_log.info if budget.met else _log.warning)("%s", budget.sentence())
     return choice, budget
 
 
-def keep_plan(job: Job, plan: PruningPlan) -> None:
-    """Write the plan, which must be the same on every process."""
+def keep_plan(job: PruneJob, plan: PruningPlan, save_dir: Path | None) -> None:
+    """Check that all processes have the same plan, and write it."""
     job.session.processes.check_same("plan", json_fingerprint(plan.to_dict()))
-    if job.session.processes.is_main:
-        plan.save(job.config.save_dir / PLAN)
+    if save_dir is not None and job.session.processes.is_main:
+        plan.save(save_dir / PLAN)
 
 
-def _plan(job: Job, scores: Mapping[str, Tensor], keep_ratio: float | None = None) -> PruningPlan:
+def _plan(job: PruneJob, scores: Mapping[str, Tensor], keep_ratio: float | None = None) -> PruningPlan:
     """Make a plan by the rules of the run, by default of about the size that it will have."""
     return job.plan_rules.plan(job.sites, scores, job.target.keep_ratio if keep_ratio is None else keep_ratio)
 
 
-def _by_scores(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
+def _by_scores(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
     statistics, config = evidence.statistics, job.config
     assert statistics is not None
     with job.session.timed("planning"):
@@ -97,7 +140,7 @@ def _by_scores(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
     return choice.compensated_by(config.compensation), budget
 
 
-def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
+def _by_divergence(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
     """Search among plans that are computed to meet the budget; once more if a measurement asks for another size."""
     assert evidence.statistics is not None
     known = job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules
@@ -112,12 +155,12 @@ def _by_divergence(job: Job, evidence: Evidence) -> tuple[PlanChoice, BudgetResu
     return replace(choice, plan=budget.plan), budget
 
 
-def savings_of(job: Job) -> dict[str, float]:
+def savings_of(job: PruneJob) -> dict[str, float]:
     """Return by what the costs of each site's channels are divided; nothing where they are not."""
     return job.target.savings() if job.config.ranks_by_cost else {}
 
 
-def _meet(job: Job, plan_for: PlanFor | None) -> BudgetResult:
+def _meet(job: PruneJob, plan_for: PlanFor | None) -> BudgetResult:
     assert plan_for is not None
     compare = comparison_by_main(job.session, job.dense, job.latency_images)
     return job.target.meet(plan_for, job.dense, job.example, compare, compensated=job.config.compensation != "none")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.deploy.artifact import read_artifact, save_pruned
-from vbp.deploy.artifact_files import check_target
+from vbp.deploy.artifact_files import ARTIFACT, check_target
 from vbp.deploy.hub import check_login
 from vbp.deploy.model_card import push_to_hub
 from vbp.errors import InputError, OutputError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
-from vbp.report.run_report import ARTIFACT, BEST, RunReport
+from vbp.report.run_report import BEST, RunReport
 
 _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
 

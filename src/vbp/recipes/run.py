@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -12,23 +11,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from vbp.deploy.artifact import installed_versions, rebuild_
-from vbp.deploy.artifact_files import remove_folder
+from vbp.deploy.artifact import PrunedArtifact, installed_versions, rebuild_
+from vbp.deploy.artifact_files import ARTIFACT, remove_folder
+from vbp.deploy.open_model import is_pruned, open_dense, open_model
 from vbp.errors import InputError
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
-from vbp.recipes.config import RunConfig
+from vbp.recipes.config import FinetuneConfig, RunConfig
 from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, describe, measure, measure_dense
-from vbp.recipes.prune import choose_plan, collect_evidence, keep_plan
+from vbp.recipes.prune import keep_plan, prune_copy
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG, ended_run, way_on
-from vbp.recipes.setup import Job, make_refits, open_session, prepare
-from vbp.refit.refits import RefitReport, Refits
-from vbp.report.run_report import ARTIFACT, BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
-from vbp.runtime.decode import to_json
+from vbp.recipes.setup import Job, Resumed, make_refits, open_session, prepare
+from vbp.refit.refits import Refits
+from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
+from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
@@ -77,6 +77,7 @@ def run(config: RunConfig) -> RunReport:
             return ended
         job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
+        teacher = _teacher(job)
         dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
         _open_folder(job, log)
         session.processes.barrier()  # an error of another process is to find the log
@@ -86,14 +87,100 @@ def run(config: RunConfig) -> RunReport:
             assert dense is not None
             pruned, plan, report = _prune(job, dense, refits)
         else:
-            with checked_content(job.resumed.path):
-                pruned, plan, report = _restore(job, job.resumed.state)
-        report = finetune(job, pruned, plan, report, teacher=job.dense if config.use_kd else None)
-        report = replace(report, **_circumstances(job))
+            pruned, plan, report = _restore(job, job.resumed)
+        return _finish(job, pruned, plan, report, teacher)
+
+
+def run_finetune(config: FinetuneConfig) -> RunReport:
+    """Fine-tune a pruned model, and leave what a run leaves, but for statistics.
+
+    Raises:
+        InputError: The model is none that vbp pruned, or as `run`.
+    """
+    settings = config.run_config()
+    if not is_pruned(config.artifact):
+        raise InputError(
+            f"vbp finetune takes a pruned model or the folder of a run, got {config.artifact}; prune it by vbp run"
+        )
+    if settings.epochs_ft < 1:
+        raise InputError(f"epochs_ft must be at least 1 to fine-tune, got {settings.epochs_ft}; 10 is usual")
+    check_config(settings)
+    with (
+        run_log() as log,
+        open_session(settings) as session,
+        own_folder(settings.save_dir, settings.data_path, session.processes, partial(way_on, settings.save_dir)),
+    ):
         if session.processes.is_main:
-            _write_results(config, report)
-        _show(config, session, report)
+            check_shipping(settings)
+        job = prepare(settings, session)
+        teacher = _teacher(job)
+        _open_folder(job, log)
+        session.processes.barrier()  # an error of another process is to find the log
+        torch.manual_seed(settings.seed + session.processes.rank)
+        check_memory(job)
+        if job.resumed is None:
+            pruned, plan, report = _as_it_is(job)
+        else:
+            pruned, plan, report = _restore(job, job.resumed)
+        return _finish(job, pruned, plan, report, teacher)
+
+
+def _finish(
+    job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, teacher: nn.Module | None
+) -> RunReport:
+    """Fine-tune, and write, show and publish the results."""
+    report = finetune(job, pruned, plan, report, teacher=teacher)
+    report = replace(report, **_circumstances(job))
+    if job.session.processes.is_main:
+        _write_results(job.config, report)
+    _show(job.config, job.session, report)
     return report
+
+
+def _teacher(job: Job) -> nn.Module | None:
+    """Return the model to distil from, if any: checked before any work."""
+    config = job.config
+    if not config.use_kd or config.teacher is None:
+        return job.dense if config.use_kd else None
+    source = config.teacher == "source"
+    teacher = open_dense(config.model_name) if source else open_model(config.teacher).classifier
+    if teacher.num_classes != job.classifier.num_classes or teacher.preprocessing != job.classifier.preprocessing:
+        raise InputError(
+            f"a teacher must take the same images and have the same classes as the model, got {config.teacher} with "
+            f"{teacher.num_classes} classes and {teacher.preprocessing}, and {job.classifier.num_classes} with "
+            f"{job.classifier.preprocessing}; choose another --teacher"
+        )
+    return move_(teacher.model, job.session.device)
+
+
+def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
+    """Measure the pruned model that is fine-tuned; the report has the plan by which it was pruned."""
+    assert job.artifact is not None
+    small, made = measure(job, job.dense), job.artifact.plans[-1]
+    _log.info("pruned: %s", describe(small))
+    small = replace(small, epoch=0)
+    keep_plan(job, made, job.config.save_dir)
+    report = RunReport(
+        base=_dense_of(job.artifact) or small,
+        pruned=small,
+        best=small,
+        final=small,
+        keep_ratio=made.kept / made.total if made.total else 1.0,
+        sites=made.widths,
+        attention=made.attention_share,
+        images={"calibration": 0, "val": small.images or 0},
+        **_circumstances(job),
+    )
+    return copy.deepcopy(job.dense), job.plan_rules.neutral(job.sites, 1.0), report
+
+
+def _dense_of(artifact: PrunedArtifact) -> Measured | None:
+    """Return what was measured of the dense model when the pruned one was made, if that is known."""
+    dense = (artifact.metrics or {}).get("dense")
+    try:
+        return None if dense is None else from_json(Measured, dense, "the dense model's figures", use_defaults=True)
+    except InputError:
+        return None  # of another program's making
 
 
 def run_to_budget(config: RunConfig) -> RunReport:
@@ -112,23 +199,15 @@ def run_to_budget(config: RunConfig) -> RunReport:
 
 
 def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module, PruningPlan, RunReport]:
-    """Prune a copy of the dense model: statistics, plan, surgery, refits; and measure it."""
-    session = job.session
-    evidence, convergence = collect_evidence(job)
-    choice, budget = choose_plan(job, evidence)
-    uncompensated = _uncompensated(job, choice)
-    pruned = copy.deepcopy(job.dense)
-    with session.timed("surgery"):
-        errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
-    refitted = RefitReport()
-    if refits is not None:
-        with session.timed("refit"):
-            refitted = refits.refit_(pruned, plan=choice.plan)
-    small = measure(job, pruned)
+    """Prune a copy of the dense model, and measure it."""
+    config = job.config
+    pruned = prune_copy(job, refits, stop_early=config.calib_samples == "auto", save_dir=config.save_dir)
+    plan, convergence = pruned.plan, pruned.convergence
+    uncompensated = _uncompensated(job, pruned.choice)
+    small = measure(job, pruned.model)
     _log.info("pruned: %s", describe(small))
-    latency = compare_latency(job, pruned)
-    assert evidence.statistics is not None
-    small, plan = replace(small, epoch=0), choice.plan
+    latency = compare_latency(job, pruned.model)
+    small = replace(small, epoch=0)
     report = RunReport(
         base=dense,
         pruned=small,
@@ -137,30 +216,33 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
         keep_ratio=plan.kept / plan.total if plan.total else 1.0,
         sites=plan.widths,
         attention=plan.attention_share,
-        images={"calibration": evidence.statistics.images, "val": dense.images or 0},
+        images={"calibration": pruned.images, "val": dense.images or 0},
         latency=latency,
         uncompensated=uncompensated,
         convergence=None if convergence is None else convergence.to_dict(),
-        budget=budget.to_dict(),
-        candidates=to_json(choice.tried),
+        budget=pruned.budget.to_dict(),
+        candidates=to_json(pruned.choice.tried),
         reconstruction={
-            one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy} for one in errors
+            one.site: {"mean_shift": one.mean_shift, "refit": one.refit, "energy": one.energy}
+            for one in pruned.reconstruction
         },
-        **refitted.to_dict(),
+        **pruned.refits.to_dict(),
         **_circumstances(job),
     )
-    return pruned, plan, report
+    return pruned.model, plan, report
 
 
-def _restore(job: Job, state: Mapping[str, Any]) -> tuple[nn.Module, PruningPlan, RunReport]:
+def _restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunReport]:
     """Bring a copy of the dense model to where a checkpoint was written; the rest as `_prune`."""
-    plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
-    pruned = copy.deepcopy(job.dense)
-    rebuild_(pruned, (plan,), state["trainer"]["student"])
-    move_(pruned, job.session.device)
-    for stage, seconds in state["seconds"].items():
-        job.session.seconds[stage] = job.session.seconds.get(stage, 0.0) + seconds
-    keep_plan(job, plan)
+    with checked_content(resumed.path):
+        state = resumed.state
+        plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
+        pruned = copy.deepcopy(job.dense)
+        rebuild_(pruned, (plan,), state["trainer"]["student"])
+        move_(pruned, job.session.device)
+        for stage, seconds in state["seconds"].items():
+            job.session.seconds[stage] = job.session.seconds.get(stage, 0.0) + seconds
+        keep_plan(job, plan, job.config.save_dir)
     return pruned, plan, report
 
 

@@ -22,14 +22,15 @@ from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
+from vbp.deploy.artifact import PrunedArtifact
+from vbp.deploy.open_model import OpenedModel, open_model
 from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
-from vbp.models.load import load_classifier
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
-from vbp.recipes.config import RunConfig
+from vbp.recipes.config import PruneConfig, RunConfig
 from vbp.recipes.options import ModelOptions
 from vbp.recipes.resume import check_same_settings, find_checkpoint
 from vbp.refit.refits import Refits
@@ -44,7 +45,7 @@ from vbp.sites.find import find_sites
 from vbp.sites.selection import select_sites
 from vbp.sites.site import Site
 from vbp.statistics.evidence import Need
-from vbp.statistics.images import CalibrationImages, default_views
+from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import checked_content, read_checkpoint
 from vbp.training.memory import enable_gradient_checkpointing_
@@ -56,7 +57,7 @@ _log = logging.getLogger(__name__)
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
 
 
-def plan_rules(config: RunConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
+def plan_rules(config: PruneConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
     """Return what all plans of a job have in common."""
     round_to = config.round_to
     if round_to == "auto":
@@ -82,7 +83,7 @@ def comparison_by_main(
 
 
 def find_target(
-    config: RunConfig,
+    config: PruneConfig,
     session: Session,
     model: nn.Module,
     sites: Sequence[Site],
@@ -113,7 +114,7 @@ def find_target(
     return target
 
 
-def _check_removes(config: RunConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
+def _check_removes(config: PruneConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
     """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
     plan = rules.neutral(sites, target.keep_ratio)
     asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
@@ -133,36 +134,51 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Job:
-    """Model, data and settings of a run, checked and ready; private to the recipes.
+class PruneJob:
+    """A dense model, its sites and calibration images, plan rules and budget, checked and ready to be pruned.
 
-    `given_statistics` stand in the place of a calibration pass; `settings` must be the same when a checkpoint of this
-    run is taken up again.
+    `given_statistics` stand in the place of a calibration pass.
     """
 
-    config: RunConfig
+    config: PruneConfig
     session: Session
-    classifier: Classifier
+    dense: nn.Module
     sites: tuple[Site, ...]
     plan_rules: PlanRules
     target: BudgetTarget
-    calibration: CalibrationImages
-    train: Images
-    val: ImageLoader
+    calibration: ImageSource
     example: Tensor
     latency_batch: int
     given_statistics: Statistics | None
-    settings: Mapping[str, Any]
-    resumed: Resumed | None
-
-    @property
-    def dense(self) -> nn.Module:
-        return self.classifier.model
 
     @property
     def latency_images(self) -> Tensor:
         """Return the batch that is timed."""
         return self.example.repeat(self.latency_batch, 1, 1, 1)
+
+
+@dataclass(frozen=True)
+class Job(PruneJob):
+    """Model, data and settings of a run, checked and ready; private to the recipes.
+
+    `settings` must be the same when a checkpoint of this run is taken up again. The model may be a pruned one, which
+    is the dense model of this run; then `artifact` is what it was read from.
+    """
+
+    config: RunConfig
+    calibration: CalibrationImages
+    classifier: Classifier
+    artifact: PrunedArtifact | None
+    train: Images
+    val: ImageLoader
+    settings: Mapping[str, Any]
+    resumed: Resumed | None
+
+    def plans_with(self, plan: PruningPlan) -> tuple[PruningPlan, ...]:
+        """Return the plans from the first dense model on, without one that removes nothing from a pruned model."""
+        earlier = () if self.artifact is None else self.artifact.plans
+        removes = any(kept < total for kept, total in plan.widths.values())
+        return (*earlier, plan) if removes or not earlier else earlier
 
 
 @contextmanager
@@ -186,7 +202,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     resumed = _resumed(config, processes)
     with processes.local_main_first():
-        classifier = _classifier(config)
+        opened = _open(config)
+        classifier = opened.classifier
         count, names = classifier.num_classes, classifier.class_names
         train, val = (list_images(config.data_path, split, count, names) for split in get_args(Split))
         if names is None:  # then they are those of the data
@@ -222,8 +239,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
         **loader_options(config, processes),
     )
     return Job(
-        config, session, classifier, sites, rules, target, calibration, train, val_loader, example, batch, given,
-        settings, resumed,
+        config, session, model, sites, rules, target, calibration, example, batch, given,
+        classifier, opened.artifact, train, val_loader, settings, resumed,
     )  # fmt: skip
 
 
@@ -245,7 +262,7 @@ def _calibration(
     )
 
 
-def make_refits(job: Job) -> Refits | None:
+def make_refits(job: PruneJob) -> Refits | None:
     """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config = job.config
     if config.compensation != "refit":
@@ -253,7 +270,9 @@ def make_refits(job: Job) -> Refits | None:
             return None
         known = job.dense, job.sites, job.example, job.calibration
         return Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
-    views = default_views(job.session.device) if config.refit_views == "auto" else config.refit_views
+    views = config.refit_views
+    if views == "auto":
+        views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         job.dense, job.sites, job.example, job.calibration,
         producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
@@ -289,12 +308,15 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
     check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
 
 
-def _classifier(config: RunConfig) -> Classifier:
+def _open(config: RunConfig) -> OpenedModel:
     options = {field.name: getattr(config, field.name) for field in fields(ModelOptions)}
     del options["data_path"], options["allow_bad_dense"]
-    classifier = load_classifier(**options)
-    _log.info("model %s: %s; %s", config.model_name, classifier.family, classifier.preprocessing)
-    return classifier
+    name = options.pop("model_name")
+    opened = open_model(name, **options)
+    _log.info("model %s: %s; %s", name, opened.classifier.family, opened.classifier.preprocessing)
+    if opened.plans:
+        _log.info("it is pruned already: it is the dense model of this run, and shares are of the channels it has")
+    return opened
 
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import csv
+import io
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -10,8 +12,9 @@ from typing import Any, Final
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import InputError
 from vbp.report.run_report import SUMMARY, RunReport, setting_text
+from vbp.runtime.choices import TableForm as Form
 from vbp.runtime.decode import to_json
-from vbp.runtime.tables import format_count, text_table
+from vbp.runtime.tables import format_count, markdown_table, text_table
 
 _MODELS: Final = {
     "base": "top-1 dense",
@@ -35,6 +38,7 @@ class RunComparison:
     folders: tuple[Path, ...]
     runs: tuple[RunReport, ...]
     incidental: frozenset[str]
+    form: Form = "table"
 
     @property
     def settings(self) -> dict[str, tuple[Any, ...]]:
@@ -54,11 +58,15 @@ class RunComparison:
         }
 
     def table(self, width: int = 120) -> str:
-        """Return a table for the terminal, a column for each run.
+        """Return a table for the terminal, a column for each run; in another form a row for each.
 
         Runs that do not fit into lines of `width` characters stand in another table below, at least one in each.
         """
         rows = [("", *self.names), *self._rows()]
+        if self.form != "table":
+            heading, *runs = zip(*rows, strict=True)
+            heading = ("run", *heading[1:])
+            return _csv([heading, *runs]) if self.form == "csv" else markdown_table(heading, runs).rstrip("\n")
         sizes = [max(len(row[column]) for row in rows) for column in range(len(self.names) + 1)]
         blocks: list[list[int]] = []
         for column in range(1, len(sizes)):
@@ -81,7 +89,7 @@ class RunComparison:
         return rows + [(label, *(cells.get(label, "") for cells in columns)) for label in labels]
 
 
-def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> RunComparison:
+def compare(folders: Sequence[Path], *, incidental: Collection[str], form: Form = "table") -> RunComparison:
     """Read runs to compare them, each from its `save_dir` or from the folder of the pruned model in it.
 
     The `incidental` settings are not shown: they are about how a run was started.
@@ -97,7 +105,13 @@ def compare(folders: Sequence[Path], *, incidental: Collection[str]) -> RunCompa
         if places.count(place) > 1:
             raise InputError(f"runs to compare must differ, got {folder} more than once; name each once")
     runs = tuple(RunReport.read(folder) for folder in folders)
-    return RunComparison(_short(places), tuple(folders), runs, frozenset(incidental))
+    return RunComparison(_short(places), tuple(folders), runs, frozenset(incidental), form)
+
+
+def _csv(rows: Iterable[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue().rstrip("\n")
 
 
 def _run_of(folder: Path) -> Path:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from vbp.cost.timing import LatencyComparison
+from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import InputError, one_line, printable
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
@@ -20,7 +21,7 @@ from vbp.runtime.tables import format_count, standard_error, text_table, with_er
 from vbp.statistics.statistics import Statistics
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
-BEST, FINAL, ARTIFACT, FIGURES = "vbp_best.pth", "vbp_final.pth", "artifact", "figures"
+BEST, FINAL, FIGURES = "vbp_best.pth", "vbp_final.pth", "figures"
 
 # How tables call the pruned model, by its compensation.
 _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}

@@ -75,14 +75,20 @@ def to_json(value: Any) -> Any:
 
 
 def from_json(
-    kind: type[T], value: Any, what: str, remedy: str = "make it again", *, use_defaults: bool = False
+    kind: type[T],
+    value: Any,
+    what: str,
+    remedy: str = "make it again",
+    *,
+    use_defaults: bool = False,
+    wrong: str = "is damaged: it",
 ) -> T:
     """Return the dataclass whose plain JSON data this is.
 
     Fields may be numbers, text, Literals, Optionals, tuples, mappings from text, paths, other dataclasses, or Any.
 
-    `what`, such as `the plan`, begins the error text, and `remedy` ends it. With `use_defaults` a field that has a
-    default may be missing.
+    `what`, such as `the plan`, and `wrong` begin the error text, and `remedy` ends it. With `use_defaults` a field
+    that has a default may be missing.
 
     Raises:
         InputError: A name is missing or unknown, or a value is of another type; numbers must be finite.
@@ -100,7 +106,7 @@ def from_json(
         decoded: T = _decoded(kind, value, "", use_defaults)
     except _MismatchError as error:
         place = f"must hold a {error.place}, which " if error.place else ""
-        raise InputError(f"{what} is damaged: it {place}{error.text}; {remedy}") from None
+        raise InputError(f"{what} {wrong} {place}{error.text}; {remedy}") from None
     return decoded
 
 

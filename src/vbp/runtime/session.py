@@ -20,15 +20,17 @@ class Session:
     """How this process takes part in a job. The default is a job of one process, on the CPU, in float32.
 
     `precision` is that of all forward passes; `seconds` has the time spent in each stage so far.
+    `bars` shows progress bars or hides them; by default a terminal shows them.
     """
 
     processes: Processes = field(default_factory=Processes)
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     precision: Precision = field(default_factory=Precision)
     seconds: dict[str, float] = field(default_factory=dict)
+    bars: bool | None = None
 
     def progress(self, batches: Iterable[Any], label: str) -> Any:
-        """Draw a progress bar on the main process, where the output is a terminal; return the batches."""
+        """Draw a progress bar on the main process, as `bars` says; return the batches."""
         return tqdm(batches, desc=label, unit="batch", leave=False, disable=self._hidden, dynamic_ncols=True)
 
     @contextmanager
@@ -52,7 +54,9 @@ class Session:
     @property
     def _hidden(self) -> bool | None:
         """Hide the bar on other processes; None leaves it to whether the output is a terminal."""
-        return None if self.processes.is_main else True
+        if not self.processes.is_main:
+            return True
+        return None if self.bars is None else not self.bars
 
 
 # For calls that belong to no job.

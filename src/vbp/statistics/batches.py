@@ -59,6 +59,12 @@ def images_for(
     return (pixels for pixels, _ in _fitting(model, batches, device))
 
 
+def part_of(batch: Any, low: int, high: int, *, labels: bool) -> Any:
+    """Return the images of a batch from one place to another, alone or with their labels."""
+    pixels = pixels_of(batch)[low:high]
+    return (pixels, _part(batch, _LABELS, 1)[low:high]) if labels else pixels
+
+
 def labelled_for(
     model: nn.Module, batches: Iterable[Any], device: torch.device | str | None = None
 ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -9,8 +9,6 @@ from typing import Final, Literal
 
 from torch import Tensor, nn
 
-from vbp.data.loader import make_loader
-from vbp.data.preprocessing import evaluation_transform
 from vbp.method.covariance import covariance_bytes
 from vbp.method.fisher import sensitivity_bytes
 from vbp.method.ridge import RIDGE
@@ -18,9 +16,10 @@ from vbp.method.sampling import RandomProbes, TokenSample
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.layers import output_channels
 from vbp.sites.site import Site
+from vbp.statistics.batches import pixels_of
 from vbp.statistics.collect import collect_statistics
 from vbp.statistics.gradients import GradientSum
-from vbp.statistics.images import CalibrationImages, in_pieces
+from vbp.statistics.images import ImageSource, in_pieces
 from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
@@ -60,7 +59,7 @@ class EvidenceReader:
         self,
         model: nn.Module,
         sites: Sequence[Site],
-        images: CalibrationImages,
+        images: ImageSource,
         needs: Collection[Need],
         *,
         covariance_tokens: float = 1.0,
@@ -87,18 +86,16 @@ class EvidenceReader:
         Raises:
             InputError: Images cannot be read, or the model's predictions are not finite.
         """
-        images = self._images
         with out_of_memory("calibration"):
             if "sensitivity" in self._needs and self._pivots is None:
                 self._pivots = self._read_pivots()
-            loader = images.load(images.order[part.start : part.stop], images.batch_size)
-            if loader is None:
+            seen = self._images.parts(part, "calibration", labels=self._gradients is not None)
+            if seen is None:
                 return None
-            seen: Iterable[tuple[Tensor, Tensor]] = self._session.progress(loader, "calibration")
             if self._gradients is not None:
                 seen = self._gradients.tee(seen)
             if self._needs & FROM_STATISTICS:
-                return self._collect((pixels for pixels, _ in seen), part)
+                return self._collect(map(pixels_of, seen), part)
             for _ in seen:
                 pass
         return None
@@ -136,17 +133,9 @@ class EvidenceReader:
 
     def _read_pivots(self) -> Mapping[str, Tensor]:
         """Return the means over the same first images on every process."""
-        loader = make_loader(
-            self._images.images.select(self._images.order[:_PIVOT_IMAGES]),
-            evaluation_transform(self._images.preprocessing),
-            batch_size=_PIVOT_IMAGES,
-            num_workers=0,
-            # How many are too many is decided by the reading itself.
-            max_unreadable=1.0,
-            max_pixels=self._images.max_pixels,
-        )
+        images = self._images.first(_PIVOT_IMAGES)
         with self._session.precision.autocast():
-            return collect_statistics(self._model, self._sites, loader, device=self._session.device).means
+            return collect_statistics(self._model, self._sites, images, device=self._session.device).means
 
 
 def evidence_bytes(model: nn.Module, sites: Sequence[Site], needs: Collection[Need]) -> dict[Need, int]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from vbp.errors import InputError
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.session import ALONE, Session
-from vbp.statistics.batches import check_repeatable, pixels_of
+from vbp.statistics.batches import check_repeatable, part_of, pixels_of
 
 # Views of an image for the refits after surgery, where these take seconds. On a CPU they would take a quarter of an
 # hour a plan on DeiT-tiny.
@@ -112,6 +112,23 @@ class CalibrationImages:
         )
         return loader if len(loader) else None
 
+    def first(self, count: int) -> Iterable[Any]:
+        """Load the first images, the same on every process."""
+        # How many are too many to be unreadable is decided by the reading itself.
+        return make_loader(
+            self.images.select(self.order[:count]),
+            evaluation_transform(self.preprocessing),
+            batch_size=count,
+            num_workers=0,
+            max_unreadable=1.0,
+            max_pixels=self.max_pixels,
+        )
+
+    def parts(self, places: range, label: str, *, labels: bool) -> Iterable[Any] | None:
+        """Load this process's share of the images at some places, in whole batches, with labels in any case."""
+        loader = self.load(self.order[places.start : places.stop], self.batch_size)
+        return None if loader is None else self.session.progress(loader, label)
+
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
         """Load a share as `share` does, without labels, with a progress bar; random numbers as of one process."""
         share, processes = self.share(places, views), self.session.processes
@@ -130,11 +147,17 @@ class CalibrationImages:
 class GivenImages:
     """Batches of prepared images that a caller has, with or without labels, in the order in which they come.
 
-    They are of one process, and can be gone through several times.
+    They are of one process, and can be gone through several times; the seed is that of all random numbers that belong
+    to the images.
     """
 
     batches: Iterable[Any]
     session: Session = ALONE
+    seed: int = 0
+
+    # They are numbered one by one, and a file of statistics says nothing about them.
+    batch_size: ClassVar[int] = 1
+    fingerprint: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         """Raise InputError for an iterator, which can be gone through only once."""
@@ -151,16 +174,26 @@ class GivenImages:
         """Return the images at some places, as they are; several views raise InputError."""
         if views != 1:
             raise InputError(f"views must be 1 for batches of prepared images, got {views}; pass the views as images")
-        return Pixels(partial(self._between, places))
+        probes = RandomProbes(seed=self.seed)
+        return Pixels(lambda: self.session.progress(self._between(places), label), probes)
 
-    def _between(self, places: range) -> Iterator[Tensor]:
+    def first(self, count: int) -> Iterable[Any]:
+        """Return the first images."""
+        return self._between(range(count))
+
+    def parts(self, places: range, label: str, *, labels: bool) -> Iterable[Any]:
+        """Return the images at some places, alone or with labels."""
+        batches: Iterable[Any] = self.session.progress(self._between(places, labels=labels), label)
+        return batches
+
+    def _between(self, places: range, *, labels: bool = False) -> Iterator[Any]:
         start = 0
         for batch in self.batches:
-            pixels = pixels_of(batch)
-            wanted = pixels[max(0, places.start - start) : max(0, places.stop - start)]
-            start += len(pixels)
-            if len(wanted):
-                yield wanted
+            size = len(pixels_of(batch))
+            low, high = max(0, places.start - start), min(size, places.stop - start)
+            start += size
+            if low < high:
+                yield part_of(batch, low, high, labels=labels)
             if start >= places.stop:
                 return
 

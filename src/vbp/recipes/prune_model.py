@@ -1,0 +1,288 @@
+"""Prune any model in one call: the same steps as a run, on images that a caller has, with nothing written."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.macs import PlanCost, count_macs, count_parameters
+from vbp.cost.timing import latency_batch
+from vbp.data.preprocessing import Preprocessing
+from vbp.deploy.artifact import save_pruned
+from vbp.errors import InputError
+from vbp.models.classifier import Classifier, ModelSource
+from vbp.pruning.make_plan import check_ratios
+from vbp.pruning.plan import Candidate, PruningPlan
+from vbp.pruning.surgery import check_prunable
+from vbp.recipes.checks import check_pruning
+from vbp.recipes.config import PruneConfig
+from vbp.recipes.prune import prune_copy
+from vbp.recipes.setup import PruneJob, find_target, make_refits, plan_rules
+from vbp.refit.refits import RefitReport
+from vbp.runtime.choices import Compensation, Criterion
+from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.session import Session
+from vbp.runtime.tables import format_count, text_table
+from vbp.sites.find import find_sites
+from vbp.sites.selection import select_sites
+from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
+from vbp.statistics.images import GivenImages
+from vbp.training.evaluate import Accuracy, evaluate
+
+# They are of runs: from a file, from images that are prepared in several ways, for the exit code.
+_OF_RUNS: Final = ("stats_path", "refit_views", "best_effort")
+
+# Images in the batch by which a GPU is timed, as in a run.
+_GPU_BATCH: Final = 128
+
+# What a result takes over from a classifier.
+_OF_CLASSIFIERS: Final = ("source", "preprocessing", "class_names")
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """A pruned model, and how it was made.
+
+    Attributes:
+        model: The pruned copy, in evaluation mode, on the device of the model that it was made from.
+        plan: The channels that it keeps.
+        cost: MACs of one image and parameters, before and after.
+        budget: What was asked for, and what was reached.
+        images: Calibration images that were read.
+        dense_accuracy: Of the model that was handed in; None without labelled images to measure it on.
+        accuracy: Likewise of the pruned one.
+        candidates: The plans that the criterion auto compared.
+        refits: What the refits after surgery did.
+        seconds: Spent in each step.
+        settings: How it was pruned, by name.
+        source: How the dense model is built; None where that is not known.
+        preprocessing: How images are prepared, if known.
+        class_names: What each logit stands for, if known.
+
+    Example:
+        >>> vbp.prune(model, [images], keep_ratio=0.5).cost.params
+        (32455, 24135)
+    """
+
+    model: nn.Module
+    plan: PruningPlan
+    cost: PlanCost
+    budget: BudgetResult
+    images: int
+    dense_accuracy: Accuracy | None = None
+    accuracy: Accuracy | None = None
+    candidates: tuple[Candidate, ...] = ()
+    refits: RefitReport = field(default_factory=RefitReport)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    source: ModelSource | None = None
+    preprocessing: Preprocessing | None = None
+    class_names: tuple[str, ...] | None = None
+
+    def figures(self) -> dict[str, Any]:
+        """Return the numbers as plain JSON data."""
+        (macs, pruned_macs), (params, pruned_params) = self.cost.macs, self.cost.params
+        figures: dict[str, Any] = {
+            "macs": pruned_macs, "params": pruned_params, "keep_ratio": self.plan.kept / max(self.plan.total, 1),
+            "calibration_images": self.images, "dense": {"macs": macs, "params": params},
+        }  # fmt: skip
+        if self.accuracy is not None and self.dense_accuracy is not None:
+            for place, accuracy in ((figures, self.accuracy), (figures["dense"], self.dense_accuracy)):
+                place |= {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
+        return figures
+
+    def table(self) -> str:
+        """Return the dense and the pruned model in a table, and whether the budget was met."""
+        rows = [["", *(("top-1 %",) if self.accuracy else ()), "MACs", "parameters"]]
+        for place, (name, accuracy) in enumerate((("dense", self.dense_accuracy), ("pruned", self.accuracy))):
+            top1 = () if accuracy is None else (f"{accuracy.top1:.2f}",)
+            rows.append([name, *top1, *(format_count(both[place]) for both in (self.cost.macs, self.cost.params))])
+        return f"{text_table(rows)}\n{self.budget.sentence()}"
+
+    def save(self, path: Path | str) -> None:
+        """Write the pruned model as a folder, or one file that ends in `.pth`, which `vbp.load_pruned` reads.
+
+        Where it is not known how the dense model is built, `load_pruned` needs a fresh one: `model=`.
+
+        Raises:
+            InputError: The folder holds something else.
+            OutputError: It could not be written.
+        """
+        save_pruned(
+            self.model,
+            path,
+            plans=self.plan,
+            source=self.source,
+            preprocessing=self.preprocessing,
+            class_names=self.class_names,
+            metrics=self.figures(),
+            settings=self.settings,
+        )
+
+
+def prune(
+    model: nn.Module | Classifier,
+    images: Iterable[Any],
+    *,
+    keep_ratio: float | None = None,
+    target_macs: float | str | None = None,
+    target_params: float | str | None = None,
+    target_latency_ms: float | None = None,
+    target_speedup: float | None = None,
+    criterion: Criterion = "auto",
+    compensation: Compensation = "refit",
+    val: Iterable[Any] | None = None,
+    calib_samples: int = 1000,
+    seed: int = 0,
+    progress: bool = True,
+    **settings: Any,
+) -> PruneResult:
+    """Return a smaller copy of a trained image classifier; the model itself is left as it was.
+
+    Nothing is trained and no labels are needed: statistics on a few images say which channels go, and what stays is
+    refitted to predict what they contributed. `vbp.run` prunes by the same steps.
+
+    Args:
+        model: Any classifier, on any device; or what `load_classifier` returned: then the result says how its dense
+            model is built, and `load_pruned` needs nothing but the path.
+        images: Calibration images, prepared as for evaluation, in batches as `pixels_of` takes them: a list, a
+            loader, a generator. Some hundred or more, of all classes and in no order; they are read once, and kept
+            in memory.
+        keep_ratio: Share of the hidden channels to keep, in (0, 1]; 0.65 unless a target is given.
+        target_macs: In its place: MACs of one image, as 0.6 of the dense model's, `60%`, or `0.94G`.
+        target_params: In its place: parameters, likewise.
+        target_latency_ms: In its place: milliseconds of a batch on the model's device.
+        target_speedup: In its place: how many times as fast as the dense model there, above 1.
+        criterion: Which channels go.
+        compensation: What stands in for them.
+        val: Labelled images, in batches: accuracy of both models is measured on them.
+        calib_samples: So many images are read, the first ones; 0 takes all.
+        seed: Of sampled tokens and of the random criterion.
+        progress: Show progress bars in a terminal or notebook.
+        **settings: Further ones of `PruneConfig`, as `round_to=8` or `bottleneck=True`.
+
+    Raises:
+        InputError: A setting is unknown or out of range, the model cannot meet it, or the images do not fit.
+
+    Example:
+        >>> result = vbp.prune(model, [images], keep_ratio=0.5)
+        >>> result.plan.kept, result.plan.total
+        (128, 256)
+        >>> result.save(folder / "pruned")
+    """
+    budgets = {
+        "keep_ratio": keep_ratio,
+        "target_macs": target_macs,
+        "target_params": target_params,
+        "target_latency_ms": target_latency_ms,
+        "target_speedup": target_speedup,
+    }
+    config = _config(budgets, {"criterion": criterion, "compensation": compensation, **settings})
+    dense = model.model if isinstance(model, Classifier) else model
+    if val is not None:
+        check_repeatable(val)
+    job = _prepare(config, dense, _read(images, calib_samples, config), seed, _bars(progress))
+    refits = make_refits(job)
+    before = _accuracy(job, dense, val, "dense")
+    pruned = prune_copy(job, refits)
+    pruned.model.eval()
+    return PruneResult(
+        pruned.model,
+        pruned.plan,
+        PlanCost(
+            (count_macs(dense, job.example), count_macs(pruned.model, job.example)),
+            (count_parameters(dense), count_parameters(pruned.model)),
+        ),
+        pruned.budget,
+        pruned.images,
+        before,
+        _accuracy(job, pruned.model, val, "pruned"),
+        pruned.choice.tried,
+        pruned.refits,
+        dict(job.session.seconds),
+        {**_changed(config), "calib_samples": calib_samples, "seed": seed},
+        **({name: getattr(model, name) for name in _OF_CLASSIFIERS} if isinstance(model, Classifier) else {}),
+    )
+
+
+def _config(budgets: Mapping[str, Any], settings: Mapping[str, Any]) -> PruneConfig:
+    """Return the checked settings of a pruning."""
+    allowed = [each.name for each in dataclasses.fields(PruneConfig) if each.name not in (*_OF_RUNS, *budgets)]
+    if unknown := sorted(set(settings) - set(allowed)):
+        raise InputError(f"prune has no setting {', '.join(unknown)}; allowed are {', '.join(allowed)}")
+    budget = {name: value for name, value in budgets.items() if value is not None}
+    shares = ("target_macs", "target_params")  # text, as on a command line
+    values = {name: str(value) if name in shares else value for name, value in {**budget, **settings}.items()}
+    config = from_json(
+        PruneConfig, to_json(values), "the settings of prune", "see PruneConfig",
+        use_defaults=True, wrong="are wrong: they",
+    )  # fmt: skip
+    Budget.of(**(budget or {"keep_ratio": config.keep_ratio}))
+    lowest = 1 if config.round_to == "auto" else config.round_to
+    check_ratios(config.keep_ratio, config.min_keep_ratio, lowest, config.attn_keep_ratio)
+    check_pruning(config)
+    return config
+
+
+def _read(images: Iterable[Any], count: int, config: PruneConfig) -> list[Any]:
+    """Read the first images, with labels where the criterion needs them."""
+    if count < 0:
+        raise InputError(f"calib_samples must be at least 0, got {count}; 1000 is usual, 0 takes all")
+    left, kept = count or sys.maxsize, list[Any]()
+    for batch in [images] if isinstance(images, Tensor) else images:
+        kept.append(part_of(batch, 0, left, labels="gradients" in config.needs))
+        left -= len(pixels_of(kept[-1]))
+        if left <= 0:
+            break
+    if not sum(len(pixels_of(batch)) for batch in kept):
+        raise InputError("images must hold at least one image, got none; give some hundred, in batches")
+    return kept
+
+
+def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: int, bars: bool | None) -> PruneJob:
+    """Find the sites and check what the model can meet."""
+    like = next(images_for(dense, batches))[:1]
+    session = Session(device=like.device, bars=bars)
+    # Noise: all tokens of a blank image are equal.
+    noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
+    example = noise.to(like)
+    found = find_sites(dense, example, attention=config.bottleneck, convolutions=config.convolutions)
+    sites = select_sites(found, config.include, config.exclude)
+    check_prunable(dense, sites, example)
+    rules = plan_rules(config, session, sites)
+    batch = latency_batch(dense, example, at_most=_GPU_BATCH, size=config.latency_batch)
+    target = find_target(config, session, dense, sites, example, batch, rules)
+    given = GivenImages(batches, session, seed)
+    return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None)
+
+
+def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label: str) -> Accuracy | None:
+    if val is None:
+        return None
+    with job.session.timed("evaluation"):
+        return evaluate(model, job.session.progress(val, label), job.session.device)
+
+
+def _bars(progress: bool) -> bool | None:
+    """Return whether a session shows bars: a notebook shows what it is told to, a terminal by itself."""
+    if not progress:
+        return False
+    return True if "ipykernel" in sys.modules else None
+
+
+def _changed(config: PruneConfig) -> dict[str, Any]:
+    """Return what is not as by default, and the method."""
+    values = to_json(config)
+    return {
+        name: value
+        for name, value in values.items()
+        if name in ("criterion", "compensation") or value != to_json(getattr(PruneConfig, name))
+    }

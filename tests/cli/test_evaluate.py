@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from vbp.cli.options import EvalConfig, ExportConfig, InspectConfig, PredictConf
 from vbp.deploy.open_model import open_dense
 from vbp.recipes.config import FinetuneConfig
 from vbp.recipes.run import run, run_finetune
+from vbp.runtime.files import folder_lock
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +82,7 @@ def test_dense_and_pruned_are_counted_image_by_image(finished: Path, digits: Pat
         ({"checkpoint": Path("a.pth")}, "checkpoint are for dense models"),
         ({"output": Path("nowhere/a.json")}, "existing folder"),
         ({"device": "tpu"}, "device must be"),
+        ({"max_pixels": 16}, "max_pixels"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(
@@ -113,6 +116,11 @@ def test_files_get_the_names_of_their_classes(finished: Path, digits: Path, tmp_
     wide = tmp_path / "wide.png"
     Image.new("I;16", (8, 8), 65535).save(wide)
     assert len(run_predict(PredictConfig(str(finished), (wide,), top=1)).files) == 1
+    with pytest.raises(InputError, match=r"wide\.png must be .* more pixels than max_pixels, which is 63"):
+        run_predict(PredictConfig(str(finished), (wide,), max_pixels=63))
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(InputError, match=r"pipe\.png must be an image file"):
+        run_predict(PredictConfig(str(finished), (tmp_path / "pipe.png",)))
 
 
 def test_a_pruned_model_is_pruned_further(finished: Path, quick: RunConfig) -> None:
@@ -154,6 +162,11 @@ def test_a_pruned_model_is_fine_tuned_later(finished: Path, digits: Path, quick:
     assert report.config["teacher"] == "source"
     again = run_finetune(dataclasses.replace(config, resume="auto"))
     assert again.final.top1 == report.final.top1
+    with (
+        folder_lock(quick.save_dir),
+        pytest.raises(InputError, match="save_dir must be a folder into which no other job writes"),
+    ):
+        run_finetune(dataclasses.replace(config, resume="auto"))
     with pytest.raises(InputError, match=r"teacher: 'source' -> '.*artifact'"):
         run_finetune(dataclasses.replace(config, resume="auto", teacher=str(finished / "artifact")))
 

@@ -547,6 +547,12 @@ def test_a_file_with_other_than_settings_is_refused(
     assert error in capsys.readouterr().err
 
 
+def test_a_pipe_is_no_file_of_settings(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(InputError, match="must be a YAML or JSON file of settings"):
+        parse(RunConfig, [*DATA, "--config", str(tmp_path / "run.yaml")], "vbp run")
+
+
 def test_without_a_file_config_is_refused(type_: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> None:
     assert type_("run", *DATA, "--config", entry=main) == 1
     assert "--config needs a file" in capsys.readouterr().err

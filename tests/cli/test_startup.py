@@ -65,8 +65,8 @@ def test_a_public_name_is_what_its_room_has() -> None:
     assert {*vbp.__all__} <= {*dir(vbp)}
     for name in vbp.__all__:
         assert getattr(vbp, name).__module__.startswith("vbp."), name
-    with pytest.raises(AttributeError, match="module 'vbp' has no attribute 'prune'"):
-        vbp.prune  # noqa: B018
+    with pytest.raises(AttributeError, match="module 'vbp' has no attribute 'shrink'"):
+        vbp.shrink  # noqa: B018
 
 
 BEFORE, AFTER = "import torch_pruning as tp\nimport vbp\n", "import vbp\nimport torch_pruning as tp\n"

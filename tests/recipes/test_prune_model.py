@@ -152,9 +152,33 @@ def test_a_model_of_ones_own_is_saved_too(plain: nn.Module, pixels: Tensor, tmp_
         assert load_pruned(tmp_path / "pruned.pth", copy.deepcopy(plain))(pixels).equal(result.model(pixels))
 
 
+def test_layers_batchnorms_and_costs_are_chosen_as_in_a_run() -> None:
+    classifier = load_classifier("test_resnet", allow_random_init=True, model_kwargs={"num_classes": 7})
+    images = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    settings: dict[str, Any] = {"criterion": "l2", "compensation": "none", "target_macs": 0.8}
+    every = vbp.prune(classifier, [images], **settings, global_pruning=True, convolutions=True)
+    assert every.refits.batchnorm is not None
+    assert every.settings["convolutions"] is True
+    assert not {"include", "exclude"} & every.settings.keys()
+    plain = vbp.prune(classifier, [images], **settings, global_pruning=True, convolutions=True, cost_aware="off")
+    assert every.plan.kept / every.plan.total > plain.plan.kept / plain.plan.total
+    first = next(iter(every.plan.widths))
+    some = vbp.prune(
+        classifier, [images], criterion="l2", compensation="none", keep_ratio=0.5, convolutions=True, exclude=[first],
+        batchnorm="keep",
+    )  # fmt: skip
+    assert {*some.plan.widths} == {*every.plan.widths} - {first}
+    assert some.plan.exclude == (first,)
+    assert some.settings["exclude"] == [first]
+    assert some.refits.batchnorm is None
+    with pytest.raises(InputError, match="include must match the name of a site"):
+        vbp.prune(classifier, [images], convolutions=True, include=["heads.*"])
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
+        ({"cost_aware": "on"}, "cost_aware changes nothing without a target"),
         ({"keep_ratio": 0.5, "target_macs": 0.5}, "one budget"),
         ({"keep_ratio": 1.3}, "keep_ratio must be in"),
         ({"keep_ratio": "half"}, "keep_ratio, which must be a finite number, got 'half'"),

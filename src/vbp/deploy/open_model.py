@@ -10,7 +10,7 @@ from typing import Any, Final
 from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact
 from vbp.deploy.artifact_files import ARTIFACT, MANIFEST, RUN_CONFIG, model_in
 from vbp.deploy.hub import is_reference
-from vbp.errors import InputError
+from vbp.errors import InputError, one_line
 from vbp.models.classifier import Classifier, check_family, check_takes_images
 from vbp.models.load import family_of, load_classifier
 from vbp.pruning.plan import PruningPlan
@@ -103,7 +103,9 @@ def _made_from(name: str) -> dict[str, Any]:
                 values = read_json(run / RUN_CONFIG)
                 return {key: values[key] for key in known if key in values} | {"model_name": values["model_name"]}
             except (OSError, ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{run / RUN_CONFIG} cannot be read ({error}); name a dense model") from error
+                raise InputError(
+                    f"{run / RUN_CONFIG} cannot be read ({one_line(error)}); name a dense model"
+                ) from error
     settings = read_artifact(name).settings or {}
     if "model_name" not in settings:
         raise InputError(

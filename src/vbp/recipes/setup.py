@@ -264,18 +264,15 @@ def _calibration(
 
 def make_refits(job: PruneJob) -> Refits | None:
     """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
-    config = job.config
+    config, known = job.config, (job.dense, job.sites, job.example, job.calibration)
     if config.compensation != "refit":
-        if config.batchnorm == "keep":
-            return None
-        known = job.dense, job.sites, job.example, job.calibration
-        return Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
+        refits = Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
+        return refits if refits.wanted else None
     views = config.refit_views
     if views == "auto":
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
-        job.dense, job.sites, job.example, job.calibration,
-        producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
+        *known, producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
         batchnorm=config.batchnorm, views=views,
     )  # fmt: skip
 

@@ -96,8 +96,8 @@ class Refits:
         left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
         toggles["batchnorm"] = "off" if left else "auto" if batchnorm == "auto" else "on"
         self._batchnorm = batchnorm
-        self._wanted: set[Refit] = {name for name, toggle in toggles.items() if self._possible(name, toggle)}
-        if self._wanted - {"batchnorm"}:
+        self.wanted = frozenset(name for name, toggle in toggles.items() if self._possible(name, toggle))
+        if self.wanted - {"batchnorm"}:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
 
     def refit_(
@@ -111,7 +111,7 @@ class Refits:
         Raises:
             InputError: No image can be read, or a value is not finite.
         """
-        producers, stream, head, wanted = None, None, None, self._wanted & {*only}
+        producers, stream, head, wanted = None, None, None, self.wanted & {*only}
         with out_of_memory("calibration"):
             batchnorm = self._estimate_(pruned, plan) if "batchnorm" in wanted else None
             if "producers" in wanted:

@@ -82,7 +82,8 @@ def test_dense_and_pruned_are_counted_image_by_image(finished: Path, digits: Pat
         ({"checkpoint": Path("a.pth")}, "checkpoint are for dense models"),
         ({"output": Path("nowhere/a.json")}, "existing folder"),
         ({"device": "tpu"}, "device must be"),
-        ({"max_pixels": 16}, "max_pixels"),
+        ({"max_pixels": 0}, "max_pixels must be 1 or more"),
+        ({"max_pixels": 16}, "images may be unreadable"),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused(

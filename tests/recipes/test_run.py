@@ -222,7 +222,7 @@ def test_a_reading_process_that_is_killed_is_one_line(quick: RunConfig, monkeypa
         time.sleep(5)  # PyTorch reports it in whatever line is executed
         raise AssertionError
 
-    monkeypatch.setattr("vbp.recipes.run.collect_evidence", kill_readers)
+    monkeypatch.setattr("vbp.recipes.run.prune_copy", kill_readers)
     with pytest.raises(InputError, match=r"process \d+, which read images .* \(Killed\), .* --num_workers"):
         run(dataclasses.replace(quick, num_workers=1))
 

@@ -63,8 +63,7 @@ def prune_copy(
     assert evidence.statistics is not None
     if save_dir is not None and job.session.processes.is_main:
         evidence.statistics.save(save_dir / STATISTICS)
-    choice, budget = choose_plan(job, evidence)
-    keep_plan(job, choice.plan, save_dir)
+    choice, budget = choose_plan(job, evidence, save_dir)
     pruned = copy.deepcopy(job.dense)
     with job.session.timed("surgery"):
         errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
@@ -103,12 +102,13 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
     return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 
 
-def choose_plan(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, BudgetResult]:
-    """Make the plan that the configuration asks for; the same on every process."""
+def choose_plan(job: PruneJob, evidence: Evidence, save_dir: Path | None) -> tuple[PlanChoice, BudgetResult]:
+    """Make the plan that the configuration asks for, and keep it; the same on every process."""
     if job.config.criterion == "auto":
         choice, budget = _by_divergence(job, evidence)
     else:
         choice, budget = _by_scores(job, evidence)
+    keep_plan(job, choice.plan, save_dir)  # before a log that may fail
     log_lines(_log, format_plan(choice.plan, plan_cost(job.dense, choice.plan, job.example)))
     (_log.info if budget.met else _log.warning)("%s", budget.sentence())
     return choice, budget

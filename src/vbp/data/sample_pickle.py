@@ -67,33 +67,18 @@ _PLAIN = (
 _LARGEST_FILE, _LONGEST_PATH = 2**31, 4096
 
 
-<<<<<<< HEAD
-class _Allowed(dict[int, Any]):
-    def __missing__(self, code: int) -> Any:
-        raise pickle.UnpicklingError("it holds more than lists, tuples, texts and numbers")
-
-
-||||||| 65cceb9
-=======
 class _PlainOperations(dict[int, Any]):
     def __missing__(self, operation: int) -> Any:
         raise pickle.UnpicklingError(f"it asks for operation {operation}, and code and objects are never loaded")
 
 
->>>>>>> files18
 class _PlainUnpickler(pickle._Unpickler):
     """Reads numbers, strings, lists and tuples only: a pickle that may name a function may run any code.
 
     The unpickler written in Python, because that in C makes a table as long as the greatest number in the file.
     """
 
-<<<<<<< HEAD
-    dispatch: ClassVar = _Allowed({op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN})
-||||||| 65cceb9
-    dispatch: ClassVar = {op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN}
-=======
     dispatch: ClassVar = _PlainOperations({op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN})
->>>>>>> files18
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and code is never loaded")

@@ -32,6 +32,7 @@ from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import ModelOptions
 from vbp.recipes.resume import check_same_settings, find_checkpoint
+from vbp.refit.batchnorm import running_norms
 from vbp.refit.refits import Refits
 from vbp.runtime.choices import Scope
 from vbp.runtime.files import check_folder
@@ -247,7 +248,7 @@ def make_refits(job: Job) -> Refits | None:
     """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config = job.config
     if config.compensation != "refit":
-        if config.batchnorm == "keep":
+        if config.batchnorm == "keep" or (config.batchnorm == "auto" and not running_norms(job.dense)):
             return None
         known = job.dense, job.sites, job.example, job.calibration
         return Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)

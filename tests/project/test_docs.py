@@ -87,8 +87,9 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
         check_config(parse(RunConfig, arguments, script, PAPER))
         return
     source = (ROOT / script).read_text()
-    if "from training_free import" in source:  # which has the flags that both scripts share
-        source += (ROOT / "benchmarks/training_free.py").read_text()
+    # Scripts have flags from each other.
+    for other in re.findall(r"^from (training_free|fault_files|fault_kills) import", source, re.MULTILINE):
+        source += (ROOT / f"benchmarks/{other}.py").read_text()
     for flag in (word.removeprefix("--") for word in arguments if word.startswith("--")):
         assert re.search(rf"^    {flag}: ", source, re.MULTILINE), flag
 

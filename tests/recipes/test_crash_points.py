@@ -27,4 +27,4 @@ def test_a_job_that_is_killed_at_a_file_operation_goes_on_and_leaves_nothing_els
         assert other == 0, result.stdout
         # The results of another sweep that were not touched yet are kept.
         assert refused == 0 if job == "prune" else refused >= 1, result.stdout
-        assert right > 1
+        assert right >= 1

@@ -22,11 +22,19 @@ from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.deploy.artifact_files import MANIFEST
 from vbp.errors import printable
 from vbp.recipes.checks import check_config
+from vbp.runtime.log_file import LineFormatter
 
 FORGED = "\n2026-01-01 00:00:00 INFO    forged"
 ODD = ["b\udcff.png", f"c{FORGED}.png", "e\x1b[2Jf.png", "g\u202eh\u2028i.png", "\udcfe" * 200 + ".png"]
 UNREADABLE = f"z\udcff{FORGED}.png"
 LINE = re.compile(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d (INFO   |WARNING|ERROR  ) \S?.*")
+
+
+@pytest.fixture(autouse=True)
+def _encodable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let pytest keep its records of the log as lines that it can send from one process to another."""
+    for handler in logging.getLogger().handlers:
+        monkeypatch.setattr(handler, "formatter", LineFormatter())
 
 
 @pytest.fixture
@@ -58,8 +66,6 @@ def type_(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
 
     def run(*words: str, command: str = "run") -> int:
-        for handler in logging.getLogger().handlers:  # those of pytest send lines on that cannot be encoded
-            monkeypatch.setattr(handler, "level", logging.CRITICAL + 1)
         flags = f"--img_size 16 --crop_pct 1 --interpolation bilinear --mean {'0.5 ' * 3} --std {'0.5 ' * 3}"
         flags += " --allow_bad_dense --num_workers 0 --device cpu --epochs_ft 1 --train_batch_size 4"
         where = ["--data_path", f"{folder}/data", "--model_name", f"{folder}/model"]

@@ -228,3 +228,19 @@ def test_example_inputs_take_the_type_of_the_model(dtype: torch.dtype) -> None:
     model, images = FAMILIES["timm-vit"].build().to(dtype), FAMILIES["timm-vit"].example(1, torch.float32)
     assert find_sites(model, images) == find_sites(model, images.to(dtype))
     assert count_macs(model, images) == count_macs(model, images.to(dtype))
+
+
+def test_a_model_that_does_not_run_is_one_error_with_the_reason() -> None:
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(
+        InputError, match=r"must run on example_inputs, got RuntimeError in Sequential: mat1 and mat2"
+    ):
+        find_sites(model, torch.randn(1, 9))
+    model[2].to("meta")
+    with pytest.raises(InputError, match=r"must run on example_inputs, got .* whole weights"):
+        find_sites(model, torch.randn(1, 8))
+    program = torch.export.export(nn.Sequential(nn.Linear(8, 16), nn.ReLU()), (torch.randn(1, 8),)).module()
+    with pytest.raises(
+        InputError, match=r"must have an evaluation mode, got a .*; give the module that it was made from"
+    ):
+        find_sites(program, torch.randn(1, 8))

@@ -59,15 +59,17 @@ _PLAIN = (
     *(pickle.UNICODE, pickle.BINUNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE8),
     *(pickle.STRING, pickle.BINSTRING, pickle.SHORT_BINSTRING),  # of Python 2
     *(pickle.EMPTY_LIST, pickle.LIST, pickle.APPEND, pickle.APPENDS),
+    *(pickle.EMPTY_DICT, pickle.DICT, pickle.SETITEM, pickle.SETITEMS),  # and these for a message that names them
+    *(pickle.BINBYTES, pickle.SHORT_BINBYTES, pickle.BINBYTES8),
     *(pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3),
     *(pickle.GET, pickle.BINGET, pickle.LONG_BINGET, pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE),
 )
 _LARGEST_FILE, _LONGEST_PATH = 2**31, 4096
 
 
-class _Allowed(dict[int, Any]):
-    def __missing__(self, code: int) -> Any:
-        raise pickle.UnpicklingError("it holds more than lists, tuples, texts and numbers")
+class _PlainOperations(dict[int, Any]):
+    def __missing__(self, operation: int) -> Any:
+        raise pickle.UnpicklingError(f"it asks for operation {operation}, and code and objects are never loaded")
 
 
 class _PlainUnpickler(pickle._Unpickler):
@@ -76,7 +78,7 @@ class _PlainUnpickler(pickle._Unpickler):
     The unpickler written in Python, because that in C makes a table as long as the greatest number in the file.
     """
 
-    dispatch: ClassVar = _Allowed({op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN})
+    dispatch: ClassVar = _PlainOperations({op[0]: pickle._Unpickler.dispatch[op[0]] for op in _PLAIN})
 
     def find_class(self, module_name: str, global_name: str, /) -> Any:
         raise pickle.UnpicklingError(f"it asks for {module_name}.{global_name}, and code is never loaded")

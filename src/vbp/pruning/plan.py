@@ -130,7 +130,7 @@ class PruningPlan:
         if file_format not in (_FORMAT, _WITHOUT_BASIS):
             raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
-        plan = from_json(PruningPlan, rest, "the plan", use_defaults=True)
+        plan = from_json(PruningPlan, rest, "the plan", use_defaults=file_format == _WITHOUT_BASIS)
         for entry in plan.sites:
             _check(entry)
         if len(plan.widths) != len(plan.sites):

@@ -33,7 +33,7 @@ from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
 from vbp.report.sweep_figure import draw_sweep
 from vbp.report.sweep_report import Setting, SweepReport, SweepRow
-from vbp.runtime.decode import read_json
+from vbp.runtime.decode import read_json, to_json
 from vbp.runtime.files import check_folder, clear_folder, text_bytes, write_bytes, write_json
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import RunLog, log_lines, run_log
@@ -296,7 +296,7 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
         "processes": session.processes.world,
     }
     # Model and images are compared by their contents.
-    return facts | {name: getattr(config, name) for name in fields_with(SweepConfig, Role.RESULT)}
+    return facts | {name: to_json(getattr(config, name)) for name in fields_with(SweepConfig, Role.RESULT)}
 
 
 def _identity(statistics: Statistics) -> list[Any]:

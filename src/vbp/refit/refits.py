@@ -200,6 +200,8 @@ def refit_(
 ) -> RefitReport:
     """Refit a pruned model to the dense one, in place, without labels, as `vbp run` does after surgery.
 
+    BatchNorms keep their running statistics: `vbp.refit.batchnorm.refit_batchnorm_` needs the plan besides.
+
     What the model does not have (MLPs with a plain activation, a residual stream, a last linear layer), or has too
     few images for, is left as it is: the log says why, and the report has None in its place.
 

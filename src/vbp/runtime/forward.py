@@ -25,7 +25,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     `model.train(mode)` would thaw a BatchNorm that its user keeps frozen in a training model.
     """
     training = {module: module.training for module in model.modules()}
-    model.eval()
+    try:
+        model.eval()
+    except NotImplementedError as error:  # programs of torch.export
+        raise InputError(
+            f"the model must have an evaluation mode, got a {type(model).__name__} ({error}); give the module that "
+            "it was made from"
+        ) from error
     try:
         yield
     finally:

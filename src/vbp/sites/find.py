@@ -43,7 +43,7 @@ def find_sites(
             the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
 
     Raises:
-        InputError: The model has no such pair, or `attention` is asked for and none can be pruned.
+        InputError: The model does not run, has no such pair, or `attention` is asked for and none can be pruned.
 
     Example:
         >>> [site.name for site in vbp.find_sites(model, example)]

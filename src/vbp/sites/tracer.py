@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import BaseTorchDispatchMode
 
-from vbp.errors import first_line
+from vbp.errors import InputError, first_line
 from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model, training_paths
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
 from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels, unusual_layers
@@ -185,7 +185,15 @@ def trace_model(model: nn.Module, example_inputs: ExampleInputs, *, convolutions
     """
     tracer = _Tracer(model, convolutions=convolutions)
     with evaluation_mode(model):
-        tracer.run(model, example_inputs)
+        try:
+            tracer.run(model, example_inputs)
+        except InputError:
+            raise
+        except (RuntimeError, NotImplementedError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise InputError(
+                f"the model must run on example_inputs, got {type(error).__name__} in {type(model).__name__}: "
+                f"{first_line(error)}; give an input as in use, on the device of the model, and whole weights"
+            ) from error
     trace = dataclasses.replace(tracer.trace, reads=[*tracer.trace.reads], attentions=[*tracer.trace.attentions])
     trace.calls, tracer.trace.calls = tracer.trace.calls, {}
     try:

@@ -341,6 +341,7 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
     again = run(dataclasses.replace(tuned, resume="auto"))
     assert again.sites == first.sites
     assert again.budget == first.budget
+    assert again.latency == first.latency
 
 
 def test_one_batch_size_decides_the_budget_and_is_reported(quick: RunConfig, monkeypatch: pytest.MonkeyPatch) -> None:

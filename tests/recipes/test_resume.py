@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 from vbp import InputError
 from vbp.errors import Interrupted
 from vbp.recipes.config import RunConfig
-from vbp.recipes.folder import BEGUN, begin_anew, own_folder
+from vbp.recipes.folder import ASKED, BEGUN, asked, begin_anew, own_folder
 from vbp.recipes.resume import check_same_settings, find_checkpoint, way_on
 from vbp.runtime.processes import Processes
 from vbp.training.checkpoints import save_checkpoint
@@ -129,11 +130,32 @@ def test_a_run_killed_while_it_replaces_another_one_begins_anew(run: Path, step:
     assert not (run / BEGUN).exists()
 
 
-def stopped(folder: Path, error: BaseException) -> str:
+def test_a_run_killed_before_it_replaces_another_one_begins_anew(run: Path) -> None:
+    (run / "config.json").write_text(json.dumps({**SETTINGS, "seed": 1}))
+    before = sorted(path.name for path in run.rglob("*"))
+    for error in (InputError("refused"), KeyError("a fault")):
+        with pytest.raises(type(error)), own_folder(run, "/data", Processes(), str, SETTINGS):
+            raise error
+        assert sorted(path.name for path in run.rglob("*")) == before
+    assert stopped(run, Interrupted(15), SETTINGS).endswith("--resume auto begins anew")
+    assert asked(run) == SETTINGS
+    assert epoch_of("auto", run) is None
+    # The other run is whole, and goes on if it is asked to.
+    other = {**SETTINGS, "seed": 1}
+    found = find_checkpoint("auto", run, other)
+    assert found is not None
+    assert found.name == "epoch0002-batch000000.pt"
+    begin_anew(run, "config.json", SETTINGS, lambda: None)
+    assert asked(run) is None
+    (run / ASKED).write_text("{")
+    assert asked(run) is None
+
+
+def stopped(folder: Path, error: BaseException, settings: Mapping[str, Any] | None = None) -> str:
     """Return what a run says that is told to stop."""
     with (
         pytest.raises(Interrupted) as caught,
-        own_folder(folder, "/data", Processes(), lambda: way_on(folder)),
+        own_folder(folder, "/data", Processes(), lambda: way_on(folder), settings),
     ):
         raise error
     return str(caught.value)

@@ -12,20 +12,31 @@ from vbp.data.data_path import check_outside
 from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import Interrupted
 from vbp.report.run_report import FIGURES
-from vbp.runtime.files import clear_leftovers, folder_lock, write_json
+from vbp.runtime.decode import read_json
+from vbp.runtime.files import clear_folder, clear_leftovers, folder_lock, is_leftover, write_json
 from vbp.runtime.processes import Processes
 from vbp.training.checkpoints import CHECKPOINTS
 
 # Settings of a job that is removing the results of another one, or has not begun to write its own.
 BEGUN: Final = ".begun.json"
 
+# Settings of a job that is to replace the results of another one, and has not removed any yet.
+ASKED: Final = ".overwrite.json"
+
 
 @contextmanager
-def own_folder(save_dir: Path, data_path: str, processes: Processes, way_on: Callable[[], str]) -> Iterator[None]:
+def own_folder(
+    save_dir: Path,
+    data_path: str,
+    processes: Processes,
+    way_on: Callable[[], str],
+    replaced_by: Mapping[str, Any] | None = None,
+) -> Iterator[None]:
     """Let no other job write into a folder for the length of the block; the main process holds it.
 
     A folder that was made and into which nothing was written is removed again. A job that is told to stop says how
-    it goes on: `way_on` returns that.
+    it goes on: `way_on` returns that. Where results of another job are to be replaced, the settings `replaced_by` are
+    noted at once, so that it goes on after a kill without being allowed again; an error before that takes them back.
 
     Raises:
         InputError: Another job writes there, the folder cannot be written, or lies among the images.
@@ -36,13 +47,35 @@ def own_folder(save_dir: Path, data_path: str, processes: Processes, way_on: Cal
         return
     check_outside(save_dir, data_path)
     with folder_lock(save_dir):
+        noted = replaced_by is not None and not (save_dir / BEGUN).exists() and _has_results(save_dir)
+        if noted:
+            write_json(save_dir / ASKED, replaced_by)
         try:
             yield
+        except Exception:
+            if noted:
+                clear_folder(save_dir, (ASKED,))
+            raise
         except KeyboardInterrupt as error:
             number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
             if isinstance(error, Interrupted) and error.told:
                 raise
             raise Interrupted(number, f"stopped by {signal.Signals(number).name}; {way_on()}") from error
+
+
+def _has_results(folder: Path) -> bool:
+    return any(not is_leftover(entry.name) for entry in folder.iterdir())
+
+
+def asked(folder: Path) -> Mapping[str, Any] | None:
+    """Return the settings of a job that was killed before it replaced the results in a folder; None without one."""
+    if not (folder / ASKED).exists():
+        return None
+    try:
+        value = read_json(folder / ASKED)
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def begin_anew(folder: Path, name: str, settings: Mapping[str, Any], clear: Callable[[], object]) -> None:
@@ -51,6 +84,7 @@ def begin_anew(folder: Path, name: str, settings: Mapping[str, Any], clear: Call
     From the first step on the folder is this job's: its settings are there under one name or the other.
     """
     write_json(folder / BEGUN, settings)
+    clear_folder(folder, (ASKED,))
     clear()
     (folder / BEGUN).replace(folder / name)
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from vbp.errors import InputError, one_line
 from vbp.recipes.config import RunConfig
-from vbp.recipes.folder import BEGUN
+from vbp.recipes.folder import ASKED, BEGUN, asked
 from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import SUMMARY, RunReport
 from vbp.runtime.decode import read_json
@@ -49,6 +49,9 @@ def find_checkpoint(
     if resume is None and not restarted:
         _check_new(save_dir, overwrite)
         return None
+    if (given is None or restarted) and _is_asked(save_dir, settings):
+        check_folder(save_dir, overwrite=True, needed_bytes=0)
+        return None if given is None else _at(given)
     if (save_dir / BEGUN).is_file() and (given is None or restarted):
         _check_begun(save_dir / BEGUN, settings, overwrite)
         return None if given is None else _at(given)
@@ -128,6 +131,18 @@ def _check_no_run(save_dir: Path, settings: Mapping[str, Any], overwrite: bool) 
     check_folder(save_dir, overwrite=overwrite, needed_bytes=0)
 
 
+def _is_asked(save_dir: Path, settings: Mapping[str, Any]) -> bool:
+    """Return whether a run with these settings was allowed to replace what is there, and was killed before it did."""
+    before = asked(save_dir)
+    if before is None:
+        return False
+    try:
+        check_same_settings(before, settings, save_dir / ASKED)
+    except InputError:
+        return False  # another run's, which has changed nothing
+    return True
+
+
 def _check_begun(path: Path, settings: Mapping[str, Any], overwrite: bool) -> None:
     """Check that an attempt without a checkpoint, whose settings are at the path, was one of this run."""
     if not overwrite:
@@ -143,6 +158,8 @@ def ended_run(config: RunConfig, *, restarted: bool = False) -> RunReport | None
     ended = all((folder / name).is_file() for name in (CONFIG, SUMMARY))
     if not goes_on or not ended or (folder / BEGUN).exists() or has_checkpoints(folder / CHECKPOINTS):
         return None
+    if _is_asked(folder, config.to_dict()):
+        return None
     check_same_settings(_read_json(folder / CONFIG), config.to_dict(), folder / CONFIG)
     return RunReport.read(folder)
 
@@ -150,7 +167,7 @@ def ended_run(config: RunConfig, *, restarted: bool = False) -> RunReport | None
 def way_on(save_dir: Path) -> str:
     """Return how a run that is stopped now goes on."""
     newest = newest_name(save_dir / CHECKPOINTS)
-    if newest is None or (save_dir / BEGUN).exists():
+    if newest is None or any((save_dir / name).exists() for name in (BEGUN, ASKED)):
         return "there is no checkpoint yet; the same command with --resume auto begins anew"
     return f"the same command with --resume auto goes on from {newest}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,7 +21,7 @@ from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import FinetuneConfig, RunConfig
 from vbp.recipes.finetune import check_memory, finetune
-from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
+from vbp.recipes.folder import ASKED, BEGUN, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, describe, measure, measure_dense
 from vbp.recipes.prune import keep_plan, prune_copy
 from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
@@ -32,7 +33,7 @@ from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
-from vbp.runtime.processes import restarts
+from vbp.runtime.processes import Processes, restarts
 from vbp.runtime.session import Session
 from vbp.training.checkpoints import checked_content, clear_checkpoints
 
@@ -60,17 +61,14 @@ def run(config: RunConfig) -> RunReport:
         0.5
     """
     check_config(config)
-    with (
-        run_log() as log,
-        open_session(config) as session,
-        own_folder(config.save_dir, config.data_path, session.processes, partial(way_on, config.save_dir)),
-    ):
+    with run_log() as log, open_session(config) as session, _own_folder(config, session.processes):
         if session.processes.is_main:
             check_shipping(config)
         ended = session.processes.from_main(partial(ended_run, config, restarted=restarts() > 0))
         if ended is not None:
             if session.processes.is_main:
                 clear_halves(config.save_dir)
+                clear_folder(config.save_dir, (ASKED,))
                 log.open(config.save_dir / LOG, append=True)
             _log.info("the run in %s has ended; its report is written again", config.save_dir)
             _show(config, session, ended)
@@ -105,11 +103,7 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
     if settings.epochs_ft < 1:
         raise InputError(f"epochs_ft must be at least 1 to fine-tune, got {settings.epochs_ft}; 10 is usual")
     check_config(settings)
-    with (
-        run_log() as log,
-        open_session(settings) as session,
-        own_folder(settings.save_dir, settings.data_path, session.processes, partial(way_on, settings.save_dir)),
-    ):
+    with run_log() as log, open_session(settings) as session, _own_folder(settings, session.processes):
         if session.processes.is_main:
             check_shipping(settings)
         job = prepare(settings, session)
@@ -270,6 +264,11 @@ def _circumstances(job: Job) -> dict[str, Any]:
     }
 
 
+def _own_folder(config: RunConfig, processes: Processes) -> AbstractContextManager[None]:
+    settings = config.to_dict() if config.overwrite else None
+    return own_folder(config.save_dir, config.data_path, processes, partial(way_on, config.save_dir), settings)
+
+
 def _open_folder(job: Job, log: RunLog) -> None:
     """Begin to write: from here on the folder is this run's."""
     if not job.session.processes.is_main:
@@ -292,7 +291,7 @@ def _open_folder(job: Job, log: RunLog) -> None:
     else:
         clear()
         write_json(folder / CONFIG, settings)
-        clear_folder(folder, (BEGUN,))
+        clear_folder(folder, (BEGUN, ASKED))
     log.open(folder / LOG, append=resumed is not None)
 
 

@@ -22,7 +22,7 @@ from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_sweep, sweep_needs
-from vbp.recipes.folder import BEGUN, begin_anew, clear_halves, own_folder
+from vbp.recipes.folder import ASKED, BEGUN, asked, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, measure, measure_dense
 from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
@@ -136,7 +136,13 @@ def run_sweep(config: SweepConfig) -> SweepReport:
     with (
         run_log() as log,
         open_session(config.run_config()) as session,
-        own_folder(config.save_dir, config.data_path, session.processes, functools.partial(_way_on, config)),
+        own_folder(
+            config.save_dir,
+            config.data_path,
+            session.processes,
+            functools.partial(_way_on, config),
+            to_json(config) if config.overwrite else None,
+        ),
     ):
         processes = session.processes
         progress = processes.from_main(functools.partial(read_progress, config))
@@ -261,6 +267,8 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     if fresh:
         clear = functools.partial(clear_folder, folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
         begin_anew(folder, JSON, _state(settings, {"dense": None, "rows": []}), clear)
+    else:
+        clear_folder(folder, (ASKED,))
     log.open(folder / LOG, append=not fresh)
 
 
@@ -290,7 +298,7 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
         "model": job.settings["model"],
         "calibration": job.calibration.fingerprint,
         "val": json_fingerprint([job.settings["val"], job.classifier.preprocessing.to_dict()]),
-        "statistics": "collected" if given is None else json_fingerprint(_identity(given)),
+        "statistics": "collected" if given is None else json_fingerprint(given.identity()),
         "device": session.device.type,
         "amp": session.precision.name,
         "processes": session.processes.world,
@@ -299,18 +307,14 @@ def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
     return facts | {name: to_json(getattr(config, name)) for name in fields_with(SweepConfig, Role.RESULT)}
 
 
-def _identity(statistics: Statistics) -> list[Any]:
-    sums = {name: [seen.count, seen.mean.tolist(), seen.m2.tolist()] for name, seen in statistics.moments.items()}
-    covariances = {name: float(seen.m2.sum()) for name, seen in statistics.covariances.items()}
-    return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in statistics.sensitivities.items()}]
-
-
 def read_progress(config: SweepConfig) -> SweepProgress | None:
     """Read what is in the folder: nothing, or an earlier attempt; on the main process."""
     begun = (config.save_dir / BEGUN).is_file()
     path = config.save_dir / (BEGUN if begun else JSON)
-    if config.overwrite or not path.exists():
-        check_folder(config.save_dir, overwrite=config.overwrite, needed_bytes=0)
+    before = asked(config.save_dir)
+    replaces = config.overwrite or (before is not None and before == to_json(replace(config, overwrite=True)))
+    if replaces or not path.exists():
+        check_folder(config.save_dir, overwrite=replaces, needed_bytes=0)
         return None
     try:
         stored = read_json(path)
@@ -331,7 +335,7 @@ def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any],
         return
     names = sorted({*progress.settings, *settings})
     different = [
-        f"{name} {_short(progress.settings.get(name))} there, {_short(settings.get(name))} here"
+        f"{name} {progress.settings.get(name)!s:.16} there, {settings.get(name)!s:.16} here"
         for name in names
         if progress.settings.get(name) != settings.get(name)
     ]
@@ -340,11 +344,6 @@ def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any],
             f"a sweep goes on with the settings it began with, got others than in {folder}: {'; '.join(different)}; "
             "choose another --save_dir, or pass --overwrite to begin again"
         )
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 16 else text[:12]
 
 
 def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:

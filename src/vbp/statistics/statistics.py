@@ -148,6 +148,12 @@ class Statistics:
                     "--stats_path out to collect it, or choose another criterion"
                 )
 
+    def identity(self) -> list[Any]:
+        """Return plain data that differs between two statistics of one model and the same images."""
+        sums = {name: [seen.count, seen.mean.tolist(), seen.m2.tolist()] for name, seen in self.moments.items()}
+        covariances = {name: float(seen.m2.sum()) for name, seen in self.covariances.items()}
+        return [sums, covariances, {name: float(seen.inputs.sum()) for name, seen in self.sensitivities.items()}]
+
     def save(self, path: Path | str) -> None:
         """Write a safetensors file that `load` reads, whole or not at all."""
         tensors: dict[str, Tensor] = {}

@@ -90,7 +90,7 @@ def test_what_cannot_be_had_is_named(hub: Hub, folder: Path, monkeypatch: pytest
     with pytest.raises(InputError, match="must be USER/REPO, got 'a/b/c'"):
         push_to_hub(folder, "a/b/c")
     with pytest.raises(InputError, match="takes the folder of a pruned model"):
-        push_to_hub(folder / WEIGHTS, "me/vit")
+        push_to_hub(folder / "absent", "me/vit")
     monkeypatch.setenv("HF_TOKEN", "hf_reader")
     with pytest.raises(InputError, match=r"nobody who may write to me/vit is logged in .*hf auth login"):
         push_to_hub(folder, "me/vit")

@@ -75,7 +75,12 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
     elif words[0] == "python":
         del words[:1]
     elif words[0] == "vbp":
-        config = parse(KINDS[words[1]], words[2:], "vbp")
+        flags = words[2:]
+        if "--config" in flags:  # the file of an earlier run
+            place = flags.index("--config")
+            del flags[place : place + 2]
+            flags += ["--data_path", "data"]
+        config = parse(KINDS[words[1]], flags, "vbp")
         if isinstance(config, SweepConfig):
             check_sweep(config)
         elif isinstance(config, RunConfig):

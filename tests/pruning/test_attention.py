@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable
@@ -103,7 +104,13 @@ def test_any_basis_serves_where_nothing_but_factors_and_sums_stands_between(
 ) -> None:
     image = torch.randn(1, 3, 8)
     for queries, outputs, kinds in ((function, abs, (free, False)), (torch.clone, function, (True, free))):
-        sites = find_sites(Between(queries, outputs), image, attention=True)
+        sites: tuple[Site, ...] = ()
+        with contextlib.suppress(InputError):
+            sites = find_sites(Between(queries, outputs), image, attention=True)
+        if not sites:  # no weights of such queries make up for another scale of the softmax
+            assert queries is function
+            assert not free
+            continue
         found = {site.kind: site.rotatable for site in sites if site.kind != "mlp"}
         assert found == {"query_key": kinds[0], "value": kinds[1]}
 

@@ -72,7 +72,7 @@ def test_patterns_stand_in_the_plan_and_in_an_inspection() -> None:
     plan = rules.neutral(SITES[1:], 0.5)
     assert PruningPlan.from_dict(plan.to_dict()).exclude == ("blocks.0.*",)
     older = {name: value for name, value in plan.to_dict().items() if name not in ("include", "exclude")}
-    assert PruningPlan.from_dict(older).exclude == ()
+    assert PruningPlan.from_dict({**older, "format": "vbp-plan/1"}).exclude == ()
     applied = inspect_model(model, image, plans=PlanRules(include=("blocks.1.*",)).neutral(SITES[1:2], 1.0))
     assert (applied.include, [site.name for site in applied.sites if site.selected]) == (
         ("blocks.1.*",), ["blocks.1.mlp.fc1"],

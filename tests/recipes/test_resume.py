@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from vbp import InputError
-from vbp.errors import Interrupted
+from vbp.errors import Interrupted, PeerError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.folder import ASKED, BEGUN, asked, begin_anew, own_folder
 from vbp.recipes.resume import check_same_settings, find_checkpoint, way_on
@@ -137,6 +137,9 @@ def test_a_run_killed_before_it_replaces_another_one_begins_anew(run: Path) -> N
         with pytest.raises(type(error)), own_folder(run, "/data", Processes(), str, SETTINGS):
             raise error
         assert sorted(path.name for path in run.rglob("*")) == before
+    with pytest.raises(PeerError), own_folder(run, "/data", Processes(), str, SETTINGS):
+        raise PeerError("process 1 was killed")
+    assert asked(run) == SETTINGS
     assert stopped(run, Interrupted(15), SETTINGS).endswith("--resume auto begins anew")
     assert asked(run) == SETTINGS
     assert epoch_of("auto", run) is None

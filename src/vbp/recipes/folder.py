@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from vbp.data.data_path import check_outside
 from vbp.deploy.artifact_files import ARTIFACT
-from vbp.errors import Interrupted
+from vbp.errors import Interrupted, PeerError
 from vbp.report.run_report import FIGURES
 from vbp.runtime.decode import read_json
 from vbp.runtime.files import clear_folder, clear_leftovers, folder_lock, is_leftover, write_json
@@ -52,8 +52,9 @@ def own_folder(
             write_json(save_dir / ASKED, replaced_by)
         try:
             yield
-        except Exception:
-            if noted:
+        except Exception as error:
+            # Where another process failed, torchrun may start all again.
+            if noted and not isinstance(error, PeerError):
                 clear_folder(save_dir, (ASKED,))
             raise
         except KeyboardInterrupt as error:

@@ -265,7 +265,8 @@ def _circumstances(job: Job) -> dict[str, Any]:
 
 
 def _own_folder(config: RunConfig, processes: Processes) -> AbstractContextManager[None]:
-    settings = config.to_dict() if config.overwrite else None
+    # A restarted attempt finds results of its own, which it goes on from.
+    settings = config.to_dict() if config.overwrite and restarts() == 0 else None
     return own_folder(config.save_dir, config.data_path, processes, partial(way_on, config.save_dir), settings)
 
 

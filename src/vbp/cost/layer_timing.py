@@ -22,7 +22,7 @@ from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import Precision
-from vbp.sites.site import Site
+from vbp.sites.site import Site, units_of
 
 _SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
@@ -62,7 +62,7 @@ def find_units(
     model: nn.Module, sites: Sequence[Site], images: Tensor, precision: Precision
 ) -> tuple[list[list[Unit]], float]:
     """Return the units of a model, those that must take the same time together, and the seconds of a dense pass."""
-    members = list(_together(sites))
+    members = list(units_of(sites))
     paths = [_common_path(group) for group in members]
     called, seconds = _calls(model, {name for path in paths for name in _upwards(path)}, images, precision)
     alike: dict[str, list[Unit]] = {}
@@ -98,16 +98,6 @@ def run_pass(modules: Sequence[tuple[nn.Module, Call]], precision: Precision) ->
                 module(*call.args, **call.kwargs)
 
     return forward
-
-
-def _together(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
-    """Return each MLP site alone, and the value site of an attention with its queries and keys, which follow it."""
-    for place, site in enumerate(sites):
-        if site.kind == "query_key" and place and sites[place - 1].kind == "value":
-            continue
-        following = sites[place + 1 : place + 2]
-        pair = site.kind == "value" and bool(following) and following[0].kind == "query_key"
-        yield (site, following[0]) if pair else (site,)
 
 
 def _common_path(group: Sequence[Site]) -> tuple[str, ...]:

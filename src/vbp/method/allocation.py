@@ -6,6 +6,9 @@ With n_i the kept channels of site i, among those that its floor and the roundin
 
 where the loss is the sum of the scores that go (`global_counts`), or the squared distance from the site's share of N
 (`per_layer_counts`). Where every count is allowed a sort finds it, otherwise dynamic programming.
+
+Where the channels of different sites save different amounts, a total of channels says little: `counts_by_saving`
+removes what loses least for what it saves, until enough is saved.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -94,6 +98,36 @@ def per_layer_counts(keep_ratio: float, bounds: Sequence[AllowedWidths], target:
             return counts
         counts[max(movable, key=lambda index: (sign * (quotas[index] - counts[index]), -index))] += sign
     return counts
+
+
+def counts_by_saving(
+    scores: Sequence[Floats], bounds: Sequence[AllowedWidths], savings: Sequence[float], share: float
+) -> list[int]:
+    """Remove step by step what has the lowest score, until at most a share of all savings remains.
+
+    A step leads from one allowed count of a site to the next; its score is the mean over its channels. With a smaller
+    share every site keeps as much or less.
+
+    Args:
+        scores: Of each site's channels, ascending: what a channel loses for each unit that it saves.
+        bounds: Of each site.
+        savings: What a channel of each site saves.
+        share: Of the sum of all savings, in [0, 1]; where floors bind more remains.
+    """
+    steps = []
+    for place, (score, bound, saving) in enumerate(zip(scores, bounds, savings, strict=True)):
+        gone = [bound.counts[0] - count for count in bound.counts]
+        for before, after in pairwise(gone):
+            steps.append((float(score[before:after].mean()), place, (after - before) * saving))
+    wanted = (1 - share) * sum(bound.counts[0] * saving for bound, saving in zip(bounds, savings, strict=True))
+    taken, saved = [0] * len(bounds), 0.0
+    # Stable: of equal ones the first site, and the steps of a site in their order.
+    for _, place, saving in sorted(steps, key=lambda step: step[0]):
+        if saved >= wanted * (1 - 1e-12):
+            break
+        taken[place] += 1
+        saved += saving
+    return [bound.counts[number] for bound, number in zip(bounds, taken, strict=True)]
 
 
 def _allocate(bounds: Sequence[AllowedWidths], losses: Sequence[Sequence[float]], target: int) -> list[int]:

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vbp.errors import InputError
-from vbp.method.allocation import AllowedWidths, global_counts, per_layer_counts
+from vbp.method.allocation import AllowedWidths, counts_by_saving, global_counts, per_layer_counts
 from vbp.pruning.plan import PruningPlan, SitePlan, first_of_heads
 from vbp.runtime.choices import Basis, Scope
-from vbp.sites.site import Site
+from vbp.sites.site import Site, units_of
 
 
 def check_keep_ratio(name: str, ratio: float) -> None:
@@ -85,7 +85,7 @@ def make_plan(
     if scope not in get_args(Scope):
         raise InputError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
     mlps = [site for site in sites if site.kind == "mlp"]
-    ranked = [_removal_order(site, scores) for site in mlps]
+    ranked = [_removal_order(site.name, site.hidden, scores) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
     bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
     counts: list[int] = []
@@ -113,11 +113,60 @@ def make_plan(
     )
 
 
+def shared_plan(
+    sites: Sequence[Site],
+    scores: Mapping[str, Tensor],
+    savings: Mapping[str, float],
+    *,
+    share: float,
+    round_to: int = 1,
+    min_keep_ratio: float = 0.02,
+) -> PruningPlan:
+    """Remove what loses least for what it saves, MLP channels or directions of heads, until a share remains.
+
+    A direction goes from all heads of an attention, with its query, key and value. An attention that does not allow
+    any basis stays whole.
+
+    Args:
+        sites: From `find_sites`.
+        scores: Of each channel of an MLP, and, by the name of its value site, of each direction of an attention, the
+            first ones highest: what it loses for each unit that it saves.
+        savings: What a channel, or a direction, saves, by the same names.
+        share: Of all savings, in (0, 1].
+        round_to: Step of the counts, of directions too.
+        min_keep_ratio: Floor of each site.
+
+    Raises:
+        InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
+    """
+    check_ratios(share, min_keep_ratio, round_to)
+    units = [unit for unit in units_of(sites) if unit[0].kind == "mlp" or all(site.rotatable for site in unit)]
+    sizes = [unit[0].hidden // unit[0].heads for unit in units]
+    ranked = [_removal_order(unit[0].name, size, scores) for unit, size in zip(units, sizes, strict=True)]
+    counts = counts_by_saving(
+        [ascending for _, ascending in ranked],
+        [AllowedWidths.of(size, round_to, min_keep_ratio) for size in sizes],
+        [savings[unit[0].name] for unit in units],
+        share,
+    )
+    entries = {site: SitePlan(site, tuple(range(site.hidden))) for site in sites}
+    for unit, size, (order, _), count in zip(units, sizes, ranked, counts, strict=True):
+        for site in unit:
+            if site.kind == "mlp":
+                entries[site] = SitePlan(site, tuple(sorted(order[size - count :].tolist())))
+            else:
+                entries[site] = SitePlan(site, first_of_heads(site, count), "principal")
+    plan = PruningPlan(tuple(entries.values()), share, "global", round_to, min_keep_ratio)
+    kept = plan.kept / plan.total if plan.total else share
+    return replace(plan, keep_ratio=kept, attn_keep_ratio=plan.attention_share)
+
+
 @dataclass(frozen=True)
 class PlanRules:
     """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
 
-    `include` and `exclude` are the patterns by which the sites were chosen: they stand in the plan.
+    `include` and `exclude` are the patterns by which the sites were chosen: they stand in the plan. `attn_shared`
+    lets the criterion auto divide the budget between MLPs and attention, in the place of `attn_keep_ratio`.
     """
 
     scope: Scope = "global"
@@ -127,10 +176,21 @@ class PlanRules:
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     attn_basis: Basis = "channels"
+    attn_shared: bool = False
+
+    def shared(
+        self, sites: Sequence[Site], scores: Mapping[str, Tensor], savings: Mapping[str, float], share: float
+    ) -> PruningPlan:
+        """Make a plan in which MLP channels and directions of heads compete for one budget; see `shared_plan`."""
+        plan = shared_plan(
+            sites, scores, savings, share=share, round_to=self.round_to, min_keep_ratio=self.min_keep_ratio
+        )
+        return replace(plan, include=self.include, exclude=self.exclude)
 
     def plan(self, sites: Sequence[Site], scores: Mapping[str, Tensor], keep_ratio: float) -> PruningPlan:
         """Make a plan by these rules."""
         rules = dict(vars(self))
+        del rules["attn_shared"]
         patterns = {name: rules.pop(name) for name in ("include", "exclude")}
         return replace(make_plan(sites, scores, keep_ratio=keep_ratio, **rules), **patterns)
 
@@ -143,19 +203,21 @@ class PlanRules:
 def _plan_heads(site: Site, scores: Mapping[str, Tensor], count: int) -> SitePlan:
     """Keep the best channels of every head, as many in each."""
     size = site.hidden // site.heads
-    order, _ = _removal_order(site, scores)
+    order, _ = _removal_order(site.name, site.hidden, scores)
     heads = [order[order // size == head] for head in range(site.heads)]
     return SitePlan(site, tuple(sorted(np.concatenate([head[size - count :] for head in heads]).tolist())))
 
 
-def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+def _removal_order(
+    name: str, size: int, scores: Mapping[str, Tensor]
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
     """Return the channels of a site in the order in which they go, and their scores in that order."""
-    if site.name not in scores:
-        raise InputError(f"scores must hold every site, got none for {site.name}; collect its statistics")
-    score = scores[site.name].detach().double().cpu().numpy()
-    if score.shape != (site.hidden,) or not np.isfinite(score).all():
+    if name not in scores:
+        raise InputError(f"scores must hold every site, got none for {name}; collect its statistics")
+    score = scores[name].detach().double().cpu().numpy()
+    if score.shape != (size,) or not np.isfinite(score).all():
         raise InputError(
-            f"scores of {site.name} must be {site.hidden} finite numbers, got shape {score.shape}, "
+            f"scores of {name} must be {size} finite numbers, got shape {score.shape}, "
             f"{int((~np.isfinite(score)).sum())} not finite; collect the statistics again"
         )
     order = np.argsort(score, kind="stable")

@@ -63,10 +63,26 @@ def check_pruning(config: PruneConfig) -> None:
     if not config.bottleneck:
         _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
     if config.budget.quantity == "keep_ratio":
-        targeted = ("best_effort", "cost_aware")
+        targeted = ("best_effort", "cost_aware", "attention")
         _check_unused(config, targeted, "without a target", "give --target_speedup or another target")
+    _check_attention(config)
     if not config.global_pruning and config.criterion != "auto":
         _check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
+
+
+def _check_attention(config: PruneConfig) -> None:
+    if config.criterion != "auto":
+        _check_unused(config, ("attention",), "without the criterion auto", "choose it")
+    if config.attention == "on" and not config.shares_budget:
+        other = "attn_keep_ratio" if config.attn_keep_ratio is not None else "cost_aware off"
+        raise InputError(
+            "attention on lets attention share the budget by what each direction costs and saves, got it with "
+            f"{other}; leave one of them out"
+        )
+    if config.attention == "off" and config.bottleneck:
+        raise InputError(
+            "attention off keeps attention whole and bottleneck prunes it, got both; leave one of them out"
+        )
 
 
 def _check_ranges(config: RunConfig) -> None:

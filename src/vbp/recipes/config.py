@@ -70,8 +70,12 @@ class PlanOptions:
     compensation: Result[Compensation] = "refit"
     """What stands in for removed channels: a prediction from those that stay (refit), their mean in the next bias
     (mean), or nothing (none)."""
+    attention: Result[Toggle] = "auto"
+    """With --criterion auto and a target: let attention share the budget with the MLPs, in the principal basis of its
+    heads, where it can be cut so (auto), always (on) or never (off)."""
     attn_keep_ratio: Result[float | None] = None
-    """With --bottleneck: share of the channels of every head to keep; keep_ratio unless given."""
+    """With --bottleneck: share of the channels of every head to keep; keep_ratio unless given, or, with --criterion
+    auto and a target, what each layer's share of the budget leaves."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,16 @@ class PruneConfig(WidthOptions, RefitOptions, PlanOptions):
         if self.budget.quantity == "keep_ratio":
             return False
         return self.cost_aware == "on" or (self.cost_aware == "auto" and self.criterion != "variance")
+
+    @property
+    def shares_budget(self) -> bool:
+        """Return whether the criterion auto divides the budget between MLPs and attention, where there is any."""
+        return (
+            self.criterion == "auto"
+            and self.attention != "off"
+            and self.attn_keep_ratio is None
+            and self.ranks_by_cost
+        )
 
     @property
     def needs(self) -> frozenset[Need]:

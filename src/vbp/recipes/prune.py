@@ -16,7 +16,8 @@ from vbp.cost.macs import format_plan, plan_cost
 from vbp.cost.search import PlanFor
 from vbp.cost.target import share_of
 from vbp.method.ridge import Reconstruction
-from vbp.pruning.auto import AutoSearch, per_saving
+from vbp.pruning.auto import AutoSearch
+from vbp.pruning.competition import per_saving
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan

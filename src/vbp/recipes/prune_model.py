@@ -25,14 +25,12 @@ from vbp.pruning.surgery import check_prunable
 from vbp.recipes.checks import check_pruning
 from vbp.recipes.config import PruneConfig
 from vbp.recipes.prune import prune_copy
-from vbp.recipes.setup import PruneJob, find_target, make_refits, plan_rules
+from vbp.recipes.setup import PruneJob, find_target, make_refits, plan_rules, sites_of
 from vbp.refit.refits import RefitReport
 from vbp.runtime.choices import Compensation, Criterion
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.session import Session
 from vbp.runtime.tables import format_count, text_table
-from vbp.sites.find import find_sites
-from vbp.sites.selection import select_sites
 from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
 from vbp.statistics.images import GivenImages
 from vbp.training.evaluate import Accuracy, evaluate
@@ -254,8 +252,7 @@ def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: in
     # Noise: all tokens of a blank image are equal.
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
     example = noise.to(like)
-    found = find_sites(dense, example, attention=config.bottleneck, convolutions=config.convolutions)
-    sites = select_sites(found, config.include, config.exclude)
+    sites = sites_of(config, dense, example)
     check_prunable(dense, sites, example)
     rules = plan_rules(config, session, sites)
     batch = latency_batch(dense, example, at_most=_GPU_BATCH, size=config.latency_batch)

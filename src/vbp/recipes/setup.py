@@ -43,7 +43,7 @@ from vbp.runtime.session import Session
 from vbp.runtime.signals import reading_processes
 from vbp.sites.find import find_sites
 from vbp.sites.selection import select_sites
-from vbp.sites.site import Site
+from vbp.sites.site import Site, units_of
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
@@ -67,7 +67,33 @@ def plan_rules(config: PruneConfig, session: Session, sites: Sequence[Site]) -> 
     if config.criterion == "auto" and config.global_pruning:
         _log.info("the criterion auto ranks the channels of all layers together, with or without global_pruning")
     scope: Scope = "global" if config.global_pruning else "equal" if config.equal_widths else "per_layer"
-    return PlanRules(scope, round_to, config.min_keep_ratio, config.attn_keep_ratio, config.include, config.exclude)
+    shared = config.shares_budget and any(site.kind != "mlp" for site in sites)
+    return PlanRules(
+        scope, round_to, config.min_keep_ratio, config.attn_keep_ratio, config.include, config.exclude,
+        attn_shared=shared,
+    )  # fmt: skip
+
+
+def sites_of(config: PruneConfig, model: nn.Module, example: Tensor) -> tuple[Site, ...]:
+    """Return the sites that the configuration asks for: attention too where it shares the budget and can be cut.
+
+    Raises:
+        InputError: There is none, a pattern fits none, or attention is asked for and cannot be pruned.
+    """
+    asked = config.bottleneck or (config.shares_budget and config.attention == "on")
+    try:
+        found = find_sites(model, example, attention=asked or config.shares_budget, convolutions=config.convolutions)
+    except InputError as error:
+        if asked or not config.shares_budget:
+            raise
+        found = find_sites(model, example, convolutions=config.convolutions)
+        _log.info("attention stays whole: %s", error)
+    if not config.bottleneck:
+        whole = [unit for unit in units_of(found) if not all(site.kind == "mlp" or site.rotatable for site in unit)]
+        for unit in whole:
+            _log.info("the attention of %s stays whole: its heads do not allow any basis", unit[0].name)
+        found = tuple(site for site in found if not any(site in unit for unit in whole))
+    return select_sites(found, config.include, config.exclude)
 
 
 def comparison_by_main(
@@ -219,8 +245,7 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             saved = dict(resumed.state["settings"])
         check_same_settings(saved, settings, resumed.path)
     example = classifier.example_input().to(device)
-    found = find_sites(model, example, attention=config.bottleneck, convolutions=config.convolutions)
-    sites = select_sites(found, config.include, config.exclude)
+    sites = sites_of(config, model, example)
     if given is not None and config.stats_path is not None:
         given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
         given.check_holds(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -65,6 +66,16 @@ class Site:
     def rows(self) -> tuple[tuple[str, int], ...]:
         """Return each producer with the site's first row in it."""
         return tuple(zip(self.producers, self.offsets or (0,) * len(self.producers), strict=True))
+
+
+def units_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
+    """Return what loses channels together: each MLP site, and an attention's values with its queries and keys."""
+    for place, site in enumerate(sites):
+        if site.kind == "query_key" and place and sites[place - 1].kind == "value":
+            continue
+        following = sites[place + 1 : place + 2]
+        pair = site.kind == "value" and bool(following) and following[0].kind == "query_key"
+        yield (site, following[0]) if pair else (site,)
 
 
 @dataclass(frozen=True)

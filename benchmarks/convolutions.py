@@ -25,7 +25,8 @@ import vbp
 from vbp.cost.target import BudgetTarget
 from vbp.cost.timing import hardware
 from vbp.method.sampling import RandomProbes, TokenSample
-from vbp.pruning.auto import AutoSearch, per_saving
+from vbp.pruning.auto import AutoSearch
+from vbp.pruning.competition import per_saving
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PlanChoice

@@ -91,6 +91,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "include": ((), ["blocks.0.*", "*.fc1"], ("blocks.0.*", "*.fc1")),
     "exclude": ((), ["head"], ("head",)),
     "cost_aware": ("auto", ["on"], "on"),
+    "attention": ("auto", ["off"], "off"),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),
 }

@@ -18,14 +18,8 @@ from vbp import InputError, Statistics, collect_statistics, find_sites, make_pla
 from vbp.cost.search import PlanSearch
 from vbp.cost.widths import WidthCosts
 from vbp.method.sampling import RandomProbes
-from vbp.pruning.auto import (
-    AutoSearch,
-    auto_plan,
-    mixed_with_uniform,
-    per_saving,
-    scaled,
-    sensitivity_eliminations,
-)
+from vbp.pruning.auto import AutoSearch, auto_plan, sensitivity_eliminations
+from vbp.pruning.competition import mixed_with_uniform, per_saving, scaled
 from vbp.pruning.divergence import DenseReference
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PlanChoice, PruningPlan, SitePlan

@@ -224,6 +224,23 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_speedup": 0.9}, "target_speedup must be above 1, got 0.9"),
     ({"best_effort": True}, "best_effort changes nothing without a target"),
     ({"cost_aware": "off"}, "cost_aware changes nothing without a target"),
+    ({"attention": "off"}, "attention changes nothing without a target"),
+    (
+        {"attention": "on", "target_macs": "0.8", "criterion": "elimination", "global_pruning": True},
+        "attention changes nothing without the criterion auto, got on; choose it",
+    ),
+    (
+        {"attention": "on", "target_macs": "0.8", "attn_keep_ratio": 0.5, "bottleneck": True},
+        "attention on lets attention share the budget by what each direction costs and saves, got it with attn_keep",
+    ),
+    (
+        {"attention": "on", "target_macs": "0.8", "cost_aware": "off"},
+        "attention on lets attention share the budget .*, got it with cost_aware off; leave one of them out",
+    ),
+    (
+        {"attention": "off", "target_macs": "0.8", "bottleneck": True},
+        "attention off keeps attention whole and bottleneck prunes it, got both; leave one of them out",
+    ),
     (
         {"cost_aware": "on", "target_macs": "0.8", "criterion": "variance", "compensation": "mean"},
         "cost_aware changes nothing unless layers are ranked together, got on; add --global_pruning",

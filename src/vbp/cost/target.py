@@ -98,13 +98,22 @@ class BudgetTarget:
         """
         if self.budget.quantity == "keep_ratio" or (self.budget.timed and self.times is None):
             return plan_for(self.keep_ratio)
-        search = PlanSearch(plan_for)
-        if self.times is None:
-            cost, dense = counted(self.budget, self.costs, compensated=compensated)
-            limit = self.budget.limit(dense)
-        else:
-            cost, limit = self.times.share, allowed_share(self.budget, self.times.dense_ms)
+        search, (cost, limit) = PlanSearch(plan_for), self._limited(compensated=compensated)
         return search.largest(cost, limit if like is None else cost(like)) or search.floor
+
+    def affords(self, plan: PruningPlan, *, compensated: bool) -> bool:
+        """Return whether a plan is computed to meet the budget; a keep ratio is met by the plan's rules."""
+        if self.budget.quantity == "keep_ratio" or (self.budget.timed and self.times is None):
+            return True
+        cost, limit = self._limited(compensated=compensated)
+        return cost(plan) <= limit
+
+    def _limited(self, *, compensated: bool) -> tuple[Callable[[PruningPlan], float], float]:
+        """Return the computed cost of a plan, and the most that it may be."""
+        if self.times is not None:
+            return self.times.share, allowed_share(self.budget, self.times.dense_ms)
+        cost, dense = counted(self.budget, self.costs, compensated=compensated)
+        return cost, self.budget.limit(dense)
 
     def meet(
         self,

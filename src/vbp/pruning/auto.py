@@ -24,7 +24,7 @@ from vbp.pruning.attention_costs import direction_costs
 from vbp.pruning.competition import PlanCompetition, Sizing
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.pruning.make_plan import PlanRules
-from vbp.pruning.plan import PlanChoice
+from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Site, units_of
 from vbp.statistics.images import ImageSource
@@ -179,8 +179,12 @@ class AutoSearch:
         """Search the plan that keeps this share; otherwise as `plan_of_size`."""
         return self.plan_of_size(lambda plan_for: plan_for(keep_ratio), f"keep {keep_ratio:g}")
 
-    def plan_of_size(self, size: Sizing, label: str) -> PlanChoice:
+    def plan_of_size(
+        self, size: Sizing, label: str, *, affordable: Callable[[PruningPlan], bool] = lambda plan: True
+    ) -> PlanChoice:
         """Search among plans of one size, which `size` makes of each candidate's plans of all keep ratios.
+
+        Where attention shares the budget, plans of MLPs alone may not reach it: then they are not `affordable`.
 
         Raises:
             InputError: Statistics are missing or unfit, or the processes do not find the same.
@@ -188,6 +192,6 @@ class AutoSearch:
         session = self.images.session
         with session.timed("search"), session.progress_steps(f"auto, {label}", "plan") as tell:
             known = self.model, self.sites, self.statistics, self._metrics, self._reference, self.rules, self.ridge
-            best = PlanCompetition(*known, size, tell, self.savings).run(self._costs)
+            best = PlanCompetition(*known, size, tell, self.savings, affordable).run(self._costs)
         session.processes.check_same("plan", json_fingerprint(best.plan.to_dict()))
         return best

@@ -47,7 +47,8 @@ class PlanCompetition:
     """Make plans of one size for a dense model, and keep the best.
 
     `metrics` are those of `refit_metrics`, `size` makes the one plan that is wanted of all plans of a candidate, and
-    `savings` say what a channel of each site saves. Where attention shares the budget they are needed.
+    `savings` say what a channel of each site saves. Where attention shares the budget they are needed; MLPs alone
+    are a candidate where their plan is `affordable`.
     """
 
     model: nn.Module
@@ -60,6 +61,7 @@ class PlanCompetition:
     size: Sizing
     progress: Callable[[str], None] | None = None
     savings: Mapping[str, float] = field(default_factory=dict)
+    affordable: Callable[[PruningPlan], bool] = lambda plan: True
 
     def __post_init__(self) -> None:
         self._savings = unit_savings(self.sites, self.savings) if self.rules.attn_shared else self.savings
@@ -146,7 +148,7 @@ class PlanCompetition:
 
         plan = self.size(plan_for)
         key = tuple(hash(entry.keep) for entry in plan.sites)
-        if key in self._seen:
+        if key in self._seen or (attn_part is not None and not self.affordable(plan)):
             return None
         if self.progress is not None:
             self.progress(name)

@@ -148,10 +148,11 @@ def _by_divergence(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, Budge
     search = AutoSearch(*known, ridge=job.config.ridge, savings=savings_of(job))
     label = f"{job.target.budget.flag} {job.target.budget.amount:g}"
     size = partial(job.target.proposal, compensated=True)
-    choice = search.plan_of_size(size, label)
+    affordable = partial(job.target.affords, compensated=True)
+    choice = search.plan_of_size(size, label, affordable=affordable)
     budget = _meet(job, choice.plan_for)
     if abs(share_of(budget.plan) - share_of(choice.plan)) > _NEAR:
-        choice = search.plan_of_size(partial(size, like=budget.plan), label)
+        choice = search.plan_of_size(partial(size, like=budget.plan), label, affordable=affordable)
         budget = _meet(job, choice.plan_for)
     return replace(choice, plan=budget.plan), budget
 

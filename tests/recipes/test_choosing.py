@@ -353,3 +353,41 @@ def test_one_batch_size_decides_the_budget_and_is_reported(quick: RunConfig, mon
     assert found.budget["detail"]["conditions"]["batch"] == [20, 3, 32, 32]
     assert found.latency is not None
     assert found.latency.batch == 20
+
+
+def test_attention_shares_a_budget_unless_it_is_kept_out(quick: RunConfig) -> None:
+    config = dataclasses.replace(quick, keep_ratio=0.65)
+    shared = run(auto(config, target_macs="0.6"))
+    plan = PruningPlan.load(found_folder(shared) / "plan.json")
+    assert {entry.site.kind for entry in plan.sites} == {"mlp", "value", "query_key"}
+    assert shared.attention is not None
+    assert 0.59 * shared.base.macs < shared.pruned.macs <= 0.6 * shared.base.macs
+    assert {"priced, round 1", "sensitivity, MLPs alone"} <= {one["name"] for one in shared.candidates}
+    alone = run(auto(config, target_macs="0.6", attention="off"))
+    assert {entry.site.kind for entry in PruningPlan.load(found_folder(alone) / "plan.json").sites} == {"mlp"}
+    assert alone.attention is None
+    assert min(one["divergence"] for one in shared.candidates) < min(one["divergence"] for one in alone.candidates)
+    ratio = run(auto(config, keep_ratio=0.5))
+    assert ratio.attention is None
+    images = torch.randn(2, 3, 32, 32)
+    loaded = load_pruned(found_folder(shared))
+    assert count_parameters(loaded) == shared.final.params
+    assert loaded(images).isfinite().all()
+
+
+def test_equal_widths_share_a_budget_too(quick: RunConfig) -> None:
+    found = run(auto(dataclasses.replace(quick, keep_ratio=0.65), target_params="0.7", equal_widths=True))
+    plan = PruningPlan.load(found_folder(found) / "plan.json")
+    assert found.pruned.params <= 0.7 * found.base.params
+    for kind in ("mlp", "value"):
+        assert len({len(entry.keep) for entry in plan.sites if entry.site.kind == kind}) == 1
+
+
+def test_a_speed_up_counts_attention_too(quick: RunConfig) -> None:
+    config = auto(
+        dataclasses.replace(quick, keep_ratio=0.65, latency_batch=4),
+        target_speedup=1.15, round_to=4, best_effort=True, attention="on",
+    )  # fmt: skip
+    found = run(config)
+    assert any(name.endswith("attn.proj") for name in found.sites)
+    assert found.budget["met"] == (found.budget["reached"] >= 1.15)

@@ -175,6 +175,25 @@ def test_layers_batchnorms_and_costs_are_chosen_as_in_a_run() -> None:
         vbp.prune(classifier, [images], convolutions=True, include=["heads.*"])
 
 
+def test_attention_stays_whole_where_it_cannot_be_cut(plain: nn.Module, pixels: Tensor) -> None:
+    with pytest.raises(InputError, match="no prunable attention in Sequential"):
+        vbp.prune(plain, [pixels], target_macs=0.7, attention="on")
+    assert vbp.prune(plain, [pixels], target_macs=0.7).plan.attention_share is None
+
+
+def test_rotary_attention_stays_whole_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    import timm
+
+    torch.manual_seed(0)
+    rotary = timm.create_model(
+        "eva02_tiny_patch14_224", img_size=28, embed_dim=32, depth=2, num_heads=2, num_classes=7
+    )
+    with caplog.at_level("INFO", "vbp"):
+        found = vbp.prune(rotary, [torch.randn(8, 3, 28, 28)], target_macs=0.8)
+    assert found.plan.attention_share is None
+    assert "stays whole" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

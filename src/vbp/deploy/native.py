@@ -210,7 +210,7 @@ def _built(
     if any(entry.site.kind != "mlp" and entry.removed for plan in plans for entry in plan.sites):
         raise InputError(
             f"no configuration of {source.name} can say that attention was pruned; save the folder of vbp "
-            "(save_pruned), or prune without --bottleneck"
+            "(save_pruned), or keep attention whole: --attention off, and no --bottleneck"
         )
     types = {value.dtype for value in state.values() if value.is_floating_point()}
     if source.library == "timm" and types != {torch.float32}:

@@ -14,6 +14,7 @@ removes what loses least for what it saves, until enough is saved.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -103,10 +104,10 @@ def per_layer_counts(keep_ratio: float, bounds: Sequence[AllowedWidths], target:
 def counts_by_saving(
     scores: Sequence[Floats], bounds: Sequence[AllowedWidths], savings: Sequence[float], share: float
 ) -> list[int]:
-    """Remove step by step what has the lowest score, until at most a share of all savings remains.
+    """Remove step by step what has the lowest score, until no more than a share of all savings remains.
 
-    A step leads from one allowed count of a site to the next; its score is the mean over its channels. With a smaller
-    share every site keeps as much or less.
+    A step leads from one allowed count of a site to the next; its score is the mean over its channels. The last step
+    may save more than is wanted: then steps before it that are no longer needed are taken back.
 
     Args:
         scores: Of each site's channels, ascending: what a channel loses for each unit that it saves.
@@ -120,14 +121,23 @@ def counts_by_saving(
         for before, after in pairwise(gone):
             steps.append((float(score[before:after].mean()), place, (after - before) * saving))
     wanted = (1 - share) * sum(bound.counts[0] * saving for bound, saving in zip(bounds, savings, strict=True))
-    taken, saved = [0] * len(bounds), 0.0
+    wanted *= 1 - 1e-12
+    taken, saved = list[tuple[int, float]](), 0.0
     # Stable: of equal ones the first site, and the steps of a site in their order.
     for _, place, saving in sorted(steps, key=lambda step: step[0]):
-        if saved >= wanted * (1 - 1e-12):
+        if saved >= wanted:
             break
-        taken[place] += 1
+        taken.append((place, saving))
         saved += saving
-    return [bound.counts[number] for bound, number in zip(bounds, taken, strict=True)]
+    numbers = Counter(place for place, _ in taken)
+    fixed = set[int]()
+    for place, saving in reversed(taken):
+        if place not in fixed and saved - saving >= wanted:
+            numbers[place] -= 1
+            saved -= saving
+        else:
+            fixed.add(place)  # its steps before this one are needed too
+    return [bound.counts[numbers[place]] for place, bound in enumerate(bounds)]
 
 
 def _allocate(bounds: Sequence[AllowedWidths], losses: Sequence[Sequence[float]], target: int) -> list[int]:

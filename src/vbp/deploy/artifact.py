@@ -32,6 +32,7 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
 from vbp.runtime.files import check_path
+from vbp.sites.branches import has_layer
 
 
 @dataclass(frozen=True)
@@ -238,6 +239,8 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Add to consumers the biases that they gained through compensation."""
     for name in {entry.site.consumer for plan in plans for entry in plan.sites} - {""}:
+        if not has_layer(model, name):
+            continue  # its branch is gone
         consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")
         if consumer.bias is None and bias is not None:
             consumer.bias = nn.Parameter(torch.zeros_like(bias))

@@ -87,7 +87,10 @@ def unwrapped_plan(plan: PruningPlan, state: State) -> PruningPlan:
         producers, inner, parameters = (
             tuple(map(own, names)) for names in (site.producers, site.inner, site.parameters)
         )
-        return replace(site, producers=producers, consumer=own(site.consumer), inner=inner, parameters=parameters)
+        consumer, branch = own(site.consumer), own(site.branch)
+        return replace(
+            site, producers=producers, consumer=consumer, inner=inner, parameters=parameters, branch=branch
+        )
 
     return replace(plan, sites=tuple(replace(entry, site=renamed(entry.site)) for entry in plan.sites))
 

@@ -207,10 +207,10 @@ def _built(
         for entry in plan.sites:
             if entry.site.kind == "mlp":
                 sites.setdefault(entry.site.name, entry.site)
-    if any(entry.site.kind != "mlp" and entry.removed for plan in plans for entry in plan.sites):
+    if any((entry.site.kind != "mlp" and entry.removed) or not entry.keep for plan in plans for entry in plan.sites):
         raise InputError(
-            f"no configuration of {source.name} can say that attention was pruned; save the folder of vbp "
-            "(save_pruned), or keep attention whole: --attention off, and no --bottleneck"
+            f"no configuration of {source.name} can say that attention was pruned, or a whole branch; save the "
+            "folder of vbp (save_pruned), or keep attention whole: --attention off, and no --bottleneck"
         )
     types = {value.dtype for value in state.values() if value.is_floating_point()}
     if source.library == "timm" and types != {torch.float32}:

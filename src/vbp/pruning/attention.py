@@ -42,7 +42,7 @@ def rotate_(
     """
     new_means, new = dict(means or {}), dict(covariances)
     for entry in entries:
-        if entry.basis == "channels":
+        if entry.basis == "channels" or not entry.keep:
             continue
         if entry.site.kind == "value":
             change = _rotate_values_(model, entry, covariances)

@@ -41,7 +41,7 @@ def compensate_(
         for entry in entries:
             if entry.site.consumer:
                 refits.append(_solve(model, entry, covariances, means[entry.site.name], ridge))
-            elif refits_logits(entry.site):
+            elif entry.keep and refits_logits(entry.site):
                 refits.append(_solve_queries(model, entry, covariances, ridge))
     for entry in entries:
         if not entry.site.consumer:
@@ -49,7 +49,7 @@ def compensate_(
         consumer = model.get_submodule(entry.site.consumer)
         assert isinstance(consumer.weight, Tensor)
         mean = means[entry.site.name]
-        add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed)))
+        add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed, dtype=torch.long)))
     for _, apply_ in refits:
         apply_()
     return tuple(error for error, _ in refits)
@@ -64,7 +64,7 @@ def _solve(
 ) -> _Refit:
     name, weight = entry.site.name, model.get_submodule(entry.site.consumer).weight
     assert isinstance(weight, Tensor)
-    keep = torch.tensor(entry.keep, device=weight.device)
+    keep = torch.tensor(entry.keep, dtype=torch.long, device=weight.device)
     removed = torch.tensor(entry.removed, device=weight.device)
     try:
         covariance = covariances[name].to(weight.device).covariance
@@ -80,7 +80,7 @@ def _apply_(consumer: nn.Module, entry: SitePlan, columns: Tensor, mean: Tensor)
     """Set the kept columns, and take what they add on average out of the bias again."""
     weight = consumer.weight
     assert isinstance(weight, Tensor)
-    keep = torch.tensor(entry.keep)
+    keep = torch.tensor(entry.keep, dtype=torch.long)
     columns = columns.to(weight.dtype)
     # Of the columns as rounded to the weight's precision: the mean of the output stays what it was.
     added = columns.double() - weight.detach()[:, keep].double()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Final, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +16,9 @@ from vbp.method.allocation import AllowedWidths, counts_by_saving, global_counts
 from vbp.pruning.plan import PruningPlan, SitePlan, first_of_heads
 from vbp.runtime.choices import Basis, Scope
 from vbp.sites.site import Site, units_of
+
+# The usual floor: below it whole branches may go too.
+MIN_KEEP_RATIO: Final = 0.02
 
 
 def check_keep_ratio(name: str, ratio: float) -> None:
@@ -48,7 +51,7 @@ def make_plan(
     keep_ratio: float,
     scope: Scope = "global",
     round_to: int = 1,
-    min_keep_ratio: float = 0.02,
+    min_keep_ratio: float = MIN_KEEP_RATIO,
     attn_keep_ratio: float | None = None,
     attn_basis: Basis = "channels",
 ) -> PruningPlan:
@@ -120,12 +123,13 @@ def shared_plan(
     *,
     share: float,
     round_to: int = 1,
-    min_keep_ratio: float = 0.02,
+    min_keep_ratio: float = MIN_KEEP_RATIO,
 ) -> PruningPlan:
     """Remove what loses least for what it saves, MLP channels or directions of heads, until a share remains.
 
     A direction goes from all heads of an attention, with its query, key and value. An attention that does not allow
-    any basis stays whole.
+    any basis stays whole. A site whose channels go all, with its branch, is no exception from the floor unless that
+    is the usual one or lower.
 
     Args:
         sites: From `find_sites`.
@@ -145,7 +149,10 @@ def shared_plan(
     ranked = [_removal_order(unit[0].name, size, scores) for unit, size in zip(units, sizes, strict=True)]
     counts = counts_by_saving(
         [ascending for _, ascending in ranked],
-        [AllowedWidths.of(size, round_to, min_keep_ratio) for size in sizes],
+        [
+            _or_none(AllowedWidths.of(size, round_to, min_keep_ratio), unit, min_keep_ratio)
+            for unit, size in zip(units, sizes, strict=True)
+        ],
         [savings[unit[0].name] for unit in units],
         share,
     )
@@ -161,6 +168,12 @@ def shared_plan(
     return replace(plan, keep_ratio=kept, attn_keep_ratio=plan.attention_share)
 
 
+def _or_none(widths: AllowedWidths, unit: Sequence[Site], min_keep_ratio: float) -> AllowedWidths:
+    """Allow no channel at all where a whole branch may go."""
+    droppable = min_keep_ratio <= MIN_KEEP_RATIO and all(site.branch for site in unit)
+    return AllowedWidths((*widths.counts, 0)) if droppable else widths
+
+
 @dataclass(frozen=True)
 class PlanRules:
     """Hold what all plans of a job have in common: the arguments of `make_plan` beside scores and keep ratio.
@@ -171,7 +184,7 @@ class PlanRules:
 
     scope: Scope = "global"
     round_to: int = 1
-    min_keep_ratio: float = 0.02
+    min_keep_ratio: float = MIN_KEEP_RATIO
     attn_keep_ratio: float | None = None
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()

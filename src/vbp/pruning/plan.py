@@ -19,16 +19,16 @@ from vbp.runtime.files import write_json
 from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-plan/2"
+_FORMAT = "vbp-plan/3"
 
-# Of before there were directions.
-_WITHOUT_BASIS = "vbp-plan/1"
+# Of before there were directions, and before whole branches went.
+_OLDER = ("vbp-plan/1", "vbp-plan/2")
 _MOST_CHANNELS = 2**24
 
 
 @dataclass(frozen=True)
 class SitePlan:
-    """Hold what stays of one site: the indices of the kept channels, ascending.
+    """Hold what stays of one site: the indices of the kept channels, ascending; none where its branch goes.
 
     In the basis `principal` they are directions of each head, those of most variance first, so that each head keeps
     its first ones.
@@ -127,10 +127,10 @@ class PruningPlan:
             InputError: The data is no plan, or of another format.
         """
         file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if file_format not in (_FORMAT, _WITHOUT_BASIS):
+        if file_format not in (_FORMAT, *_OLDER):
             raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
-        plan = from_json(PruningPlan, rest, "the plan", use_defaults=file_format == _WITHOUT_BASIS)
+        plan = from_json(PruningPlan, rest, "the plan", use_defaults=file_format in _OLDER)
         for entry in plan.sites:
             _check(entry)
         if len(plan.widths) != len(plan.sites):
@@ -162,6 +162,12 @@ def _check(entry: SitePlan) -> None:
         raise InputError(
             f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
         )
+    if not keep and site.branch:
+        if site.consumer and not site.consumer.startswith(f"{site.branch}."):
+            raise InputError(
+                f"the plan removes {site.branch}, which must hold {site.consumer}, and does not; make the plan again"
+            )
+        return
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= site.hidden:
         raise InputError(
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "

@@ -1,15 +1,15 @@
 """Put the errors of a pruned model's parts into the dense model, each with an amplitude of its own.
 
 The error of an MLP is that of its consumer, where it reads the channels of the dense model that stay. The error of an
-attention is that of the smallest module around all of its layers, for its channels have another basis after surgery.
+attention is that of the smallest module around all of its layers, for its channels have another basis after surgery;
+so is that of a branch that is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import takewhile
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import Hook, hooked
+from vbp.sites.branches import home_of
 from vbp.sites.layers import channel_dim, output_channels
 from vbp.sites.site import units_of
 
@@ -42,19 +43,21 @@ def errors_added(
     after: list[tuple[nn.Module, Hook]] = []
     before: list[tuple[nn.Module, Hook]] = []
     for unit, amplitude in zip(units, amplitudes, strict=True):
-        if unit[0].site.kind != "mlp":
-            home = _home(dense, unit)
+        if unit[0].site.kind != "mlp" or not unit[0].keep:
+            home = home_of(dense, [entry.site for entry in unit])
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
             before.append((dense.get_submodule(home), partial(_note, calls)))
             small = pruned.get_submodule(home)
-            after.append((dense.get_submodule(home), partial(_add_attention, small, calls, amplitude)))
+            after.append((dense.get_submodule(home), partial(_add_module, small, calls, amplitude)))
             continue
         (entry,) = unit
         name = entry.site.consumer
         dense_layer, small = (model.get_submodule(name) for model in (dense, pruned))
         # The consumer may make the channels of the next site: rows that it lost have no error of their own.
         rows = [row for row in range(output_channels(dense_layer)) if (name, row) not in gone]
-        keep, left = (torch.tensor(places, device=amplitudes.device) for places in (entry.keep, rows))
+        keep, left = (
+            torch.tensor(places, dtype=torch.long, device=amplitudes.device) for places in (entry.keep, rows)
+        )
         after.append((dense_layer, partial(_add_consumer, small, keep, left, amplitude)))
     with hooked(after, before=before):
         yield
@@ -84,7 +87,7 @@ def _note(
     calls.append((args, kwargs))
 
 
-def _add_attention(
+def _add_module(
     small: nn.Module,
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
     amplitude: Tensor,
@@ -103,14 +106,3 @@ def _add_attention(
         for one, other in zip(whole, parts, strict=True)
     ]
     return tree_unflatten(added, structure)
-
-
-def _home(model: nn.Module, unit: Sequence[SitePlan]) -> str:
-    """Return the smallest module that is called and holds all layers of a unit."""
-    names = [name for entry in unit for name in (*entry.site.producers, entry.site.consumer, *entry.site.inner)]
-    steps = zip(*(name.split(".")[:-1] for name in names if name), strict=False)
-    path = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps)]
-    # A list of modules has no forward pass.
-    while path and type(model.get_submodule(".".join(path))).forward is nn.Module.forward:
-        path.pop()
-    return ".".join(path)

@@ -21,6 +21,7 @@ from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
 from vbp.sites.attention_trial import half
+from vbp.sites.branches import replace_branches_
 from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.propagation import tensors_in
@@ -75,7 +76,8 @@ def prune_(
         if covariances is not None:
             means, covariances = rotate_(model, entries, means, covariances)
         errors = () if means is None else compensate_(model, entries, means, covariances, ridge)
-        cut_sites_(model, [(entry.site, entry.keep) for entry in entries])
+        cut_sites_(model, [(entry.site, entry.keep) for entry in entries if entry.keep])
+        replace_branches_(model, [entry.site for entry in entries if not entry.keep])
     except BaseException:  # an interruption too: half a surgery is no model
         restore()
         raise

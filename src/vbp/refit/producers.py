@@ -22,6 +22,7 @@ from vbp.errors import InputError
 from vbp.method.activations import Activation
 from vbp.method.gauss_newton import HiddenFit, HiddenLayers, MLPSample, fit_hidden
 from vbp.pruning.compensate import add_in_float64_, add_to_bias_
+from vbp.sites.branches import has_layer
 from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
 from vbp.sites.site import Site
@@ -61,7 +62,8 @@ def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
     Raises:
         InputError: A value that the pruned model computes is not finite.
     """
-    widths = {mlp: output_channels(pruned.get_submodule(mlp.site.producers[0])) for mlp in samples.mlps}
+    left = [mlp for mlp in samples.mlps if has_layer(pruned, mlp.site.consumer)]
+    widths = {mlp: output_channels(pruned.get_submodule(mlp.site.producers[0])) for mlp in left}
     mlps = [mlp for mlp, width in widths.items() if width < mlp.site.hidden]
     steps = _steps(pruned, mlps, samples)
     for mlp, step in zip(mlps, steps, strict=True):

@@ -34,6 +34,7 @@ from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
+from vbp.sites.branches import has_layer
 from vbp.sites.layers import channel_dim, first_tensor, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
 from vbp.sites.residual import ResidualAdd, find_residual_adds
@@ -93,8 +94,9 @@ def refit_stream_(
     """
     dense, session, example = judge.model, judge.session, judge.example()
     pixels = ImagesFor(dense, batches)
-    every = residual_adds(dense, example, sites)
-    adds = [every[place] for place in dict.fromkeys(int(len(every) * depth) for depth in DEPTHS)]
+    every = [add for add in residual_adds(dense, example, sites) if has_layer(pruned, add.site.consumer)]
+    depths = dict.fromkeys(int(len(every) * depth) for depth in DEPTHS) if every else ()
+    adds = [every[place] for place in depths]
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
     work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)

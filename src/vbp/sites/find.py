@@ -11,6 +11,7 @@ from torch import nn
 from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.attention_trial import try_attentions
+from vbp.sites.branches import with_branches
 from vbp.sites.channel_ids import Owner
 from vbp.sites.layers import input_channels, output_channels, unusual_layer
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
@@ -56,6 +57,7 @@ def find_sites(
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
     sites = finder.tried(_whole(model, sites), example_inputs)
+    sites = with_branches(model, sites, example_inputs)
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "

@@ -31,6 +31,8 @@ class Site:
         exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
             for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
+        branch: The module that returns what the consumer returns, and nothing else: it is replaced by a constant
+            where no channel stays. Empty where there is none.
         rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
             their layer, or both layers of queries and keys, and what reads them.
 
@@ -52,6 +54,7 @@ class Site:
     exact: bool = True
     implicit_scale: bool = False
     rotatable: bool = False
+    branch: str = ""
 
     @property
     def name(self) -> str:

@@ -184,7 +184,7 @@ class WidthOptions:
     round_to: Result[int | Literal["auto"]] = 1
     """Keep channel counts at multiples of this; 8 or 64 suit most hardware; auto takes what suits the device."""
     min_keep_ratio: Result[float] = 0.02
-    """Floor: no layer keeps a smaller share than this."""
+    """Floor: no layer keeps a smaller share than this; above the default no branch is removed whole either."""
     bottleneck: Result[bool] = False
     """Prune inside attention too: value channels, and query and key channels in pairs, the same in every head."""
     convolutions: Result[bool] = False

@@ -59,17 +59,21 @@ def test_a_report_for_people_and_for_programs(vit: nn.Module) -> None:
     plan = pruned_in_place(vit, FAMILIES["timm-vit"].example(2))
     found = inspect_model(vit, image, plans=plan)
     assert (found.macs, found.params) == (count_macs(vit, image), count_parameters(vit))
-    assert {site.name: (site.hidden, site.dense) for site in found.sites} == plan.widths
+    mlps = [site for site in found.sites if site.kind == "mlp"]
+    assert {site.name: (site.hidden, site.dense) for site in mlps} == plan.widths
     plain = json.loads(json.dumps(found.to_dict()))
     assert plain["model"] == "VisionTransformer"
     kept = plan.widths["blocks.0.mlp.fc1"][0]
     assert plain["sites"][0]["shapes"] == {"blocks.0.mlp.fc1": [kept, 32], "blocks.0.mlp.fc2": [32, kept]}
     lines = found.table().splitlines()
-    assert len(lines) == 5  # the model, the head, two sites, their sum
+    assert len(lines) == 11  # the model, the head, two sites, four of attention, and three sums
     assert lines[0].startswith("VisionTransformer: ")
     assert lines[2].split()[:4] == ["blocks.0.mlp.fc1", "mlp", str(kept), "128"]
     assert lines[2].endswith(f"{kept}x32 32x{kept}")
-    assert lines[4].split()[:4] == ["all", "sites", str(plan.kept), "256"]
+    assert lines[4].split()[:3] == ["blocks.0.attn.proj", "value,", "directions"]
+    assert lines[8].split()[:4] == ["all", "MLPs", str(plan.kept), "256"]
+    assert lines[9].split()[:4] == ["all", "attention", "128", "128"]
+    assert lines[10].split()[:4] == ["all", "sites", str(plan.kept + 128), str(256 + 128)]
 
 
 def test_inner_layers_and_bare_parameters_count() -> None:

@@ -19,14 +19,14 @@ ExportTarget = Literal["onnx", "pt2", "native"]
 class InspectConfig:
     """List the sites of a model with their shapes, MACs and parameters; nothing is pruned.
 
-    Example: vbp inspect deit_tiny_patch16_224 --attention
+    Example: vbp inspect deit_tiny_patch16_224
     """
 
     model: tyro.conf.Positional[str]
     """A pruned model that vbp saved, a folder with a Hugging Face model, a hub id, or a timm name (built of random
     weights: nothing is downloaded)."""
     attention: bool = False
-    """Also the channels inside attention."""
+    """Refuse a model without attention that can be pruned; otherwise it is listed where there is any."""
     convolutions: bool = False
     """Also channels between convolutions with larger kernels, as in a ResNet."""
     include: tuple[str, ...] = ()

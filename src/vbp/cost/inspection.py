@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from vbp.cost.widths import WidthCosts
-from vbp.errors import printable
+from vbp.errors import InputError, printable
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.decode import to_json
 from vbp.runtime.tables import format_count, text_table
@@ -23,7 +23,8 @@ class SiteDescription:
     """One site as plain data, and the MACs of one image and parameters that would go with all its channels.
 
     `hidden` counts the channels of the model as it is, `dense` those of the dense model; they are equal where no plan
-    was given. `shapes` holds those of the layers' weights.
+    was given. `shapes` holds those of the layers' weights. The heads of a `rotatable` site lose directions with the
+    criterion auto.
     """
 
     name: str
@@ -38,6 +39,7 @@ class SiteDescription:
     macs: int
     params: int
     selected: bool = True
+    rotatable: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,13 @@ class Inspection:
         for site in self.sites:
             shapes = " ".join("x".join(map(str, shape)) for shape in site.shapes.values())
             kind = site.kind if site.exact else f"{site.kind} (inexact)"
+            kind = f"{kind}, directions" if site.rotatable else kind
             kind = kind if site.selected else "left out"
             rows.append((site.name, kind, *self._costs([site]), shapes))
+        groups = {True: "all MLPs", False: "all attention"}
+        for mlp, label in groups.items() if len({site.kind == "mlp" for site in self.sites}) == 2 else ():
+            part = [site for site in self.sites if (site.kind == "mlp") == mlp]
+            rows.append((label, "", *self._costs(part), ""))
         rows.append(("all sites", "", *self._costs(self.sites), ""))
         whole = f"{format_count(self.macs)} MACs, {format_count(self.params)} parameters"
         if self.include or self.exclude:
@@ -99,7 +106,7 @@ def inspect_model(
     Args:
         model: Dense, or pruned.
         example: One image "1 channels height width" on the model's device.
-        attention: Also describe value, and query and key, channels.
+        attention: Refuse a model without attention that can be pruned; otherwise it is described where there is any.
         convolutions: Also look between convolutions with larger kernels.
         include: Patterns over the names of sites: only these are selected, as for `vbp run`; by default all.
         exclude: Patterns of those that are not. Without any pattern those of the last plan hold.
@@ -112,7 +119,7 @@ def inspect_model(
         >>> vbp.inspect_model(model, example).sites[0].params
         8320
     """
-    costs = WidthCosts.of(model, find_sites(model, example, attention=attention, convolutions=convolutions), example)
+    costs = WidthCosts.of(model, _sites(model, example, attention, convolutions), example)
     applied = (plans,) if isinstance(plans, PruningPlan) else tuple(plans)
     # The first plan that a site is in says its dense width.
     dense = {entry.site.name: entry.site.hidden for plan in reversed(applied) for entry in plan.sites}
@@ -126,11 +133,20 @@ def inspect_model(
     return Inspection(type(model).__name__, costs.macs, costs.params, sites, tuple(include), tuple(exclude))
 
 
+def _sites(model: nn.Module, example: Tensor, attention: bool, convolutions: bool) -> tuple[Site, ...]:
+    try:
+        return find_sites(model, example, attention=True, convolutions=convolutions)
+    except InputError:
+        if attention:
+            raise
+    return find_sites(model, example, convolutions=convolutions)
+
+
 def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:
     macs, params = costs.of_site(site)
     layers = dict.fromkeys((*site.producers, *([site.consumer] if site.consumer else [])))
     shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers}
     return SiteDescription(
         site.name, site.kind, site.producers, site.consumer, site.hidden, dense, site.heads, site.exact, shapes,
-        macs, params,
+        macs, params, rotatable=site.rotatable,
     )  # fmt: skip

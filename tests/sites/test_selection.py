@@ -75,5 +75,5 @@ def test_patterns_stand_in_the_plan_and_in_an_inspection() -> None:
     assert PruningPlan.from_dict({**older, "format": "vbp-plan/1"}).exclude == ()
     applied = inspect_model(model, image, plans=PlanRules(include=("blocks.1.*",)).neutral(SITES[1:2], 1.0))
     assert (applied.include, [site.name for site in applied.sites if site.selected]) == (
-        ("blocks.1.*",), ["blocks.1.mlp.fc1"],
+        ("blocks.1.*",), ["blocks.1.mlp.fc1", "blocks.1.attn.proj", "blocks.1.attn.qkv"],
     )  # fmt: skip

@@ -20,10 +20,13 @@ Library = Literal["timm", "transformers", "torchvision"]
 NONE = "no softmax attention"
 ROTARY = "rotary embedding between the query layer and the softmax"
 COSINE = "queries and keys are normalised (cosine attention)"
-INTERLEAVED = "query, key and value rows interleaved head by head in one layer"
+NORMALISED_ROWS = "a batch norm over query, key and value rows interleaved head by head"
 BY_HAND = "query, key and value weights are handed to a function, not run as a layer"
 BESIDE = "values also feed a depthwise convolution beside the softmax"
 WRITTEN_WIDTH = "the code writes the width of all heads into a reshape"
+ROTARY_AND_WIDTH = f"{ROTARY}; values alone: {WRITTEN_WIDTH}"
+COSINE_AND_WIDTH = f"{COSINE}; values alone: {WRITTEN_WIDTH}"
+BESIDE_AND_WIDTH = f"{BESIDE}; where they do not, {WRITTEN_WIDTH}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +220,7 @@ TIMM = (
         "timm",
         "eva02_base_patch14_224",
         2,
-        ROTARY,
+        ROTARY_AND_WIDTH,
         arguments=_VIT,
         inexact=2,
     ),
@@ -228,21 +231,21 @@ TIMM = (
     Architecture("ConvNeXt v2 (GRN), Linear layers", "timm", "convnextv2_tiny", 5, NONE, 64, _CONVNEXT, inexact=5),
     Architecture("ConvNeXt v2 (GRN), 1x1 convolutions", "timm", "convnextv2_atto", 5, NONE, 64, _CONVNEXT, inexact=5),
     Architecture("MaxViT", "timm", "maxvit_tiny_tf_224", 7, 4, 64, _MAXVIT),
-    Architecture("CoAtNet", "timm", "coatnet_0_rw_224", 4, INTERLEAVED, 64, _COATNET),
+    Architecture("CoAtNet", "timm", "coatnet_0_rw_224", 4, 2, 64, _COATNET),
     Architecture("MLP-Mixer", "timm", "mixer_s32_224", 4, NONE, build_by_hand=_mixer),
     Architecture("PoolFormer", "timm", "poolformer_s12", 4, NONE, 64, build_by_hand=_POOLFORMER),
     Architecture("ConvFormer", "timm", "convformer_s18", 9, NONE, 64, build_by_hand=_CONVFORMER, inexact=1),
     Architecture("CAFormer", "timm", "caformer_s18", 7, WRITTEN_WIDTH, 64, build_by_hand=_CAFORMER, inexact=1),
-    Architecture("EfficientFormer", "timm", "efficientformer_l1", 5, INTERLEAVED, 224, _EFFICIENTFORMER),
-    Architecture("EfficientFormer v2", "timm", "efficientformerv2_s0", 5, BESIDE, 64, _EFFICIENTFORMER_V2),
+    Architecture("EfficientFormer", "timm", "efficientformer_l1", 5, 1, 224, _EFFICIENTFORMER),
+    Architecture("EfficientFormer v2", "timm", "efficientformerv2_s0", 5, BESIDE_AND_WIDTH, 64, _EFFICIENTFORMER_V2),
     Architecture("MobileViT", "timm", "mobilevit_xxs", 17, 9, 64),
     Architecture("PVTv2, depthwise convolution in the MLP", "timm", "pvt_v2_b0", 4, WRITTEN_WIDTH, 64, _PVT),
     Architecture("Hiera", "timm", "hiera_tiny_224", 5, WRITTEN_WIDTH, 64, _HIERA),
-    Architecture("LeViT", "timm", "levit_128s", 5, INTERLEAVED, 64, _LEVIT),
-    Architecture("LeViT, 1x1 convolutions", "timm", "levit_conv_128s", 5, INTERLEAVED, 64, _LEVIT),
+    Architecture("LeViT", "timm", "levit_128s", 5, NORMALISED_ROWS, 64, _LEVIT),
+    Architecture("LeViT, 1x1 convolutions", "timm", "levit_conv_128s", 5, NORMALISED_ROWS, 64, _LEVIT),
     Architecture("XCiT", "timm", "xcit_nano_12_p16_224", 4, WRITTEN_WIDTH, 64, _CLASS_ATTENTION),
     Architecture("CaiT", "timm", "cait_xxs24_224", 4, WRITTEN_WIDTH, 64, _CLASS_ATTENTION),
-    Architecture("TinyViT", "timm", "tiny_vit_5m_224", 8, INTERLEAVED, 64, _TINYVIT),
+    Architecture("TinyViT", "timm", "tiny_vit_5m_224", 8, 4, 64, _TINYVIT),
 )
 HUGGING_FACE = (
     Architecture("ViT", "transformers", "ViT", 2, 2, arguments=_HF_MLP),
@@ -254,7 +257,7 @@ HUGGING_FACE = (
         "SigLIP vision", "transformers", "Siglip", 3, 2, arguments={"vision_config": _HF_MLP}, left_out=_POOLING
     ),
     Architecture("Swin", "transformers", "Swin", 3, 3, arguments=_HF_SWIN),
-    Architecture("Swin v2", "transformers", "Swinv2", 3, COSINE, arguments=_HF_SWIN),
+    Architecture("Swin v2", "transformers", "Swinv2", 3, COSINE_AND_WIDTH, arguments=_HF_SWIN),
     Architecture("ConvNeXt", "transformers", "ConvNext", 5, NONE, 64, _HF_CONVNEXT),
     Architecture("ConvNeXt v2 (GRN)", "transformers", "ConvNextV2", 5, NONE, 64, _HF_CONVNEXT, inexact=5),
     Architecture("PoolFormer", "transformers", "PoolFormer", 4, NONE, 64, _HF_PYRAMID),

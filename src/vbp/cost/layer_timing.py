@@ -250,7 +250,12 @@ def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]
         if round_to == 1 and first.kind == "mlp" and count % 2 == 0:
             count -= 1
         if count < size:
-            widths[count * first.heads] = [_first_channels(site, count) for unit in units for site in unit.sites]
+            # Queries and keys may have heads of another size than values: they keep the same share.
+            widths[count * first.heads] = [
+                _first_channels(site, max(1, round(count / size * site.hidden / site.heads)))
+                for unit in units
+                for site in unit.sites
+            ]
     return widths
 
 

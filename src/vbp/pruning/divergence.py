@@ -162,7 +162,7 @@ def _errors_added(
         error = error - output.index_select(dim, rows)
         return output.index_add(dim, rows, amplitude.to(output.dtype) * error)
 
-    gone = {(name, first + row) for entry in entries for name, first in entry.site.rows for row in entry.removed}
+    gone = {(name, places[row]) for entry in entries for name, places in entry.site.places for row in entry.removed}
     hooks = []
     for entry, amplitude in zip(entries, amplitudes, strict=True):
         name = entry.site.consumer

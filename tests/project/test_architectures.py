@@ -16,8 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, CLASSES, WRITTEN_WIDTH, Architecture
-from families import randomise_
+from architectures import ARCHITECTURES, CLASSES, WRITTEN_WIDTH, Architecture, noticeable_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -87,26 +86,6 @@ def prepared(entry: Architecture, attention: bool = False) -> Prepared:
     scores = variance_scores(statistics, norm_per_layer=True)
     plan = make_plan(sites, scores, keep_ratio=0.6, attn_keep_ratio=0.5 if attention else None)
     return Prepared(model, images, sites, statistics, scores, plan)
-
-
-def noticeable_(model: nn.Module, images: Tensor) -> nn.Module:
-    """Randomise weights so that every channel shows in the logits and no LayerScale or zero GRN hides a mistake.
-
-    Matrices keep the size of what passes them, and batch norms take the statistics of these images, lest activations
-    saturate or vanish on the way.
-    """
-    randomise_(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.div_(0.3 * parameter[0].numel() ** 0.5)
-    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.momentum = 1.0
-    if norms:
-        with torch.no_grad():
-            model.train()(images)
-    return model.eval()
 
 
 def logits(model: nn.Module, images: Tensor) -> Tensor:
@@ -277,7 +256,7 @@ def dense_model(entry: Architecture, images: Tensor) -> tuple[nn.Module, ModelSo
     if entry.library == "timm" and entry.build_by_hand is None:
         arguments = {**entry.arguments, "num_classes": CLASSES}
         classifier = load_classifier(entry.name, allow_random_init=True, model_kwargs=arguments)
-        return noticeable_(classifier.model, images), classifier.source
+        return noticeable_(entry.split_(classifier.model), images), classifier.source
     model = noticeable_(entry.build(), images)
     if entry.library == "transformers":
         name = type(model).__name__
@@ -313,7 +292,8 @@ def test_a_saved_model_comes_back_bit_equal(entry: Architecture, tmp_path: Path)
 def test_pruned_attention_equals_clamped_values_and_silent_queries(entry: Architecture) -> None:
     case = prepared(entry, attention=True)
     kinds = [site.kind for site in case.sites]
-    assert kinds.count("value") == kinds.count("query_key") == entry.attention
+    assert kinds.count("value") == entry.attention
+    assert kinds.count("query_key") == (0 if entry.values_alone else entry.attention)
     assert kinds.count("mlp") == entry.sites
     check_prunable(case.model, case.sites, case.images[:1])
     with clamped(case.model, case.plan, case.statistics.means):
@@ -332,7 +312,8 @@ def test_the_principal_basis_of_attention_changes_no_logit(entry: Architecture) 
     """Of every attention that can be pruned."""
     case = prepared(entry, attention=True)
     sites = [site for site in case.sites if site.kind != "mlp"]
-    assert all(site.rotatable for site in sites)
+    assert {site.rotatable for site in sites} == {entry.directions}
+    sites = [site for site in sites if site.rotatable]
     statistics = collect_statistics(case.model, sites, [case.images], covariance=True)
     turned = copy.deepcopy(case.model)
     whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in sites]

@@ -27,6 +27,7 @@ from vbp.deploy.open_model import OpenedModel, open_model
 from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
+from vbp.models.split_attention import split_attention_
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
@@ -212,6 +213,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
+    if config.bottleneck:
+        split_attention_(model)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
     if resumed is not None:

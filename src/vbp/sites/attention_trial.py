@@ -117,6 +117,7 @@ class _Trial:
         self._run = _Run(example_inputs, attentions)
         self._run.observe(self._dense)
         _draw_(self._dense, [pair for _, pair in attentions if pair is not None])
+        _silence_(self._dense, [value for value, _ in attentions])
         self._expected = self._run.outputs(self._dense)
 
     def errors(self, *, implicit: bool = False, values_alone: bool = False) -> list[float]:
@@ -161,6 +162,14 @@ def _draw_(model: nn.Module, pairs: Sequence[Site]) -> None:
                 layer.weight[list(places)] = drawn.to(rows)
                 if isinstance(layer.bias, Tensor):
                     layer.bias[list(places)] = 0
+
+
+def _silence_(model: nn.Module, values: Sequence[Site]) -> None:
+    """Let consumers read nothing of the channels that go: later layers then read the same with them and without."""
+    with torch.no_grad():
+        for site in values:
+            gone = sorted(set(range(site.hidden)) - set(half(site)))
+            model.get_parameter(f"{site.consumer}.weight")[:, gone] = 0
 
 
 @dataclass

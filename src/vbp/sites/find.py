@@ -60,7 +60,8 @@ def find_sites(
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
             "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
-            f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            "queries, no weights passed to a function by hand: vbp.split_attention_(model) gives those of torch, "
+            "timm and torchvision layers of their own); leave attention (--bottleneck) out"
             f"{_reasons(finder.rejected[others:][-3:])}"
         )
     unusual = finder.unusual or [unusual_layer(*one) for one in finder.trace.unusual.items()]

@@ -46,8 +46,8 @@ Each family below is built small (few blocks, random weights), checked by `tests
 - attention: with queries and keys removed in pairs and values held at their means the same equality holds, every head
   keeps the same number of channels, and saving and training work. Where attention cannot be pruned, the reason stands
   in its place: asking for it is an error that leaves the model as it was, and the MLP sites can be pruned without it;
-  *Split* says that `vbp.split_attention_(model)` gave these attentions layers of their own, as `vbp run` and `vbp.prune`
-  do where attention is pruned. Where something stands between queries, keys and the softmax, values go alone;
+  *Split* says that `vbp.split_attention_(model)` gave these attentions layers of their own, as `vbp run` and
+  `vbp.prune` do where attention is pruned. Values go alone where something stands between queries, keys and softmax;
 - principal basis: in how many of these attentions directions can go in the place of channels
   ([Attention](how_it_works.md#attention)), and the largest change of a logit by the change of basis alone, in float64
   with noticeable weights, for images of which the statistics are and others: at most 1e-10.

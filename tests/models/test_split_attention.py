@@ -100,17 +100,16 @@ def test_split_attentions_compute_what_they_did_and_are_cut(name: str, tmp_path:
     assert kinds.count("query_key") == (0 if name in VALUES_ALONE else kinds.count("value"))
     assert all(site.separate for site in sites)
     statistics = collect_statistics(split, sites, [images], covariance=True)
-    turnable = [site for site in sites if site.rotatable]
-    assert len(turnable) == len(sites) or name == "timm-eva02, separate"  # a LayerNorm before its projection
+    assert all(site.rotatable for site in sites)
     turned = copy.deepcopy(split)
-    whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in turnable]
+    whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in sites]
     rotate_(turned, whole, statistics.means, statistics.covariances)
     torch.testing.assert_close(logits(turned, images), expected, rtol=0, atol=1e-10)
     entries = []
     for site in sites:
         size = site.hidden // site.heads
         kept = first_of_heads(site, size // 2 if site.kind == "value" else size // 4)
-        entries.append(SitePlan(site, kept, "principal" if site.rotatable else "channels"))
+        entries.append(SitePlan(site, kept, "principal"))
     plan = PruningPlan(tuple(entries), 1.0, "per_layer", attn_keep_ratio=0.5)
     prune_(split, plan, statistics.means, statistics.covariances)
     assert logits(split, images).isfinite().all()

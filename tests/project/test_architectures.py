@@ -312,8 +312,7 @@ def test_the_principal_basis_of_attention_changes_no_logit(entry: Architecture) 
     """Of every attention that can be pruned."""
     case = prepared(entry, attention=True)
     sites = [site for site in case.sites if site.kind != "mlp"]
-    assert {site.rotatable for site in sites} == {entry.directions}
-    sites = [site for site in sites if site.rotatable]
+    assert all(site.rotatable for site in sites)
     statistics = collect_statistics(case.model, sites, [case.images], covariance=True)
     turned = copy.deepcopy(case.model)
     whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in sites]

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 import timm
 import torch
+from families import randomise_
 from timm.models import metaformer, mlp_mixer
 from torch import Tensor, nn
 
-from families import randomise_
 from vbp import Site, find_sites, split_attention_
 
 CLASSES = 7
@@ -47,7 +47,6 @@ class Architecture:
         convolutions: Look between kernels of any size, with `find_sites(..., convolutions=True)`.
         split: Its attentions are split by `vbp.split_attention_`.
         values_alone: What stands between queries, keys and the softmax, so that values alone can be pruned.
-        directions: Whether these attentions can be cut in their principal basis.
     """
 
     family: str
@@ -64,7 +63,6 @@ class Architecture:
     convolutions: bool = False
     split: bool = False
     values_alone: str = ""
-    directions: bool = True
 
     @property
     def label(self) -> str:
@@ -275,7 +273,6 @@ TIMM = (
         inexact=2,
         split=True,
         values_alone=ROTARY,
-        directions=False,
     ),
     Architecture("Swin", "timm", "swin_tiny_patch4_window7_224", 3, 3, 64, _SWIN),
     Architecture("Swin v2", "timm", "swinv2_tiny_window8_256", 3, 3, 64, _SWIN, split=True, values_alone=COSINE),

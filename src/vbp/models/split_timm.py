@@ -88,9 +88,9 @@ class SplitWindowAttention(WindowAttention):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Return the output for windows; `mask` has one entry for each window of an image."""
         q, k, v = _parts(self, x, self.num_heads)
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
+        table = self.cpb_mlp(self.get_buffer("relative_coords_table")).view(-1, self.num_heads)
         tokens = x.shape[1]
-        bias = table[self.relative_position_index.view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
+        bias = table[self.get_buffer("relative_position_index").view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
         bias = (16 * bias.sigmoid()).unsqueeze(0)
         if mask is not None:
             bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)

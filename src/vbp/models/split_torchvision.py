@@ -23,14 +23,17 @@ def can_split(module: nn.Module) -> bool:
 
 def split_(module: nn.Module) -> nn.Module:
     """Split an attention in place, and return it."""
-    assert isinstance(module, ShiftedWindowAttention)
     cosine = isinstance(module, ShiftedWindowAttentionV2)
-    rows, bias = len(module.qkv.weight), module.qkv.bias
+    qkv, heads = module.get_submodule("qkv"), module.num_heads
+    assert isinstance(qkv, nn.Linear)
+    assert isinstance(heads, int)
+    rows, bias = len(qkv.weight), qkv.bias
     biases = (None,) * 3 if bias is None else bias.chunk(3)
     # Swin v2 ignores the bias of its keys.
     split_layer_(module, "qkv", (biases[0], None if cosine else biases[1], biases[2]))
-    module.scale = 1.0 if cosine else (rows // 3 // module.num_heads) ** -0.5
-    module.__class__ = _SPLIT[type(module)]
+    scale = 1.0 if cosine else (rows // 3 // heads) ** -0.5
+    setattr(module, "scale", scale)  # noqa: B010
+    setattr(module, "__class__", _SPLIT[type(module)])  # noqa: B010 (no assignment of a class is typed)
     return module
 
 

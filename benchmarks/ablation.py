@@ -106,9 +106,9 @@ class Collected:
         before = {site.name: Observer() for site in sites}
         more = {share: {site.name: Observer(one) for site in sites} for share, one in self._samplers.items()}
         made = [
-            (module, before[site.name].of_output(rows_of(module, first, site.hidden)))
+            (module, before[site.name].of_output(rows_of(module, places)))
             for site in sites
-            for module, first in ((model.get_submodule(layer), first) for layer, first in site.rows)
+            for module, places in ((model.get_submodule(layer), places) for layer, places in site.places)
         ]
         read = [
             (model.get_submodule(site.consumer), observers[site.name].of_input)

@@ -16,14 +16,16 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from vbp import InputError, collect_statistics, make_plan, plan_cost, variance_scores
+from vbp import InputError, SitePlan, collect_statistics, make_plan, plan_cost, variance_scores
 from vbp.deploy.artifact import installed_versions
+from vbp.pruning.attention import rotate_
 from vbp.pruning.surgery import check_prunable
+from vbp.runtime.forward import logits_of
 
 _ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(_ROOT / "tests" / "support"))
 
-from architectures import ARCHITECTURES, Architecture  # noqa: E402
+from architectures import ARCHITECTURES, Architecture, noticeable_  # noqa: E402
 
 KEEP_RATIO = 0.6
 HEAD = (
@@ -44,8 +46,11 @@ Each family below is built small (few blocks, random weights), checked by `tests
 - attention: with queries and keys removed in pairs and values held at their means the same equality holds, every head
   keeps the same number of channels, and saving and training work. Where attention cannot be pruned, the reason stands
   in its place: asking for it is an error that leaves the model as it was, and the MLP sites can be pruned without it;
+  *Split* says that `vbp.split_attention_(model)` gave these attentions layers of their own, as `vbp run` and
+  `vbp.prune` do where attention is pruned. Values go alone where something stands between queries, keys and softmax;
 - principal basis: in how many of these attentions directions can go in the place of channels
-  ([Attention](how_it_works.md#attention)). The change of basis alone changes no logit (float64, 1e-10).
+  ([Attention](how_it_works.md#attention)), and the largest change of a logit by the change of basis alone, in float64
+  with noticeable weights, for images of which the statistics are and others: at most 1e-10.
 
 The MACs are those of the small model on one image, before and after pruning the MLP sites alone.
 """
@@ -73,7 +78,7 @@ def row(entry: Architecture) -> tuple[str, ...]:
     """
     model, images = entry.build(), entry.images(2, torch.float32)
     _expect(entry, "attentions", _attentions(entry, model, images), entry.attention if _counted(entry) else "refused")
-    turned = _principal(entry, model, images) if _counted(entry) else ""
+    turned = _principal(entry) if _counted(entry) else ""
     if not entry.sites:
         _expect(entry, "sites", _found(entry, model, images), "refused")
         return (*entry.cells(), turned, "")
@@ -104,13 +109,29 @@ def _attentions(entry: Architecture, model: nn.Module, images: Tensor) -> int | 
         check_prunable(model, sites, images[:1])
     except InputError:
         return "refused"
-    return min(sum(site.kind == kind for site in sites) for kind in ("value", "query_key"))
+    kinds = ("value",) if entry.values_alone else ("value", "query_key")
+    return min(sum(site.kind == kind for site in sites) for kind in kinds)
 
 
-def _principal(entry: Architecture, model: nn.Module, images: Tensor) -> str:
-    """Count the attentions whose values, queries and keys can be cut in their principal basis."""
-    turned = [site.kind for site in entry.find(model, images, attention=True) if site.rotatable]
-    return str(min(turned.count(kind) for kind in ("value", "query_key")))
+def _principal(entry: Architecture) -> str:
+    """Turn every attention that allows it to its principal basis; return their number and the change of the logits.
+
+    Raises:
+        RuntimeError: A logit changes by more than rounding.
+    """
+    images = entry.images(8)
+    model = noticeable_(entry.build().double(), images)
+    sites = [site for site in entry.find(model, images, attention=True) if site.kind != "mlp" and site.rotatable]
+    if not sites:
+        return "0"
+    statistics = collect_statistics(model, sites, [images[:4]], covariance=True)
+    with torch.no_grad():
+        before = logits_of(model(images))
+        whole = [SitePlan(site, tuple(range(site.hidden)), "principal") for site in sites]
+        rotate_(model, whole, statistics.means, statistics.covariances)
+        change = float((logits_of(model(images)) - before).abs().max())
+    _expect(entry, "the basis changes logits by more than 1e-10, which", change > 1e-10, False)
+    return f"{sum(site.kind == 'value' for site in sites)} ({change:.0e})"
 
 
 def _expect(entry: Architecture, what: str, found: object, wanted: object) -> None:

@@ -49,6 +49,7 @@ if TYPE_CHECKING:
     from vbp.models.classifier import ModelSource as ModelSource
     from vbp.models.load import build_model as build_model
     from vbp.models.load import load_classifier as load_classifier
+    from vbp.models.split_attention import split_attention_ as split_attention_
     from vbp.pruning.auto import auto_plan as auto_plan
     from vbp.pruning.criteria import criterion_scores as criterion_scores
     from vbp.pruning.criteria import output_variance_scores as output_variance_scores

@@ -8,22 +8,24 @@ from typing import Any, Literal
 
 import timm
 import torch
+from families import randomise_
 from timm.models import metaformer, mlp_mixer
 from torch import Tensor, nn
 
-from vbp import Site, find_sites
+from vbp import Site, find_sites, split_attention_
 
 CLASSES = 7
 Library = Literal["timm", "transformers", "torchvision"]
 
 # Why attention is refused: the last after a trial on a copy.
 NONE = "no softmax attention"
-ROTARY = "rotary embedding between the query layer and the softmax"
+ROTARY = "rotary embedding between the layers of queries and keys and the softmax"
 COSINE = "queries and keys are normalised (cosine attention)"
-INTERLEAVED = "query, key and value rows interleaved head by head in one layer"
-BY_HAND = "query, key and value weights are handed to a function, not run as a layer"
+NORMALISED_ROWS = "a batch norm over query, key and value rows interleaved head by head"
 BESIDE = "values also feed a depthwise convolution beside the softmax"
 WRITTEN_WIDTH = "the code writes the width of all heads into a reshape"
+COSINE_AND_WIDTH = f"{COSINE}; values alone: {WRITTEN_WIDTH}"
+BESIDE_AND_WIDTH = f"{BESIDE}; where they do not, {WRITTEN_WIDTH}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +45,8 @@ class Architecture:
         refusal: Why there is no site.
         left_out: Attention that is not pruned beside that which is.
         convolutions: Look between kernels of any size, with `find_sites(..., convolutions=True)`.
+        split: Its attentions are split by `vbp.split_attention_`.
+        values_alone: What stands between queries, keys and the softmax, so that values alone can be pruned.
     """
 
     family: str
@@ -57,6 +61,8 @@ class Architecture:
     refusal: str = ""
     left_out: str = ""
     convolutions: bool = False
+    split: bool = False
+    values_alone: str = ""
 
     @property
     def label(self) -> str:
@@ -65,7 +71,9 @@ class Architecture:
 
     def cells(self) -> tuple[str, ...]:
         """Return what the document says of it: names, sites, whether they are exact, and attention."""
-        found = str(self.attention) + (f"; not {self.left_out}" if self.left_out else "")
+        found = str(self.attention) + (", split" if self.split else "")
+        found += f"; not {self.left_out}" if self.left_out else ""
+        found += f"; values alone: {self.values_alone}" if self.values_alone else ""
         attention = found if isinstance(self.attention, int) else f"refused: {self.attention}"
         exact = f"exact, {self.inexact} inexact" if self.inexact else "exact"
         exact = "inexact" if self.inexact == self.sites else exact
@@ -81,11 +89,16 @@ class Architecture:
     def build(self) -> nn.Module:
         """Return a fresh model in evaluation mode."""
         if self.build_by_hand is not None:
-            return self.build_by_hand().eval()
+            return self.split_(self.build_by_hand().eval())
         if self.library == "timm":
-            model: nn.Module = timm.create_model(self.name, num_classes=CLASSES, **self.arguments)
-            return model.eval()
+            return self.split_(timm.create_model(self.name, num_classes=CLASSES, **self.arguments).eval())
         return _hugging_face(self.name, self.arguments).eval()
+
+    def split_(self, model: nn.Module) -> nn.Module:
+        """Split the attentions of a model, in place, where that is wanted, and return it."""
+        if self.split:
+            split_attention_(model)
+        return model
 
     def find(self, model: nn.Module, images: Tensor, *, attention: bool = False) -> tuple[Site, ...]:
         """Find the sites of this model."""
@@ -95,6 +108,26 @@ class Architecture:
         """Return random images."""
         generator = torch.Generator().manual_seed(1)
         return torch.randn(batch, 3, self.size, self.size, generator=generator, dtype=torch.float64).to(dtype)
+
+
+def noticeable_(model: nn.Module, images: Tensor) -> nn.Module:
+    """Randomise weights so that every channel shows in the logits and no LayerScale or zero GRN hides a mistake.
+
+    Matrices keep the size of what passes them, and batch norms take the statistics of these images, lest activations
+    saturate or vanish on the way.
+    """
+    randomise_(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.div_(0.3 * parameter[0].numel() ** 0.5)
+    norms = [module for module in model.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    for norm in norms:
+        norm.momentum = 1.0
+    if norms:
+        with torch.no_grad():
+            model.train()(images)
+    return model.eval()
 
 
 def _hugging_face(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
@@ -205,44 +238,64 @@ TIMM = (
     Architecture("ViT", "timm", "vit_tiny_patch16_224", 2, 2, arguments=_VIT),
     Architecture("DeiT, distillation token", "timm", "deit_tiny_distilled_patch16_224", 2, 2, arguments=_VIT),
     Architecture("DeiT-III", "timm", "deit3_small_patch16_224", 2, 2, arguments=_VIT),
-    Architecture("BEiT", "timm", "beit_base_patch16_224", 2, BY_HAND, arguments=_VIT),
+    Architecture("BEiT", "timm", "beit_base_patch16_224", 2, 2, arguments=_VIT, split=True),
     Architecture("SigLIP", "timm", "vit_base_patch16_siglip_224", 3, 2, arguments=_VIT, left_out=_POOLING),
     Architecture("DINOv2", "timm", "vit_small_patch14_dinov2", 2, 2, arguments=_VIT),
     Architecture("DINOv2 giant, packed SwiGLU", "timm", "vit_giant_patch14_dinov2", 2, 2, arguments=_VIT),
-    Architecture("DINOv3", "timm", "vit_small_patch16_dinov3", 2, ROTARY, arguments=_VIT),
-    Architecture("DINOv3, separate SwiGLU", "timm", "vit_huge_plus_patch16_dinov3", 2, ROTARY, arguments=_VIT),
-    Architecture("EVA-02, packed SwiGLU", "timm", "eva02_tiny_patch14_224", 2, ROTARY, arguments=_VIT),
+    Architecture("DINOv3", "timm", "vit_small_patch16_dinov3", 2, 2, arguments=_VIT, split=True, values_alone=ROTARY),
+    Architecture(
+        "DINOv3, separate SwiGLU",
+        "timm",
+        "vit_huge_plus_patch16_dinov3",
+        2,
+        2,
+        arguments=_VIT,
+        split=True,
+        values_alone=ROTARY,
+    ),
+    Architecture(
+        "EVA-02, packed SwiGLU",
+        "timm",
+        "eva02_tiny_patch14_224",
+        2,
+        2,
+        arguments=_VIT,
+        split=True,
+        values_alone=ROTARY,
+    ),
     Architecture(
         "EVA-02, separate SwiGLU with LayerNorm",
         "timm",
         "eva02_base_patch14_224",
         2,
-        ROTARY,
+        2,
         arguments=_VIT,
         inexact=2,
+        split=True,
+        values_alone=ROTARY,
     ),
     Architecture("Swin", "timm", "swin_tiny_patch4_window7_224", 3, 3, 64, _SWIN),
-    Architecture("Swin v2", "timm", "swinv2_tiny_window8_256", 3, COSINE, 64, _SWIN),
+    Architecture("Swin v2", "timm", "swinv2_tiny_window8_256", 3, 3, 64, _SWIN, split=True, values_alone=COSINE),
     Architecture("ConvNeXt, Linear layers", "timm", "convnext_tiny", 5, NONE, 64, _CONVNEXT),
     Architecture("ConvNeXt, 1x1 convolutions", "timm", "convnext_atto", 5, NONE, 64, _CONVNEXT),
     Architecture("ConvNeXt v2 (GRN), Linear layers", "timm", "convnextv2_tiny", 5, NONE, 64, _CONVNEXT, inexact=5),
     Architecture("ConvNeXt v2 (GRN), 1x1 convolutions", "timm", "convnextv2_atto", 5, NONE, 64, _CONVNEXT, inexact=5),
     Architecture("MaxViT", "timm", "maxvit_tiny_tf_224", 7, 4, 64, _MAXVIT),
-    Architecture("CoAtNet", "timm", "coatnet_0_rw_224", 4, INTERLEAVED, 64, _COATNET),
+    Architecture("CoAtNet", "timm", "coatnet_0_rw_224", 4, 2, 64, _COATNET),
     Architecture("MLP-Mixer", "timm", "mixer_s32_224", 4, NONE, build_by_hand=_mixer),
     Architecture("PoolFormer", "timm", "poolformer_s12", 4, NONE, 64, build_by_hand=_POOLFORMER),
     Architecture("ConvFormer", "timm", "convformer_s18", 9, NONE, 64, build_by_hand=_CONVFORMER, inexact=1),
     Architecture("CAFormer", "timm", "caformer_s18", 7, WRITTEN_WIDTH, 64, build_by_hand=_CAFORMER, inexact=1),
-    Architecture("EfficientFormer", "timm", "efficientformer_l1", 5, INTERLEAVED, 224, _EFFICIENTFORMER),
-    Architecture("EfficientFormer v2", "timm", "efficientformerv2_s0", 5, BESIDE, 64, _EFFICIENTFORMER_V2),
+    Architecture("EfficientFormer", "timm", "efficientformer_l1", 5, 1, 224, _EFFICIENTFORMER),
+    Architecture("EfficientFormer v2", "timm", "efficientformerv2_s0", 5, BESIDE_AND_WIDTH, 64, _EFFICIENTFORMER_V2),
     Architecture("MobileViT", "timm", "mobilevit_xxs", 17, 9, 64),
     Architecture("PVTv2, depthwise convolution in the MLP", "timm", "pvt_v2_b0", 4, WRITTEN_WIDTH, 64, _PVT),
     Architecture("Hiera", "timm", "hiera_tiny_224", 5, WRITTEN_WIDTH, 64, _HIERA),
-    Architecture("LeViT", "timm", "levit_128s", 5, INTERLEAVED, 64, _LEVIT),
-    Architecture("LeViT, 1x1 convolutions", "timm", "levit_conv_128s", 5, INTERLEAVED, 64, _LEVIT),
+    Architecture("LeViT", "timm", "levit_128s", 5, NORMALISED_ROWS, 64, _LEVIT),
+    Architecture("LeViT, 1x1 convolutions", "timm", "levit_conv_128s", 5, NORMALISED_ROWS, 64, _LEVIT),
     Architecture("XCiT", "timm", "xcit_nano_12_p16_224", 4, WRITTEN_WIDTH, 64, _CLASS_ATTENTION),
     Architecture("CaiT", "timm", "cait_xxs24_224", 4, WRITTEN_WIDTH, 64, _CLASS_ATTENTION),
-    Architecture("TinyViT", "timm", "tiny_vit_5m_224", 8, INTERLEAVED, 64, _TINYVIT),
+    Architecture("TinyViT", "timm", "tiny_vit_5m_224", 8, 4, 64, _TINYVIT),
 )
 HUGGING_FACE = (
     Architecture("ViT", "transformers", "ViT", 2, 2, arguments=_HF_MLP),
@@ -254,15 +307,15 @@ HUGGING_FACE = (
         "SigLIP vision", "transformers", "Siglip", 3, 2, arguments={"vision_config": _HF_MLP}, left_out=_POOLING
     ),
     Architecture("Swin", "transformers", "Swin", 3, 3, arguments=_HF_SWIN),
-    Architecture("Swin v2", "transformers", "Swinv2", 3, COSINE, arguments=_HF_SWIN),
+    Architecture("Swin v2", "transformers", "Swinv2", 3, COSINE_AND_WIDTH, arguments=_HF_SWIN),
     Architecture("ConvNeXt", "transformers", "ConvNext", 5, NONE, 64, _HF_CONVNEXT),
     Architecture("ConvNeXt v2 (GRN)", "transformers", "ConvNextV2", 5, NONE, 64, _HF_CONVNEXT, inexact=5),
     Architecture("PoolFormer", "transformers", "PoolFormer", 4, NONE, 64, _HF_PYRAMID),
     Architecture("PVTv2", "transformers", "PvtV2", 4, WRITTEN_WIDTH, 64, _HF_PVT),
 )
 TORCHVISION = (
-    Architecture("ViT", "torchvision", "vit_b_16", 2, BY_HAND, build_by_hand=_torchvision_vit),
-    Architecture("Swin", "torchvision", "swin_t", 3, BY_HAND, 64, build_by_hand=_torchvision_swin),
+    Architecture("ViT", "torchvision", "vit_b_16", 2, 2, build_by_hand=_torchvision_vit, split=True),
+    Architecture("Swin", "torchvision", "swin_t", 3, 3, 64, build_by_hand=_torchvision_swin, split=True),
     Architecture("ConvNeXt", "torchvision", "convnext_tiny", 3, NONE, 64, build_by_hand=_torchvision_convnext),
     Architecture("MobileNetV2", "torchvision", "mobilenet_v2", 17, NONE, 64, build_by_hand=_torchvision_mobilenet),
     Architecture(

@@ -8,6 +8,7 @@ from vbp.deploy.artifact import load_pruned, read_artifact
 from vbp.deploy.open_model import is_pruned
 from vbp.errors import InputError
 from vbp.models.load import load_classifier
+from vbp.models.split_attention import split_attention_
 from vbp.pruning.plan import PruningPlan
 
 
@@ -25,6 +26,8 @@ def run_inspect(config: InspectConfig) -> Inspection:
             )
         image = artifact.preprocessing.example_input()
         model, plans = load_pruned(config.model), artifact.plans
+    if config.attention:
+        split_attention_(model)
     return inspect_model(
         model, image, attention=config.attention, convolutions=config.convolutions, include=config.include,
         exclude=config.exclude, plans=plans,

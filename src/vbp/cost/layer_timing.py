@@ -22,7 +22,7 @@ from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.precision import Precision
-from vbp.sites.site import Site, units_of
+from vbp.sites.site import Site, blocks_of
 
 _SHARES = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
 
@@ -62,7 +62,7 @@ def find_units(
     model: nn.Module, sites: Sequence[Site], images: Tensor, precision: Precision
 ) -> tuple[list[list[Unit]], float]:
     """Return the units of a model, those that must take the same time together, and the seconds of a dense pass."""
-    members = list(units_of(sites))
+    members = list(blocks_of(sites))
     paths = [_common_path(group) for group in members]
     called, seconds = _calls(model, {name for path in paths for name in _upwards(path)}, images, precision)
     alike: dict[str, list[Unit]] = {}
@@ -240,7 +240,12 @@ def _narrower(units: Sequence[Unit], round_to: int) -> dict[int, list[SitePlan]]
         if round_to == 1 and first.kind == "mlp" and count % 2 == 0:
             count -= 1
         if count < size:
-            widths[count * first.heads] = [_first_channels(site, count) for unit in units for site in unit.sites]
+            # Queries and keys may have heads of another size than values: they keep the same share.
+            widths[count * first.heads] = [
+                _first_channels(site, max(1, round(count / size * site.hidden / site.heads)))
+                for unit in units
+                for site in unit.sites
+            ]
     return widths
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -174,8 +175,7 @@ class LayerTimes:
 
         Between two measured widths the time is interpolated; below the narrowest one it goes on in a straight line.
         """
-        widths = plan.widths
-        return self.dense_ms - sum(self._saved_ms(unit, widths[unit.sites[0]][0]) for unit in self.units)
+        return self.dense_ms - sum(self._saved_ms(unit, _width(unit, plan.widths)) for unit in self.units)
 
     def saved_by_channel(self) -> dict[str, float]:
         """Return the milliseconds that a channel of each site saves on average, from its widest to narrowest time."""
@@ -190,12 +190,18 @@ class LayerTimes:
         """Return what a plan would take as a share of the dense time."""
         return self.predicted_ms(plan) / self.dense_ms
 
-    def _saved_ms(self, unit: TimedUnit, width: int) -> float:
+    def _saved_ms(self, unit: TimedUnit, width: float) -> float:
         points = self.curves[unit.curve]
         (x0, y0), (x1, y1) = points[0], points[min(1, len(points) - 1)]
         if width < x0 and x1 > x0:
             return points[-1][1] - max(0.0, y0 - (x0 - width) * (y1 - y0) / (x1 - x0))
         return points[-1][1] - float(np.interp(width, [x for x, _ in points], [y for _, y in points]))
+
+
+def _width(unit: TimedUnit, widths: Mapping[str, tuple[int, int]]) -> float:
+    """Return the width of a unit: that of its first site, if all sites kept their mean share."""
+    shares = [kept / total for kept, total in (widths[name] for name in unit.sites)]
+    return statistics.fmean(shares) * widths[unit.sites[0]][1]
 
 
 def recommended_round_to(device: torch.device, dtype: torch.dtype = torch.float32, sites: Sequence[Site] = ()) -> int:

@@ -28,6 +28,7 @@ from vbp.deploy.hub import fetch, is_reference
 from vbp.errors import InputError
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
+from vbp.models.split_attention import split_attention_
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
@@ -217,6 +218,7 @@ def load_pruned(path: Path | str, model: nn.Module | None = None) -> nn.Module:
 
 def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Turn a dense model into the pruned one that has these weights; raise RuntimeError if they do not fit."""
+    split_attention_(model, where=lambda name: f"{name}.query.weight" in weights)
     for plan in plans:
         cut_(model, plan)
     _add_missing_biases_(model, plans, weights)

@@ -19,6 +19,9 @@ from vbp.method.ridge import as_matrix
 from vbp.pruning.plan import SitePlan
 from vbp.statistics.statistics import KEY, QUERY
 
+# Share of a head's largest variance that rounding may leave of none.
+_ROUNDING = 1e-12
+
 Means = Mapping[str, Tensor]
 Covariances = Mapping[str, ChannelCovariance]
 
@@ -66,8 +69,8 @@ def _rotate_values_(model: nn.Module, entry: SitePlan, covariances: Covariances)
     out, hidden, *kernel = weight.shape
     with torch.no_grad():
         weight.copy_(columns.reshape(out, *kernel, hidden).movedim(-1, 1).to(weight.dtype))
-    ((name, first),) = site.rows
-    _mix_rows_(model.get_submodule(name), first, basis.value)
+    ((name, places),) = site.places
+    _mix_rows_(model.get_submodule(name), places, basis.value)
     return basis.value
 
 
@@ -75,7 +78,7 @@ def _rotate_queries_and_keys_(
     model: nn.Module, entry: SitePlan, covariances: Covariances
 ) -> tuple[Float[Tensor, "heads size size"], Float[Tensor, "heads size size"]]:
     site = entry.site
-    (query, first), (key, second) = site.rows
+    (query, first), (key, second) = site.places
     device = next(model.get_submodule(query).parameters()).device
     queries, keys = (_finite(site.name + name, covariances).to(device) for name in (QUERY, KEY))
     moment = queries.covariance + torch.outer(queries.mean, queries.mean)
@@ -85,14 +88,13 @@ def _rotate_queries_and_keys_(
     return basis.query, basis.key
 
 
-def _mix_rows_(layer: nn.Module, first: int, change: Float[Tensor, "heads size size"]) -> None:
-    """Replace the rows of each head from `first` on by their mixtures."""
-    heads, size, _ = change.shape
+def _mix_rows_(layer: nn.Module, places: Sequence[int], change: Float[Tensor, "heads size size"]) -> None:
+    """Replace the rows of each head, at these places, by their mixtures."""
+    rows = list(places)
     with torch.no_grad():
         for parameter in (layer.weight, layer.bias):
             if isinstance(parameter, Tensor):
-                rows = parameter[first : first + heads * size]
-                rows.copy_(_by_heads(change, rows.double()).to(parameter.dtype))
+                parameter[rows] = _by_heads(change, parameter[rows].double()).to(parameter.dtype)
 
 
 def _finite(name: str, covariances: Covariances) -> ChannelCovariance:
@@ -108,6 +110,11 @@ def _finite(name: str, covariances: Covariances) -> ChannelCovariance:
 def _changed(covariance: ChannelCovariance, change: Float[Tensor, "heads size size"]) -> ChannelCovariance:
     there = covariance.to(change.device)
     m2 = _by_heads(change, _by_heads(change, there.m2).T)
+    # Of a direction without variance nothing but rounding is left, which may be negative.
+    variance = m2.diagonal().reshape(change.shape[:2])
+    nothing = (variance <= _ROUNDING * variance.amax(1, keepdim=True)).flatten()
+    m2[nothing] = 0
+    m2[:, nothing] = 0
     return ChannelCovariance(there.count, _by_heads(change, there.mean), (m2 + m2.T) / 2)
 
 

@@ -44,14 +44,17 @@ def direction_costs(
 
     Args:
         model: The dense model.
-        unit: The value site, and the query/key site if there is one; any basis must serve them.
+        unit: The value site, the query/key site, or both; any basis must serve them.
         statistics: With covariances and sensitivities.
         metrics: From `refit_metrics`.
         ridge: Of the refit.
     """
-    lost = _values(model, unit[0], statistics, metrics, ridge)
-    for site in unit[1:]:
-        lost = lost + _logits(site, statistics, metrics)
+    lost = torch.zeros(unit[0].hidden // unit[0].heads + 1, dtype=torch.float64)
+    for site in unit:
+        more = (
+            _values(model, site, statistics, metrics, ridge) if site.consumer else _logits(site, statistics, metrics)
+        )
+        lost = lost + more
     from sklearn.isotonic import isotonic_regression  # slow to import
 
     # From the last direction, which goes first.

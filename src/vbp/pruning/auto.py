@@ -23,7 +23,7 @@ from vbp.method.ridge import RIDGE
 from vbp.pruning.attention_costs import direction_costs
 from vbp.pruning.competition import PlanCompetition, Sizing
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
-from vbp.pruning.make_plan import PlanRules
+from vbp.pruning.make_plan import PlanRules, shares_budget
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Site, units_of
@@ -166,7 +166,7 @@ class AutoSearch:
         """Return the nats of each channel of an MLP, and of each direction of an attention that shares the budget."""
         costs = {name: order.scores for name, order in self._orders.items()}
         for unit in units_of(self.sites) if self.rules.attn_shared else ():
-            if unit[0].kind != "mlp" and all(site.rotatable for site in unit):
+            if unit[0].kind != "mlp" and shares_budget(unit):
                 name = unit[0].name
                 costs[name] = direction_costs(self.model, unit, self.statistics, self._metrics, ridge=self.ridge)
         return costs

@@ -114,10 +114,10 @@ def _solve_queries(
 
 
 def _apply_to_queries_(layer: nn.Module, entry: SitePlan, fit: LogitRefit) -> None:
-    _, first = entry.site.rows[0]
+    _, places = entry.site.places[0]
     weight, bias = layer.weight, layer.bias
     assert isinstance(weight, Tensor)
-    rows = torch.tensor([first + channel for channel in entry.keep], device=weight.device)
+    rows = torch.tensor([places[channel] for channel in entry.keep], device=weight.device)
     with torch.no_grad():
         old = weight[rows].double()
         weight[rows] = (old + (fit.turn @ old.flatten(1)).view_as(old)).to(weight.dtype)

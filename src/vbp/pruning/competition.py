@@ -16,11 +16,11 @@ from vbp.method.elimination import strictly_rising
 from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
-from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
+from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.log_file import log_lines
-from vbp.sites.site import Site, units_of
+from vbp.sites.site import Site, blocks_of, units_of
 from vbp.statistics.statistics import Statistics
 
 _log = logging.getLogger(__name__)
@@ -121,14 +121,23 @@ class PlanCompetition:
         return scaled(costs, price)
 
     def _wanted(self, costs: Scores, start: Attempt) -> dict[str, float]:
-        lost = dict.fromkeys(costs, 0.0)
-        for entry in start.plan.sites:
-            name = entry.site.name
-            if name in costs:
-                heads = entry.site.heads  # a direction goes from all of them, the last one first
-                gone = list(entry.removed) if heads == 1 else slice(len(entry.keep) // heads, None)
-                lost[name] = float(costs[name][gone].sum()) * self._savings.get(name, 1.0)
-        return cost_multipliers(lost, self.reference.site_contributions(start.pruned, start.plan))
+        """Return what each cost should be multiplied by; the costs of one attention alike."""
+        entries = {entry.site: entry for entry in start.plan.sites}
+        blocks = {
+            block[0].name: [site.name for site in block if site.name in costs] for block in blocks_of([*entries])
+        }
+        lost = {}
+        for block in blocks_of([*entries]):
+            lost[block[0].name] = sum(self._lost(costs, entries[site]) for site in block if site.name in costs)
+        wanted = cost_multipliers(lost, self.reference.site_contributions(start.pruned, start.plan))
+        return {name: wanted[block] for block, names in blocks.items() for name in names}
+
+    def _lost(self, costs: Scores, entry: SitePlan) -> float:
+        """Return the nats that the costs predict for what a plan removes of a site."""
+        name, heads = entry.site.name, entry.site.heads
+        # A direction goes from all heads, the last one first.
+        gone = list(entry.removed) if entry.site.kind == "mlp" else slice(len(entry.keep) // heads, None)
+        return float(costs[name][gone].sum()) * self._savings.get(name, 1.0)
 
     def attempt(
         self, name: str, scores: Scores, scope: Scope = "global", *, attn_part: float | None = None

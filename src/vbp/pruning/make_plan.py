@@ -144,7 +144,7 @@ def shared_plan(
         InputError: A number is out of range, or scores are missing, of the wrong length, or not finite.
     """
     check_ratios(share, min_keep_ratio, round_to)
-    units = [unit for unit in units_of(sites) if unit[0].kind == "mlp" or all(site.rotatable for site in unit)]
+    units = [unit for unit in units_of(sites) if shares_budget(unit)]
     sizes = [unit[0].hidden // unit[0].heads for unit in units]
     ranked = [_removal_order(unit[0].name, size, scores) for unit, size in zip(units, sizes, strict=True)]
     counts = counts_by_saving(
@@ -166,6 +166,12 @@ def shared_plan(
     plan = PruningPlan(tuple(entries.values()), share, "global", round_to, min_keep_ratio)
     kept = plan.kept / plan.total if plan.total else share
     return replace(plan, keep_ratio=kept, attn_keep_ratio=plan.attention_share)
+
+
+def shares_budget(unit: Sequence[Site]) -> bool:
+    """Return whether a unit of sites can lose what costs least: an MLP, or an attention that allows any basis."""
+    sizes = {site.hidden // site.heads for site in unit}
+    return unit[0].kind == "mlp" or (len(sizes) == 1 and all(site.rotatable for site in unit))
 
 
 def _or_none(widths: AllowedWidths, unit: Sequence[Site], min_keep_ratio: float) -> AllowedWidths:

@@ -158,7 +158,8 @@ class PruningPlan:
 
 def _check(entry: SitePlan) -> None:
     site, keep = entry.site, entry.keep
-    if not site.producers or (site.offsets and len(site.offsets) != len(site.producers)):
+    listed = (rows for rows in (site.offsets, site.strides) if rows)
+    if not site.producers or any(len(rows) != len(site.producers) for rows in listed):
         raise InputError(
             f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
         )
@@ -173,7 +174,9 @@ def _check(entry: SitePlan) -> None:
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
-    if site.hidden > _MOST_CHANNELS or any(not 0 <= first <= _MOST_CHANNELS for first in site.offsets):
+    if site.hidden > _MOST_CHANNELS or any(
+        not 0 <= rows <= _MOST_CHANNELS for rows in (*site.offsets, *site.strides)
+    ):
         raise InputError(
             f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
             f"got {site.hidden} from {site.offsets or 0}; make the plan again"

@@ -21,7 +21,7 @@ from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import Hook, hooked
 from vbp.sites.branches import home_of
 from vbp.sites.layers import channel_dim, output_channels
-from vbp.sites.site import units_of
+from vbp.sites.site import blocks_of
 
 Unit = tuple[SitePlan, ...]
 
@@ -29,7 +29,7 @@ Unit = tuple[SitePlan, ...]
 def erring_units(plan: PruningPlan) -> list[Unit]:
     """Return the MLP sites of a plan, and, values with queries and keys, each attention that loses something."""
     entries = {entry.site: entry for entry in plan.sites}
-    units = [tuple(entries[site] for site in unit) for unit in units_of([entry.site for entry in plan.sites])]
+    units = [tuple(entries[site] for site in unit) for unit in blocks_of([entry.site for entry in plan.sites])]
     return [unit for unit in units if unit[0].site.kind == "mlp" or any(entry.removed for entry in unit)]
 
 
@@ -39,7 +39,7 @@ def errors_added(
 ) -> Iterator[None]:
     """Add to the dense model the errors of the pruned model's `erring_units`, times the amplitudes."""
     units = erring_units(plan)
-    gone = {(name, first + row) for entry in plan.sites for name, first in entry.site.rows for row in entry.removed}
+    gone = {(name, rows[row]) for entry in plan.sites for name, rows in entry.site.places for row in entry.removed}
     after: list[tuple[nn.Module, Hook]] = []
     before: list[tuple[nn.Module, Hook]] = []
     for unit, amplitude in zip(units, amplitudes, strict=True):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -155,11 +154,11 @@ def _silenced(model: nn.Module, plan: PruningPlan, example: Tensor) -> tuple[Any
             if entry.site.consumer:
                 silent.get_parameter(f"{entry.site.consumer}.weight")[:, removed] = 0
             else:
-                for name, first in entry.site.rows:
+                for name, places in entry.site.places:
                     layer = silent.get_submodule(name)
                     for parameter in (layer.weight, layer.bias):
                         if isinstance(parameter, Tensor):
-                            parameter[[first + channel for channel in removed]] = 0
+                            parameter[[places[channel] for channel in removed]] = 0
         return silent(example), model(example)
 
 
@@ -183,11 +182,11 @@ def _check_fits(
     if covariances is not None and means is None and not principal:
         raise InputError("covariances need the means as well, got none; give statistics.means")
     unusual = unusual_layers(model)
-    rows: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    rows: dict[str, list[int]] = defaultdict(list)
     for entry in plan.sites:
-        for name, first in entry.site.rows:
-            rows[name].append((first, first + entry.site.hidden))
-    claimed = {name: sum(stop - first for first, stop in ranges) for name, ranges in rows.items()}
+        for name, places in entry.site.places:
+            rows[name] += places
+    claimed = {name: len(places) for name, places in rows.items()}
     for entry in plan.sites:
         site = entry.site
         for name in (*site.producers, site.consumer, *site.inner, *site.parameters):
@@ -212,11 +211,11 @@ def _check_fits(
                 "model that the plan was made for"
             )
         for name in site.producers:
-            ranges = [(0, 0), *sorted(rows[name])]
-            if any(stop != first for (_, stop), (first, _) in itertools.pairwise(ranges)):
+            if sorted(rows[name]) != list(range(claimed[name])):
+                begins = sorted(first for entry in plan.sites for one, first in entry.site.rows if one == name)
                 raise InputError(
-                    f"the plan's sites must have the rows 0 to {claimed[name]} of {name} one after the other, got "
-                    f"{ranges[1:5]}; make the plan again"
+                    f"the plan's sites must have each of the rows 0 to {claimed[name]} of {name} once, got sites "
+                    f"that begin at {begins[:4]}; make the plan again"
                 )
         _check_holds(site, means, covariances)
 

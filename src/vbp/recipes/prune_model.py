@@ -19,6 +19,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.deploy.artifact import save_pruned
 from vbp.errors import InputError
 from vbp.models.classifier import Classifier, ModelSource
+from vbp.models.split_attention import with_split_attention
 from vbp.pruning.make_plan import check_ratios
 from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.pruning.surgery import check_prunable
@@ -185,6 +186,7 @@ def prune(
     }
     config = _config(budgets, {"criterion": criterion, "compensation": compensation, **settings})
     dense = model.model if isinstance(model, Classifier) else model
+    dense = with_split_attention(dense) if config.bottleneck else dense
     if val is not None:
         check_repeatable(val)
     job = _prepare(config, dense, _read(images, calib_samples, config), seed, _bars(progress))

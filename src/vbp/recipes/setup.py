@@ -27,7 +27,8 @@ from vbp.deploy.open_model import OpenedModel, open_model
 from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
-from vbp.pruning.make_plan import PlanRules, check_ratios
+from vbp.models.split_attention import split_attention_
+from vbp.pruning.make_plan import PlanRules, check_ratios, shares_budget
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import PruneConfig, RunConfig
@@ -89,7 +90,7 @@ def sites_of(config: PruneConfig, model: nn.Module, example: Tensor) -> tuple[Si
         found = find_sites(model, example, convolutions=config.convolutions)
         _log.info("attention stays whole: %s", error)
     if not config.bottleneck:
-        whole = [unit for unit in units_of(found) if not all(site.kind == "mlp" or site.rotatable for site in unit)]
+        whole = [unit for unit in units_of(found) if not shares_budget(unit)]
         for unit in whole:
             _log.info("the attention of %s stays whole: its heads do not allow any basis", unit[0].name)
         found = tuple(site for site in found if not any(site in unit for unit in whole))
@@ -238,6 +239,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
+    if config.bottleneck:
+        split_attention_(model)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
     if resumed is not None:

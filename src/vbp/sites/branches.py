@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
 from vbp.sites.layers import channel_dim
-from vbp.sites.site import Site, units_of
+from vbp.sites.site import Site, blocks_of
 
 
 class ConstantBranch(nn.Module):
@@ -59,7 +59,8 @@ def home_of(model: nn.Module, unit: Sequence[Site]) -> str:
 
 def with_branches(model: nn.Module, sites: Sequence[Site], example_inputs: ExampleInputs) -> list[Site]:
     """Return the sites with the names of their branches, where one returns what the consumer returns."""
-    homes = {unit: home_of(model, unit) for unit in units_of(sites) if unit[0].consumer}
+    blocks = [block for block in blocks_of(sites) if block[0].consumer and not block[0].separate]
+    homes = {block: home_of(model, block) for block in blocks}
     seen: dict[str, list[tuple[Any, Any]]] = {}
 
     def record(name: str, module: nn.Module, values: tuple[Any, ...], output: Any) -> None:

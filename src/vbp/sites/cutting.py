@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,15 @@ from torch import Tensor, nn
 from vbp.sites.layers import output_channels
 from vbp.sites.site import Site
 
-# The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
+HeadPart = Literal["all", "mlp", "value", "query_key"]
+
+# The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads;
+# the last two also of values, or of queries and keys, alone.
 _HEADS = ("num_heads", "num_attention_heads")
 _PER_HEAD = ("head_dim", "attention_head_size", "head_size", "dim_head")
 _ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
+_OF_VALUES = (("val_dim", "value_head_dim"), ("val_attn_dim", "out_dim"))
+_OF_KEYS = (("key_dim", "key_head_dim"), ("key_attn_dim",))
 
 
 def keep_rows_(layer: nn.Module, kept: Sequence[int]) -> None:
@@ -68,13 +74,17 @@ def keep_entries_(owner: nn.Module, name: str, kept: Sequence[int], dim: int) ->
 
 @dataclass(frozen=True)
 class HeadChange:
-    """Hold heads and channels of each head of one attention, before and after some of its layers were cut."""
+    """Hold heads and channels of each head of one attention, before and after some of its layers were cut.
+
+    The `part` is what was cut: values, queries and keys, or all of them.
+    """
 
     layers: tuple[str, ...]
     heads: int
     head_dim: int
     heads_left: int
     head_dim_left: int
+    part: HeadPart = "all"
 
 
 def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: bool = False) -> None:
@@ -87,13 +97,23 @@ def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: 
     after = (change.heads_left, change.head_dim_left, change.heads_left * change.head_dim_left)
     for path in {name.rpartition(".")[0] for name in change.layers}:
         owner = model.get_submodule(path)
-        for names, old, new in zip((_HEADS, _PER_HEAD, _ALL_HEADS), before, after, strict=True):
+        for names, old, new in zip((_HEADS, *_names(change.part)), before, after, strict=True):
             for name in names:
                 if getattr(owner, name, None) == old:
                     setattr(owner, name, new)
         scale = getattr(owner, "scale", None)
         if implicit_scale and isinstance(scale, float) and abs(scale - change.head_dim**-0.5) < 1e-9:
             owner.scale = change.head_dim_left**-0.5
+
+
+def _names(part: HeadPart) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the names of the channels of one head, and of all, that a cut of a part concerns."""
+    per_head: tuple[str, ...] = _PER_HEAD
+    all_heads: tuple[str, ...] = _ALL_HEADS
+    for parts, (one, every) in ((("value", "all"), _OF_VALUES), (("query_key", "all"), _OF_KEYS)):
+        if part in parts:
+            per_head, all_heads = per_head + one, all_heads + every
+    return per_head, all_heads
 
 
 def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
@@ -105,8 +125,8 @@ def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> 
     for site, kept in cuts:
         if site.implicit_scale:
             _scale_queries_(model, site, (len(kept) / site.hidden) ** 0.5)
-        for name, first in site.rows:
-            rows[name].update(first + index for index in set(range(site.hidden)) - set(kept))
+        for name, places in site.places:
+            rows[name].update(places[index] for index in set(range(site.hidden)) - set(kept))
     for name, removed in rows.items():
         layer = model.get_submodule(name)
         keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
@@ -122,15 +142,16 @@ def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> 
     for site, kept in cuts:
         if site.kind != "mlp":
             layers = (*site.producers, site.consumer) if site.consumer else site.producers
-            change = HeadChange(layers, site.heads, site.hidden // site.heads, site.heads, len(kept) // site.heads)
+            dims = (site.hidden // site.heads, len(kept) // site.heads)
+            change = HeadChange(layers, site.heads, dims[0], site.heads, dims[1], site.kind)
             update_attributes_(model, change, implicit_scale=site.implicit_scale)
 
 
 def _scale_queries_(model: nn.Module, site: Site, factor: float) -> None:
     """Scale the queries, so that a softmax whose scale follows from their number keeps that of the dense model."""
-    name, first = site.rows[0]
+    name, places = site.places[0]
     layer = model.get_submodule(name)
     with torch.no_grad():
         for parameter in (layer.weight, layer.bias):
             if isinstance(parameter, Tensor):
-                parameter[first : first + site.hidden] *= factor
+                parameter[list(places)] *= factor

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
 from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
-from vbp.sites.attention_trial import try_attentions
+from vbp.sites.attention_trial import AttentionSites, try_attentions
 from vbp.sites.branches import with_branches
 from vbp.sites.channel_ids import Owner
 from vbp.sites.layers import input_channels, output_channels, unusual_layer
@@ -56,13 +56,14 @@ def find_sites(
     if attention:
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
-    sites = finder.tried(_whole(model, sites), example_inputs)
+    sites = finder.tried(finder.whole(sites), example_inputs)
     sites = with_branches(model, sites, example_inputs)
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
             "heads reach softmax(q k) v and one projection unchanged (no rotary embedding, no normalised "
-            f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
+            "queries, no weights passed to a function by hand: vbp.split_attention_(model) gives those of torch, "
+            "timm and torchvision layers of their own); leave attention (--bottleneck) out"
             f"{_reasons(finder.rejected[others:][-3:])}"
         )
     unusual = finder.unusual or [unusual_layer(*one) for one in finder.trace.unusual.items()]
@@ -83,29 +84,13 @@ def _reasons(sentences: list[str]) -> str:
     return "".join(f"; {sentence}" for sentence in sentences)
 
 
-def _whole(model: nn.Module, sites: list[Site]) -> list[Site]:
-    """Return the sites without those that share a layer with rows of no site, which the model's code splits."""
-    while True:
-        claimed: dict[str, int] = defaultdict(int)
-        for site in sites:
-            for name in site.producers:
-                claimed[name] += site.hidden
-        partial = {name for name, rows in claimed.items() if rows != output_channels(model.get_submodule(name))}
-        if not partial:
-            return sites
-        for site in sites:
-            if shared := partial & set(site.producers):
-                _log.info("%s is no site: %s also makes channels that are none", site.name, ", ".join(sorted(shared)))
-        sites = [site for site in sites if not partial & set(site.producers)]
-
-
 class _Finder:
     """Reads sites off a trace."""
 
     def __init__(self, model: nn.Module, trace: Trace) -> None:
         self.model, self.trace = model, trace
         self._classes = trace.channels.classes()
-        self._attentions: list[tuple[Site, Site]] = []
+        self._attentions: list[AttentionSites] = []
         self.rejected: list[str] = []  # sentences
         self.unusual: list[str] = []  # those among them that name a layer, with the remedy
 
@@ -118,7 +103,7 @@ class _Finder:
         attended = {
             identity
             for call in self.trace.attentions
-            if call.value is not None
+            if call.query is not None and call.value is not None
             for identity in self._members(call.value.flatten().tolist())
         }
         for read in self.trace.reads:
@@ -133,35 +118,59 @@ class _Finder:
                 self.reject(f"the input of {read.layer} is no site: {site}")
 
     def attention(self, call: Attention) -> list[Site]:
-        """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
+        """Return the value site of one attention and, if they can be pruned too, that of its queries and keys."""
+        channels, first = self.trace.channels, call.value if call.query is None else call.query
+        assert first is not None
+        label = channels.owner_of(int(first[0, 0])).name
         values = None if call.value is None else call.value.flatten().tolist()
         reads = [read.layer for read in self.trace.reads if read.ids.tolist() == values]
-        label = self.trace.channels.owner_of(int(call.query[0, 0])).name
         if len(reads) != 1 or values is None or call.value is None:
             self.reject(f"the attention behind {label} is no site: no single layer reads its values in order")
             return []
+        if call.query is None and self._members(values) & channels.activated:
+            return []  # an MLP whose positions are mixed
         heads = call.value.shape[0]
         value = self._site(values, reads[0], "value", heads)
-        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
-        if call.query.shape != call.value.shape:
-            pair = "queries and values have different numbers of channels"
-        if isinstance(value, Site) and isinstance(pair, Site):
-            self._attentions.append((value, pair))
-            return [value, pair]
-        for one in (value, pair):
-            if isinstance(one, str):
-                self.reject(f"the attention behind {label} is no site: {one}")
-        return []
+        pair: Site | str = "something stands between the layers of queries and keys and the softmax"
+        if call.query is not None:
+            pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        if isinstance(value, str):
+            self.reject(f"the attention behind {label} is no site: {value}")
+            return []
+        if isinstance(pair, str):
+            self.reject(f"queries and keys of the attention behind {label} stay: {pair}")
+        self._attentions.append((value, pair if isinstance(pair, Site) else None))
+        return [site for site in (value, pair) if isinstance(site, Site)]
+
+    def whole(self, sites: list[Site]) -> list[Site]:
+        """Return the sites without those that share a layer with rows of no site, which the model's code splits."""
+        while True:
+            claimed: dict[str, int] = defaultdict(int)
+            for site in sites:
+                for name in site.producers:
+                    claimed[name] += site.hidden
+            partial = {
+                name for name, rows in claimed.items() if rows != output_channels(self.model.get_submodule(name))
+            }
+            if not partial:
+                return sites
+            for site in sites:
+                if shared := partial & set(site.producers):
+                    self.reject(
+                        f"{site.name} is no site: {', '.join(sorted(shared))} also makes channels that are none"
+                    )
+            sites = [site for site in sites if not partial & set(site.producers)]
 
     def tried(self, sites: list[Site], example_inputs: ExampleInputs) -> list[Site]:
         """Return the sites with every attention as a trial shows it: with the scale that it takes, or without it."""
-        attentions = [pair for pair in self._attentions if all(site in sites for site in pair)]
+        attentions = [(value, pair if pair in sites else None) for value, pair in self._attentions if value in sites]
         kept = [site for site in sites if site.kind == "mlp"]
-        for pair, result in zip(attentions, try_attentions(self.model, example_inputs, attentions), strict=True):
+        results = try_attentions(self.model, example_inputs, attentions)
+        for (value, pair), result in zip(attentions, results, strict=True):
             if isinstance(result, str):
-                self.reject(f"the attention behind {pair[1].name} is no site: {result}")
+                self.reject(f"the attention behind {(pair or value).producers[0]} is no site: {result}")
             else:
-                kept += result
+                kept += [site for site in result if site is not None]
         return kept
 
     def log_unfollowed_attention(self) -> None:
@@ -186,11 +195,22 @@ class _Finder:
         if reason := self._why_unfit(groups, consumer):
             return reason
         owners: list[tuple[Owner, int]] = []
-        for place, first in enumerate(sorted(groups[0])):
+        # Queries before their keys, whichever layer runs first.
+        ordered = [
+            sorted(group, key=lambda one: (one != identity, one)) if kind == "query_key" else sorted(group)
+            for identity, group in zip(ids, groups, strict=True)
+        ]
+        strides = []
+        for place, first in enumerate(ordered[0]):
             owner = channels.owner_of(first)
-            rows = [sorted(group)[place] if len(group) == len(groups[0]) else -1 for group in groups]
-            if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
+            rows = [group[place] if len(group) == len(ordered[0]) else -1 for group in ordered]
+            stride = _stride(rows, heads)
+            if not stride or rows[-1] >= owner.first + owner.channels:
                 return f"its channels are scattered over the rows of {owner.name}"
+            if owner.kind == "layer":
+                strides.append(stride)
+            elif stride != len(ids) // heads:
+                return f"the rows of its heads do not follow each other in {owner.name}"
             owners.append((owner, first - owner.first))
         layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
         offsets = tuple(offset for _, offset in layers)
@@ -210,6 +230,7 @@ class _Finder:
             and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
             implicit_scale,
             kind != "mlp" and plain and not members & (channels.mixed | channels.bound),
+            strides=tuple(strides) if any(stride != len(ids) // heads for stride in strides) else (),
         )
 
     def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:
@@ -231,6 +252,14 @@ class _Finder:
         if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
             return f"{consumer} has other inputs too"
         return ""
+
+
+def _stride(rows: Sequence[int], heads: int) -> int:
+    """Return from which row to which each head goes on; 0 if the rows are not those of heads of one size."""
+    size = len(rows) // heads
+    stride = rows[size] - rows[0] if heads > 1 else size
+    expected = [rows[0] + head * stride + index for head in range(heads) for index in range(size)]
+    return stride if list(rows) == expected and stride >= size else 0
 
 
 def _meets_zero_padding(consumer: nn.Module) -> bool:

@@ -50,6 +50,9 @@ VIEWS = _names(
 # Functions that only rename the places of values.
 RESHAPES = _names("flatten reshape reshape_as squeeze unflatten unsqueeze view view_as")
 
+# Functions that read the type or the shape of their second tensor, not its values.
+_LIKE = _names("expand_as reshape_as to type_as view_as")
+
 # Functions that work on each channel's positions.
 POSITIONAL = _names(
     "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_max_pool2d avg_pool1d avg_pool2d interpolate max_pool1d "
@@ -82,14 +85,14 @@ class Read:
 
 @dataclass
 class Attention:
-    """The channels of one attention call; `value` is None if the values' channels could not be followed.
+    """The channels of one attention call; None for those that could not be followed, queries and keys together.
 
     Attributes:
         implicit_scale: Whether no scale is given to a fused kernel, which then takes it from the query channels.
     """
 
-    query: Int[Tensor, "heads head_dim"]
-    key: Int[Tensor, "heads head_dim"]
+    query: Int[Tensor, "heads head_dim"] | None
+    key: Int[Tensor, "heads head_dim"] | None
     implicit_scale: bool
     value: Int[Tensor, "heads head_dim"] | None = None
 
@@ -119,6 +122,8 @@ class ChannelFlow:
         self, func: Callable[..., Any], name: str, args: Any, kwargs: Any, operands: list[Tensor], output: Any
     ) -> None:
         """Assign ids to the output of a function, or record that the function uses channels in an unknown way."""
+        if name in _LIKE:
+            operands = operands[:1]
         if any(operand in self.ids for operand in operands):
             if not self._follow(func, name, args, kwargs, operands, output):
                 self.leak(operands, name or "an unnamed operation")
@@ -251,26 +256,38 @@ class ChannelFlow:
         if name == "scaled_dot_product_attention":
             given = (*args, *(kwargs[key] for key in ("query", "key", "value") if key in kwargs))[:3]
             query, key, value = (self.ids.get(tensor) for tensor in given)
-            if query is None or key is None or value is None:
+            if value is None:
                 return False
+            if query is None or key is None:
+                # Something stands between their layers and the softmax; the values pass it all the same.
+                self.leak([tensor for tensor in given[:2] if isinstance(tensor, Tensor)], name)
+                return self._mix_positions(value, output, weights=given[0])
             noted = self._note_attention(query, key.transpose(-2, -1), implicit_scale=kwargs.get("scale") is None)
             return noted and self._mix_positions(value, output)
         left, right = (self.ids.get(tensor) for tensor in args[:2])
         if left is not None and right is not None:
             return self._note_attention(left, right, implicit_scale=False)
-        if right is not None and right.ndim == output.ndim:
-            return self._mix_positions(right, output)
-        return False
+        values, weights = (right, args[0]) if left is None else (left.transpose(-2, -1), args[1])
+        if values is None or values.ndim != output.ndim or weights in self.mixtures:
+            return False
+        return self._mix_positions(values, output, transposed=left is not None, weights=weights)
 
-    def _mix_positions(self, value: Tensor, output: Tensor) -> bool:
-        """Assign the ids of the values to the output: the weights of attention mix positions, not channels."""
-        after = respread(value, tuple(output.shape))
+    def _mix_positions(
+        self, value: Tensor, output: Tensor, *, transposed: bool = False, weights: Tensor | None = None
+    ) -> bool:
+        """Assign the ids of the values to the output: the weights of attention mix positions, not channels.
+
+        The `weights` are those of queries and keys whose channels are not known.
+        """
+        after = respread(value, tuple(output.mT.shape if transposed else output.shape))
         if after is None or value.ndim - 2 in varying_dims(value):
             return False
-        self.ids[output] = after
+        self.ids[output] = after.transpose(-2, -1) if transposed else after
         heads = self._heads(value)
         if self.trace.attentions and self.trace.attentions[-1].value is None:
             self.trace.attentions[-1].value = heads
+        elif heads is not None and weights is not None and weights in self.from_image:
+            self.trace.attentions.append(Attention(None, None, False, heads))
         return True
 
     def _note_attention(self, query: Tensor, key: Tensor, *, implicit_scale: bool) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -17,7 +18,8 @@ class Site:
     """Hidden channels `h`, made by the producers and read by the consumer, by dotted module names.
 
     Channel `j` is row `offsets[i] + j` of producer `i`: one producer in an MLP, a gate and its value in a gated one
-    (two layers, or one layer twice), queries and keys in an attention site without consumer.
+    (two layers, or one layer twice), queries and keys in an attention site without consumer. Where a layer makes
+    queries, keys and values head by head, the channels of a head begin `strides[i]` rows after those of the last one.
 
     Attributes:
         producers: Layers whose output rows make the channels.
@@ -25,6 +27,7 @@ class Site:
         hidden: Number of channels.
         kind: `mlp`, `value` (of an attention) or `query_key`.
         offsets: First row of the site in each producer; empty means 0 everywhere.
+        strides: Rows from each head to the next in each producer; empty means that its heads follow each other.
         inner: Norms and depthwise convolutions that the channels pass.
         parameters: Bare parameters with one element a channel.
         heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
@@ -35,6 +38,7 @@ class Site:
             where no channel stays. Empty where there is none.
         rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
             their layer, or both layers of queries and keys, and what reads them.
+        separate: Whether the values of this attention may keep another number of channels than its queries and keys.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
 
@@ -54,6 +58,8 @@ class Site:
     exact: bool = True
     implicit_scale: bool = False
     rotatable: bool = False
+    separate: bool = False
+    strides: tuple[int, ...] = ()
     branch: str = ""
 
     @property
@@ -70,9 +76,28 @@ class Site:
         """Return each producer with the site's first row in it."""
         return tuple(zip(self.producers, self.offsets or (0,) * len(self.producers), strict=True))
 
+    @property
+    def places(self) -> tuple[tuple[str, tuple[int, ...]], ...]:
+        """Return each producer with the row of each channel in it."""
+        size = self.hidden // self.heads
+        strides = self.strides or (size,) * len(self.producers)
+        return tuple(
+            (name, tuple(first + head * stride + index for head in range(self.heads) for index in range(size)))
+            for (name, first), stride in zip(self.rows, strides, strict=True)
+        )
+
 
 def units_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
-    """Return what loses channels together: each MLP site, and an attention's values with its queries and keys."""
+    """Return what keeps as many channels: each MLP site, and an attention's values with its queries and keys.
+
+    Where values may have another width than queries and keys each is a unit.
+    """
+    for group in blocks_of(sites):
+        yield from ((site,) for site in group) if group[0].separate else (group,)
+
+
+def blocks_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
+    """Return each MLP site, and the value site of each attention with that of its queries and keys."""
     for place, site in enumerate(sites):
         if site.kind == "query_key" and place and sites[place - 1].kind == "value":
             continue
@@ -83,26 +108,33 @@ def units_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """The part of one weight, by its dotted name, that belongs to the channels of a site, from `first` on."""
+    """The part of one weight, by its dotted name, that belongs to the channels of a site, at these places."""
 
     parameter: str
     dim: int
-    first: int
-    channels: int
+    places: tuple[int, ...]
 
     def of(self, tensor: Tensor) -> Float[Tensor, "hidden rest"]:
         """Return the slice of the weight, or of a tensor of its shape, a row a channel, in float64."""
-        rows = tensor.detach().narrow(self.dim, self.first, self.channels).movedim(self.dim, 0)
-        return rows.reshape(self.channels, -1).double()
+        rows = select(tensor.detach(), self.dim, self.places).movedim(self.dim, 0)
+        return rows.reshape(len(self.places), -1).double()
+
+
+def select(values: Tensor, dim: int, places: Sequence[int]) -> Tensor:
+    """Return the values at some places of a dimension, as a view where they follow each other."""
+    if tuple(places) == tuple(range(places[0], places[0] + len(places))):
+        return values.narrow(dim, places[0], len(places))
+    return values.index_select(dim, torch.tensor(places, device=values.device))
 
 
 def weight_slices(model: nn.Module, site: Site) -> tuple[WeightSlice, ...]:
     """Return the parts of a model's weights that belong to a site's channels."""
-    slices = [WeightSlice(f"{name}.weight", 0, first, site.hidden) for name, first in site.rows]
+    every = tuple(range(site.hidden))
+    slices = [WeightSlice(f"{name}.weight", 0, rows) for name, rows in site.places]
     for name in site.inner:
         inner = model.get_submodule(name)
         if isinstance(inner.weight, Tensor):  # a norm may have none
-            slices.append(WeightSlice(f"{name}.weight", -1 if isinstance(inner, nn.LayerNorm) else 0, 0, site.hidden))
+            slices.append(WeightSlice(f"{name}.weight", -1 if isinstance(inner, nn.LayerNorm) else 0, every))
     if site.consumer:
-        slices.append(WeightSlice(f"{site.consumer}.weight", 1, 0, site.hidden))
+        slices.append(WeightSlice(f"{site.consumer}.weight", 1, every))
     return tuple(slices)

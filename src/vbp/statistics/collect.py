@@ -17,7 +17,7 @@ from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
 from vbp.runtime.forward import Hook, call_values, evaluation_mode, frozen, hooked, logits_of
 from vbp.sites.layers import channel_dim
-from vbp.sites.site import Site
+from vbp.sites.site import Site, select
 from vbp.statistics.batches import images_for
 from vbp.statistics.fisher import FisherCollector
 from vbp.statistics.statistics import KEY, Statistics, observed_names
@@ -66,9 +66,9 @@ def about_mean_of_image(values: Float[Tensor, "groups *positions channels"], ima
     return values - values.mean(tuple(range(1, values.ndim - 1)), keepdim=True)
 
 
-def rows_of(layer: nn.Module, first: int, channels: int) -> Callable[[Tensor], Tensor]:
+def rows_of(layer: nn.Module, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
     """Return the function that takes some of a layer's channels out of what the layer returns."""
-    return lambda output: output.narrow(channel_dim(layer), first, channels)
+    return lambda output: select(output, channel_dim(layer), places)
 
 
 def _observing(
@@ -78,9 +78,9 @@ def _observing(
     read, made = [], []
     for site in sites:
         if site.kind == "query_key":
-            for name, (layer, first) in zip(observed_names(site), site.rows, strict=True):
+            for name, (layer, places) in zip(observed_names(site), site.places, strict=True):
                 module = model.get_submodule(layer)
-                made.append((module, observers[name].of_output(rows_of(module, first, site.hidden))))
+                made.append((module, observers[name].of_output(rows_of(module, places))))
         else:
             read.append((model.get_submodule(site.consumer), observers[site.name].of_input))
     return hooked(made, before=read)

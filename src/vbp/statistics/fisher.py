@@ -23,7 +23,7 @@ from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, reads, rows
-from vbp.sites.site import Site
+from vbp.sites.site import Site, select
 
 
 class FisherCollector:
@@ -96,9 +96,9 @@ class FisherCollector:
     def _add_pairs_(self, site: Site, gradient: Tensor, images: int, scale: float) -> None:
         output, dim = self._queries[site.name]
         _check_positions(site.name, output, dim, images)
-        first = site.rows[0][1]
+        places = site.places[0][1]
         queries, slopes = (
-            in_float32(rows(values.detach().narrow(dim, first, site.hidden), dim, images)).reshape(
+            in_float32(rows(select(values.detach(), dim, places), dim, images)).reshape(
                 images, -1, site.heads, site.hidden // site.heads
             )
             for values in (output, gradient)

@@ -279,7 +279,7 @@ TORCHVISION = (
         "ResNet, `convolutions=True`, circular padding (zero padding: inexact at borders)",
         "torchvision",
         "resnet50",
-        8,
+        9,
         NONE,
         64,
         build_by_hand=_torchvision_resnet_wrapped,

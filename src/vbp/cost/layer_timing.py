@@ -111,11 +111,7 @@ def _together(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
 
 
 def _common_path(group: Sequence[Site]) -> tuple[str, ...]:
-    names = [
-        name
-        for site in group
-        for name in (*site.producers, *([site.consumer] if site.consumer else []), *site.inner, *site.parameters)
-    ]
+    names = [name for site in group for name in (*site.layers, *site.inner, *site.parameters)]
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return tuple(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps))
 

@@ -237,7 +237,7 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Add to consumers the biases that they gained through compensation."""
-    for name in {entry.site.consumer for plan in plans for entry in plan.sites} - {""}:
+    for name in {reader.layer for plan in plans for entry in plan.sites for reader in entry.site.readers}:
         consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")
         if consumer.bias is None and bias is not None:
             consumer.bias = nn.Parameter(torch.zeros_like(bias))

@@ -27,11 +27,12 @@ from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
+from vbp.pruning.readers import joint_matrix
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.log_file import log_lines
-from vbp.sites.site import Site
+from vbp.sites.site import Reader, Site
 from vbp.statistics.images import ImageSource
 from vbp.statistics.statistics import Statistics, observed_names
 
@@ -54,15 +55,16 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
     for site in sites:
         held = statistics.sensitivities if site.consumer else statistics.logit_sensitivities
         names = observed_names(site)
-        if site.name not in held or any(name not in metrics for name in names):
+        wanted = names if site.consumer else (site.name,)
+        if any(name not in held for name in wanted) or any(name not in metrics for name in names):
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
                 f"{'only the covariance' if site.name not in held and names[0] in metrics else 'no covariance'}; "
                 "collect statistics with covariance=True and sensitivity=RandomProbes()"
             )
         if site.consumer:
-            plain = metrics[site.name]
-            metrics[site.name] = statistics.sensitivities[site.name].blended_covariance(plain)
+            for name in names:
+                metrics[name] = statistics.sensitivities[name].blended_covariance(metrics[name])
         elif site.rotatable:
             query, key = names
             pair = statistics.logit_sensitivities[site.name]
@@ -79,16 +81,17 @@ def sensitivity_eliminations(
         InputError: Covariances or sensitivities are missing or unfit.
     """
     metrics = refit_metrics(sites, statistics)
+
+    def in_nats(reader: Reader, weight: Tensor) -> Tensor:
+        plain = statistics.covariances[reader.key].to(weight.device)
+        return statistics.sensitivities[reader.key].to(weight.device).scaled_weight(weight, plain)
+
     orders = {}
     for site in sites:
         if site.kind != "mlp":
             continue
-        weight = model.get_submodule(site.consumer).weight
-        assert isinstance(weight, Tensor)
-        sensitivity = statistics.sensitivities[site.name].to(weight.device)
-        plain = statistics.covariances[site.name].to(weight.device)
-        weighed = sensitivity.scaled_weight(weight, plain)
-        metric = metrics[site.name].to(weight.device).covariance
+        weighed = joint_matrix(model, site, statistics, in_nats)
+        metric = metrics[site.name].to(weighed.device).covariance
         try:
             orders[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
         except InputError as error:

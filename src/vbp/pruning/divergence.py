@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -14,12 +12,12 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.forward import evaluation_mode, frozen, hooked, logits_of
+from vbp.pruning.plan import PruningPlan
+from vbp.pruning.site_errors import errors_added
+from vbp.runtime.forward import evaluation_mode, frozen, logits_of
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import ALONE, Session
-from vbp.sites.layers import channel_dim, output_channels
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import ImageSource, in_pieces
 
@@ -123,7 +121,7 @@ class DenseReference:
             evaluation_mode(pruned),
             frozen(self.model),
             frozen(pruned),
-            _errors_added(self.model, pruned, entries, amplitudes),
+            errors_added(self.model, pruned, entries, amplitudes),
             torch.enable_grad(),
         ):
             for batch, expected in zip(self.batches, self.log_probabilities, strict=True):
@@ -140,39 +138,6 @@ class DenseReference:
         with self.session.precision.autocast():
             logits = logits_of(model(batch))
         return in_float32(logits).log_softmax(-1)
-
-
-@contextmanager
-def _errors_added(
-    dense: nn.Module, pruned: nn.Module, entries: Sequence[SitePlan], amplitudes: Float[Tensor, "sites"]
-) -> Iterator[None]:
-    """Add to the dense model's consumers the errors of the pruned model's, times the amplitudes."""
-
-    def add(
-        small: nn.Module,
-        keep: Tensor,
-        rows: Tensor,
-        amplitude: Tensor,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        output: Tensor,
-    ) -> Tensor:
-        dim = output.ndim + channel_dim(module)
-        error: Tensor = small(args[0].index_select(args[0].ndim + channel_dim(module), keep))
-        error = error - output.index_select(dim, rows)
-        return output.index_add(dim, rows, amplitude.to(output.dtype) * error)
-
-    gone = {(name, first + row) for entry in entries for name, first in entry.site.rows for row in entry.removed}
-    hooks = []
-    for entry, amplitude in zip(entries, amplitudes, strict=True):
-        name = entry.site.consumer
-        dense_layer, small = (model.get_submodule(name) for model in (dense, pruned))
-        # The consumer may make the channels of the next site: rows that it lost have no error of their own.
-        rows = [row for row in range(output_channels(dense_layer)) if (name, row) not in gone]
-        keep, left = (torch.tensor(places, device=amplitudes.device) for places in (entry.keep, rows))
-        hooks.append((dense_layer, partial(add, small, keep, left, amplitude)))
-    with hooked(hooks):
-        yield
 
 
 def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:

@@ -19,10 +19,10 @@ from vbp.runtime.files import write_json
 from vbp.runtime.tables import text_table
 from vbp.sites.site import Site
 
-_FORMAT = "vbp-plan/2"
+_FORMAT = "vbp-plan/3"
 
-# Of before there were directions.
-_WITHOUT_BASIS = "vbp-plan/1"
+# Of before there were directions, and before several layers could read a site.
+_OLDER = ("vbp-plan/1", "vbp-plan/2")
 _MOST_CHANNELS = 2**24
 
 
@@ -127,10 +127,10 @@ class PruningPlan:
             InputError: The data is no plan, or of another format.
         """
         file_format = value.get("format") if isinstance(value, Mapping) else type(value).__name__
-        if file_format not in (_FORMAT, _WITHOUT_BASIS):
+        if file_format not in (_FORMAT, *_OLDER):
             raise InputError(f"a plan must have format {_FORMAT}, got {reprlib.repr(file_format)}; make it again")
         rest = {name: item for name, item in value.items() if name != "format"}
-        plan = from_json(PruningPlan, rest, "the plan", use_defaults=file_format == _WITHOUT_BASIS)
+        plan = from_json(PruningPlan, rest, "the plan", use_defaults=file_format in _OLDER)
         for entry in plan.sites:
             _check(entry)
         if len(plan.widths) != len(plan.sites):
@@ -162,12 +162,18 @@ def _check(entry: SitePlan) -> None:
         raise InputError(
             f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
         )
+    layers = (bool(site.consumer) * (1 + len(site.others)), len(site.inner))
+    given = (len(site.columns), len(site.inner_offsets))
+    if any(number and number != count for number, count in zip(given, layers, strict=True)):
+        raise InputError(f"the plan of site {site.name} does not tell the place of each layer; make the plan again")
     if not keep or list(keep) != sorted(set(keep)) or keep[0] < 0 or keep[-1] >= site.hidden:
         raise InputError(
             f"plan of site {site.name} must keep ascending channels of 0..{site.hidden - 1}, at least one; "
             f"got {len(keep)} entries; make the plan again"
         )
-    if site.hidden > _MOST_CHANNELS or any(not 0 <= first <= _MOST_CHANNELS for first in site.offsets):
+    if site.hidden > _MOST_CHANNELS or any(
+        not 0 <= first <= _MOST_CHANNELS for first in (*site.offsets, *site.columns, *site.inner_offsets)
+    ):
         raise InputError(
             f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "
             f"got {site.hidden} from {site.offsets or 0}; make the plan again"

@@ -22,7 +22,7 @@ from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import evaluation_mode, snapshot
 from vbp.sites.attention_trial import half
 from vbp.sites.cutting import cut_sites_
-from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
+from vbp.sites.layers import inner_channels, input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.propagation import tensors_in
 from vbp.sites.site import Site
 from vbp.statistics.statistics import observed_names
@@ -96,9 +96,9 @@ def cut_(model: nn.Module, plan: PruningPlan) -> None:
 
 def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
     """Return the modules that surgery writes to: layers, and those that hold them or bare parameters."""
-    names = {name for entry in entries for name in (*entry.site.producers, entry.site.consumer, *entry.site.inner)}
+    names = {name for entry in entries for name in (*entry.site.layers, *entry.site.inner)}
     owners = {name.rpartition(".")[0] for entry in entries for name in (*names, *entry.site.parameters)}
-    return [model.get_submodule(name) for name in sorted((names - {""}) | owners)]
+    return [model.get_submodule(name) for name in sorted(names | owners)]
 
 
 def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
@@ -150,9 +150,10 @@ def _silenced(model: nn.Module, plan: PruningPlan, example: Tensor) -> tuple[Any
     with evaluation_mode(model), evaluation_mode(silent), torch.no_grad():
         for entry in plan.sites:
             removed = list(entry.removed)
-            if entry.site.consumer:
-                silent.get_parameter(f"{entry.site.consumer}.weight")[:, removed] = 0
-            else:
+            for reader in entry.site.readers:
+                columns = [reader.first + channel for channel in removed]
+                silent.get_parameter(f"{reader.layer}.weight")[:, columns] = 0
+            if not entry.site.readers:
                 for name, first in entry.site.rows:
                     layer = silent.get_submodule(name)
                     for parameter in (layer.weight, layer.bias):
@@ -188,15 +189,17 @@ def _check_fits(
     claimed = {name: sum(stop - first for first, stop in ranges) for name, ranges in rows.items()}
     for entry in plan.sites:
         site = entry.site
-        for name in (*site.producers, site.consumer, *site.inner, *site.parameters):
+        for name in (*site.layers, *site.inner, *site.parameters):
             if name in unusual:
                 raise InputError(f"the plan's site {site.name} is none: {unusual_layer(name, unusual[name])}")
         try:
             widths = [(output_channels(model.get_submodule(name)), claimed[name]) for name in site.producers]
-            if site.consumer:
-                widths.append((input_channels(model.get_submodule(site.consumer)), site.hidden))
-            for name in site.inner:
-                model.get_submodule(name)
+            for reader in site.readers:
+                width = input_channels(model.get_submodule(reader.layer))
+                widths.append(_share(width, reader.first, site.hidden, whole=not site.columns))
+            for name, first in site.passed:
+                width = inner_channels(model.get_submodule(name))
+                widths.append(_share(width, first, site.hidden, whole=not site.inner_offsets))
             widths += [(model.get_parameter(name).numel(), site.hidden) for name in site.parameters]
         except (AttributeError, TypeError) as error:
             raise InputError(
@@ -219,15 +222,21 @@ def _check_fits(
         _check_holds(site, means, covariances)
 
 
+def _share(width: int, first: int, hidden: int, *, whole: bool) -> tuple[int, int]:
+    """Return a layer's channels that lie where those of a site should, and their number if the layer fits."""
+    return (width if whole else max(0, min(width - first, hidden))), hidden
+
+
 def _check_holds(
     site: Site, means: Mapping[str, Tensor] | None, covariances: Mapping[str, ChannelCovariance] | None
 ) -> None:
-    if means is not None and site.consumer:
-        shape = tuple(means[site.name].shape) if site.name in means else "none"
-        if shape != (site.hidden,):
-            raise InputError(
-                f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
-            )
+    if means is not None:
+        for reader in site.readers:
+            shape = tuple(means[reader.key].shape) if reader.key in means else "none"
+            if shape != (site.hidden,):
+                raise InputError(
+                    f"means of site {reader.key} must be {site.hidden} numbers, got {shape}; collect its statistics"
+                )
     if covariances is not None and (site.consumer or refits_logits(site)):
         for name in observed_names(site):
             width = len(covariances[name].mean) if name in covariances else "none"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from vbp.sites.layers import output_channels
+from vbp.sites.layers import inner_channels, input_channels, output_channels
 from vbp.sites.site import Site
 
 # The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
@@ -99,7 +99,7 @@ def update_attributes_(model: nn.Module, change: HeadChange, *, implicit_scale: 
 def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
     """Keep some channels, ascending, of each site, and the scale of every softmax.
 
-    All rows of a layer are cut at once: one layer may make the channels of several sites.
+    All rows of a layer are cut at once, and all columns: one layer may make, or read, the channels of several sites.
     """
     rows: dict[str, set[int]] = defaultdict(set)
     for site, kept in cuts:
@@ -107,23 +107,38 @@ def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> 
             _scale_queries_(model, site, (len(kept) / site.hidden) ** 0.5)
         for name, first in site.rows:
             rows[name].update(first + index for index in set(range(site.hidden)) - set(kept))
-    for name, removed in rows.items():
+    for name, gone in rows.items():
         layer = model.get_submodule(name)
-        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
+        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in gone])
+    for name, channels in removed_from_inner(cuts).items():
+        inner = model.get_submodule(name)
+        keep_channels_(inner, [channel for channel in range(inner_channels(inner)) if channel not in channels])
+    columns: dict[str, set[int]] = defaultdict(set)
     for site, kept in cuts:
-        for name in site.inner:
-            keep_channels_(model.get_submodule(name), kept)
+        removed = set(range(site.hidden)) - set(kept)
         for name in site.parameters:
             owner, _, attribute = name.rpartition(".")
             dim = model.get_parameter(name).shape.index(site.hidden)
             keep_entries_(model.get_submodule(owner), attribute, kept, dim)
-        if site.consumer:
-            keep_columns_(model.get_submodule(site.consumer), kept)
+        for reader in site.readers:
+            columns[reader.layer].update(reader.first + index for index in removed)
+    for name, gone in columns.items():
+        layer = model.get_submodule(name)
+        keep_columns_(layer, [column for column in range(input_channels(layer)) if column not in gone])
     for site, kept in cuts:
         if site.kind != "mlp":
             layers = (*site.producers, site.consumer) if site.consumer else site.producers
             change = HeadChange(layers, site.heads, site.hidden // site.heads, site.heads, len(kept) // site.heads)
             update_attributes_(model, change, implicit_scale=site.implicit_scale)
+
+
+def removed_from_inner(cuts: Iterable[tuple[Site, Sequence[int]]]) -> dict[str, set[int]]:
+    """Return the channels that norms and depthwise convolutions lose where each site keeps some, by their names."""
+    removed: dict[str, set[int]] = defaultdict(set)
+    for site, kept in cuts:
+        for name, first in site.passed:
+            removed[name].update(first + index for index in set(range(site.hidden)) - set(kept))
+    return removed
 
 
 def _scale_queries_(model: nn.Module, site: Site, factor: float) -> None:

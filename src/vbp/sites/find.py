@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections import defaultdict
 from collections.abc import Iterator
+from itertools import groupby
 
 from torch import nn
 
@@ -12,12 +13,15 @@ from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.attention_trial import try_attentions
 from vbp.sites.channel_ids import Owner
-from vbp.sites.layers import input_channels, output_channels, unusual_layer
+from vbp.sites.layers import inner_channels, input_channels, output_channels, unusual_layer
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.site import Site, SiteKind
 from vbp.sites.tracer import trace_model
 
 _log = logging.getLogger(__name__)
+
+# Layers that read channels, each with the first column of these.
+_Readers = list[tuple[str, int]]
 
 
 def find_sites(
@@ -69,7 +73,7 @@ def find_sites(
     if not sites:
         raise InputError(
             f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
-            "passes through an activation (GELU, ReLU, SiLU, ...) and then into exactly one other such layer, as "
+            "passes through an activation (GELU, ReLU, SiLU, ...) and then into other such layers alone, as "
             "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
             "larger kernels too, as in a ResNet: --convolutions, in Python find_sites(..., convolutions=True)"
             f"{_reasons(finder.rejected[:3])}"
@@ -119,16 +123,40 @@ class _Finder:
             if call.value is not None
             for identity in self._members(call.value.flatten().tolist())
         }
-        for read in self.trace.reads:
-            ids = read.ids.tolist()
+        for ids, readers in self._runs():
             members = self._members(ids)
             if not members & self.trace.channels.activated or members & attended:
                 continue
-            site = self._site(ids, read.layer, "mlp", 1)
+            site = self._site(ids, readers, "mlp", 1)
             if isinstance(site, Site):
                 yield site
             else:
-                self.reject(f"the input of {read.layer} is no site: {site}")
+                self.reject(f"the input of {readers[-1][0]} is no site: {site}")
+
+    def _runs(self) -> Iterator[tuple[list[int], _Readers]]:
+        """Return the channels that the same layers make and read, and from which column on each of these reads them.
+
+        What a layer reads is cut where that changes: in a concatenation every part is by itself.
+        """
+        channels = self.trace.channels
+        known: dict[int, tuple[list[int], list[str]]] = {}
+
+        def layers(root: int) -> tuple[list[int], list[str]]:
+            if root not in known:
+                group = self._classes[root]
+                readers = set().union(*(channels.readers.get(member, set()) for member in group))
+                known[root] = [channels.owner_of(member).first for member in group], sorted(readers)
+            return known[root]
+
+        runs: dict[tuple[int, ...], tuple[list[int], _Readers]] = {}
+        for read in self.trace.reads:
+            first = 0
+            for _, part in groupby(read.ids.tolist(), lambda identity: layers(channels.root(identity))):
+                ids = list(part)
+                _, readers = runs.setdefault(tuple(map(channels.root, ids)), (ids, []))
+                readers.append((read.layer, first))
+                first += len(ids)
+        yield from runs.values()
 
     def attention(self, call: Attention) -> list[Site]:
         """Return the value site and the query/key site of one attention, or none if either cannot be pruned."""
@@ -139,8 +167,8 @@ class _Finder:
             self.reject(f"the attention behind {label} is no site: no single layer reads its values in order")
             return []
         heads = call.value.shape[0]
-        value = self._site(values, reads[0], "value", heads)
-        pair = self._site(call.query.flatten().tolist(), "", "query_key", heads, call.implicit_scale)
+        value = self._site(values, [(reads[0], 0)], "value", heads)
+        pair = self._site(call.query.flatten().tolist(), [], "query_key", heads, call.implicit_scale)
         if call.query.shape != call.value.shape:
             pair = "queries and values have different numbers of channels"
         if isinstance(value, Site) and isinstance(pair, Site):
@@ -176,12 +204,12 @@ class _Finder:
         return {member for root in {channels.root(identity) for identity in ids} for member in self._classes[root]}
 
     def _site(
-        self, ids: list[int], consumer: str, kind: SiteKind, heads: int, implicit_scale: bool = False
+        self, ids: list[int], readers: _Readers, kind: SiteKind, heads: int, implicit_scale: bool = False
     ) -> Site | str:
         """Return the site of these channels, or why they are none."""
         channels = self.trace.channels
         groups = [self._classes[channels.root(identity)] for identity in ids]
-        if reason := self._why_unfit(groups, consumer):
+        if reason := self._why_unfit(groups, [layer for layer, _ in readers]):
             return reason
         owners: list[tuple[Owner, int]] = []
         for place, first in enumerate(sorted(groups[0])):
@@ -190,44 +218,53 @@ class _Finder:
             if rows != list(range(rows[0], rows[0] + len(rows))) or rows[-1] >= owner.first + owner.channels:
                 return f"its channels are scattered over the rows of {owner.name}"
             owners.append((owner, first - owner.first))
-        layers = [(owner.name, offset) for owner, offset in owners if owner.kind == "layer"]
+        layers, inner = (
+            [(owner.name, offset) for owner, offset in owners if owner.kind == what] for what in ("layer", "inner")
+        )
         offsets = tuple(offset for _, offset in layers)
+        if split := [owner.name for owner, _ in owners if owner.kind == "parameter" and owner.channels != len(ids)]:
+            return f"{split[0]} belongs to other channels too"
         members = {member for group in groups for member in group}
         # Queries and keys come from a layer each, or twice from one; a second layer of values would be a gate.
         plain = len(owners) == len(layers) == (2 if kind == "query_key" else 1)
+        read = [self.model.get_submodule(name) for name, _ in readers]
+        # The consumer is the last that reads them.
+        order = [*readers[-1:], *readers[:-1]]
         return Site(
             tuple(name for name, _ in layers),
-            consumer,
+            order[0][0] if order else "",
             len(ids),
             kind,
             offsets if any(offsets) else (),
-            tuple(owner.name for owner, _ in owners if owner.kind == "inner"),
+            tuple(name for name, _ in inner),
             tuple(owner.name for owner, _ in owners if owner.kind == "parameter"),
             heads,
-            not members & channels.mixed
-            and not (consumer and _meets_zero_padding(self.model.get_submodule(consumer))),
+            not members & channels.mixed and not any(map(_meets_zero_padding, read)),
             implicit_scale,
             kind != "mlp" and plain and not members & (channels.mixed | channels.bound),
+            tuple(name for name, _ in order[1:]),
+            () if all(input_channels(layer) == len(ids) for layer in read) else tuple(first for _, first in order),
+            ()
+            if all(inner_channels(self.model.get_submodule(name)) == len(ids) for name, _ in inner)
+            else tuple(first for _, first in inner),
         )
 
-    def _why_unfit(self, groups: list[list[int]], consumer: str) -> str:
+    def _why_unfit(self, groups: list[list[int]], consumers: list[str]) -> str:
         channels = self.trace.channels
         members = {member for group in groups for member in group}
         if leaks := {channels.leaks[member] for member in members if member in channels.leaks}:
             return f"its channels are also used by {', '.join(sorted(leaks))}"
         readers = set().union(*(channels.readers.get(member, set()) for member in members))
-        if readers - {consumer}:
-            return f"its channels are also read by {', '.join(sorted(readers - {consumer}))}"
-        if len({id(group) for group in groups}) != len(groups):
+        if others := readers - {*consumers}:
+            return f"its channels are also read by {', '.join(sorted(others))}"
+        if len({id(group) for group in groups}) != len(groups) or len({*consumers}) != len(consumers):
             return "some of its channels are bound together"
-        names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {consumer}
+        names = {channels.owner_of(member).name for group in groups[:1] for member in group} | {*consumers}
         if unusual := sorted(names & self.trace.unusual.keys()):
             self.unusual.append(unusual_layer(unusual[0], self.trace.unusual[unusual[0]]))
             return self.unusual[-1]
         if repeated := sorted(name for name in names if self.trace.calls.get(name, 0) > 1):
             return f"{', '.join(repeated)} runs more than once in a forward pass"
-        if consumer and input_channels(self.model.get_submodule(consumer)) != len(groups):
-            return f"{consumer} has other inputs too"
         return ""
 
 

@@ -50,6 +50,18 @@ def input_channels(layer: nn.Module) -> int:
     return int(getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels"))
 
 
+def inner_channels(module: nn.Module) -> int:
+    """Return the number of channels of a norm, or of a depthwise convolution; -1 if it has no plain number."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else -1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    assert isinstance(module, _BatchNorm)
+    return module.num_features
+
+
 def first_tensor(output: Any) -> Tensor | None:
     """Return a module's output, or the first of several; None if that is no tensor."""
     if isinstance(output, tuple | list) and output:

@@ -65,7 +65,7 @@ def check_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tupl
 
 
 def _is_plain(model: nn.Module, site: Site) -> bool:
-    if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters:
+    if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters or site.others or site.columns:
         return False
     producer, consumer = (model.get_submodule(name) for name in (site.producers[0], site.consumer))
     return (

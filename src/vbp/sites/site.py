@@ -8,6 +8,9 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+# Between the name of a site and that of a layer, beside the consumer, that reads its channels.
+READ = "#read:"
+
 SiteKind = Literal["mlp", "value", "query_key"]
 
 
@@ -16,11 +19,13 @@ class Site:
     """Hidden channels `h`, made by the producers and read by the consumer, by dotted module names.
 
     Channel `j` is row `offsets[i] + j` of producer `i`: one producer in an MLP, a gate and its value in a gated one
-    (two layers, or one layer twice), queries and keys in an attention site without consumer.
+    (two layers, or one layer twice), queries and keys in an attention site without consumer. Several layers may read
+    the channels, each at a place of its own: in a squeeze-and-excitation block one reads their means over the image,
+    the consumer what is left of them behind the gate.
 
     Attributes:
         producers: Layers whose output rows make the channels.
-        consumer: The layer whose input columns are the channels; empty for query/key channels.
+        consumer: The layer whose input columns are the channels, the last of several; empty for query/key channels.
         hidden: Number of channels.
         kind: `mlp`, `value` (of an attention) or `query_key`.
         offsets: First row of the site in each producer; empty means 0 everywhere.
@@ -32,6 +37,10 @@ class Site:
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
         rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
             their layer, or both layers of queries and keys, and what reads them.
+        others: The other layers that read the channels.
+        columns: First column of the site in the consumer, and in each of the others, where the channels are but a
+            part of what these read, as in a concatenation; empty if they are all of it.
+        inner_offsets: First channel of the site in each of `inner`, likewise.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
 
@@ -51,6 +60,9 @@ class Site:
     exact: bool = True
     implicit_scale: bool = False
     rotatable: bool = False
+    others: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
+    inner_offsets: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -65,6 +77,35 @@ class Site:
     def rows(self) -> tuple[tuple[str, int], ...]:
         """Return each producer with the site's first row in it."""
         return tuple(zip(self.producers, self.offsets or (0,) * len(self.producers), strict=True))
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """Return the layers that read the channels, the consumer first; none for query/key channels."""
+        layers = (self.consumer, *self.others) if self.consumer else ()
+        firsts = self.columns or (0,) * len(layers)
+        return tuple(
+            Reader(f"{self.name}{READ}{layer}" if place else self.name, layer, first)
+            for place, (layer, first) in enumerate(zip(layers, firsts, strict=True))
+        )
+
+    @property
+    def passed(self) -> tuple[tuple[str, int], ...]:
+        """Return each norm and depthwise convolution that the channels pass, with the site's first channel in it."""
+        return tuple(zip(self.inner, self.inner_offsets or (0,) * len(self.inner), strict=True))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the layers that make or read the channels, each once."""
+        return tuple(dict.fromkeys((*self.producers, *(reader.layer for reader in self.readers))))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a site's channels from column `first` on; `key` names what it reads in statistics."""
+
+    key: str
+    layer: str
+    first: int
 
 
 @dataclass(frozen=True)
@@ -85,10 +126,10 @@ class WeightSlice:
 def weight_slices(model: nn.Module, site: Site) -> tuple[WeightSlice, ...]:
     """Return the parts of a model's weights that belong to a site's channels."""
     slices = [WeightSlice(f"{name}.weight", 0, first, site.hidden) for name, first in site.rows]
-    for name in site.inner:
+    for name, first in site.passed:
         inner = model.get_submodule(name)
         if isinstance(inner.weight, Tensor):  # a norm may have none
-            slices.append(WeightSlice(f"{name}.weight", -1 if isinstance(inner, nn.LayerNorm) else 0, 0, site.hidden))
-    if site.consumer:
-        slices.append(WeightSlice(f"{site.consumer}.weight", 1, 0, site.hidden))
+            dim = -1 if isinstance(inner, nn.LayerNorm) else 0
+            slices.append(WeightSlice(f"{name}.weight", dim, first, site.hidden))
+    slices += [WeightSlice(f"{reader.layer}.weight", 1, reader.first, site.hidden) for reader in site.readers]
     return tuple(slices)

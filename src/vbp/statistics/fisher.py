@@ -23,7 +23,7 @@ from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, reads, rows
-from vbp.sites.site import Site
+from vbp.sites.site import Reader, Site
 
 
 class FisherCollector:
@@ -32,7 +32,7 @@ class FisherCollector:
     def __init__(
         self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._sites = [site for site in sites if site.consumer]
+        self._readers = [(reader, site.hidden) for site in sites for reader in site.readers]
         self._pairs = [site for site in sites if site.kind == "query_key"]
         self._probes, self._pivots = probes, pivots or {}
         self._images = 0
@@ -44,13 +44,14 @@ class FisherCollector:
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
         """Hold on to queries, and to what consumers read and return, during a forward pass in the body, for `see`."""
         hooks: list[tuple[nn.Module, Hook]] = [
-            (model.get_submodule(site.consumer), partial(self._record, site.name)) for site in self._sites
+            (model.get_submodule(reader.layer), partial(self._record, reader, hidden))
+            for reader, hidden in self._readers
         ]
         makers = {site.name: model.get_submodule(site.producers[0]) for site in self._pairs}
         return hooked([*hooks, *((maker, partial(self._record_made, name)) for name, maker in makers.items())])
 
-    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._seen[name] = args[0].detach(), output, module
+    def _record(self, reader: Reader, hidden: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._seen[reader.key] = args[0].detach().narrow(channel_dim(module), reader.first, hidden), output, module
 
     def _record_made(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._queries[name] = output, channel_dim(module)
@@ -62,7 +63,8 @@ class FisherCollector:
             InputError: A consumer did not run, or its output cannot be divided by image.
         """
         run = self._seen.keys() | self._queries.keys()
-        if missing := [site.name for site in (*self._sites, *self._pairs) if site.name not in run]:
+        names = [*(reader.key for reader, _ in self._readers), *(site.name for site in self._pairs)]
+        if missing := [name for name in names if name not in run]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
         images = logits.shape[0]
         outputs = max((output.shape[channel_dim(layer)] for _, output, layer in self._seen.values()), default=1)

@@ -28,6 +28,7 @@ from vbp.deploy.hub import fetch, is_reference
 from vbp.errors import InputError
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
+from vbp.models.weights import load_weights_
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
@@ -220,7 +221,7 @@ def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[st
         cut_(model, plan)
     _add_missing_biases_(model, plans, weights)
     # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
-    model.load_state_dict(dict(weights), strict=True, assign=True)
+    load_weights_(model, weights, assign=True)
     _tie_(model, weights)
     types = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(types) == 1 and types != {torch.get_default_dtype()}:

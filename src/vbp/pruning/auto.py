@@ -9,7 +9,6 @@ costs times a price for each site, found by asking the pruned model which sites 
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +30,7 @@ from vbp.pruning.readers import joint_matrix
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import log_lines
 from vbp.sites.site import Reader, Site
 from vbp.statistics.images import ImageSource
@@ -288,7 +288,7 @@ class _Search:
             return None
         if self.progress is not None:
             self.progress(name)
-        pruned = copy.deepcopy(self.model)
+        pruned = copy_model(self.model)
         prune_(pruned, plan, self._means, self._covariances, ridge=self.ridge)
         self._seen.add(key)
         divergence = self.reference.divergence(pruned)

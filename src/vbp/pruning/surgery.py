@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vbp.errors import InputError, first_line
+from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
 from vbp.pruning.attention import rotate_
 from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.forward import evaluation_mode, snapshot
-from vbp.sites.attention_trial import half
+from vbp.runtime.forward import snapshot
 from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import inner_channels, input_channels, output_channels, unusual_layer, unusual_layers
-from vbp.sites.propagation import tensors_in
 from vbp.sites.site import Site
+from vbp.sites.trial import why_broken
 from vbp.statistics.statistics import observed_names
-
-# Share of an output that rounding may change.
-_ROUNDING = 2e-3
 
 
 def prune_(
@@ -102,64 +95,26 @@ def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
 
 
 def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
-    """Try on a copy whether the model still runs with half of the channels of every site.
+    """Try on a copy whether the model still runs with a part of the channels of every site.
 
     Some models write a width into their code, where no look at their layers shows it.
 
     Raises:
         InputError: It does not run; the sites that break it are named. The model is untouched.
     """
-    if _breaks(model, sites, example) is None:
+    if why_broken(model, sites, example) is None:
         return
     # One trial for the sites of each block: what one call makes and reads stands or falls together.
     blocks: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         blocks[site.producers[0].rpartition(".")[0]].append(site)
-    reasons = {block: reason for block, group in blocks.items() if (reason := _breaks(model, group, example))}
+    reasons = {block: reason for block, group in blocks.items() if (reason := why_broken(model, group, example))}
     raise InputError(
         f"{type(model).__name__} does not run as it should with fewer channels in "
         f"{', '.join(reasons) or 'all its sites together'}: "
-        f"{next(iter(reasons.values()), 'each alone does')}; its code needs that width. Leave attention "
-        "(--bottleneck) out, or give vbp.prune_ a plan without these sites"
+        f"{next(iter(reasons.values()), 'each alone does')}. Leave attention (--bottleneck) out, or give vbp.prune_ "
+        "a plan without these sites"
     )
-
-
-def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
-    """Return what goes wrong where half of the channels are removed from a copy, if anything does."""
-    plan = PruningPlan(tuple(SitePlan(site, tuple(half(site))) for site in sites), 0.5, "per_layer")
-    trial = copy.deepcopy(model)
-    try:
-        prune_(trial, plan)
-        with evaluation_mode(trial), torch.no_grad():
-            found = trial(example)
-    except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
-        return first_line(error)
-    if not all(site.exact for site in sites):
-        return None
-    pruned, expected, dense = (tensors_in(one)[0].double() for one in (found, *_silenced(model, plan, example)))
-    difference, cut, size = (float(one.norm()) for one in (pruned - expected, expected - dense, expected))
-    rounding = max(_ROUNDING, 10 * torch.finfo(tensors_in(found)[0].dtype).eps) * size
-    if not difference > 0.05 * cut + rounding:
-        return None
-    return f"its output is then off by {difference / max(size, 1e-12):.2g} of its size"
-
-
-def _silenced(model: nn.Module, plan: PruningPlan, example: Tensor) -> tuple[Any, Any]:
-    """Return what the dense model returns if nothing reads the channels that a plan removes, and as it is."""
-    silent = copy.deepcopy(model)
-    with evaluation_mode(model), evaluation_mode(silent), torch.no_grad():
-        for entry in plan.sites:
-            removed = list(entry.removed)
-            for reader in entry.site.readers:
-                columns = [reader.first + channel for channel in removed]
-                silent.get_parameter(f"{reader.layer}.weight")[:, columns] = 0
-            if not entry.site.readers:
-                for name, first in entry.site.rows:
-                    layer = silent.get_submodule(name)
-                    for parameter in (layer.weight, layer.bias):
-                        if isinstance(parameter, Tensor):
-                            parameter[[first + channel for channel in removed]] = 0
-        return silent(example), model(example)
 
 
 def _check_fits(

@@ -6,7 +6,6 @@ number of channels where no look at the layers shows it.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vbp.errors import first_line
-from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
+from vbp.runtime.forward import ExampleInputs, call_values, copy_model, evaluation_mode, hooked, run_model
 from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
@@ -49,7 +48,7 @@ def try_attentions(model: nn.Module, example_inputs: ExampleInputs, attentions: 
 
 def _try(model: nn.Module, example_inputs: ExampleInputs, attentions: Sequence[Pair]) -> list[Pair | str] | str:
     """Return the results of all attentions, or why the model does not run with fewer channels in them."""
-    dense = copy.deepcopy(model)
+    dense = copy_model(model)
     run = _Run(example_inputs, attentions)
     run.observe(dense)
     cuts = [(site, half(site)) for pair in attentions for site in pair]
@@ -57,7 +56,7 @@ def _try(model: nn.Module, example_inputs: ExampleInputs, attentions: Sequence[P
     expected = run.outputs(dense)
     found = []
     for implicit in (False, True):
-        trial = copy.deepcopy(dense)
+        trial = copy_model(dense)
         try:
             cut_sites_(
                 trial, [(replace(site, implicit_scale=implicit and not site.consumer), kept) for site, kept in cuts]

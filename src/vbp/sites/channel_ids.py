@@ -88,9 +88,10 @@ def compact(ids: Tensor) -> Tensor:
     """
     shape = ids.shape
     for dim in range(ids.ndim):
-        first = ids.narrow(dim, 0, 1)
-        if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == first).all())):
-            ids = first
+        if ids.shape[dim] > 1:
+            first = ids.narrow(dim, 0, 1)
+            if ids.stride(dim) == 0 or bool((ids == first).all()):
+                ids = first
     return ids.expand(shape)
 
 

@@ -17,6 +17,7 @@ from vbp.sites.layers import inner_channels, input_channels, output_channels, un
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.site import Site, SiteKind
 from vbp.sites.tracer import trace_model
+from vbp.sites.trial import working_sites
 
 _log = logging.getLogger(__name__)
 
@@ -60,6 +61,7 @@ def find_sites(
         sites += [site for call in finder.trace.attentions for site in finder.attention(call)]
         finder.log_unfollowed_attention()
     sites = finder.tried(_whole(model, sites), example_inputs)
+    sites = _whole(model, finder.working(sites, example_inputs))
     if attention and all(site.kind == "mlp" for site in sites):
         raise InputError(
             f"no prunable attention in {type(model).__name__}: looked for query, key and value layers whose "
@@ -189,6 +191,14 @@ class _Finder:
             else:
                 kept += result
         return kept
+
+    def working(self, sites: list[Site], example_inputs: ExampleInputs) -> list[Site]:
+        """Return the sites without the MLPs that the model's code does not allow to be narrower, as a trial shows."""
+        mlps = [site for site in sites if site.kind == "mlp"]
+        _, reasons = working_sites(self.model, mlps, example_inputs)
+        for name, reason in reasons.items():
+            self.reject(f"{name} is no site: {reason}")
+        return [site for site in sites if site.kind != "mlp" or site.name not in reasons]
 
     def log_unfollowed_attention(self) -> None:
         """Name the layers whose channels meet others of unknown origin in an attention."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -60,6 +61,15 @@ def inner_channels(module: nn.Module) -> int:
         return module.out_channels
     assert isinstance(module, _BatchNorm)
     return module.num_features
+
+
+def silence_columns_(layer: nn.Module, columns: Sequence[int]) -> None:
+    """Set the weights that read some input channels of a `Linear` or convolution to 0."""
+    assert isinstance(layer.weight, Tensor)
+    groups = getattr(layer, "groups", 1)
+    weight = layer.weight.detach().unflatten(0, (groups, -1))  # type: ignore[no-untyped-call]
+    index = torch.tensor(columns, dtype=torch.long, device=weight.device)
+    weight[index // weight.shape[2], :, index % weight.shape[2]] = 0
 
 
 def first_tensor(output: Any) -> Tensor | None:

@@ -68,10 +68,13 @@ class Site:
     def name(self) -> str:
         """Return the key of this site in statistics, plans and reports.
 
-        The layer whose outputs are pruned; for an attention's values, whose layer often makes queries and keys too,
-        the layer that reads them.
+        The layer whose outputs are pruned, with the first row of a site that does not begin with the layer; for an
+        attention's values, whose layer often makes queries and keys too, the layer that reads them.
         """
-        return self.consumer if self.kind == "value" else self.producers[0]
+        if self.kind == "value":
+            return self.consumer
+        first = self.offsets[0] if self.offsets and self.kind == "mlp" else 0
+        return f"{self.producers[0]}#{first}" if first else self.producers[0]
 
     @property
     def rows(self) -> tuple[tuple[str, int], ...]:

@@ -30,8 +30,12 @@ from vbp import (
 )
 from vbp.cost.macs import macs_by_module
 from vbp.method.sampling import RandomProbes
+from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.batchnorm import refit_batchnorm_
+from vbp.runtime.session import ALONE
+from vbp.statistics.evidence import Evidence
+from vbp.statistics.gradients import GradientSum
 
 
 class TwoReaders(nn.Module):
@@ -75,6 +79,22 @@ class Fire(nn.Module):
         x = self.squeeze(x).relu()
         x = torch.cat([self.expand1(x)[..., 1:-1, 1:-1].relu(), self.expand3(x).relu()], 1)
         return self.last(x).mean((2, 3))
+
+
+class Grouped(nn.Module):
+    """The block of ResNeXt and RegNetY: a convolution in groups, and a squeeze-and-excitation behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1, self.norm1 = nn.Conv2d(3, 12, 1, bias=False), nn.BatchNorm2d(12)
+        self.conv2, self.norm2 = nn.Conv2d(12, 24, 3, groups=3, bias=False), nn.BatchNorm2d(24)
+        self.reduce, self.gate = nn.Conv2d(24, 6, 1), nn.Conv2d(6, 24, 1)
+        self.conv3, self.head = nn.Conv2d(24, 8, 1), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv2(self.norm1(self.conv1(x)).relu())).relu()
+        x = x * self.gate(self.reduce(x.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return self.head(self.conv3(x).mean((2, 3)))
 
 
 class Dense(nn.Module):
@@ -124,7 +144,7 @@ def pruned_and_clamped(
         return plan, model(images), expected
 
 
-@pytest.mark.parametrize("kind", [TwoReaders, SqueezeAndExcitation, Fire, Dense])
+@pytest.mark.parametrize("kind", [TwoReaders, SqueezeAndExcitation, Fire, Grouped, Dense])
 def test_the_pruned_model_is_the_dense_one_with_what_every_reader_sees_clamped(kind: type[nn.Module]) -> None:
     plan, logits, expected = pruned_and_clamped(built(kind), VECTORS if kind is TwoReaders else IMAGES)
     assert plan.kept < plan.total
@@ -152,7 +172,7 @@ def test_the_parts_of_a_concatenation_are_sites_of_their_own() -> None:
     assert len(stem.inner) == 4
 
 
-@pytest.mark.parametrize("kind", [TwoReaders, SqueezeAndExcitation, Fire, Dense])
+@pytest.mark.parametrize("kind", [TwoReaders, SqueezeAndExcitation, Fire, Grouped, Dense])
 def test_the_refit_is_no_worse_at_any_reader(kind: type[nn.Module]) -> None:
     model, images = built(kind), VECTORS if kind is TwoReaders else IMAGES
     sites = find_sites(model, images[:1], convolutions=True)
@@ -165,7 +185,7 @@ def test_the_refit_is_no_worse_at_any_reader(kind: type[nn.Module]) -> None:
     assert sum(error.refit for error in errors) < sum(error.mean_shift for error in errors)
 
 
-@pytest.mark.parametrize("kind", [SqueezeAndExcitation, Fire, Dense])
+@pytest.mark.parametrize("kind", [SqueezeAndExcitation, Fire, Grouped, Dense])
 def test_auto_plans_and_the_shares_of_the_divergence(kind: type[nn.Module]) -> None:
     model = built(kind).float()
     images = IMAGES.float()
@@ -173,7 +193,8 @@ def test_auto_plans_and_the_shares_of_the_divergence(kind: type[nn.Module]) -> N
     statistics = collect_statistics(model, sites, [images], covariance=True, sensitivity=RandomProbes())
     reference = DenseReference(model, [images])
     choice = auto_plan(model, sites, statistics, reference, keep_ratio=0.7)
-    assert choice.plan.kept == choice.plan.requested
+    # Groups of a convolution keep as many channels each.
+    assert abs(choice.plan.kept - choice.plan.requested) <= (3 if kind is Grouped else 0)
     prune_(pruned := copy.deepcopy(model), choice.plan, choice.means, choice.covariances)
     shares = reference.site_contributions(pruned, choice.plan)
     # Where nothing was removed no error is made.
@@ -183,7 +204,7 @@ def test_auto_plans_and_the_shares_of_the_divergence(kind: type[nn.Module]) -> N
         assert refit.divergences[refit.chosen] == min(refit.divergences.values())
 
 
-@pytest.mark.parametrize("kind", [SqueezeAndExcitation, Dense])
+@pytest.mark.parametrize("kind", [SqueezeAndExcitation, Grouped, Dense])
 def test_a_pruned_model_comes_back_from_a_file_and_trains(kind: type[nn.Module], tmp_path: Path) -> None:
     model = built(kind)
     plan, *_ = pruned_and_clamped(model, IMAGES)
@@ -224,3 +245,55 @@ def test_most_of_the_work_of_networks_with_squeeze_and_excitation_is_in_sites(
     assert sum(macs.get(name, 0) for name in layers) > 0.6 * macs[""]
     _, logits, expected = pruned_and_clamped(model, images)
     torch.testing.assert_close(logits, expected, rtol=1e-10, atol=1e-10)
+
+
+def test_as_many_channels_stay_in_each_group_and_a_gradient_goes_with_them() -> None:
+    model = built(Grouped)
+    sites = find_sites(model, IMAGES[:1], convolutions=True)
+    assert [(site.name, site.heads) for site in sites] == [("conv1", 3), ("conv2", 3), ("reduce", 1)]
+    with pytest.raises(vbp.InputError, match="convolutions=True"):
+        find_sites(nn.Sequential(model.conv1, model.norm1, nn.ReLU(), model.conv2), IMAGES[:1])
+    statistics = collect_statistics(model, sites, [IMAGES])
+    model(IMAGES).square().sum().backward()
+    before = copy.deepcopy(model.conv2)
+    before.weight.grad = model.conv2.weight.grad.clone()
+    for scope in ("global", "per_layer", "equal"):
+        plan = make_plan(sites, variance_scores(statistics), keep_ratio=0.5, scope=scope, min_keep_ratio=0.3)
+        for entry in plan.sites[:2]:
+            size = entry.site.hidden // 3
+            assert len({sum(channel // size == group for channel in entry.keep) for group in range(3)}) == 1
+    prune_(model, plan)
+    assert (model.conv2.in_channels, model.conv2.out_channels, model.conv2.groups) == (6, 12, 3)
+    (first, second, _) = (list(entry.keep) for entry in plan.sites)
+    rows = torch.tensor([[row, channel % 4] for row in second[:4] for channel in first[:2]])
+    for mine, whole in ((model.conv2.weight, before.weight), (model.conv2.weight.grad, before.weight.grad)):
+        assert torch.equal(mine[:4].flatten(0, 1), whole[rows[:, 0], rows[:, 1]])
+
+
+@pytest.mark.parametrize(
+    "criterion", ["random", "l1", "l2", "lamp", "taylor", "snip", "output_variance", "elimination"]
+)
+@pytest.mark.parametrize("kind", [Grouped, Dense])
+def test_every_criterion_scores_them(kind: type[nn.Module], criterion: str) -> None:
+    model = built(kind).float()
+    sites = find_sites(model, IMAGES[:1], convolutions=True)
+    gradients = GradientSum(model, sites)
+    gradients.add_(IMAGES.float(), torch.arange(6) % 5)
+    statistics = collect_statistics(model, sites, [IMAGES.float()], covariance=True)
+    scores = criterion_scores(criterion, model, sites, Evidence(statistics, gradients.mean(ALONE.processes)))
+    assert {name: len(score) for name, score in scores.items()} == {site.name: site.hidden for site in sites}
+    prune_(model, make_plan(sites, scores, keep_ratio=0.5))
+    assert model(IMAGES.float()).shape == (6, 5)
+
+
+def test_the_sensitivity_of_a_grouped_convolution_is_that_of_the_weights_that_it_has() -> None:
+    """A grouped convolution is an ungrouped one with zeros; only the gradients of its own weights count."""
+    model = built(Grouped)
+    site = find_sites(model, IMAGES[:1], convolutions=True)[0]
+    probes = RandomProbes(input_columns=2000, output_columns=2000)
+    sums = collect_statistics(model, [site], [IMAGES], sensitivity=probes).sensitivities[site.name]
+    inputs = sums.inputs[:-1, :-1]
+    block = torch.block_diag(*[torch.ones(4, 4, dtype=torch.bool)] * 3)
+    assert bool((inputs[~block] == 0).all())
+    # The trace is the mean square of the gradient with respect to the weights, channels counted from the pivot.
+    assert float(inputs.trace()) > 0

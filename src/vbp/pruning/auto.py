@@ -26,7 +26,7 @@ from vbp.pruning.criteria import variance_scores
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference, cost_multipliers, mean_multipliers
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan
-from vbp.pruning.readers import joint_matrix
+from vbp.pruning.readers import joint_matrix, metric_of
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
 from vbp.runtime.fingerprints import json_fingerprint
@@ -91,9 +91,9 @@ def sensitivity_eliminations(
         if site.kind != "mlp":
             continue
         weighed = joint_matrix(model, site, statistics, in_nats)
-        metric = metrics[site.name].to(weighed.device).covariance
+        metric = metric_of(model, site.readers[0], metrics[site.name].to(weighed.device).covariance)
         try:
-            orders[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
+            orders[site.name] = eliminate(metric, weighed, ridge=ridge, heads=site.heads).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
     return orders

@@ -14,7 +14,7 @@ from vbp.method.mean_shift import mean_shift
 from vbp.method.query_key import LogitRefit, logit_refit
 from vbp.method.ridge import Reconstruction, fold_into_weight, reconstruction, ridge_coefficients
 from vbp.pruning.plan import SitePlan
-from vbp.pruning.readers import columns
+from vbp.pruning.readers import columns, metric_of, set_columns_
 from vbp.sites.site import Reader, Site
 from vbp.statistics.statistics import KEY, QUERY
 
@@ -70,7 +70,7 @@ def _solve(
     keep = torch.tensor(entry.keep, device=weight.device)
     removed = torch.tensor(entry.removed, device=weight.device)
     try:
-        covariance = covariances[name].to(weight.device).covariance
+        covariance = metric_of(model, reader, covariances[name].to(weight.device).covariance)
         coefficients = ridge_coefficients(covariance, keep, removed, ridge)
     except InputError as error:
         raise InputError(f"site {name}: {error}") from error
@@ -81,13 +81,9 @@ def _solve(
 
 def _apply_(model: nn.Module, reader: Reader, entry: SitePlan, fitted: Tensor, mean: Tensor) -> None:
     """Set the kept columns, and take what they add on average out of the bias again."""
-    weight = columns(model, reader, entry.site.hidden)
     keep = torch.tensor(entry.keep)
-    fitted = fitted.to(weight.dtype)
     # Of the columns as rounded to the weight's precision: the mean of the output stays what it was.
-    added = fitted.double() - weight[:, keep].double()
-    with torch.no_grad():
-        weight[:, keep] = fitted
+    added = set_columns_(model, reader, keep, fitted, entry.site.hidden)
     add_to_bias_(model.get_submodule(reader.layer), -mean_shift(added, mean[keep], torch.arange(len(keep))))
 
 

@@ -18,7 +18,7 @@ from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE, as_matrix
 from vbp.method.scores import mean_normalised
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
-from vbp.pruning.readers import columns, joint_matrix
+from vbp.pruning.readers import columns, joint_matrix, metric_of
 from vbp.sites.site import READ, Site
 from vbp.statistics.evidence import Evidence, Need
 from vbp.statistics.statistics import KEY, QUERY, Statistics
@@ -101,6 +101,7 @@ def eliminations(
             )
         weight = joint_matrix(model, site, statistics)
         covariance = statistics.covariances[site.name].to(weight.device).covariance
+        covariance = metric_of(model, site.readers[0], covariance)
         try:
             orders[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
         except InputError as error:

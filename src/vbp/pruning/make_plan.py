@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import get_args
@@ -87,7 +88,7 @@ def make_plan(
     mlps = [site for site in sites if site.kind == "mlp"]
     ranked = [_removal_order(site, scores) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
-    bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
+    bounds = [AllowedWidths.of(site.hidden, math.lcm(round_to, site.heads), min_keep_ratio) for site in mlps]
     counts: list[int] = []
     if mlps and scope == "global":
         counts = global_counts([ascending for _, ascending in ranked], bounds, target)
@@ -149,7 +150,10 @@ def _plan_heads(site: Site, scores: Mapping[str, Tensor], count: int) -> SitePla
 
 
 def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return the channels of a site in the order in which they go, and their scores in that order."""
+    """Return the channels of a site in the order in which they go, and their scores in that order.
+
+    Where the channels of an MLP lie in groups of a convolution, those of a round share their mean score.
+    """
     if site.name not in scores:
         raise InputError(f"scores must hold every site, got none for {site.name}; collect its statistics")
     score = scores[site.name].detach().double().cpu().numpy()
@@ -159,4 +163,9 @@ def _removal_order(site: Site, scores: Mapping[str, Tensor]) -> tuple[npt.NDArra
             f"{int((~np.isfinite(score)).sum())} not finite; collect the statistics again"
         )
     order = np.argsort(score, kind="stable")
+    if site.kind == "mlp" and site.heads > 1:
+        # Rounds of one channel of each group: a round goes or stays as a whole.
+        groups = [order[order // (site.hidden // site.heads) == group] for group in range(site.heads)]
+        rounds = np.stack(groups, 1)
+        return rounds.ravel(), np.repeat(score[rounds].mean(1), site.heads)
     return order, score[order]

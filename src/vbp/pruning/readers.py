@@ -15,10 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from vbp.method.ridge import as_matrix
+from vbp.method.ridge import as_matrix, block_diagonal
+from vbp.sites.layers import groups_of, in_groups, without_groups
 from vbp.sites.site import Reader, Site
 from vbp.statistics.statistics import Statistics
 
@@ -27,8 +28,35 @@ _FLOOR = 1e-6
 
 
 def columns(model: nn.Module, reader: Reader, hidden: int) -> Float[Tensor, "out hidden *kernel"]:
-    """Return a view of the columns of a layer that read the channels of a site."""
-    return model.get_parameter(f"{reader.layer}.weight").detach().narrow(1, reader.first, hidden)
+    """Return the columns of a layer that read the channels of a site; a view, but for a grouped convolution."""
+    weight = model.get_parameter(f"{reader.layer}.weight").detach()
+    return without_groups(weight, groups_of(model.get_submodule(reader.layer))).narrow(1, reader.first, hidden)
+
+
+def set_columns_(
+    model: nn.Module,
+    reader: Reader,
+    keep: Int[Tensor, "kept"],
+    fitted: Float[Tensor, "out kept *kernel"],
+    hidden: int,
+) -> Float[Tensor, "out kept *kernel"]:
+    """Set the columns of some channels, in the weight's precision; return what they gained, in float64."""
+    before = columns(model, reader, hidden)
+    fitted = fitted.to(before.dtype)
+    gained = fitted.double() - before[:, keep].double()
+    before[:, keep] = fitted
+    groups = groups_of(model.get_submodule(reader.layer))
+    if groups > 1:
+        model.get_parameter(f"{reader.layer}.weight").detach().copy_(in_groups(before, groups))
+    return gained
+
+
+def metric_of(
+    model: nn.Module, reader: Reader, covariance: Float[Tensor, "hidden hidden"]
+) -> Float[Tensor, "hidden hidden"]:
+    """Return a covariance without what a grouped convolution cannot use: that between channels of two groups."""
+    groups = groups_of(model.get_submodule(reader.layer))
+    return covariance if groups == 1 else block_diagonal(covariance, groups)
 
 
 def joint_matrix(

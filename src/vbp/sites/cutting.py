@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from vbp.sites.layers import inner_channels, input_channels, output_channels
+from vbp.sites.layers import groups_of, in_groups, inner_channels, input_channels, output_channels, without_groups
 from vbp.sites.site import Site
 
 # The names under which libraries keep the number of heads, the channels of one head, and the channels of all heads.
@@ -19,15 +19,28 @@ _ALL_HEADS = ("attn_dim", "all_head_size", "all_head_dim", "inner_dim")
 
 
 def keep_rows_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some output channels, ascending, of a `Linear` or an ungrouped convolution."""
+    """Keep some output channels, ascending, of a `Linear` or a convolution; as many in each of its groups."""
     keep_entries_(layer, "weight", kept, 0)
     keep_entries_(layer, "bias", kept, 0)
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
 def keep_columns_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some input channels, ascending, of a `Linear` or an ungrouped convolution."""
-    keep_entries_(layer, "weight", kept, 1)
+    """Keep some input channels, ascending, of a `Linear` or a convolution; as many in each of its groups."""
+    groups = groups_of(layer)
+    if groups == 1:
+        keep_entries_(layer, "weight", kept, 1)
+    else:
+        whole = layer.weight
+        assert isinstance(whole, nn.Parameter)
+        index = torch.tensor(kept, dtype=torch.long, device=whole.device)
+
+        def part(values: Tensor) -> Tensor:
+            return in_groups(without_groups(values, groups).index_select(1, index), groups)
+
+        layer.weight = nn.Parameter(part(whole.detach()), requires_grad=whole.requires_grad)
+        if whole.grad is not None:
+            layer.weight.grad = part(whole.grad)
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(kept))
 
 

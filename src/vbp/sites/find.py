@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections import defaultdict
 from collections.abc import Iterator
 from itertools import groupby
@@ -13,7 +14,7 @@ from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.attention_trial import try_attentions
 from vbp.sites.channel_ids import Owner
-from vbp.sites.layers import inner_channels, input_channels, output_channels, unusual_layer
+from vbp.sites.layers import groups_of, inner_channels, input_channels, output_channels, unusual_layer
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.site import Site, SiteKind
 from vbp.sites.tracer import trace_model
@@ -234,6 +235,14 @@ class _Finder:
         offsets = tuple(offset for _, offset in layers)
         if split := [owner.name for owner, _ in owners if owner.kind == "parameter" and owner.channels != len(ids)]:
             return f"{split[0]} belongs to other channels too"
+        grouped = [groups_of(self.model.get_submodule(name)) for name, _ in (*layers, *readers)]
+        if kind == "mlp":
+            # As many channels stay in each group of every layer.
+            heads = math.lcm(*grouped)
+            whole = [output_channels(self.model.get_submodule(name)) for name, _ in layers]
+            whole += [input_channels(self.model.get_submodule(name)) for name, _ in readers]
+            if heads > 1 and (len(ids) % heads or any(width != len(ids) for width in whole)):
+                return "the groups of a convolution do not divide its channels"
         members = {member for group in groups for member in group}
         # Queries and keys come from a layer each, or twice from one; a second layer of values would be a gate.
         plain = len(owners) == len(layers) == (2 if kind == "query_key" else 1)

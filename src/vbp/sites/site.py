@@ -8,6 +8,8 @@ from typing import Literal
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.sites.layers import groups_of, without_groups
+
 # Between the name of a site and that of a layer, beside the consumer, that reads its channels.
 READ = "#read:"
 
@@ -31,7 +33,8 @@ class Site:
         offsets: First row of the site in each producer; empty means 0 everywhere.
         inner: Norms and depthwise convolutions that the channels pass.
         parameters: Bare parameters with one element a channel.
-        heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
+        heads: Heads of an attention, which all keep the same number of channels; in an MLP groups of a convolution
+            that makes or reads the channels, for which the same holds, else 1.
         exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
             for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
@@ -113,15 +116,21 @@ class Reader:
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """The part of one weight, by its dotted name, that belongs to the channels of a site, from `first` on."""
+    """The part of one weight, by its dotted name, that belongs to the channels of a site, from `first` on.
+
+    `groups` are those of a convolution.
+    """
 
     parameter: str
     dim: int
     first: int
     channels: int
+    groups: int = 1
 
     def of(self, tensor: Tensor) -> Float[Tensor, "hidden rest"]:
         """Return the slice of the weight, or of a tensor of its shape, a row a channel, in float64."""
+        if self.groups > 1 and self.dim == 1:
+            tensor = without_groups(tensor, self.groups)
         rows = tensor.detach().narrow(self.dim, self.first, self.channels).movedim(self.dim, 0)
         return rows.reshape(self.channels, -1).double()
 
@@ -134,5 +143,7 @@ def weight_slices(model: nn.Module, site: Site) -> tuple[WeightSlice, ...]:
         if isinstance(inner.weight, Tensor):  # a norm may have none
             dim = -1 if isinstance(inner, nn.LayerNorm) else 0
             slices.append(WeightSlice(f"{name}.weight", dim, first, site.hidden))
-    slices += [WeightSlice(f"{reader.layer}.weight", 1, reader.first, site.hidden) for reader in site.readers]
+    for reader in site.readers:
+        groups = groups_of(model.get_submodule(reader.layer))
+        slices.append(WeightSlice(f"{reader.layer}.weight", 1, reader.first, site.hidden, groups))
     return tuple(slices)

@@ -22,7 +22,7 @@ from vbp.method.fisher import FP16_SCALE, LogitSensitivity, SiteSensitivity, fis
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
-from vbp.sites.layers import channel_dim, reads, rows
+from vbp.sites.layers import channel_dim, groups_of, reads, rows
 from vbp.sites.site import Reader, Site
 
 
@@ -88,7 +88,7 @@ class FisherCollector:
             if name not in self._sums:
                 self._sums[name] = self._empty(name, in_float32(rows(h, dim, images)), slopes.shape[-1])
             for read in reads(layer, h, output):
-                self._add_(name, in_float32(rows(read, dim, images)), slopes, left, right)
+                self._add_(name, in_float32(rows(read, dim, images)), slopes, left, right, groups_of(layer))
             sums = self._sums[name]
             self._sums[name] = SiteSensitivity(sums.images + images, sums.pivot, sums.inputs, sums.outputs)
         self._images += images
@@ -116,15 +116,24 @@ class FisherCollector:
         inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (read.shape[-1] + 1, out))
         return SiteSensitivity(0, pivot.double(), inputs, outputs)
 
-    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add what a consumer reads, at one offset of its kernel; in the place of padding it reads 0."""
-        sums, out, hidden = self._sums[name], slopes.shape[-1], read.shape[-1]
+    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor, groups: int) -> None:
+        """Add what a consumer reads, at one offset of its kernel; in the place of padding it reads 0.
+
+        An output has a weight for the channels of its own group alone.
+        """
+        sums = self._sums[name]
         with torch.autocast(read.device.type, enabled=False):
-            centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
-            sketch = ((slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred).flatten(0, 1)
-            sums.inputs.add_(sketch.T @ sketch, alpha=1 / left.shape[-1])
-            sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
-            sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
+            centred = read - sums.pivot.to(read.dtype)
+            parts = (tensor.chunk(groups, -1) for tensor in (centred, slopes))
+            for group, (values, slope) in enumerate(zip(*parts, strict=True)):
+                out, hidden = slope.shape[-1], values.shape[-1]
+                outputs, inputs = slice(group * out, (group + 1) * out), slice(group * hidden, (group + 1) * hidden)
+                with_bias = F.pad(values, (0, 1), value=1.0)
+                sketch = ((slope @ left[:, outputs].to(read.dtype)).transpose(1, 2) @ with_bias).flatten(0, 1)
+                places = [*range(inputs.start, inputs.stop), read.shape[-1]]
+                _add_block_(sums.inputs, places, sketch, 1 / left.shape[-1])
+                sketch = ((values @ right[:, inputs].to(read.dtype)).transpose(1, 2) @ slope).flatten(0, 1)
+                _add_block_(sums.outputs, range(outputs.start, outputs.stop), sketch, 1 / right.shape[-1])
 
     def finish_pairs(self) -> dict[str, LogitSensitivity]:
         """Return the sums of queries and keys by site name, on the CPU, symmetric to the last bit.
@@ -152,6 +161,16 @@ class FisherCollector:
             inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
             sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
         return sensitivities
+
+
+def _add_block_(sums: Tensor, places: Sequence[int], sketch: Tensor, factor: float) -> None:
+    """Add the square of a sketch to the rows and columns of a matrix at some places."""
+    square = sketch.T @ sketch
+    if len(places) == len(sums):
+        sums.add_(square, alpha=factor)
+        return
+    index = torch.tensor(list(places), device=sums.device)
+    sums[index[:, None], index] += factor * square
 
 
 def _check_finite(name: str, *sums: Tensor) -> None:

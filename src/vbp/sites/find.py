@@ -14,7 +14,14 @@ from vbp.errors import InputError
 from vbp.runtime.forward import ExampleInputs
 from vbp.sites.attention_trial import try_attentions
 from vbp.sites.channel_ids import Owner
-from vbp.sites.layers import groups_of, inner_channels, input_channels, output_channels, unusual_layer
+from vbp.sites.layers import (
+    groups_of,
+    inner_channels,
+    input_channels,
+    mixes_channels,
+    output_channels,
+    unusual_layer,
+)
 from vbp.sites.propagation import PRODUCTS, Attention, Trace
 from vbp.sites.site import Site, SiteKind
 from vbp.sites.tracer import trace_model
@@ -70,6 +77,11 @@ def find_sites(
             f"queries, no weights passed to a function by hand); leave attention (--bottleneck) out"
             f"{_reasons(finder.rejected[others:][-3:])}"
         )
+    if not convolutions and len(larger := _larger_kernels(model)) > len(sites) > 0:
+        _log.info(
+            "%d convolutions with larger kernels or groups (%s first) are not looked at; --convolutions does, in "
+            "Python find_sites(..., convolutions=True)", len(larger), larger[0],
+        )  # fmt: skip
     unusual = finder.unusual or [unusual_layer(*one) for one in finder.trace.unusual.items()]
     if not sites and unusual:
         raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(unusual[:3])}")
@@ -82,6 +94,14 @@ def find_sites(
             f"{_reasons(finder.rejected[:3])}"
         )
     return tuple(sites)
+
+
+def _larger_kernels(model: nn.Module) -> list[str]:
+    return [
+        name
+        for name, module in model.named_modules()
+        if mixes_channels(module, convolutions=True) and not mixes_channels(module, convolutions=False)
+    ]
 
 
 def _reasons(sentences: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,16 @@ class FoundMLP:
 def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
     """Return the sites of a dense model whose hidden layer can be refitted: none that is gated or has a norm inside.
 
-    The example is a batch of images.
+    Nor one between whose layers and those of another site channels go, for these read and return fewer in the pruned
+    model. The example is a batch of images.
     """
-    plain = [site for site in sites if _is_plain(model, site)]
+    made, read = Counter[str](), Counter[str]()
+    for site in sites:
+        made.update({*site.producers})
+        read.update(reader.layer for reader in site.readers)
+    plain = [
+        site for site in sites if _is_plain(model, site) and not read[site.producers[0]] and not made[site.consumer]
+    ]
     seen: dict[str, list[Tensor]] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

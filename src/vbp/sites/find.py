@@ -44,15 +44,18 @@ def find_sites(
 
     The channels are followed through a forward pass in evaluation mode and one in training mode, so names and nesting
     of the modules do not matter. Between the two layers there may be activations, gates, norms, depthwise
-    convolutions and changes of shape. What is used in any other way, or is made or read by a layer that is more than
-    its `weight` and `bias`, is left out, with a log line saying why.
+    convolutions, squeeze-and-excitation and changes of shape; several layers may read the channels, alone or within a
+    concatenation. What is used in any other way, or is made or read by a layer that is more than its `weight` and
+    `bias`, is left out, with a log line saying why; so is a site without half of whose channels the model does not
+    run, as a trial on a copy shows.
 
     Args:
         model: Any image classifier.
         example_inputs: An input of the model, "1 channels height width", on the model's device; or all its arguments,
             in their order (a tuple) or by name (a dict). Give noise or a real image: a blank one hides differences.
         attention: Also find the value, and the query and key, channels inside attention.
-        convolutions: Also look between convolutions with kernels of any size. Where such a kernel meets zero padding
+        convolutions: Also look between convolutions with kernels of any size, and in groups, each of which then keeps
+            as many channels. Where such a kernel meets zero padding
             the mean shift is inexact at the border: there the dense model has 0 in the place of the mean.
 
     Raises:

@@ -1,6 +1,6 @@
 """Take the smallest model of every image family through finding, pruning, checking, saving and refitting.
 
-    python benchmarks/coverage.py --output coverage.md
+    python benchmarks/family_coverage.py --output coverage.md
 
 Random weights, float64, a CPU without network. Each model has a process of its own, with a limit of time and memory
 that is its own: what one does harms no other. A line says for each step `ok`, what was refused and why, or an error:
@@ -33,7 +33,7 @@ from typing import Any, get_args
 
 import torch
 import tyro
-from coverage_models import Library, images, runnable, smallest
+from family_models import Library, images, runnable, smallest
 from torch import Tensor, nn
 
 import vbp
@@ -98,7 +98,7 @@ def main(options: Options) -> None:
         for family, name in smallest(library, options.families):
             if (library, family) in known:
                 continue
-            results.append(_in_process(library, family, name(), options.limit))
+            results.append(in_process(library, family, name(), options.limit))
             with records.open("a") as file:
                 file.write(json.dumps(asdict(results[-1])) + "\n")
             print(library, family, results[-1].name, results[-1].verdict, results[-1].steps, flush=True)
@@ -124,7 +124,8 @@ def table(results: Iterable[Result]) -> str:
     return f"# Coverage\n\n{command}\n\n{told}\n\n" + "\n".join(lines) + "\n"
 
 
-def _in_process(library: str, family: str, name: str, limit: float) -> Result:
+def in_process(library: str, family: str, name: str, limit: float) -> Result:
+    """Check one model in a process of its own; what has no result within `limit` seconds is an error."""
     start = time.monotonic()
     command = [sys.executable, __file__, "--one", f"{library}:{name}"]
     try:

@@ -32,12 +32,14 @@ def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple
     Nor one between whose layers and those of another site channels go, for these read and return fewer in the pruned
     model. The example is a batch of images.
     """
-    made, read = Counter[str](), Counter[str]()
+    makers, readers = Counter[str](), Counter[str]()
     for site in sites:
-        made.update({*site.producers})
-        read.update(reader.layer for reader in site.readers)
+        makers.update({*site.producers})
+        readers.update(reader.layer for reader in site.readers)
     plain = [
-        site for site in sites if _is_plain(model, site) and not read[site.producers[0]] and not made[site.consumer]
+        site
+        for site in sites
+        if _is_plain(model, site) and not readers[site.producers[0]] and not makers[site.consumer]
     ]
     seen: dict[str, list[Tensor]] = {}
 

@@ -224,7 +224,7 @@ class Case:
         _expect(off < 1e-6, f"outputs are off by {off:.2g}")
 
     def backward(self) -> None:
-        """Give a gradient to every parameter that has one in the dense model."""
+        """Check that every parameter has a gradient that has one in the dense model."""
         pruned, _, _ = self._pruned(self.sites)
         names = []
         for model in (self.model, pruned):

@@ -104,9 +104,10 @@ def clamped(model: nn.Module, plan: PruningPlan, means: Mapping[str, Tensor]) ->
     for entry in plan.sites:
         for name in norms_of(model, entry.site):
             handles.append(model.get_submodule(name).register_forward_hook(_restricted(entry.keep)))
-        if entry.site.consumer:
-            hook = _held(entry.removed, means[entry.site.name])
-            handles.append(model.get_submodule(entry.site.consumer).register_forward_pre_hook(hook))
+        for reader in entry.site.readers:
+            hook = _held(reader.first, entry.removed, means[reader.key])
+            handles.append(model.get_submodule(reader.layer).register_forward_pre_hook(hook))
+        if entry.site.readers:
             continue
         for name, places in entry.site.places:
             rows = [places[index] for index in entry.removed]
@@ -124,10 +125,10 @@ def norms_of(model: nn.Module, site: Site) -> set[str]:
     return inner | {name.rpartition(".")[0] for name in site.parameters}
 
 
-def _held(removed: tuple[int, ...], means: Tensor) -> Any:
+def _held(first: int, removed: tuple[int, ...], means: Tensor) -> Any:
     def hook(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
         hidden = args[0].movedim(channel_dim(module), -1).clone()
-        hidden[..., list(removed)] = means[list(removed)]
+        hidden[..., [first + channel for channel in removed]] = means[list(removed)]
         return (hidden.movedim(-1, channel_dim(module)),)
 
     return hook
@@ -237,18 +238,20 @@ def test_cost_falls_as_planned(entry: Architecture) -> None:
     assert promise.params[1] == count_parameters(pruned) - gained
     cut = sum(len(entry.removed) * channel_parameters(case.model, entry.site) for entry in case.plan.sites)
     # A layer between two sites loses rows and columns, which the count by hand would take twice where they cross.
-    if not {site.consumer for site in case.sites} & {name for site in case.sites for name in site.producers}:
+    read = {reader.layer for site in case.sites for reader in site.readers}
+    if not read & {name for site in case.sites for name in site.producers}:
         assert promise.params[0] - promise.params[1] == cut
 
 
 def channel_parameters(model: nn.Module, site: Site) -> int:
-    """Count the parameters that belong to one hidden channel: rows, a column, and what norms hold for it."""
+    """Count the parameters that belong to one hidden channel: rows, columns, and what norms hold for it."""
     owned = 0
     for name in (*site.producers, *site.inner):
         layer = model.get_submodule(name)
         for parameter in (layer.weight, layer.bias):
             owned += 0 if parameter is None else parameter[0].numel()
-    return owned + model.get_submodule(site.consumer).weight[:, 0].numel() + len(site.parameters)
+    columns = sum(model.get_submodule(reader.layer).weight[:, 0].numel() for reader in site.readers)
+    return owned + columns + len(site.parameters)
 
 
 def dense_model(entry: Architecture, images: Tensor) -> tuple[nn.Module, ModelSource | None]:

@@ -158,7 +158,10 @@ def test_code_that_uses_the_number_of_channels_is_found_out(kind: str) -> None:
     """Kin to reports of pruned models that run, and return something else: a constant follows from a width."""
     torch.manual_seed(0)
     model, images = nn.Sequential(nn.Linear(8, 8), Scales(kind), nn.Linear(8, 5)).eval(), torch.randn(4, 8)
-    sites = find_sites(model, images)
-    with pytest.raises(InputError, match="fewer channels in 1: its output is then off by"):
+    plain = nn.Sequential(nn.Linear(8, 8), Scales(""), nn.Linear(8, 5)).eval()
+    sites = find_sites(plain, images)
+    check_prunable(plain, sites, images)
+    with pytest.raises(InputError, match="fewer channels in 1: its code needs that width: the output is off by"):
         check_prunable(model, sites, images)
-    check_prunable(nn.Sequential(nn.Linear(8, 8), Scales(""), nn.Linear(8, 5)).eval(), sites, images)
+    with pytest.raises(InputError, match=r"no prunable site in Sequential.*1\.fc1 is no site: its code needs"):
+        find_sites(model, images)

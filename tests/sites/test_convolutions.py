@@ -23,6 +23,7 @@ from vbp import (
     save_pruned,
     variance_scores,
 )
+from vbp.sites.site import Reader
 
 
 def resnet(padding_mode: str = "zeros") -> nn.Module:
@@ -50,9 +51,14 @@ def test_larger_kernels_are_looked_at_on_request_alone() -> None:
     with pytest.raises(InputError, match=r"no prunable site in ResNet.*convolutions=True"):
         find_sites(model, IMAGES)
     sites = find_sites(model, IMAGES, convolutions=True)
-    # Two sites a block: between the 1x1 and the 3x3 kernel, and between the 3x3 and the second 1x1.
-    assert len(sites) == 8
-    assert [site.exact for site in sites] == [False, True] * 4
+    # The stem, which a block and its shortcut read, and two sites a block: between the 1x1 and the 3x3 kernel, and
+    # between the 3x3 and the second 1x1.
+    assert len(sites) == 9
+    assert sites[0].readers == (
+        Reader("conv1", "layer1.0.downsample.0", 0),
+        Reader("conv1#read:layer1.0.conv1", "layer1.0.conv1", 0),
+    )
+    assert [site.exact for site in sites] == [True, *[False, True] * 4]
     assert all(len(site.inner) == 1 for site in sites)
 
 

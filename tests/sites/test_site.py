@@ -111,21 +111,9 @@ def test_layers_called_by_name_are_followed_and_observed() -> None:
     assert [mlp.site for mlp in find_mlps(model, images, sites)] == list(sites)
 
 
-class ReadByName(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x))
-        return self.down(hidden) + self.side(input=hidden)
-
-
 class NoActivation(Block):
     def forward(self, x: Tensor) -> Tensor:
         return self.down(self.up(x))
-
-
-class TwoConsumers(Block):
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = F.gelu(self.up(x))
-        return self.down(hidden) + self.side(hidden)
 
 
 class UsedElsewhere(Block):
@@ -179,7 +167,6 @@ class ScaledPerChannel(Block):
     [
         NormalisedWithoutDim,
         NoActivation,
-        TwoConsumers,
         UsedElsewhere,
         PreActivationUsed,
         Returned,
@@ -187,7 +174,6 @@ class ScaledPerChannel(Block):
         Transposed,
         RunTwice,
         NotFromTheImage,
-        ReadByName,
         ScaledPerChannel,
     ],
 )

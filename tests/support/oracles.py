@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vbp import (
     PruningPlan,
 )
-from vbp.runtime.forward import logits_of
+from vbp.runtime.forward import call_values, logits_of
 
 
 def hidden_values(model: nn.Module, consumer: str, images: Tensor) -> Tensor:
@@ -38,19 +38,20 @@ def made_values(model: nn.Module, name: str, images: Tensor) -> Tensor:
 def clamped_logits(model: nn.Module, plan: PruningPlan, values: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """Run the dense model with the removed channels held at fixed values."""
     handles = []
-    for entry in plan.sites:
-        consumer = model.get_submodule(entry.site.consumer)
-        removed, value = list(entry.removed), values[entry.site.name]
+    for entry, reader in [(one, reader) for one in plan.sites for reader in one.site.readers]:
+        layer = model.get_submodule(reader.layer)
+        removed = list(entry.removed)
+        columns, value = [reader.first + channel for channel in removed], values[reader.key][removed]
 
-        def clamp(module: nn.Module, args: tuple[Tensor], removed=removed, value=value) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
-            hidden = args[0].clone()
+        def clamp(module, args, kwargs, columns=columns, value=value):  # type: ignore[no-untyped-def]
+            hidden = call_values(args, kwargs)[0].clone()
             if isinstance(module, nn.Conv2d):
-                hidden[:, removed] = value[removed, None, None]
+                hidden[:, columns] = value[:, None, None].to(hidden)
             else:
-                hidden[..., removed] = value[removed]
-            return (hidden,)
+                hidden[..., columns] = value.to(hidden)
+            return (hidden,), {}
 
-        handles.append(consumer.register_forward_pre_hook(clamp))
+        handles.append(layer.register_forward_pre_hook(clamp, with_kwargs=True))
     with torch.no_grad():
         output = model(images)
     for handle in handles:

@@ -144,8 +144,7 @@ def _sites(model: nn.Module, example: Tensor, attention: bool, convolutions: boo
 
 def _describe(model: nn.Module, site: Site, costs: WidthCosts, dense: int) -> SiteDescription:
     macs, params = costs.of_site(site)
-    layers = dict.fromkeys((*site.producers, *([site.consumer] if site.consumer else [])))
-    shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in layers}
+    shapes = {name: tuple(model.get_parameter(f"{name}.weight").shape) for name in site.layers}
     return SiteDescription(
         site.name, site.kind, site.producers, site.consumer, site.hidden, dense, site.heads, site.exact, shapes,
         macs, params, rotatable=site.rotatable,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import statistics
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import to_json
+from vbp.runtime.forward import copy_model
 from vbp.runtime.precision import Precision
 
 # Measured savings further from the predicted ones than this are noise more likely than truth.
@@ -37,7 +37,7 @@ def compare_in_turns(
     budget_s: float = 10,
 ) -> LatencyComparison:
     """Time a dense model against a copy that is pruned by a plan; the arguments are those of `compare_models`."""
-    pruned = copy.deepcopy(model)
+    pruned = copy_model(model)
     cut_(pruned, plan)
     return compare_models(model, pruned, images, precision=precision, rounds=rounds, budget_s=budget_s)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +19,7 @@ from vbp.method.allocation import AllowedWidths
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.fingerprints import json_fingerprint
-from vbp.runtime.forward import evaluation_mode, hooked
+from vbp.runtime.forward import copy_model, evaluation_mode, hooked
 from vbp.runtime.precision import Precision
 from vbp.sites.site import Site, blocks_of
 
@@ -101,11 +100,7 @@ def run_pass(modules: Sequence[tuple[nn.Module, Call]], precision: Precision) ->
 
 
 def _common_path(group: Sequence[Site]) -> tuple[str, ...]:
-    names = [
-        name
-        for site in group
-        for name in (*site.producers, *([site.consumer] if site.consumer else []), *site.inner, *site.parameters)
-    ]
+    names = [name for site in group for name in (*site.layers, *site.inner, *site.parameters)]
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
     return tuple(parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps))
 
@@ -220,12 +215,12 @@ def _trials(
     yield units[0].sites[0].hidden, [(model.get_submodule(unit.home), unit.call) for unit in units]
     for kept, entries in _narrower(units, round_to).items():
         # What is not pruned is shared with the model, for several copies of a large one would fill the memory.
-        shared: dict[int, object] = {
+        shared: dict[int, Any] = {
             id(value): value
             for name, value in model.named_parameters()
             if not any(within(name, unit.home) for unit in units)
         }
-        trial = copy.deepcopy(model, shared)
+        trial = copy_model(model, shared)
         prune_(trial, PruningPlan(tuple(entries), 1.0, "per_layer"))
         yield kept, [(trial.get_submodule(unit.home), unit.call) for unit in units]
 

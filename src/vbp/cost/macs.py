@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
-from vbp.runtime.forward import evaluation_mode, fitted
+from vbp.runtime.forward import copy_model, evaluation_mode, fitted
 from vbp.runtime.tables import format_count, text_table
 
 
@@ -122,7 +121,7 @@ def plan_cost(model: nn.Module, plan: PruningPlan, example: Tensor) -> PlanCost:
         >>> vbp.plan_cost(model, plan, example).macs
         (566912, 427648)
     """
-    pruned = copy.deepcopy(model)
+    pruned = copy_model(model)
     cut_(pruned, plan)
     return PlanCost(
         (count_macs(model, example), count_macs(pruned, example)), (count_parameters(model), count_parameters(pruned))

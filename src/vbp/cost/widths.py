@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vbp.cost.macs import count_parameters, macs_by_module
 from vbp.cost.timing import Clock
 from vbp.pruning.plan import PruningPlan
-from vbp.sites.layers import input_channels, output_channels
+from vbp.sites.layers import inner_channels, input_channels, output_channels
 from vbp.sites.site import Site
 
 # Measured on AVX-512: multiples of 8 cost nothing against larger ones, odd widths 9 to 21 % of an MLP
@@ -55,20 +55,21 @@ class WidthCosts:
         layers: dict[str, LayerCost] = {}
         single = {}
         for site in sites:
-            for name in {*site.producers, *([site.consumer] if site.consumer else [])}:
+            for name in site.layers:
                 layers[name] = _layer(model, name, macs)
-            inside = [model.get_submodule(name) for name in site.inner]
+            inside = [(name, model.get_submodule(name)) for name in site.inner]
+            share = {name: site.hidden / inner_channels(inner) for name, inner in inside}
             products = _attention_products(model, site, macs) if site.kind != "mlp" else 0
             single[site.name] = (
-                sum(macs.get(name, 0) for name in site.inner) + products,
-                sum(map(count_parameters, inside))
+                sum(macs.get(name, 0) * share[name] for name in site.inner) + products,
+                sum(count_parameters(inner) * share[name] for name, inner in inside)
                 + sum(model.get_parameter(name).numel() for name in site.parameters),
             )
         for site in sites:
             for name in site.producers:
                 layers[name].rows.append(site.name)
-            if site.consumer:
-                layers[site.consumer].columns.append(site.name)
+            for reader in site.readers:
+                layers[reader.layer].columns.append(site.name)
         return WidthCosts(tuple(sites), macs[""], count_parameters(model), layers, single)
 
     def of_site(self, site: Site) -> tuple[int, int]:
@@ -78,8 +79,8 @@ class WidthCosts:
             layer = self.layers[name]
             macs += layer.macs * site.hidden / layer.outputs
             params += (layer.weights + layer.bias) * site.hidden / layer.outputs
-        if site.consumer:
-            layer = self.layers[site.consumer]
+        for reader in site.readers:
+            layer = self.layers[reader.layer]
             macs += layer.macs * site.hidden / layer.inputs
             params += layer.weights * site.hidden / layer.inputs
         return round(macs), round(params)

@@ -29,6 +29,7 @@ from vbp.errors import InputError
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.models.split_attention import split_attention_
+from vbp.models.weights import load_weights_
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
@@ -223,7 +224,7 @@ def rebuild_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[st
         cut_(model, plan)
     _add_missing_biases_(model, plans, weights)
     # Assigning keeps the saved type: a model that was saved in bfloat16 or float64 comes back so.
-    model.load_state_dict(dict(weights), strict=True, assign=True)
+    load_weights_(model, weights, assign=True)
     _tie_(model, weights)
     types = {value.dtype for value in weights.values() if value.is_floating_point()}
     if len(types) == 1 and types != {torch.get_default_dtype()}:
@@ -240,7 +241,7 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
     """Add to consumers the biases that they gained through compensation."""
-    for name in {entry.site.consumer for plan in plans for entry in plan.sites} - {""}:
+    for name in {reader.layer for plan in plans for entry in plan.sites for reader in entry.site.readers}:
         if not has_layer(model, name):
             continue  # its branch is gone
         consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")

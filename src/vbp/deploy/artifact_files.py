@@ -84,12 +84,17 @@ def unwrapped_plan(plan: PruningPlan, state: State) -> PruningPlan:
         return name
 
     def renamed(site: Site) -> Site:
-        producers, inner, parameters = (
-            tuple(map(own, names)) for names in (site.producers, site.inner, site.parameters)
+        producers, others, inner, parameters = (
+            tuple(map(own, names)) for names in (site.producers, site.others, site.inner, site.parameters)
         )
-        consumer, branch = own(site.consumer), own(site.branch)
         return replace(
-            site, producers=producers, consumer=consumer, inner=inner, parameters=parameters, branch=branch
+            site,
+            producers=producers,
+            consumer=own(site.consumer),
+            others=others,
+            inner=inner,
+            parameters=parameters,
+            branch=own(site.branch),
         )
 
     return replace(plan, sites=tuple(replace(entry, site=renamed(entry.site)) for entry in plan.sites))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import importlib
 import logging
 from collections.abc import Iterable, Iterator
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError, one_line
-from vbp.runtime.forward import logits_of
+from vbp.runtime.forward import copy_model, logits_of
 
 _log = logging.getLogger(__name__)
 
@@ -28,7 +27,7 @@ class Portable(nn.Module):
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).cpu().to(dtype)
+        self.model = copy_model(model).cpu().to(dtype)
         self.dtype = dtype
         self.requires_grad_(False)
         self.eval()

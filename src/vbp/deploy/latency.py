@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, writ
 from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 from vbp.errors import InputError
 from vbp.runtime.decode import to_json
+from vbp.runtime.forward import copy_model
 from vbp.runtime.tables import format_count, text_table
 
 
@@ -95,9 +95,7 @@ def compare_latency(
     chosen = settings or LatencySettings()
     _check_settings(chosen, batch_sizes)
     # Counted before anything is compiled or converted.
-    macs = tuple(
-        count_macs(copy.deepcopy(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned)
-    )
+    macs = tuple(count_macs(copy_model(model).cpu().float(), example[:1].cpu().float()) for model in (dense, pruned))
     device, before = torch.device(chosen.device), system_load()
     rows = []
     with (
@@ -171,7 +169,7 @@ def _runner_of(model: nn.Module, example: Tensor, settings: LatencySettings, fil
         return lambda images: session.run(None, {"images": images})
     amp = settings.precision.startswith("amp_")
     dtype = getattr(torch, settings.precision.removeprefix("amp_"))
-    ready = copy.deepcopy(model).to(settings.device, torch.float32 if amp else dtype).eval()
+    ready = copy_model(model).to(settings.device, torch.float32 if amp else dtype).eval()
     if settings.channels_last:
         ready = ready.to(memory_format=torch.channels_last)
     if settings.compile:

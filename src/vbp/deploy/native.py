@@ -22,7 +22,7 @@ from vbp.deploy.native_files import load_native, write_folder, write_huggingface
 from vbp.errors import InputError, printable
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
-from vbp.models.weights import mismatch
+from vbp.models.weights import load_weights_, mismatch
 from vbp.pruning.plan import PruningPlan
 from vbp.runtime.files import check_path
 from vbp.runtime.log_file import log_lines
@@ -191,7 +191,7 @@ def _checkpoint(
     """Return the configuration arguments that say the widths, and a function that writes the checkpoint."""
     state = plain_state(model)
     arguments, native = _built(model, state, (plans,) if isinstance(plans, PruningPlan) else tuple(plans), source)
-    native.load_state_dict(state, strict=True, assign=True)
+    load_weights_(native, state, assign=True)
     if source.library != "timm":
         return arguments, lambda folder: write_huggingface(folder, native, preprocessing, class_names)
     described = replace(source, arguments={**source.arguments, **arguments})

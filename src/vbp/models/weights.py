@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import logging
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,7 +152,20 @@ def load_strictly_(model: nn.Module, weights: Mapping[str, Tensor], path: Path) 
         fault = f"{len(unusable)} without values or quantised ({some_of(unusable)})"
     if fault is not None:
         raise InputError(_does_not_fit(path, fault))
-    model.load_state_dict(dict(weights), strict=True)
+    load_weights_(model, weights)
+
+
+def load_weights_(model: nn.Module, weights: Mapping[str, Tensor], *, assign: bool = False) -> None:
+    """Load a state dict of exactly the model's tensors, in the version that its modules have.
+
+    A file holds tensors alone, not the versions that a state dict has beside them; modules may ask for theirs. Those
+    of torch do without: a BatchNorm of no version may lack its count of batches.
+    """
+    state = OrderedDict(weights)
+    versions = getattr(model.state_dict(), "_metadata", {})
+    own = [name for name, module in model.named_modules() if not type(module).__module__.startswith("torch.")]
+    state._metadata = {name: versions[name] for name in own if name in versions}  # type: ignore[attr-defined]
+    model.load_state_dict(state, strict=True, assign=assign)
 
 
 def mismatch(expected: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str | None:

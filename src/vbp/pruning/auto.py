@@ -25,8 +25,9 @@ from vbp.pruning.competition import PlanCompetition, Sizing
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.pruning.make_plan import PlanRules, shares_budget
 from vbp.pruning.plan import PlanChoice, PruningPlan
+from vbp.pruning.readers import joint_matrix, metric_of
 from vbp.runtime.fingerprints import json_fingerprint
-from vbp.sites.site import Site, units_of
+from vbp.sites.site import Reader, Site, units_of
 from vbp.statistics.images import ImageSource
 from vbp.statistics.statistics import Statistics, observed_names
 
@@ -43,15 +44,16 @@ def refit_metrics(sites: Sequence[Site], statistics: Statistics) -> dict[str, Ch
     for site in sites:
         held = statistics.sensitivities if site.consumer else statistics.logit_sensitivities
         names = observed_names(site)
-        if site.name not in held or any(name not in metrics for name in names):
+        wanted = names if site.consumer else (site.name,)
+        if any(name not in held for name in wanted) or any(name not in metrics for name in names):
             raise InputError(
                 f"the criterion auto needs covariance and sensitivity of site {site.name}, got "
                 f"{'only the covariance' if site.name not in held and names[0] in metrics else 'no covariance'}; "
                 "collect statistics with covariance=True and sensitivity=RandomProbes()"
             )
         if site.consumer:
-            plain = metrics[site.name]
-            metrics[site.name] = statistics.sensitivities[site.name].blended_covariance(plain)
+            for name in names:
+                metrics[name] = statistics.sensitivities[name].blended_covariance(metrics[name])
         elif site.rotatable:
             query, key = names
             pair = statistics.logit_sensitivities[site.name]
@@ -68,18 +70,19 @@ def sensitivity_eliminations(
         InputError: Covariances or sensitivities are missing or unfit.
     """
     metrics = refit_metrics(sites, statistics)
+
+    def in_nats(reader: Reader, weight: Tensor) -> Tensor:
+        plain = statistics.covariances[reader.key].to(weight.device)
+        return statistics.sensitivities[reader.key].to(weight.device).scaled_weight(weight, plain)
+
     orders = {}
     for site in sites:
         if site.kind != "mlp":
             continue
-        weight = model.get_submodule(site.consumer).weight
-        assert isinstance(weight, Tensor)
-        sensitivity = statistics.sensitivities[site.name].to(weight.device)
-        plain = statistics.covariances[site.name].to(weight.device)
-        weighed = sensitivity.scaled_weight(weight, plain)
-        metric = metrics[site.name].to(weight.device).covariance
+        weighed = joint_matrix(model, site, statistics, in_nats)
+        metric = metric_of(model, site.readers[0], metrics[site.name].to(weighed.device).covariance)
         try:
-            orders[site.name] = eliminate(metric, weighed, ridge=ridge).to("cpu")
+            orders[site.name] = eliminate(metric, weighed, ridge=ridge, heads=site.heads).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
     return orders

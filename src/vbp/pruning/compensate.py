@@ -14,7 +14,8 @@ from vbp.method.mean_shift import mean_shift
 from vbp.method.query_key import LogitRefit, logit_refit
 from vbp.method.ridge import Reconstruction, fold_into_weight, reconstruction, ridge_coefficients
 from vbp.pruning.plan import SitePlan
-from vbp.sites.site import Site
+from vbp.pruning.readers import columns, metric_of, set_columns_
+from vbp.sites.site import Reader, Site
 from vbp.statistics.statistics import KEY, QUERY
 
 
@@ -30,7 +31,7 @@ def compensate_(
     Without covariances it shifts by the means alone, which leaves query/key channels out.
 
     Returns:
-        The errors before and after the refit, one a site; nothing without covariances.
+        The errors before and after the refit, one for each layer that reads a site; nothing without covariances.
 
     Raises:
         InputError: A refit cannot be solved; the model is then untouched.
@@ -39,17 +40,15 @@ def compensate_(
     refits: list[_Refit] = []
     if covariances is not None:
         for entry in entries:
-            if entry.site.consumer:
-                refits.append(_solve(model, entry, covariances, means[entry.site.name], ridge))
-            elif entry.keep and refits_logits(entry.site):
+            for reader in entry.site.readers:
+                refits.append(_solve(model, entry, reader, covariances, means[reader.key], ridge))
+            if entry.keep and refits_logits(entry.site):
                 refits.append(_solve_queries(model, entry, covariances, ridge))
     for entry in entries:
-        if not entry.site.consumer:
-            continue
-        consumer = model.get_submodule(entry.site.consumer)
-        assert isinstance(consumer.weight, Tensor)
-        mean = means[entry.site.name]
-        add_to_bias_(consumer, mean_shift(consumer.weight, mean, torch.tensor(entry.removed, dtype=torch.long)))
+        removed = torch.tensor(entry.removed, dtype=torch.long)
+        for reader in entry.site.readers:
+            shift = mean_shift(columns(model, reader, entry.site.hidden), means[reader.key], removed)
+            add_to_bias_(model.get_submodule(reader.layer), shift)
     for _, apply_ in refits:
         apply_()
     return tuple(error for error, _ in refits)
@@ -60,33 +59,32 @@ _Refit = tuple[Reconstruction, Callable[[], None]]
 
 
 def _solve(
-    model: nn.Module, entry: SitePlan, covariances: Mapping[str, ChannelCovariance], mean: Tensor, ridge: float
+    model: nn.Module,
+    entry: SitePlan,
+    reader: Reader,
+    covariances: Mapping[str, ChannelCovariance],
+    mean: Tensor,
+    ridge: float,
 ) -> _Refit:
-    name, weight = entry.site.name, model.get_submodule(entry.site.consumer).weight
-    assert isinstance(weight, Tensor)
+    name, weight = reader.key, columns(model, reader, entry.site.hidden)
     keep = torch.tensor(entry.keep, dtype=torch.long, device=weight.device)
     removed = torch.tensor(entry.removed, device=weight.device)
     try:
-        covariance = covariances[name].to(weight.device).covariance
+        covariance = metric_of(model, reader, covariances[name].to(weight.device).covariance)
         coefficients = ridge_coefficients(covariance, keep, removed, ridge)
     except InputError as error:
         raise InputError(f"site {name}: {error}") from error
-    columns = fold_into_weight(weight, coefficients, keep, removed)
+    fitted = fold_into_weight(weight, coefficients, keep, removed)
     errors = reconstruction(name, covariance, weight, coefficients, keep, removed)
-    return errors, partial(_apply_, model.get_submodule(entry.site.consumer), entry, columns, mean)
+    return errors, partial(_apply_, model, reader, entry, fitted, mean)
 
 
-def _apply_(consumer: nn.Module, entry: SitePlan, columns: Tensor, mean: Tensor) -> None:
+def _apply_(model: nn.Module, reader: Reader, entry: SitePlan, fitted: Tensor, mean: Tensor) -> None:
     """Set the kept columns, and take what they add on average out of the bias again."""
-    weight = consumer.weight
-    assert isinstance(weight, Tensor)
     keep = torch.tensor(entry.keep, dtype=torch.long)
-    columns = columns.to(weight.dtype)
     # Of the columns as rounded to the weight's precision: the mean of the output stays what it was.
-    added = columns.double() - weight.detach()[:, keep].double()
-    with torch.no_grad():
-        weight[:, keep] = columns
-    add_to_bias_(consumer, -mean_shift(added, mean[keep], torch.arange(len(keep))))
+    added = set_columns_(model, reader, keep, fitted, entry.site.hidden)
+    add_to_bias_(model.get_submodule(reader.layer), -mean_shift(added, mean[keep], torch.arange(len(keep))))
 
 
 def refits_logits(site: Site) -> bool:

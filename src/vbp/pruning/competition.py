@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import Candidate, PlanChoice, PruningPlan, SitePlan
 from vbp.pruning.surgery import prune_
 from vbp.runtime.choices import Scope
+from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import log_lines
 from vbp.sites.site import Site, blocks_of, units_of
 from vbp.statistics.statistics import Statistics
@@ -161,7 +161,7 @@ class PlanCompetition:
             return None
         if self.progress is not None:
             self.progress(name)
-        pruned = copy.deepcopy(self.model)
+        pruned = copy_model(self.model)
         prune_(pruned, plan, self._means, self.metrics, ridge=self.ridge)
         self._seen.add(key)
         divergence = self.reference.divergence(pruned)
@@ -175,7 +175,10 @@ class PlanCompetition:
 
 def unit_savings(sites: Sequence[Site], savings: Mapping[str, float]) -> dict[str, float]:
     """Return what a channel of each MLP saves, and a direction of all heads of each attention, by its first site."""
-    return {unit[0].name: sum(savings[site.name] * site.heads for site in unit) for unit in units_of(sites)}
+    return {
+        unit[0].name: sum(savings[site.name] * (1 if site.kind == "mlp" else site.heads) for site in unit)
+        for unit in units_of(sites)
+    }
 
 
 def mixed_with_uniform(scores: Scores, share: float) -> dict[str, Float[Tensor, "hidden"]]:

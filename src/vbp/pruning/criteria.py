@@ -18,13 +18,14 @@ from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE, as_matrix
 from vbp.method.scores import mean_normalised
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
-from vbp.sites.site import Site
+from vbp.pruning.readers import columns, joint_matrix, metric_of
+from vbp.sites.site import READ, Site
 from vbp.statistics.evidence import Evidence, Need
 from vbp.statistics.statistics import KEY, QUERY, Statistics
 
 
 def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> dict[str, Float[Tensor, "hidden"]]:
-    """Score each hidden channel by the variance of its activation.
+    """Score each hidden channel by the variance of its activation, where the consumer reads it.
 
     A query/key channel adds `q[j] * k[j]` to a logit; it is scored by the product of their mean squares.
 
@@ -46,7 +47,7 @@ def variance_scores(statistics: Statistics, *, norm_per_layer: bool = False) -> 
         if name.endswith(QUERY):
             name = name.removesuffix(QUERY)
             scores[name] = observed.second_moment * moments[name + KEY].second_moment
-        elif not name.endswith(KEY):
+        elif not name.endswith(KEY) and READ not in name:
             scores[name] = observed.variance
     if norm_per_layer:
         scores = {name: mean_normalised(score) for name, score in scores.items()}
@@ -58,8 +59,8 @@ def output_variance_scores(
 ) -> dict[str, Float[Tensor, "hidden"]]:
     """Score each channel by the variance that it adds to the consumer's output if taken alone: `var[j] |W[:, j]|^2`.
 
-    A kernel counts at each of its offsets. Query/key channels, which no layer reads, are scored as `variance_scores`
-    does.
+    Where several layers read it, to the outputs of all of them. A kernel counts at each of its offsets. Query/key
+    channels, which no layer reads, are scored as `variance_scores` does.
 
     Args:
         model: The dense model.
@@ -71,9 +72,13 @@ def output_variance_scores(
     """
     scores = variance_scores(statistics)
     for site in sites:
-        if site.consumer:
-            norms = as_matrix(_weight(model, site)).square().sum(0)
-            scores[site.name] = scores[site.name] * norms.to(scores[site.name].device)
+        parts = [
+            statistics.moments[reader.key].variance
+            * as_matrix(columns(model, reader, site.hidden)).square().sum(0).to(scores[site.name].device)
+            for reader in site.readers
+        ]
+        if parts:
+            scores[site.name] = torch.stack(parts).sum(0)
     return scores
 
 
@@ -94,19 +99,14 @@ def eliminations(
                 f"elimination needs the covariance of site {site.name}, got none; collect statistics with "
                 "covariance=True"
             )
-        weight = _weight(model, site)
+        weight = joint_matrix(model, site, statistics)
         covariance = statistics.covariances[site.name].to(weight.device).covariance
+        covariance = metric_of(model, site.readers[0], covariance)
         try:
             orders[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
     return orders
-
-
-def _weight(model: nn.Module, site: Site) -> Tensor:
-    weight = model.get_submodule(site.consumer).weight
-    assert isinstance(weight, Tensor)
-    return weight
 
 
 Scores = dict[str, Float[Tensor, "hidden"]]

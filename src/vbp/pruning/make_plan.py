@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, get_args
@@ -88,9 +89,9 @@ def make_plan(
     if scope not in get_args(Scope):
         raise InputError(f"scope must be one of {', '.join(get_args(Scope))}, got {scope!r}")
     mlps = [site for site in sites if site.kind == "mlp"]
-    ranked = [_removal_order(site.name, site.hidden, scores) for site in mlps]
+    ranked = [_removal_order(site.name, site.hidden, scores, site.heads) for site in mlps]
     target = round(sum(site.hidden for site in mlps) * keep_ratio)
-    bounds = [AllowedWidths.of(site.hidden, round_to, min_keep_ratio) for site in mlps]
+    bounds = [AllowedWidths.of(site.hidden, math.lcm(round_to, site.heads), min_keep_ratio) for site in mlps]
     counts: list[int] = []
     if mlps and scope == "global":
         counts = global_counts([ascending for _, ascending in ranked], bounds, target)
@@ -145,13 +146,17 @@ def shared_plan(
     """
     check_ratios(share, min_keep_ratio, round_to)
     units = [unit for unit in units_of(sites) if shares_budget(unit)]
-    sizes = [unit[0].hidden // unit[0].heads for unit in units]
-    ranked = [_removal_order(unit[0].name, size, scores) for unit, size in zip(units, sizes, strict=True)]
+    groups = [unit[0].heads if unit[0].kind == "mlp" else 1 for unit in units]
+    sizes = [unit[0].hidden // unit[0].heads * group for unit, group in zip(units, groups, strict=True)]
+    ranked = [
+        _removal_order(unit[0].name, size, scores, group)
+        for unit, size, group in zip(units, sizes, groups, strict=True)
+    ]
     counts = counts_by_saving(
         [ascending for _, ascending in ranked],
         [
-            _or_none(AllowedWidths.of(size, round_to, min_keep_ratio), unit, min_keep_ratio)
-            for unit, size in zip(units, sizes, strict=True)
+            _or_none(AllowedWidths.of(size, math.lcm(round_to, group), min_keep_ratio), unit, min_keep_ratio)
+            for unit, size, group in zip(units, sizes, groups, strict=True)
         ],
         [savings[unit[0].name] for unit in units],
         share,
@@ -228,9 +233,12 @@ def _plan_heads(site: Site, scores: Mapping[str, Tensor], count: int) -> SitePla
 
 
 def _removal_order(
-    name: str, size: int, scores: Mapping[str, Tensor]
+    name: str, size: int, scores: Mapping[str, Tensor], groups: int = 1
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """Return the channels of a site in the order in which they go, and their scores in that order."""
+    """Return the channels of a site in the order in which they go, and their scores in that order.
+
+    Where the channels of an MLP lie in groups of a convolution, those of a round share their mean score.
+    """
     if name not in scores:
         raise InputError(f"scores must hold every site, got none for {name}; collect its statistics")
     score = scores[name].detach().double().cpu().numpy()
@@ -240,4 +248,8 @@ def _removal_order(
             f"{int((~np.isfinite(score)).sum())} not finite; collect the statistics again"
         )
     order = np.argsort(score, kind="stable")
+    if groups > 1:
+        # Rounds of one channel of each group: a round goes or stays as a whole.
+        rounds = np.stack([order[order // (size // groups) == group] for group in range(groups)], 1)
+        return rounds.ravel(), np.repeat(score[rounds].mean(1), groups)
     return order, score[order]

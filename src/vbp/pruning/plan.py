@@ -21,7 +21,7 @@ from vbp.sites.site import Site
 
 _FORMAT = "vbp-plan/3"
 
-# Of before there were directions, and before whole branches went.
+# Of before there were directions, and before whole branches went or several layers could read a site.
 _OLDER = ("vbp-plan/1", "vbp-plan/2")
 _MOST_CHANNELS = 2**24
 
@@ -163,6 +163,10 @@ def _check(entry: SitePlan) -> None:
         raise InputError(
             f"the plan of the site before {site.consumer} names no producers, or not their rows; make the plan again"
         )
+    layers = (bool(site.consumer) * (1 + len(site.others)), len(site.inner))
+    given = (len(site.columns), len(site.inner_offsets))
+    if any(number and number != count for number, count in zip(given, layers, strict=True)):
+        raise InputError(f"the plan of site {site.name} does not tell the place of each layer; make the plan again")
     if not keep and site.branch:
         if site.consumer and not site.consumer.startswith(f"{site.branch}."):
             raise InputError(
@@ -175,7 +179,8 @@ def _check(entry: SitePlan) -> None:
             f"got {len(keep)} entries; make the plan again"
         )
     if site.hidden > _MOST_CHANNELS or any(
-        not 0 <= rows <= _MOST_CHANNELS for rows in (*site.offsets, *site.strides)
+        not 0 <= first <= _MOST_CHANNELS
+        for first in (*site.offsets, *site.strides, *site.columns, *site.inner_offsets)
     ):
         raise InputError(
             f"plan of site {site.name} must have at most {_MOST_CHANNELS} channels, and begin at a row up to that, "

@@ -1,18 +1,21 @@
 """Put the errors of a pruned model's parts into the dense model, each with an amplitude of its own.
 
-The error of an MLP is that of its consumer, where it reads the channels of the dense model that stay. The error of an
-attention is that of the smallest module around all of its layers, for its channels have another basis after surgery;
-so is that of a branch that is gone.
+The error of an MLP is that of the layers which read it, where they read the channels of the dense model that stay.
+The error of an attention is that of the smallest module around all of its layers, for its channels have another basis
+after surgery; so is that of a branch that is gone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
@@ -20,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from vbp.pruning.plan import PruningPlan, SitePlan
 from vbp.runtime.forward import Hook, hooked
 from vbp.sites.branches import home_of
-from vbp.sites.layers import channel_dim, output_channels
+from vbp.sites.layers import channel_dim, input_channels, output_channels
 from vbp.sites.site import blocks_of
 
 Unit = tuple[SitePlan, ...]
@@ -38,11 +41,17 @@ def errors_added(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, amplitudes: Float[Tensor, "units"]
 ) -> Iterator[None]:
     """Add to the dense model the errors of the pruned model's `erring_units`, times the amplitudes."""
-    units = erring_units(plan)
-    gone = {(name, rows[row]) for entry in plan.sites for name, rows in entry.site.places for row in entry.removed}
+    gone: dict[str, set[int]] = defaultdict(set)
+    lost: dict[str, set[int]] = defaultdict(set)
+    for entry in plan.sites:
+        for name, places in entry.site.places:
+            gone[name].update(places[row] for row in entry.removed)
+        for reader in entry.site.readers:
+            lost[reader.layer].update(reader.first + column for column in entry.removed)
     after: list[tuple[nn.Module, Hook]] = []
     before: list[tuple[nn.Module, Hook]] = []
-    for unit, amplitude in zip(units, amplitudes, strict=True):
+    parts: dict[str, list[_Part]] = defaultdict(list)
+    for unit, amplitude in zip(erring_units(plan), amplitudes, strict=True):
         if unit[0].site.kind != "mlp" or not unit[0].keep:
             home = home_of(dense, [entry.site for entry in unit])
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
@@ -51,31 +60,17 @@ def errors_added(
             after.append((dense.get_submodule(home), partial(_add_module, small, calls, amplitude)))
             continue
         (entry,) = unit
-        name = entry.site.consumer
-        dense_layer, small = (model.get_submodule(name) for model in (dense, pruned))
-        # The consumer may make the channels of the next site: rows that it lost have no error of their own.
-        rows = [row for row in range(output_channels(dense_layer)) if (name, row) not in gone]
-        keep, left = (
-            torch.tensor(places, dtype=torch.long, device=amplitudes.device) for places in (entry.keep, rows)
-        )
-        after.append((dense_layer, partial(_add_consumer, small, keep, left, amplitude)))
+        for reader in entry.site.readers:
+            kept = tuple(reader.first + column for column in entry.keep)
+            parts[reader.layer].append(_Part(range(reader.first, reader.first + entry.site.hidden), kept, amplitude))
+    for name, read in parts.items():
+        layer, small = (model.get_submodule(name) for model in (dense, pruned))
+        # The layer may make the channels of another site: rows that it lost have no error of their own.
+        rows = [row for row in range(output_channels(layer)) if row not in gone[name]]
+        columns = [column for column in range(input_channels(layer)) if column not in lost[name]]
+        after.append((layer, _ErrorOfLayer(small, rows, columns, read)))
     with hooked(after, before=before):
         yield
-
-
-def _add_consumer(
-    small: nn.Module,
-    keep: Tensor,
-    rows: Tensor,
-    amplitude: Tensor,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    output: Tensor,
-) -> Tensor:
-    dim = output.ndim + channel_dim(module)
-    error: Tensor = small(args[0].index_select(args[0].ndim + channel_dim(module), keep))
-    error = error - output.index_select(dim, rows)
-    return output.index_add(dim, rows, amplitude.to(output.dtype) * error)
 
 
 def _note(
@@ -106,3 +101,59 @@ def _add_module(
         for one, other in zip(whole, parts, strict=True)
     ]
     return tree_unflatten(added, structure)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Hold the columns of a layer that read one site, those of them that stay, and the amplitude of its error."""
+
+    columns: range
+    kept: tuple[int, ...]
+    amplitude: Tensor
+
+
+@dataclass(frozen=True)
+class _ErrorOfLayer:
+    """Add the error of a pruned layer to what the dense one returns: a hook after it.
+
+    `rows` and `columns` are those of the dense layer that the pruned one has. Where several sites meet in a layer,
+    each has the error of its own columns about its mean; the mean of the whole error is divided evenly.
+    """
+
+    small: nn.Module
+    rows: Sequence[int]
+    columns: Sequence[int]
+    parts: Sequence[_Part]
+
+    def __call__(self, layer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        read, dim, place = args[0], output.ndim + channel_dim(layer), args[0].ndim + channel_dim(layer)
+        rows, columns = (torch.tensor(places, device=read.device) for places in (self.rows, self.columns))
+        error: Tensor = self.small(read.index_select(place, columns))
+        error = error - output.index_select(dim, rows)
+        if len(self.parts) == 1:
+            return output.index_add(dim, rows, self.parts[0].amplitude.to(output.dtype) * error)
+        positions = [axis for axis in range(error.ndim) if axis != dim]
+        total = torch.zeros_like(error)
+        for part in self.parts:
+            own = self._of(layer, read, part, place)
+            own = own - own.mean(positions, keepdim=True) + error.mean(positions, keepdim=True) / len(self.parts)
+            total = total + part.amplitude.to(output.dtype) * own
+        return output.index_add(dim, rows, total)
+
+    def _of(self, layer: nn.Module, read: Tensor, part: _Part, place: int) -> Tensor:
+        """Return what the columns of one site in the pruned layer return, less what those in the dense one do."""
+        position = {column: index for index, column in enumerate(self.columns)}
+        results = []
+        for module, used, at, rows in (
+            (self.small, part.kept, [position[column] for column in part.kept], slice(None)),
+            (layer, part.columns, list(part.columns), list(self.rows)),
+        ):
+            assert isinstance(module.weight, Tensor)
+            weight = module.weight[rows][:, at]
+            values = read.index_select(place, torch.tensor(list(used), device=read.device))
+            if isinstance(module, nn.Conv2d):
+                results.append(module._conv_forward(values, weight, None))
+            else:
+                results.append(F.linear(values, weight))
+        difference: Tensor = results[0] - results[1]
+        return difference

@@ -2,33 +2,26 @@
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vbp.errors import InputError, first_line
+from vbp.errors import InputError
 from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import RIDGE, Reconstruction, check_ridge
 from vbp.pruning.attention import rotate_
 from vbp.pruning.compensate import compensate_, refits_logits
 from vbp.pruning.plan import PruningPlan, SitePlan
-from vbp.runtime.forward import evaluation_mode, snapshot
-from vbp.sites.attention_trial import half
+from vbp.runtime.forward import snapshot
 from vbp.sites.branches import replace_branches_
 from vbp.sites.cutting import cut_sites_
-from vbp.sites.layers import input_channels, output_channels, unusual_layer, unusual_layers
-from vbp.sites.propagation import tensors_in
+from vbp.sites.layers import inner_channels, input_channels, output_channels, unusual_layer, unusual_layers
 from vbp.sites.site import Site
+from vbp.sites.trial import why_broken
 from vbp.statistics.statistics import observed_names
-
-# Share of an output that rounding may change.
-_ROUNDING = 2e-3
 
 
 def prune_(
@@ -97,69 +90,32 @@ def cut_(model: nn.Module, plan: PruningPlan) -> None:
 
 def _touched(model: nn.Module, entries: Sequence[SitePlan]) -> list[nn.Module]:
     """Return the modules that surgery writes to: layers, and those that hold them or bare parameters."""
-    names = {name for entry in entries for name in (*entry.site.producers, entry.site.consumer, *entry.site.inner)}
+    names = {name for entry in entries for name in (*entry.site.layers, *entry.site.inner)}
     owners = {name.rpartition(".")[0] for entry in entries for name in (*names, *entry.site.parameters)}
-    return [model.get_submodule(name) for name in sorted((names - {""}) | owners)]
+    return [model.get_submodule(name) for name in sorted(names | owners)]
 
 
 def check_prunable(model: nn.Module, sites: Sequence[Site], example: Tensor) -> None:
-    """Try on a copy whether the model still runs with half of the channels of every site.
+    """Try on a copy whether the model still runs with a part of the channels of every site.
 
     Some models write a width into their code, where no look at their layers shows it.
 
     Raises:
         InputError: It does not run; the sites that break it are named. The model is untouched.
     """
-    if _breaks(model, sites, example) is None:
+    if why_broken(model, sites, example) is None:
         return
     # One trial for the sites of each block: what one call makes and reads stands or falls together.
     blocks: dict[str, list[Site]] = defaultdict(list)
     for site in sites:
         blocks[site.producers[0].rpartition(".")[0]].append(site)
-    reasons = {block: reason for block, group in blocks.items() if (reason := _breaks(model, group, example))}
+    reasons = {block: reason for block, group in blocks.items() if (reason := why_broken(model, group, example))}
     raise InputError(
         f"{type(model).__name__} does not run as it should with fewer channels in "
         f"{', '.join(reasons) or 'all its sites together'}: "
-        f"{next(iter(reasons.values()), 'each alone does')}; its code needs that width. Leave attention "
-        "(--bottleneck) out, or give vbp.prune_ a plan without these sites"
+        f"{next(iter(reasons.values()), 'each alone does')}. Leave attention (--bottleneck) out, or give vbp.prune_ "
+        "a plan without these sites"
     )
-
-
-def _breaks(model: nn.Module, sites: Sequence[Site], example: Tensor) -> str | None:
-    """Return what goes wrong where half of the channels are removed from a copy, if anything does."""
-    plan = PruningPlan(tuple(SitePlan(site, tuple(half(site))) for site in sites), 0.5, "per_layer")
-    trial = copy.deepcopy(model)
-    try:
-        prune_(trial, plan)
-        with evaluation_mode(trial), torch.no_grad():
-            found = trial(example)
-    except (RuntimeError, ValueError, IndexError, AssertionError, AttributeError) as error:
-        return first_line(error)
-    if not all(site.exact for site in sites):
-        return None
-    pruned, expected, dense = (tensors_in(one)[0].double() for one in (found, *_silenced(model, plan, example)))
-    difference, cut, size = (float(one.norm()) for one in (pruned - expected, expected - dense, expected))
-    rounding = max(_ROUNDING, 10 * torch.finfo(tensors_in(found)[0].dtype).eps) * size
-    if not difference > 0.05 * cut + rounding:
-        return None
-    return f"its output is then off by {difference / max(size, 1e-12):.2g} of its size"
-
-
-def _silenced(model: nn.Module, plan: PruningPlan, example: Tensor) -> tuple[Any, Any]:
-    """Return what the dense model returns if nothing reads the channels that a plan removes, and as it is."""
-    silent = copy.deepcopy(model)
-    with evaluation_mode(model), evaluation_mode(silent), torch.no_grad():
-        for entry in plan.sites:
-            removed = list(entry.removed)
-            if entry.site.consumer:
-                silent.get_parameter(f"{entry.site.consumer}.weight")[:, removed] = 0
-            else:
-                for name, places in entry.site.places:
-                    layer = silent.get_submodule(name)
-                    for parameter in (layer.weight, layer.bias):
-                        if isinstance(parameter, Tensor):
-                            parameter[[places[channel] for channel in removed]] = 0
-        return silent(example), model(example)
 
 
 def _check_fits(
@@ -189,15 +145,17 @@ def _check_fits(
     claimed = {name: len(places) for name, places in rows.items()}
     for entry in plan.sites:
         site = entry.site
-        for name in (*site.producers, site.consumer, *site.inner, *site.parameters):
+        for name in (*site.layers, *site.inner, *site.parameters):
             if name in unusual:
                 raise InputError(f"the plan's site {site.name} is none: {unusual_layer(name, unusual[name])}")
         try:
             widths = [(output_channels(model.get_submodule(name)), claimed[name]) for name in site.producers]
-            if site.consumer:
-                widths.append((input_channels(model.get_submodule(site.consumer)), site.hidden))
-            for name in site.inner:
-                model.get_submodule(name)
+            for reader in site.readers:
+                width = input_channels(model.get_submodule(reader.layer))
+                widths.append(_share(width, reader.first, site.hidden, whole=not site.columns))
+            for name, first in site.passed:
+                width = inner_channels(model.get_submodule(name))
+                widths.append(_share(width, first, site.hidden, whole=not site.inner_offsets))
             widths += [(model.get_parameter(name).numel(), site.hidden) for name in site.parameters]
         except (AttributeError, TypeError) as error:
             raise InputError(
@@ -220,15 +178,21 @@ def _check_fits(
         _check_holds(site, means, covariances)
 
 
+def _share(width: int, first: int, hidden: int, *, whole: bool) -> tuple[int, int]:
+    """Return a layer's channels that lie where those of a site should, and their number if the layer fits."""
+    return (width if whole else max(0, min(width - first, hidden))), hidden
+
+
 def _check_holds(
     site: Site, means: Mapping[str, Tensor] | None, covariances: Mapping[str, ChannelCovariance] | None
 ) -> None:
-    if means is not None and site.consumer:
-        shape = tuple(means[site.name].shape) if site.name in means else "none"
-        if shape != (site.hidden,):
-            raise InputError(
-                f"means of site {site.name} must be {site.hidden} numbers, got {shape}; collect its statistics"
-            )
+    if means is not None:
+        for reader in site.readers:
+            shape = tuple(means[reader.key].shape) if reader.key in means else "none"
+            if shape != (site.hidden,):
+                raise InputError(
+                    f"means of site {reader.key} must be {site.hidden} numbers, got {shape}; collect its statistics"
+                )
     if covariances is not None and (site.consumer or refits_logits(site)):
         for name in observed_names(site):
             width = len(covariances[name].mean) if name in covariances else "none"

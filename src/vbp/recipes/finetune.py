@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import logging
 import math
@@ -25,6 +24,7 @@ from vbp.recipes.measure import describe, measure
 from vbp.recipes.setup import Job, loader_options
 from vbp.report.run_report import BEST, FINAL, METRICS, Measured, RunReport
 from vbp.runtime.files import write_bytes
+from vbp.runtime.forward import copy_model
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.signals import Interruption
 from vbp.training.checkpoints import checked_content, save_checkpoint
@@ -153,7 +153,7 @@ def check_memory(job: Job) -> None:
 
 def dry_run(job: Job) -> None:
     """Take one training step and one evaluation batch of the real size on a copy, and log what they took."""
-    student = copy.deepcopy(job.dense)
+    student = copy_model(job.dense)
     cut_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
     trainer = _trainer(job, student, 1, job.dense if job.config.use_kd else None, compiled=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -26,6 +25,7 @@ from vbp.recipes.setup import PruneJob, comparison_by_main
 from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import log_lines
 from vbp.statistics.evidence import Evidence, EvidenceReader
 
@@ -65,7 +65,7 @@ def prune_copy(
     if save_dir is not None and job.session.processes.is_main:
         evidence.statistics.save(save_dir / STATISTICS)
     choice, budget = choose_plan(job, evidence, save_dir)
-    pruned = copy.deepcopy(job.dense)
+    pruned = copy_model(job.dense)
     with job.session.timed("surgery"):
         errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
     refitted = RefitReport()

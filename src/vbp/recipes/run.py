@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -31,6 +30,7 @@ from vbp.refit.refits import Refits
 from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import clear_folder, write_json
+from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
 from vbp.runtime.processes import Processes, restarts
@@ -165,7 +165,7 @@ def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
         images={"calibration": 0, "val": small.images or 0},
         **_circumstances(job),
     )
-    return copy.deepcopy(job.dense), job.plan_rules.neutral(job.sites, 1.0), report
+    return copy_model(job.dense), job.plan_rules.neutral(job.sites, 1.0), report
 
 
 def _dense_of(artifact: PrunedArtifact) -> Measured | None:
@@ -231,7 +231,7 @@ def _restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunRep
     with checked_content(resumed.path):
         state = resumed.state
         plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
-        pruned = copy.deepcopy(job.dense)
+        pruned = copy_model(job.dense)
         rebuild_(pruned, (plan,), state["trainer"]["student"])
         move_(pruned, job.session.device)
         for stage, seconds in state["seconds"].items():
@@ -243,7 +243,7 @@ def _restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunRep
 def _uncompensated(job: Job, choice: PlanChoice) -> Measured | None:
     if not job.config.compare_uncompensated:
         return None
-    model = copy.deepcopy(job.dense)
+    model = copy_model(job.dense)
     # The directions that go are part of the plan, not of the compensation.
     prune_(model, choice.plan, covariances=choice.covariances if choice.plan.principal else None)
     measured = measure(job, model)

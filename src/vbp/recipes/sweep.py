@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -36,6 +35,7 @@ from vbp.report.sweep_report import Setting, SweepReport, SweepRow
 from vbp.runtime.decode import read_json, to_json
 from vbp.runtime.files import check_folder, clear_folder, text_bytes, write_bytes, write_json
 from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.sites.site import Site
 from vbp.statistics.evidence import FROM_STATISTICS, Evidence, EvidenceReader, Need, evidence_bytes
@@ -89,7 +89,7 @@ def sweep(
     for number, setting in enumerate(missing, 1):
         planned = (planners or {}).get(setting.criterion, by_scores)(setting)
         choice = planned.compensated_by(setting.compensation)
-        plan, pruned = choice.plan, copy.deepcopy(model)
+        plan, pruned = choice.plan, copy_model(model)
         prune_(pruned, plan, choice.means, choice.covariances, ridge=evidence.ridge)
         if after_surgery is not None:
             after_surgery(pruned, plan, setting)

@@ -29,6 +29,8 @@ from vbp.pruning.plan import PruningPlan
 from vbp.runtime.choices import BatchNormChoice
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.session import Session
+from vbp.sites.cutting import removed_from_inner
+from vbp.sites.layers import inner_channels
 from vbp.statistics.batches import ImagesFor
 
 # Images of the estimate: means and variances over many positions need no more.
@@ -103,7 +105,10 @@ def refit_batchnorm_(
     """
     check_norms(pruned)
     norms, pixels = running_norms(pruned), ImagesFor(judge.model, batches)
-    kept = {name: list(entry.keep) for entry in plan.sites for name in entry.site.inner}
+    kept = {
+        name: [channel for channel in range(inner_channels(judge.model.get_submodule(name))) if channel not in gone]
+        for name, gone in removed_from_inner([(entry.site, entry.keep) for entry in plan.sites]).items()
+    }
     before = _held(norms)
     if choice == "keep":
         return BatchNormRefit("keep", 0, 0, {})

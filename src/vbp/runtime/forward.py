@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from vbp.errors import InputError
 from vbp.runtime.random_state import random_state, set_random_state_
@@ -37,6 +38,20 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in training.items():
             module.training = mode
+
+
+def copy_model(model: nn.Module, shared: Mapping[int, Any] | None = None) -> nn.Module:
+    """Return a deep copy of a model, in which tensors that a forward pass has kept do not belong to its graph.
+
+    Modules may cache what they compute from their parameters, as LeViT its attention biases. Of a pass with gradients
+    such a tensor cannot be copied as it is. Objects in `shared`, by their `id`, are not copied.
+    """
+    memo: dict[int, Any] = dict(shared or {})
+    for module in model.modules():
+        for value in tree_leaves(list(vars(module).values())):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
 
 
 def snapshot(modules: Iterable[nn.Module], *tables: Literal["_parameters", "_buffers"]) -> Callable[[], None]:
@@ -164,9 +179,13 @@ def fitted(model: nn.Module, values: Values) -> Values:
 def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
     """Return the logits of a model's output: the tensor itself, or a Hugging Face output's `logits`.
 
-    Those of a convolutional head, "batch classes 1 1", lose their last two dimensions.
+    Those of a convolutional head, "batch classes 1 1", lose their last two dimensions. Where an output has one tensor
+    alone, with a row for each image, these are its logits: PPLCNet calls them `last_hidden_state`.
     """
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
+    if logits is None and isinstance(output, Mapping) and len(output) == 1:
+        (only,) = output.values()
+        logits = only if isinstance(only, Tensor) and only.ndim == 2 else None
     if not isinstance(logits, Tensor):
         raise InputError(
             f"a classifier must return a tensor or an output with .logits, got {type(output).__name__}; "

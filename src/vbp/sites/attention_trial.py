@@ -6,7 +6,6 @@ number of channels where no look at the layers shows it.
 
 from __future__ import annotations
 
-import copy
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vbp.errors import first_line
-from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model
+from vbp.runtime.forward import ExampleInputs, call_values, copy_model, evaluation_mode, hooked, run_model
 from vbp.sites.cutting import cut_sites_
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site
@@ -113,7 +112,7 @@ class _Trial:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, attentions: Sequence[AttentionSites]) -> None:
         self._attentions = attentions
-        self._dense = copy.deepcopy(model)
+        self._dense = copy_model(model)
         self._run = _Run(example_inputs, attentions)
         self._run.observe(self._dense)
         _draw_(self._dense, [pair for _, pair in attentions if pair is not None])
@@ -128,7 +127,7 @@ class _Trial:
             for site in sites
             if site is not None and not (values_alone and site.kind == "query_key")
         ]
-        trial = copy.deepcopy(self._dense)
+        trial = copy_model(self._dense)
         cut_sites_(trial, cuts)
         found = self._run.outputs(trial)
         errors = []

@@ -48,7 +48,7 @@ class ConstantBranch(nn.Module):
 
 def home_of(model: nn.Module, unit: Sequence[Site]) -> str:
     """Return the smallest module that is called and holds all layers of a unit; empty for the model itself."""
-    names = [name for site in unit for name in (*site.producers, site.consumer, *site.inner) if name]
+    names = [name for site in unit for name in (*site.layers, *site.inner) if name]
     steps = zip(*(name.split(".")[:-1] for name in names), strict=False)
     path = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, steps)]
     # A list of modules has no forward pass.
@@ -59,8 +59,13 @@ def home_of(model: nn.Module, unit: Sequence[Site]) -> str:
 
 def with_branches(model: nn.Module, sites: Sequence[Site], example_inputs: ExampleInputs) -> list[Site]:
     """Return the sites with the names of their branches, where one returns what the consumer returns."""
-    blocks = [block for block in blocks_of(sites) if block[0].consumer and not block[0].separate]
-    homes = {block: home_of(model, block) for block in blocks}
+    layers = {block: {name for site in block for name in site.layers} for block in blocks_of(sites)}
+    homes = {}
+    for block, own in layers.items():
+        home = home_of(model, block)
+        inside = {name for names in layers.values() for name in names if name.startswith(f"{home}.")}
+        if block[0].consumer and not block[0].separate and inside <= own:
+            homes[block] = home
     seen: dict[str, list[tuple[Any, Any]]] = {}
 
     def record(name: str, module: nn.Module, values: tuple[Any, ...], output: Any) -> None:

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Int
 from torch import Tensor
-
-Ids = npt.NDArray[np.int64]
 
 # `layer`: rows of a linear layer that makes the channels; `inner`: a norm or depthwise convolution that they pass;
 # `parameter`: a bare parameter with one element a channel.
@@ -55,8 +52,7 @@ class Channels:
 
     def owner_of(self, identity: int) -> Owner:
         """Return the owner of a channel."""
-        firsts = [owner.first for owner in self.owners]
-        return self.owners[int(np.searchsorted(firsts, identity, side="right")) - 1]
+        return self.owners[bisect_right(self.owners, identity, key=lambda owner: owner.first) - 1]
 
     def root(self, identity: int) -> int:
         """Return the representative of a channel's class."""
@@ -92,9 +88,10 @@ def compact(ids: Tensor) -> Tensor:
     """
     shape = ids.shape
     for dim in range(ids.ndim):
-        first = ids.narrow(dim, 0, 1)
-        if ids.shape[dim] > 1 and (ids.stride(dim) == 0 or bool((ids == first).all())):
-            ids = first
+        if ids.shape[dim] > 1:
+            first = ids.narrow(dim, 0, 1)
+            if ids.stride(dim) == 0 or bool((ids == first).all()):
+                ids = first
     return ids.expand(shape)
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from vbp.sites.layers import output_channels
+from vbp.sites.layers import groups_of, in_groups, inner_channels, input_channels, output_channels, without_groups
 from vbp.sites.site import Site
 
 HeadPart = Literal["all", "mlp", "value", "query_key"]
@@ -25,15 +25,28 @@ _OF_KEYS = (("key_dim", "key_head_dim"), ("key_attn_dim",))
 
 
 def keep_rows_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some output channels, ascending, of a `Linear` or an ungrouped convolution."""
+    """Keep some output channels, ascending, of a `Linear` or a convolution; as many in each of its groups."""
     keep_entries_(layer, "weight", kept, 0)
     keep_entries_(layer, "bias", kept, 0)
     setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(kept))
 
 
 def keep_columns_(layer: nn.Module, kept: Sequence[int]) -> None:
-    """Keep some input channels, ascending, of a `Linear` or an ungrouped convolution."""
-    keep_entries_(layer, "weight", kept, 1)
+    """Keep some input channels, ascending, of a `Linear` or a convolution; as many in each of its groups."""
+    groups = groups_of(layer)
+    if groups == 1:
+        keep_entries_(layer, "weight", kept, 1)
+    else:
+        whole = layer.weight
+        assert isinstance(whole, nn.Parameter)
+        index = torch.tensor(kept, dtype=torch.long, device=whole.device)
+
+        def part(values: Tensor) -> Tensor:
+            return in_groups(without_groups(values, groups).index_select(1, index), groups)
+
+        layer.weight = nn.Parameter(part(whole.detach()), requires_grad=whole.requires_grad)
+        if whole.grad is not None:
+            layer.weight.grad = part(whole.grad)
     setattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels", len(kept))
 
 
@@ -119,7 +132,7 @@ def _names(part: HeadPart) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> None:
     """Keep some channels, ascending, of each site, and the scale of every softmax.
 
-    All rows of a layer are cut at once: one layer may make the channels of several sites.
+    All rows of a layer are cut at once, and all columns: one layer may make, or read, the channels of several sites.
     """
     rows: dict[str, set[int]] = defaultdict(set)
     for site, kept in cuts:
@@ -127,24 +140,39 @@ def cut_sites_(model: nn.Module, cuts: Sequence[tuple[Site, Sequence[int]]]) -> 
             _scale_queries_(model, site, (len(kept) / site.hidden) ** 0.5)
         for name, places in site.places:
             rows[name].update(places[index] for index in set(range(site.hidden)) - set(kept))
-    for name, removed in rows.items():
+    for name, gone in rows.items():
         layer = model.get_submodule(name)
-        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in removed])
+        keep_rows_(layer, [row for row in range(output_channels(layer)) if row not in gone])
+    for name, channels in removed_from_inner(cuts).items():
+        inner = model.get_submodule(name)
+        keep_channels_(inner, [channel for channel in range(inner_channels(inner)) if channel not in channels])
+    columns: dict[str, set[int]] = defaultdict(set)
     for site, kept in cuts:
-        for name in site.inner:
-            keep_channels_(model.get_submodule(name), kept)
+        removed = set(range(site.hidden)) - set(kept)
         for name in site.parameters:
             owner, _, attribute = name.rpartition(".")
             dim = model.get_parameter(name).shape.index(site.hidden)
             keep_entries_(model.get_submodule(owner), attribute, kept, dim)
-        if site.consumer:
-            keep_columns_(model.get_submodule(site.consumer), kept)
+        for reader in site.readers:
+            columns[reader.layer].update(reader.first + index for index in removed)
+    for name, gone in columns.items():
+        layer = model.get_submodule(name)
+        keep_columns_(layer, [column for column in range(input_channels(layer)) if column not in gone])
     for site, kept in cuts:
         if site.kind != "mlp":
             layers = (*site.producers, site.consumer) if site.consumer else site.producers
             dims = (site.hidden // site.heads, len(kept) // site.heads)
             change = HeadChange(layers, site.heads, dims[0], site.heads, dims[1], site.kind)
             update_attributes_(model, change, implicit_scale=site.implicit_scale)
+
+
+def removed_from_inner(cuts: Iterable[tuple[Site, Sequence[int]]]) -> dict[str, set[int]]:
+    """Return the channels that norms and depthwise convolutions lose where each site keeps some, by their names."""
+    removed: dict[str, set[int]] = defaultdict(set)
+    for site, kept in cuts:
+        for name, first in site.passed:
+            removed[name].update(first + index for index in set(range(site.hidden)) - set(kept))
+    return removed
 
 
 def _scale_queries_(model: nn.Module, site: Site, factor: float) -> None:

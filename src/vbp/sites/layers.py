@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -14,12 +15,14 @@ from torch.nn.modules.conv import _ConvNd
 
 
 def mixes_channels(module: nn.Module, *, convolutions: bool) -> bool:
-    """Return whether a module is a linear map of all channels: `Linear`, or an ungrouped `Conv2d`.
+    """Return whether a module is a linear map of all channels, or of each of some groups: `Linear` or `Conv2d`.
 
-    Without `convolutions` only 1x1 kernels count, which map every position by itself.
+    Without `convolutions` only 1x1 kernels without groups count, which map every position by itself.
     """
     if isinstance(module, nn.Conv2d):
-        return module.groups == 1 and (convolutions or module.kernel_size == (1, 1))
+        if convolutions:
+            return not is_depthwise(module)
+        return module.groups == 1 and module.kernel_size == (1, 1)
     return isinstance(module, nn.Linear)
 
 
@@ -48,6 +51,56 @@ def output_channels(layer: nn.Module) -> int:
 def input_channels(layer: nn.Module) -> int:
     """Return the number of input channels of a `Linear` or convolution."""
     return int(getattr(layer, "in_features" if isinstance(layer, nn.Linear) else "in_channels"))
+
+
+def inner_channels(module: nn.Module) -> int:
+    """Return the number of channels of a norm, or of a depthwise convolution; -1 if it has no plain number."""
+    if isinstance(module, nn.LayerNorm):
+        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else -1
+    if isinstance(module, nn.GroupNorm):
+        return module.num_channels
+    if isinstance(module, nn.Conv2d):
+        return module.out_channels
+    assert isinstance(module, _BatchNorm)
+    return module.num_features
+
+
+def groups_of(layer: nn.Module) -> int:
+    """Return the number of groups of outputs that read a group of inputs each; 1 for all but grouped convolutions."""
+    return int(getattr(layer, "groups", 1))
+
+
+def silence_columns_(layer: nn.Module, columns: Sequence[int]) -> None:
+    """Set the weights that read some input channels of a `Linear` or convolution to 0."""
+    assert isinstance(layer.weight, Tensor)
+    weight = layer.weight.detach().unflatten(0, (groups_of(layer), -1))  # type: ignore[no-untyped-call]
+    index = torch.tensor(columns, dtype=torch.long, device=weight.device)
+    weight[index // weight.shape[2], :, index % weight.shape[2]] = 0
+
+
+def without_groups(
+    weight: Float[Tensor, "out hidden_per_group *kernel"], groups: int
+) -> Float[Tensor, "out hidden *kernel"]:
+    """Return a weight with a column for every channel: 0 where an output's group does not read it."""
+    if groups == 1:
+        return weight
+    out, width, *kernel = weight.shape
+    whole = weight.new_zeros(groups, out // groups, groups, width, *kernel)
+    own = torch.arange(groups, device=weight.device)
+    whole[own, :, own] = weight.reshape(groups, out // groups, width, *kernel)
+    return whole.reshape(out, groups * width, *kernel)
+
+
+def in_groups(
+    weight: Float[Tensor, "out hidden *kernel"], groups: int
+) -> Float[Tensor, "out hidden_per_group *kernel"]:
+    """Return the columns that each output's group reads: what `without_groups` takes."""
+    if groups == 1:
+        return weight
+    out, hidden, *kernel = weight.shape
+    own = torch.arange(groups, device=weight.device)
+    parts = weight.reshape(groups, out // groups, groups, hidden // groups, *kernel)[own, :, own]
+    return parts.reshape(out, hidden // groups, *kernel)
 
 
 def first_tensor(output: Any) -> Tensor | None:

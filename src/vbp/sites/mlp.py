@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -28,9 +29,18 @@ class FoundMLP:
 def find_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[FoundMLP, ...]:
     """Return the sites of a dense model whose hidden layer can be refitted: none that is gated or has a norm inside.
 
-    The example is a batch of images.
+    Nor one between whose layers and those of another site channels go, for these read and return fewer in the pruned
+    model. The example is a batch of images.
     """
-    plain = [site for site in sites if _is_plain(model, site)]
+    makers, readers = Counter[str](), Counter[str]()
+    for site in sites:
+        makers.update({*site.producers})
+        readers.update(reader.layer for reader in site.readers)
+    plain = [
+        site
+        for site in sites
+        if _is_plain(model, site) and not readers[site.producers[0]] and not makers[site.consumer]
+    ]
     seen: dict[str, list[Tensor]] = {}
 
     def record(name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
@@ -65,7 +75,7 @@ def check_mlps(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tupl
 
 
 def _is_plain(model: nn.Module, site: Site) -> bool:
-    if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters:
+    if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters or site.others or site.columns:
         return False
     producer, consumer = (model.get_submodule(name) for name in (site.producers[0], site.consumer))
     return (

@@ -300,7 +300,7 @@ class ChannelFlow:
 
     def _heads(self, ids: Tensor) -> Tensor | None:
         """Return the channels of "batch heads tokens head_dim" as "heads head_dim", if they are so."""
-        if ids.ndim != 4 or not set(varying_dims(ids)) <= {1, 3}:
+        if ids.ndim != 4 or not ids.numel() or not set(varying_dims(ids)) <= {1, 3}:
             return None
         return ids[0, :, 0, :]
 

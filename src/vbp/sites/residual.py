@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.runtime.forward import evaluation_mode, hooked
-from vbp.sites.layers import channel_dim, first_tensor, rows
+from vbp.sites.layers import channel_dim, first_tensor, groups_of, rows
 from vbp.sites.site import Site
 
 # Share of a disturbance's square that rounding may change on its way.
@@ -45,7 +45,11 @@ def find_residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site])
 
     The sites are those of this model, or of the dense one that it was before pruning.
     """
-    named = {site.consumer: site for site in sites if site.kind == "mlp"}
+    named = {
+        site.consumer: site
+        for site in sites
+        if site.kind == "mlp" and groups_of(model.get_submodule(site.consumer)) == 1
+    }
     around = {name: _ancestors(name) for name in named}
     with evaluation_mode(model), torch.no_grad():
         clean = _run(model, example, {*named, *(one for names in around.values() for one in names)})

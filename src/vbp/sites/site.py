@@ -10,6 +10,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.sites.layers import groups_of, without_groups
+
+# Between the name of a site and that of a layer, beside the consumer, that reads its channels.
+READ = "#read:"
+
 SiteKind = Literal["mlp", "value", "query_key"]
 
 
@@ -20,17 +25,20 @@ class Site:
     Channel `j` is row `offsets[i] + j` of producer `i`: one producer in an MLP, a gate and its value in a gated one
     (two layers, or one layer twice), queries and keys in an attention site without consumer. Where a layer makes
     queries, keys and values head by head, the channels of a head begin `strides[i]` rows after those of the last one.
+    Several layers may read the channels, each at a place of its own: in a squeeze-and-excitation block one reads
+    their means over the image, the consumer what is left of them behind the gate.
 
     Attributes:
         producers: Layers whose output rows make the channels.
-        consumer: The layer whose input columns are the channels; empty for query/key channels.
+        consumer: The layer whose input columns are the channels, the last of several; empty for query/key channels.
         hidden: Number of channels.
         kind: `mlp`, `value` (of an attention) or `query_key`.
         offsets: First row of the site in each producer; empty means 0 everywhere.
         strides: Rows from each head to the next in each producer; empty means that its heads follow each other.
         inner: Norms and depthwise convolutions that the channels pass.
         parameters: Bare parameters with one element a channel.
-        heads: Heads of an attention, which all keep the same number of channels; 1 in an MLP.
+        heads: Heads of an attention, which all keep the same number of channels; in an MLP groups of a convolution
+            that makes or reads the channels, for which the same holds, else 1.
         exact: Whether the mean shift equals holding the channel at its mean. Behind a norm over channels it does not,
             for removal also changes the channels that stay; nor where a kernel meets zero padding.
         implicit_scale: Whether the softmax scale follows from the number of query channels (and must be corrected).
@@ -39,6 +47,10 @@ class Site:
         rotatable: Whether any basis of a head's channels serves as well: nothing but factors and sums stands between
             their layer, or both layers of queries and keys, and what reads them.
         separate: Whether the values of this attention may keep another number of channels than its queries and keys.
+        others: The other layers that read the channels.
+        columns: First column of the site in the consumer, and in each of the others, where the channels are but a
+            part of what these read, as in a concatenation; empty if they are all of it.
+        inner_offsets: First channel of the site in each of `inner`, likewise.
 
     Source: VBP paper (arXiv 2507.12988), section 3.
 
@@ -58,6 +70,9 @@ class Site:
     exact: bool = True
     implicit_scale: bool = False
     rotatable: bool = False
+    others: tuple[str, ...] = ()
+    columns: tuple[int, ...] = ()
+    inner_offsets: tuple[int, ...] = ()
     separate: bool = False
     strides: tuple[int, ...] = ()
     branch: str = ""
@@ -66,10 +81,13 @@ class Site:
     def name(self) -> str:
         """Return the key of this site in statistics, plans and reports.
 
-        The layer whose outputs are pruned; for an attention's values, whose layer often makes queries and keys too,
-        the layer that reads them.
+        The layer whose outputs are pruned, with the first row of a site that does not begin with the layer; for an
+        attention's values, whose layer often makes queries and keys too, the layer that reads them.
         """
-        return self.consumer if self.kind == "value" else self.producers[0]
+        if self.kind == "value":
+            return self.consumer
+        first = self.offsets[0] if self.offsets and self.kind == "mlp" else 0
+        return f"{self.producers[0]}#{first}" if first else self.producers[0]
 
     @property
     def rows(self) -> tuple[tuple[str, int], ...]:
@@ -85,6 +103,35 @@ class Site:
             (name, tuple(first + head * stride + index for head in range(self.heads) for index in range(size)))
             for (name, first), stride in zip(self.rows, strides, strict=True)
         )
+
+    @property
+    def readers(self) -> tuple[Reader, ...]:
+        """Return the layers that read the channels, the consumer first; none for query/key channels."""
+        layers = (self.consumer, *self.others) if self.consumer else ()
+        firsts = self.columns or (0,) * len(layers)
+        return tuple(
+            Reader(f"{self.name}{READ}{layer}" if place else self.name, layer, first)
+            for place, (layer, first) in enumerate(zip(layers, firsts, strict=True))
+        )
+
+    @property
+    def passed(self) -> tuple[tuple[str, int], ...]:
+        """Return each norm and depthwise convolution that the channels pass, with the site's first channel in it."""
+        return tuple(zip(self.inner, self.inner_offsets or (0,) * len(self.inner), strict=True))
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Return the layers that make or read the channels, each once."""
+        return tuple(dict.fromkeys((*self.producers, *(reader.layer for reader in self.readers))))
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A layer that reads a site's channels from column `first` on; `key` names what it reads in statistics."""
+
+    key: str
+    layer: str
+    first: int
 
 
 def units_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
@@ -108,14 +155,20 @@ def blocks_of(sites: Sequence[Site]) -> Iterator[tuple[Site, ...]]:
 
 @dataclass(frozen=True)
 class WeightSlice:
-    """The part of one weight, by its dotted name, that belongs to the channels of a site, at these places."""
+    """The part of one weight, by its dotted name, that belongs to the channels of a site, at these places.
+
+    `groups` are those of a convolution.
+    """
 
     parameter: str
     dim: int
     places: tuple[int, ...]
+    groups: int = 1
 
     def of(self, tensor: Tensor) -> Float[Tensor, "hidden rest"]:
         """Return the slice of the weight, or of a tensor of its shape, a row a channel, in float64."""
+        if self.groups > 1 and self.dim == 1:
+            tensor = without_groups(tensor, self.groups)
         rows = select(tensor.detach(), self.dim, self.places).movedim(self.dim, 0)
         return rows.reshape(len(self.places), -1).double()
 
@@ -129,12 +182,14 @@ def select(values: Tensor, dim: int, places: Sequence[int]) -> Tensor:
 
 def weight_slices(model: nn.Module, site: Site) -> tuple[WeightSlice, ...]:
     """Return the parts of a model's weights that belong to a site's channels."""
-    every = tuple(range(site.hidden))
     slices = [WeightSlice(f"{name}.weight", 0, rows) for name, rows in site.places]
-    for name in site.inner:
+    for name, first in site.passed:
         inner = model.get_submodule(name)
         if isinstance(inner.weight, Tensor):  # a norm may have none
-            slices.append(WeightSlice(f"{name}.weight", -1 if isinstance(inner, nn.LayerNorm) else 0, every))
-    if site.consumer:
-        slices.append(WeightSlice(f"{site.consumer}.weight", 1, every))
+            dim = -1 if isinstance(inner, nn.LayerNorm) else 0
+            slices.append(WeightSlice(f"{name}.weight", dim, tuple(range(first, first + site.hidden))))
+    for reader in site.readers:
+        groups = groups_of(model.get_submodule(reader.layer))
+        columns = tuple(range(reader.first, reader.first + site.hidden))
+        slices.append(WeightSlice(f"{reader.layer}.weight", 1, columns, groups))
     return tuple(slices)

@@ -23,7 +23,14 @@ from torch.utils._python_dispatch import BaseTorchDispatchMode
 from vbp.errors import InputError, first_line
 from vbp.runtime.forward import ExampleInputs, call_values, evaluation_mode, hooked, run_model, training_paths
 from vbp.sites.channel_ids import columns, present, respread, varying_dims
-from vbp.sites.layers import channel_dim, is_channel_norm, is_depthwise, mixes_channels, unusual_layers
+from vbp.sites.layers import (
+    channel_dim,
+    inner_channels,
+    is_channel_norm,
+    is_depthwise,
+    mixes_channels,
+    unusual_layers,
+)
 from vbp.sites.propagation import QUERIES, SAME, ChannelFlow, Read, Trace, tensors_in
 
 _log = logging.getLogger(__name__)
@@ -113,7 +120,7 @@ class _Tracer(TorchFunctionMode):
         ids = self.flow.ids[args[0]]
         varying, after = varying_dims(ids), respread(ids, tuple(output.shape))
         own = columns(ids, varying[0]) if len(varying) == 1 else None
-        if own is None or after is None or own.numel() != _own_channels(module):
+        if own is None or after is None or own.numel() != inner_channels(module):
             self.flow.leak([args[0]], name)
             return
         channels = self.trace.channels
@@ -164,17 +171,6 @@ class _Tracer(TorchFunctionMode):
 
 _KERNELS = frozenset("linear conv2d batch_norm layer_norm group_norm".split())
 _UNCHANGED = SAME | {"pad"}
-
-
-def _own_channels(module: nn.Module) -> int:
-    if isinstance(module, nn.LayerNorm):
-        return module.normalized_shape[0] if len(module.normalized_shape) == 1 else -1
-    if isinstance(module, nn.GroupNorm):
-        return module.num_channels
-    if isinstance(module, nn.Conv2d):
-        return module.out_channels
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    return module.num_features
 
 
 def trace_model(model: nn.Module, example_inputs: ExampleInputs, *, convolutions: bool = False) -> Trace:

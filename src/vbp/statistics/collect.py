@@ -49,6 +49,14 @@ class Observer(RunningMoments):
         """Take in what a layer reads: a hook before the layer."""
         self.see(call_values(args, kwargs)[0].movedim(channel_dim(layer), -1))
 
+    def of_columns(self, first: int, channels: int) -> Hook:
+        """Return a hook before a layer that takes in some of the channels that the layer reads."""
+        return lambda layer, args, kwargs: self.see(
+            rows_of(layer, range(first, first + channels))(call_values(args, kwargs)[0]).movedim(
+                channel_dim(layer), -1
+            )
+        )
+
     def of_output(self, part: Callable[[Tensor], Tensor]) -> Hook:
         """Return a hook after a layer that takes in a part, or another function, of what the layer returns."""
         return lambda layer, args, output: self.see(part(output).movedim(channel_dim(layer), -1))
@@ -67,8 +75,8 @@ def about_mean_of_image(values: Float[Tensor, "groups *positions channels"], ima
 
 
 def rows_of(layer: nn.Module, places: Sequence[int]) -> Callable[[Tensor], Tensor]:
-    """Return the function that takes some of a layer's channels out of what the layer returns."""
-    return lambda output: select(output, channel_dim(layer), places)
+    """Return the function that takes some of a layer's channels out of what the layer reads or returns."""
+    return lambda values: select(values, channel_dim(layer), places)
 
 
 def _observing(
@@ -82,7 +90,9 @@ def _observing(
                 module = model.get_submodule(layer)
                 made.append((module, observers[name].of_output(rows_of(module, places))))
         else:
-            read.append((model.get_submodule(site.consumer), observers[site.name].of_input))
+            for reader in site.readers:
+                watch = observers[reader.key].of_columns(reader.first, site.hidden)
+                read.append((model.get_submodule(reader.layer), watch))
     return hooked(made, before=read)
 
 
@@ -109,7 +119,7 @@ def collect_statistics(
     sensitivity: RandomProbes | None = None,
     pivots: Mapping[str, Tensor] | None = None,
 ) -> Statistics:
-    """Observe what reaches each site's consumer over all batches, in evaluation mode.
+    """Observe what reaches the layers that read each site over all batches, in evaluation mode.
 
     Args:
         model: The dense model; left as it was.

@@ -144,8 +144,6 @@ def evidence_bytes(model: nn.Module, sites: Sequence[Site], needs: Collection[Ne
     if "covariance" in needs:
         sizes["covariance"] = covariance_bytes([site.hidden for site in sites for _ in observed_names(site)])
     if "sensitivity" in needs:
-        consumers = {site: model.get_submodule(site.consumer) for site in sites if site.consumer}
-        sizes["sensitivity"] = sensitivity_bytes(
-            [(site.hidden, output_channels(consumer)) for site, consumer in consumers.items()]
-        )
+        read = [(site.hidden, model.get_submodule(reader.layer)) for site in sites for reader in site.readers]
+        sizes["sensitivity"] = sensitivity_bytes([(hidden, output_channels(layer)) for hidden, layer in read])
     return sizes

@@ -22,8 +22,8 @@ from vbp.method.fisher import FP16_SCALE, LogitSensitivity, SiteSensitivity, fis
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
-from vbp.sites.layers import channel_dim, reads, rows
-from vbp.sites.site import Site, select
+from vbp.sites.layers import channel_dim, groups_of, reads, rows
+from vbp.sites.site import Reader, Site, select
 
 
 class FisherCollector:
@@ -32,7 +32,7 @@ class FisherCollector:
     def __init__(
         self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
     ) -> None:
-        self._sites = [site for site in sites if site.consumer]
+        self._readers = [(reader, site.hidden) for site in sites for reader in site.readers]
         self._pairs = [site for site in sites if site.kind == "query_key"]
         self._probes, self._pivots = probes, pivots or {}
         self._images = 0
@@ -44,13 +44,14 @@ class FisherCollector:
     def watching(self, model: nn.Module) -> AbstractContextManager[None]:
         """Hold on to queries, and to what consumers read and return, during a forward pass in the body, for `see`."""
         hooks: list[tuple[nn.Module, Hook]] = [
-            (model.get_submodule(site.consumer), partial(self._record, site.name)) for site in self._sites
+            (model.get_submodule(reader.layer), partial(self._record, reader, hidden))
+            for reader, hidden in self._readers
         ]
         makers = {site.name: model.get_submodule(site.producers[0]) for site in self._pairs}
         return hooked([*hooks, *((maker, partial(self._record_made, name)) for name, maker in makers.items())])
 
-    def _record(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        self._seen[name] = args[0].detach(), output, module
+    def _record(self, reader: Reader, hidden: int, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        self._seen[reader.key] = args[0].detach().narrow(channel_dim(module), reader.first, hidden), output, module
 
     def _record_made(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._queries[name] = output, channel_dim(module)
@@ -62,7 +63,8 @@ class FisherCollector:
             InputError: A consumer did not run, or its output cannot be divided by image.
         """
         run = self._seen.keys() | self._queries.keys()
-        if missing := [site.name for site in (*self._sites, *self._pairs) if site.name not in run]:
+        names = [*(reader.key for reader, _ in self._readers), *(site.name for site in self._pairs)]
+        if missing := [name for name in names if name not in run]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
         images = logits.shape[0]
         outputs = max((output.shape[channel_dim(layer)] for _, output, layer in self._seen.values()), default=1)
@@ -86,7 +88,7 @@ class FisherCollector:
             if name not in self._sums:
                 self._sums[name] = self._empty(name, in_float32(rows(h, dim, images)), slopes.shape[-1])
             for read in reads(layer, h, output):
-                self._add_(name, in_float32(rows(read, dim, images)), slopes, left, right)
+                self._add_(name, in_float32(rows(read, dim, images)), slopes, left, right, groups_of(layer))
             sums = self._sums[name]
             self._sums[name] = SiteSensitivity(sums.images + images, sums.pivot, sums.inputs, sums.outputs)
         self._images += images
@@ -114,15 +116,24 @@ class FisherCollector:
         inputs, outputs = (read.new_zeros(size, size, dtype=torch.float64) for size in (read.shape[-1] + 1, out))
         return SiteSensitivity(0, pivot.double(), inputs, outputs)
 
-    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor) -> None:
-        """Add what a consumer reads, at one offset of its kernel; in the place of padding it reads 0."""
-        sums, out, hidden = self._sums[name], slopes.shape[-1], read.shape[-1]
+    def _add_(self, name: str, read: Tensor, slopes: Tensor, left: Tensor, right: Tensor, groups: int) -> None:
+        """Add what a consumer reads, at one offset of its kernel; in the place of padding it reads 0.
+
+        An output has a weight for the channels of its own group alone.
+        """
+        sums = self._sums[name]
         with torch.autocast(read.device.type, enabled=False):
-            centred = F.pad(read - sums.pivot.to(read.dtype), (0, 1), value=1.0)
-            sketch = ((slopes @ left[:, :out].to(read.dtype)).transpose(1, 2) @ centred).flatten(0, 1)
-            sums.inputs.add_(sketch.T @ sketch, alpha=1 / left.shape[-1])
-            sketch = ((centred[..., :-1] @ right[:, :hidden].to(read.dtype)).transpose(1, 2) @ slopes).flatten(0, 1)
-            sums.outputs.add_(sketch.T @ sketch, alpha=1 / right.shape[-1])
+            centred = read - sums.pivot.to(read.dtype)
+            parts = (tensor.chunk(groups, -1) for tensor in (centred, slopes))
+            for group, (values, slope) in enumerate(zip(*parts, strict=True)):
+                out, hidden = slope.shape[-1], values.shape[-1]
+                outputs, inputs = slice(group * out, (group + 1) * out), slice(group * hidden, (group + 1) * hidden)
+                with_bias = F.pad(values, (0, 1), value=1.0)
+                sketch = ((slope @ left[:, outputs].to(read.dtype)).transpose(1, 2) @ with_bias).flatten(0, 1)
+                places = [*range(inputs.start, inputs.stop), read.shape[-1]]
+                _add_block_(sums.inputs, places, sketch, 1 / left.shape[-1])
+                sketch = ((values @ right[:, inputs].to(read.dtype)).transpose(1, 2) @ slope).flatten(0, 1)
+                _add_block_(sums.outputs, range(outputs.start, outputs.stop), sketch, 1 / right.shape[-1])
 
     def finish_pairs(self) -> dict[str, LogitSensitivity]:
         """Return the sums of queries and keys by site name, on the CPU, symmetric to the last bit.
@@ -150,6 +161,16 @@ class FisherCollector:
             inputs, outputs = ((matrix + matrix.T) / 2 for matrix in (sums.inputs, sums.outputs))
             sensitivities[name] = SiteSensitivity(sums.images, sums.pivot, inputs, outputs)
         return sensitivities
+
+
+def _add_block_(sums: Tensor, places: Sequence[int], sketch: Tensor, factor: float) -> None:
+    """Add the square of a sketch to the rows and columns of a matrix at some places."""
+    square = sketch.T @ sketch
+    if len(places) == len(sums):
+        sums.add_(square, alpha=factor)
+        return
+    index = torch.tensor(list(places), device=sums.device)
+    sums[index[:, None], index] += factor * square
 
 
 def _check_finite(name: str, *sums: Tensor) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.runtime.forward import logits_of
+from vbp.runtime.forward import copy_model, logits_of
 from vbp.runtime.processes import Processes
 from vbp.sites.site import Site, weight_slices
 from vbp.statistics.batches import class_numbers, labelled_for
@@ -28,7 +27,7 @@ class GradientSum:
 
     def __init__(self, model: nn.Module, sites: Sequence[Site], device: torch.device | str | None = None) -> None:
         """Begin with no images, on a copy of the dense model; they go to the device, by default the model's."""
-        self._model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._model = copy_model(model).eval().requires_grad_(False)
         self._device = torch.device(device) if device is not None else next(model.parameters()).device
         names = dict.fromkeys(part.parameter for site in sites for part in weight_slices(model, site))
         self._weights = {name: self._model.get_parameter(name).requires_grad_() for name in names}

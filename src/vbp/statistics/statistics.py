@@ -42,15 +42,16 @@ class Statistics:
 
     Attributes:
         moments: Site name -> moments of its hidden channels where the consumer reads them; of query/key channels,
-            which no layer reads, `<name>#query` and `<name>#key` -> moments where they are made.
+            which no layer reads, `<name>#query` and `<name>#key` -> moments where they are made. For a layer that
+            reads the channels beside the consumer, `<name>#read:<layer>` -> moments there.
         images: Calibration images seen.
         model: Fingerprint of the model that was observed.
         data: Fingerprint of the images and their preprocessing; empty if the caller gave none.
         covariances: The names of `moments` -> second moments of all channels of a site together, over a share of
             the tokens, those of keys about the mean of their image; empty if they were not collected.
         token_fraction: That share.
-        sensitivities: Name of an MLP or value site -> how much the predictions depend on its consumer; empty if not
-            collected.
+        sensitivities: Name of an MLP or value site -> how much the predictions depend on its consumer, likewise for
+            other layers that read it; empty if not collected.
         logit_sensitivities: Name of a query/key site -> how much the predictions depend on its logits, likewise.
 
     Example:
@@ -142,7 +143,10 @@ class Statistics:
                         f"{path} must hold the covariance of {name} for the refit, got means and variances alone; "
                         "leave --stats_path out to collect it, or compensate with the mean"
                     )
-            if sensitivity and site.name not in (self.sensitivities if site.consumer else self.logit_sensitivities):
+            held = self.sensitivities if site.consumer else self.logit_sensitivities
+            if sensitivity and not all(
+                name in held for name in [reader.key for reader in site.readers] or [site.name]
+            ):
                 raise InputError(
                     f"{path} must hold the sensitivity of {site.name} for the criterion auto, got none; leave "
                     "--stats_path out to collect it, or choose another criterion"
@@ -278,5 +282,7 @@ def _decoded(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Statis
 
 
 def observed_names(site: Site) -> tuple[str, ...]:
-    """Return the names under which statistics of a site are kept: its own, or one for queries and one for keys."""
-    return (site.name + QUERY, site.name + KEY) if site.kind == "query_key" else (site.name,)
+    """Return the names under which statistics of a site are kept: of queries and keys, or of each reader."""
+    if site.kind == "query_key":
+        return (site.name + QUERY, site.name + KEY)
+    return tuple(reader.key for reader in site.readers)

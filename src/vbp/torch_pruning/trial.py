@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import nn
 
 from vbp.errors import InputError, first_line
+from vbp.runtime.forward import copy_model
 from vbp.sites.cutting import HeadChange, update_attributes_
 from vbp.sites.propagation import tensors_in
 from vbp.torch_pruning.graph import logged_warnings
@@ -45,7 +45,7 @@ def check_removals(graph: Any, removals: Sequence[Removal], example_inputs: Any,
 
 
 def _failure(graph: Any, removals: Sequence[Removal], example_inputs: Any, forward: Any) -> str | None:
-    trial = copy.deepcopy(graph.model).eval()
+    trial = copy_model(graph.model).eval()
     try:
         with torch.no_grad():
             expected = _shapes(forward(trial, example_inputs)) if len(removals) > 1 else None

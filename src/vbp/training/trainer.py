@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import AdamW
 
 from vbp.errors import InputError
+from vbp.models.weights import load_weights_
 from vbp.runtime.forward import logits_of
 from vbp.runtime.precision import Precision, in_float32, move_
 from vbp.runtime.processes import Processes
@@ -298,7 +299,7 @@ class Trainer:
             shared: From `state_dict`.
             own: From `process_state` of the process with this rank.
         """
-        self.student.load_state_dict(shared["student"])
+        load_weights_(self.student, shared["student"])
         self.optimizer.load_state_dict(shared["optimizer"])
         self.scheduler.load_state_dict(shared["scheduler"])
         self._scaler.load_state_dict(shared["scaler"])

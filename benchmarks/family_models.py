@@ -1,0 +1,134 @@
+"""The smallest model of every image family of timm, torchvision and transformers, with random weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from vbp.errors import first_line
+from vbp.runtime.forward import logits_of
+
+Library = Literal["timm", "torchvision", "transformers"]
+CLASSES = 10
+
+# Edges of images, in pixels, of which the first is taken that a model runs on; then its own.
+_SIZES = (64, 96, 128, 160, 192, 224, 256)
+
+# Parts of names by which small members of a family go, for families too large to build all of them.
+_SMALL = "test atto femto pico nano xxs xxt tiny lite0 xs 050 mini small b0 18".split()
+_CANDIDATES = 12
+
+
+def smallest(library: str, families: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], str]]]:
+    """Return each family with a function that finds its smallest model."""
+
+    def wanted(family: str) -> bool:
+        return not families or any(part in family for part in families)
+
+    if library == "timm":
+        import timm
+
+        for family in timm.list_modules():
+            names = timm.list_models(module=family)
+            if names and wanted(family):
+                yield family, lambda names=names: _fewest_parameters(names)  # type: ignore[misc]
+    elif library == "torchvision":
+        import torchvision
+
+        modules: dict[str, list[str]] = {}
+        for name in torchvision.models.list_models(module=torchvision.models):
+            modules.setdefault(torchvision.models.get_model_builder(name).__module__.rpartition(".")[2], []).append(
+                name
+            )
+        for family, names in modules.items():
+            if wanted(family):
+                size = lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]  # noqa: E731
+                yield family, lambda names=names, size=size: min(names, key=size)  # type: ignore[misc]
+    else:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+        for family, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
+            if wanted(family):
+                yield family, lambda classes=classes: classes if isinstance(classes, str) else classes[0]  # type: ignore[misc]
+
+
+def _fewest_parameters(names: list[str]) -> str:
+    import timm
+
+    def rank(name: str) -> tuple[int, int]:
+        return next((place for place, part in enumerate(_SMALL) if part in name), len(_SMALL)), len(name)
+
+    sizes = {}
+    for name in sorted(names, key=rank)[:_CANDIDATES]:
+        try:
+            with torch.device("meta"):
+                sizes[name] = sum(parameter.numel() for parameter in timm.create_model(name).parameters())
+        except (RuntimeError, NotImplementedError, ValueError, TypeError):
+            continue  # needs real tensors
+    return min(sizes, key=lambda name: sizes[name]) if sizes else min(names, key=rank)
+
+
+def build(library: str, name: str, size: int | None = None) -> nn.Module:
+    """Return the model with random weights, for images of this size where it must know."""
+    torch.manual_seed(0)
+    if library == "timm":
+        import timm
+
+        arguments = {} if size is None else {"img_size": size}
+        try:
+            model: nn.Module = timm.create_model(name, num_classes=CLASSES, **arguments)
+        except TypeError:
+            model = timm.create_model(name, num_classes=CLASSES)
+    elif library == "torchvision":
+        import torchvision
+
+        model = torchvision.models.get_model(name, weights=None, num_classes=CLASSES)
+    else:
+        import transformers
+
+        kind = getattr(transformers, name)
+        model = kind(kind.config_class(num_labels=CLASSES))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            # No scale of 0 or 1e-6 hides a mistake.
+            if parameter.ndim <= 1 and parameter.is_floating_point():
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.double().eval()
+
+
+def images(count: int, size: int) -> Tensor:
+    """Return random images."""
+    generator = torch.Generator().manual_seed(count)
+    return torch.randn(count, 3, size, size, generator=generator, dtype=torch.float64)
+
+
+def runnable(library: str, name: str) -> tuple[int, Callable[[], nn.Module]]:
+    """Return the smallest size of images that the model runs on, and how it is built for it.
+
+    Raises:
+        RuntimeError: It runs on none.
+    """
+    own, reason = _own_size(library, name), ""
+    for size in (*(size for size in _SIZES if size < own), own):
+        for asked in (size, None) if library == "timm" else (None,):
+            try:
+                model = build(library, name, asked)
+                with torch.no_grad():
+                    logits_of(model(images(2, size)))
+            except Exception as error:  # noqa: BLE001 (of any library, for any reason)
+                reason = first_line(error)
+                continue
+            return size, lambda asked=asked: build(library, name, asked)  # type: ignore[misc]
+    raise RuntimeError(f"it runs on no image: {reason}")
+
+
+def _own_size(library: str, name: str) -> int:
+    if library == "timm":
+        import timm
+
+        return int(timm.get_pretrained_cfg(name, allow_unregistered=True).input_size[-1])
+    return 299 if "inception" in name else 224

@@ -90,7 +90,7 @@ def test_taylor_is_the_slope_of_the_loss_along_each_layer_of_a_channel() -> None
 
     def slope(part: Any) -> float:
         gate = torch.ones((), dtype=torch.float64, requires_grad=True)
-        scale = torch.ones(part.channels, dtype=torch.float64).index_fill(0, torch.tensor([channel]), 0.0)
+        scale = torch.ones(len(part.places), dtype=torch.float64).index_fill(0, torch.tensor([channel]), 0.0)
         scale = scale + gate * (1 - scale)
         weight = parameters[part.parameter].detach()
         gated = weight * (scale[:, None] if part.dim == 0 else scale)

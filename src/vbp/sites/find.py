@@ -311,7 +311,7 @@ class _Finder:
             ()
             if all(inner_channels(self.model.get_submodule(name)) == len(ids) for name, _ in inner)
             else tuple(first for _, first in inner),
-            strides=tuple(strides) if any(stride != len(ids) // heads for stride in strides) else (),
+            strides=tuple(strides) if kind != "mlp" and any(one != len(ids) // heads for one in strides) else (),
         )
 
     def _why_unfit(self, groups: list[list[int]], consumers: list[str]) -> str:

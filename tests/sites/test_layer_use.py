@@ -232,9 +232,9 @@ def test_an_error_midway_leaves_the_model_bit_for_bit(compensated: bool) -> None
     """Kin to reports of models that are half pruned after an exception."""
     torch.manual_seed(0)
     model = Blocks()
-    model.set_submodule("blocks.2.fc1", Stubborn(8, 12))
     images = torch.randn(20, 8)
     sites = find_sites(model, images)
+    model.set_submodule("blocks.2.fc1", Stubborn(8, 12))
     statistics = collect_statistics(model, sites, [images])
     plan = PruningPlan(tuple(SitePlan(site, (0, 3, 5)) for site in sites), 0.25, "per_layer")
     parameters, before = dict(model.named_parameters()), copy.deepcopy(model.state_dict())

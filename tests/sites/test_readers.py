@@ -172,6 +172,23 @@ def test_the_parts_of_a_concatenation_are_sites_of_their_own() -> None:
     assert len(stem.inner) == 4
 
 
+class Shuffle(nn.Module):
+    """Two layers whose channels alternate in what a third one reads, as in ShuffleNet; and an MLP."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(16, 6)
+        self.up, self.down = nn.Linear(6, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        both = torch.stack([self.first(x).relu(), self.second(x).relu()], -1)
+        return self.down(self.up(self.last(both.flatten(1))).relu())
+
+
+def test_channels_that_alternate_are_no_sites() -> None:
+    assert [site.name for site in find_sites(built(Shuffle), VECTORS[:1])] == ["up"]
+
+
 @pytest.mark.parametrize("kind", [TwoReaders, SqueezeAndExcitation, Fire, Grouped, Dense])
 def test_the_refit_is_no_worse_at_any_reader(kind: type[nn.Module]) -> None:
     model, images = built(kind), VECTORS if kind is TwoReaders else IMAGES

@@ -164,10 +164,14 @@ class _Finder:
         runs: dict[tuple[int, ...], tuple[list[int], _Readers]] = {}
         for read in self.trace.reads:
             first = 0
-            for _, part in groupby(read.ids.tolist(), lambda identity: layers(channels.root(identity))):
+            pieces: dict[str, list[int]] = {}
+            for key, part in groupby(read.ids.tolist(), lambda identity: layers(channels.root(identity))):
                 ids = list(part)
-                _, readers = runs.setdefault(tuple(map(channels.root, ids)), (ids, []))
-                readers.append((read.layer, first))
+                if (before := pieces.setdefault(str(key), ids)) is ids:
+                    _, readers = runs.setdefault(tuple(map(channels.root, ids)), (ids, []))
+                    readers.append((read.layer, first))
+                else:  # as behind a shuffle of channels
+                    channels.leak([*before, *ids], f"{read.layer}, in scattered columns")
                 first += len(ids)
         yield from runs.values()
 

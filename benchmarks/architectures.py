@@ -45,7 +45,7 @@ Each family below is built small (few blocks, random weights), checked by `tests
   keeps the same number of channels, and saving and training work. Where attention cannot be pruned, the reason stands
   in its place: asking for it is an error that leaves the model as it was, and the MLP sites can be pruned without it;
 - principal basis: in how many of these attentions directions can go in the place of channels
-  ([Attention](how_it_works.md#attention)). The change of basis alone changes no logit (float64, 1e-10).
+  ([Attention](mathematics.md#attention)). The change of basis alone changes no logit (float64, 1e-10).
 
 The MACs are those of the small model on one image, before and after pruning the MLP sites alone.
 """

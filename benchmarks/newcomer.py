@@ -27,11 +27,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A line with one of these words says something of the model.
 USEFUL = re.compile(r"top-1|MACs|dense|results in|images|\d %|onnx|speed-up|blocks\.")
-MODEL = "test_vit"
 # What a newcomer types, in this order; {digit} is one of the demo's images.
 COMMANDS = (
     "make demo",
-    f"vbp inspect {MODEL} --allow_random_init",
+    "vbp inspect deit_tiny_patch16_224",
     "vbp run --data_path output/demo/data --model_name output/demo/run --keep_ratio 0.7 --epochs_ft 0 "
     "--num_workers 0 --save_dir output/smaller",
     "vbp eval output/demo/run --data_path output/demo/data --num_workers 0",

@@ -30,7 +30,7 @@ test: install
 # Material announces at each build that it ends in May 2027. Its successor, Zensical, runs no hooks yet.
 docs: install
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-	@echo 'open build/site/index.html, or for the search: $(BIN)/python -m http.server --directory build/site'
+	@echo 'open build/site/index.html'
 
 clean:
 	rm -rf .venv output build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

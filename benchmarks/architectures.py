@@ -49,7 +49,7 @@ Each family below is built small (few blocks, random weights), checked by `tests
   *Split* says that `vbp.split_attention_(model)` gave these attentions layers of their own, as `vbp run` and
   `vbp.prune` do where attention is pruned. Values go alone where something stands between queries, keys and softmax;
 - principal basis: in how many of these attentions directions can go in the place of channels
-  ([Attention](how_it_works.md#attention)), and the largest change of a logit by the change of basis alone, in float64
+  ([Attention](mathematics.md#attention)), and the largest change of a logit by the change of basis alone, in float64
   with noticeable weights, for images of which the statistics are and others: at most 1e-10.
 
 The MACs are those of the small model on one image, before and after pruning the MLP sites alone.

@@ -11,7 +11,7 @@ from families import FAMILIES
 from timm.data.imagenet_info import ImageNetInfo
 
 from vbp import load_classifier
-from vbp.models.class_names import dataset_class_names, huggingface_class_names, timm_class_names
+from vbp.models.class_names import dataset_class_names, huggingface_class_names, is_imagenet, timm_class_names
 
 
 def test_pretrained_imagenet_heads_are_named() -> None:
@@ -70,3 +70,12 @@ def test_datasets_name_their_classes(folders: list[str], classes: int, first: st
 def test_a_part_of_the_classes_names_none() -> None:
     assert dataset_class_names(["cat", "dog"], 3) is None
     assert dataset_class_names([], 1000) is None
+
+
+def test_imagenet_is_known_by_its_class_names() -> None:
+    names = tuple(ImageNetInfo("imagenet-1k").label_descriptions())
+    assert is_imagenet(names, 1000)
+    assert not is_imagenet(names[::-1], 1000)
+    assert not is_imagenet([f"class {number}" for number in range(1000)], 1000)
+    assert not is_imagenet(None, 1000)
+    assert not is_imagenet(names[:10], 10)

@@ -7,6 +7,7 @@ import re
 import runpy
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,13 +85,16 @@ def test_no_training_at_all(lines: list[str]) -> None:
     assert shifted + 5 < refitted < dense
 
 
-def test_the_notebook_is_stored_without_outputs() -> None:
-    for cell in json.loads((EXAMPLES / "tutorial.ipynb").read_text())["cells"]:
-        assert cell.get("outputs", []) == []
-        assert cell.get("execution_count") is None
+def printed(cells: list[dict[str, Any]]) -> tuple[str, int]:
+    """Return what cells of a notebook print, all but warnings, and the number of their pictures."""
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    lines = ["".join(output["text"]) for output in outputs if output.get("name") == "stdout"]
+    return "".join(lines), sum("image/png" in output.get("data", {}) for output in outputs)
 
 
-def test_the_notebook_runs(digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_notebook_runs_and_is_stored_with_its_outputs(
+    digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Nothing of the user's own set-up counts, and nothing is written there.
     for name in ("JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR", "IPYTHONDIR"):
         monkeypatch.setenv(name, str(tmp_path / name))
@@ -111,7 +115,14 @@ def test_the_notebook_runs(digits: Path, tmp_path: Path, monkeypatch: pytest.Mon
     complaints = [output.text for output in outputs if output.output_type == "stream" and output.name == "stderr"]
     # tqdm would rather draw its bars with ipywidgets; the notebook draws none.
     assert [text for text in complaints if "IProgress not found" not in text] == []
-    assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
-    text = "".join(output.get("text", "") for output in outputs)
-    dense, shifted, refitted = (float(value) for value in re.findall(r"([\d.]+) % top-1", text)[:3])
+    stored = json.loads((EXAMPLES / "tutorial.ipynb").read_text())["cells"]
+    (text, pictures), (stored_text, stored_pictures) = printed(notebook.cells), printed(stored)
+    assert pictures == stored_pictures >= 2
+    # Run benchmarks/notebook_outputs.py where the notebook or what it prints has changed; digits may differ.
+    assert re.sub(r"[\d.\s]+", " ", text) == re.sub(r"[\d.\s]+", " ", stored_text)
+    accuracies, stored_accuracies = (
+        [float(value) for value in re.findall(r"([\d.]+) % top-1", of)] for of in (text, stored_text)
+    )
+    dense, shifted, refitted = accuracies
     assert shifted < refitted < dense
+    assert accuracies == pytest.approx(stored_accuracies, abs=0.5)

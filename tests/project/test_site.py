@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -84,6 +85,27 @@ def test_pages_load_nothing_from_elsewhere(site: Path, pages: dict[Path, Page]) 
     assert [address for address in sorted(loaded) if re.match(r"(\w+:)?//", address)] == []
     for sheet in site.rglob("*.css"):
         assert re.findall(r"(?:url\(|@import)\s*[\"']?(?:https?:)?//[^)]*", sheet.read_text()) == [], sheet
+
+
+def test_the_search_works_from_the_disk(site: Path, tmp_path: Path) -> None:
+    assert (site / "search/search_index.js").read_text().startswith("var __index = ")
+    chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+    if chromium is None:
+        pytest.skip("no browser is installed")
+    command = [
+        chromium, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=60000", "--dump-dom",
+        f"{(site / 'index.html').as_uri()}?q=retention",
+    ]  # fmt: skip
+    shown = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    assert re.search(r"[1-9]\d* matching documents", shown)
+
+
+def test_guide_mathematics_and_laboratory_notes_are_apart(pages: dict[Path, Page], site: Path) -> None:
+    text = (site / "index.html").read_text()
+    places = [text.index(f"{part}\n") for part in ("Guide", "Mathematics", "Laboratory notes", "Reference")]
+    assert places == sorted(places)
+    assert {"pruning.svg", "retention.svg"} <= {*pages[site / "index.html"].loaded}, "the start page has pictures"
 
 
 def test_every_link_within_the_site_has_its_target(site: Path, pages: dict[Path, Page]) -> None:

@@ -16,7 +16,7 @@ from vbp.cli.options import InspectConfig
 from vbp.deploy.hub import check_login
 from vbp.recipes.config import DemoConfig
 from vbp.recipes.demo import demo_run_config
-from vbp.recipes.publish import base_model_of, publish_artifact, published_settings
+from vbp.recipes.publish import base_model_of, changed_settings, publish_artifact, published_settings
 
 
 @pytest.fixture
@@ -135,3 +135,9 @@ def test_what_tries_again_names_the_base_model(config: RunConfig) -> None:
     assert str(caught.value).split("later: ")[1] == (
         f"vbp.push_to_hub('{config.save_dir / 'artifact'}', 'me/digits', base_model='google/vit')"
     )
+
+
+def test_changed_settings_are_those_that_are_not_as_by_default() -> None:
+    assert changed_settings(RunConfig("data").to_dict()) == ("data_path",)
+    changed = RunConfig("data", mean=(0.5, 0.5, 0.5), model_kwargs={"depth": 4}, crop_scale=(0.08, 1.0), use_kd=True)
+    assert {*changed_settings(changed.to_dict())} == {"data_path", "mean", "model_kwargs", "use_kd"}

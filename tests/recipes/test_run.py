@@ -10,6 +10,7 @@ import os
 import pickle
 import signal
 import time
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
@@ -36,6 +37,7 @@ from vbp.data.data_path import list_images
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, PREPROCESSING, WEIGHTS, write_digits
 from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
+from vbp.recipes.measure import machine
 from vbp.recipes.run import run
 from vbp.recipes.setup import Job, prepare
 from vbp.runtime.decode import to_json
@@ -70,6 +72,12 @@ def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
     assert set(summary["seconds"]) == {"calibration", "planning", "surgery", "finetune", "evaluation"}
     assert all(seconds > 0 for seconds in summary["seconds"].values())
     assert summary["config"] == config.to_dict() == json.loads((config.save_dir / "config.json").read_text())
+    assert datetime.fromisoformat(report.date).tzinfo is not None
+    assert report.hardware == machine(torch.device("cpu"))
+    assert report.command
+    assert report.changed is not None
+    assert {"model_name", "data_path", "epochs_ft"} <= {*report.changed} < {*config.to_dict()}
+    assert not report.imagenet
     rows = [json.loads(line) for line in (config.save_dir / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1]
     assert rows[1]["top1"] == summary["final"]["top1"]

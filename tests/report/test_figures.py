@@ -182,6 +182,49 @@ def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
     assert variance_spectra(run) is None
 
 
+def test_no_chart_has_a_single_dot(tmp_path: Path) -> None:
+    stages = [{"images": 450, "changed": None}, {"images": 901, "changed": 0.003}]
+    write_run(tmp_path, convergence={"stages": stages, "converged": 901})
+    run = read_run(tmp_path)
+    assert plan_convergence(run.report) is None
+    assert training_curves(run.report, run.epochs[:2]) is None
+    assert training_curves(run.report, run.epochs[:3]) is not None
+
+
+def test_published_points_stand_beside_runs_on_imagenet_alone(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    drawing = accuracy_against_macs(RunReport.read(tmp_path))
+    assert drawing is not None
+    assert len(drawing.rows) == 1 + sum(point.removed > 0 for point in PAPER_POINTS)
+    write_run(tmp_path, imagenet=False)
+    assert accuracy_against_macs(RunReport.read(tmp_path)) is None
+
+
+def test_a_cut_is_drawn_only_where_the_ranking_is_by_variance(tmp_path: Path) -> None:
+    values = torch.tensor([[0.0, 1.0, -3.0, 2.0], [0.0, -1.0, 3.0, -2.0]], dtype=torch.float64)
+    by_variance, other = (run_of(tmp_path / str(keep), values, keep, "mean") for keep in ((2, 3), (0, 2)))
+    assert [spectrum.cut for run in (by_variance, other) for spectrum in spectra(run)] == [True, False]
+    for run, drawn in ((by_variance, True), (other, False)):
+        drawing = variance_spectra(run)
+        assert drawing is not None
+        assert (b">cut<" in drawing.svg) is drawn
+        assert ("The line is the cut" in drawing.caption) is drawn
+    # Of equal variances those that are kept come first.
+    (spectrum,) = spectra(run_of(tmp_path / "equal", torch.zeros(5, 3, dtype=torch.float64), (1,), "mean"))
+    assert spectrum.cut
+
+
+def test_the_spectrum_is_as_wide_as_the_page_and_names_its_axes(tmp_path: Path) -> None:
+    write_run(tmp_path, 12)
+    drawing = variance_spectra(read_run(tmp_path))
+    assert drawing is not None
+    assert drawing.wide
+    box = drawing.inline_svg.split('viewBox="')[1].split('"')[0].split()
+    assert float(box[2]) > 650
+    for name in (b"channels of a site, the largest variance first", b">variance<"):
+        assert name in drawing.svg
+
+
 def test_a_loss_that_became_nan_is_drawn(tmp_path: Path) -> None:
     write_run(tmp_path)
     rows = [{"epoch": epoch, "top1": 1.0, "top5": 5.0, "train_loss": math.nan} for epoch in range(3)]
@@ -230,11 +273,12 @@ def test_accuracies_are_drawn_with_their_standard_errors(tmp_path: Path, monkeyp
     assert "dense 80.00 ± 2.00 %" in steps.alt
     accuracy_against_macs(run)
     assert drawn["accuracy_macs"][0] == [[50.0, 62.5 - 3.125], [50.0, 62.5 + 3.125]]
-    curves = training_curves(run, [{"epoch": 0, "top1": 50.0, "top5": 90.0}, {"epoch": 1, "top1": 0.0, "top5": 1.0}])
+    epochs = [{"epoch": epoch, "top1": top1, "top5": 90.0} for epoch, top1 in enumerate((50.0, 0.0, 0.0))]
+    curves = training_curves(run, epochs)
     # At 0 % a count does not tell the error.
     assert drawn["training"] == [[[0.0, 47.5], [0.0, 52.5]]]
     assert curves is not None
-    assert [row[1] for row in curves.rows] == ["50.00 ± 2.50", "0.00"]
+    assert [row[1] for row in curves.rows] == ["50.00 ± 2.50", "0.00", "0.00"]
     assert "one standard error" in curves.caption
     latency_bars(run)
     assert drawn["latency"] == [[[11.96, 0.0], [12.06, 0.0]], [[9.96, 1.0], [10.06, 1.0]]]

@@ -199,20 +199,41 @@ def test_the_numbers_are_those_of_the_summary(page: Element, summary: dict[str, 
 
 def test_the_page_says_how_the_run_was_made(page: Element, summary: dict[str, Any]) -> None:
     tables = {table.all("caption")[0].text: table for table in page.all("table") if table.all("caption")}
-    settings = dict(tables["Configuration"].rows)
-    assert settings == {
-        "model_name": "deit_tiny_patch16_224",
-        "compensation": "mean",
-        "keep_ratio": "0.5",
-        "mean": "-",
-    }
+    settings = dict(tables["Settings that were changed from the defaults"].rows)
+    assert settings == {"model_name": "deit_tiny_patch16_224", "keep_ratio": "0.5"}
+    (folded,) = [item for item in page.all("details") if item.attributes.get("class") == "folded"]
+    assert dict(folded.rows) == {"compensation": "mean", "mean": "-"}
+    assert "open" not in folded.attributes
+    assert summary["command"] in [code.text for code in page.all("code")]
+    assert f"{summary['date']} on {summary['hardware']}" in [item.text for item in page.all("p")]
     assert dict(tables["Versions"].rows) == summary["versions"]
-    assert dict(tables["Wall-clock time"].rows) == {"calibration": "12.3", "finetune": "56.8"}
+    assert dict(tables["Wall-clock time"].rows) == {"calibration": "12.3 s", "finetune": "1.1 min"}
+
+
+def test_a_report_of_an_earlier_version_shows_all_settings(tmp_path: Path) -> None:
+    write_run(tmp_path, changed=None, command=None, date=None, hardware=None)
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
+    tables = {table.all("caption")[0].text: table for table in page.all("table") if table.all("caption")}
+    assert len(tables["Settings"].rows) == 4
+    assert not [item for item in page.all("details") if item.attributes.get("class") == "folded"]
+
+
+def test_numbers_are_aligned_to_the_right_and_names_are_not(page: Element) -> None:
+    def aligned(table: Element) -> list[bool]:
+        rows = table.all("thead")[0].all("tr") + table.all("tbody")[0].all("tr")
+        ways = {tuple(cell.attributes.get("class") == "number" for cell in row.children) for row in rows}
+        (way,) = ways
+        return list(way)
+
+    assert aligned(figure(page, "accuracy")) == [False, True, True, True]
+    assert aligned(figure(page, "training")) == [True] * 6
+    tables = {table.all("caption")[0].text: table for table in page.all("table") if table.all("caption")}
+    assert aligned(tables["Versions"]) == [False, False]
 
 
 def test_the_snippet_loads_the_artefact(page: Element, folder: Path) -> None:
-    snippets = [code.text for code in page.all("code") if "load_pruned" in code.text]
-    (call,) = [node for node in ast.walk(ast.parse(snippets[0])) if isinstance(node, ast.Call)]
+    (snippet,) = [code.text for code in page.all("code") if "load_pruned" in code.text]
+    (call,) = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
     assert [ast.literal_eval(argument) for argument in call.args] == [os.fspath(folder / "vbp_best.pth")]
 
 
@@ -244,13 +265,13 @@ def test_the_page_says_which_row_each_file_is(tmp_path: Path) -> None:
     write_run(tmp_path, best=small)
     (tmp_path / "vbp_final.pth").write_bytes(b"")
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
-    told = (
-        "Of the files, no epoch was better than none: artifact/ and vbp_best.pth hold the row 'pruned, mean shift', "
-        "vbp_final.pth 'fine-tuned, final (epoch 3)'."
-    )
+    told = "No epoch of fine-tuning was better than the pruned model without it."
     assert told in [item.text for item in page.all("p")]
-    headings = [item.text for item in page.all("h3")]
-    assert {"vbp_best.pth: pruned, mean shift", "vbp_final.pth: fine-tuned, final (epoch 3)"} <= {*headings}
+    (section,) = page.all("section", **{"aria-labelledby": "load"})
+    assert [row[:2] for row in section.rows] == [
+        ["vbp_best.pth", "pruned, mean shift"], ["vbp_final.pth", "fine-tuned, final (epoch 3)"],
+    ]  # fmt: skip
+    assert all(len(row[2]) > 20 for row in section.rows), "why to take it"
     assert (tmp_path / "report.md").read_text(encoding="utf-8").endswith("  # pruned, mean shift\n```\n")
 
 
@@ -269,15 +290,16 @@ def test_figures_are_files_too(folder: Path) -> None:
 
 def test_the_page_tells_of_the_budget_and_of_the_plans_that_were_tried(tmp_path: Path) -> None:
     told = "budget target_macs 0.94 G MACs (dense 1.26 G MACs): 0.93 G MACs; met"
+    budget = {"sentence": told, "met": True, "budget": {"quantity": "target_macs"}}
     tried = [
         {"name": "equal shares", "divergence": 0.3, "widths": {}},
         {"name": "priced", "divergence": 0.125, "widths": {}},
     ]
-    write_run(tmp_path, budget={"sentence": told}, candidates=tried)
+    write_run(tmp_path, budget=budget, candidates=tried)
     text = write_report(tmp_path).read_text()
     assert f"Asked for and reached: {told}." in text
     assert "0.1250" in text
-    write_run(tmp_path)
+    write_run(tmp_path, budget=budget | {"budget": {"quantity": "keep_ratio"}})  # no budget was asked for
     text = write_report(tmp_path).read_text()
     assert "Asked for" not in text
     assert "auto tried" not in text
@@ -290,6 +312,12 @@ def test_the_page_says_what_each_refit_did(tmp_path: Path) -> None:
     write_run(tmp_path, **RefitReport(producers, stream, head).to_dict())
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
     assert [item.text for item in page.all("li")] == [one.sentence() for one in (producers, stream, head)]
+    (section,) = page.all("section", **{"aria-labelledby": "refits"})
+    assert [(row[0], *row[2:]) for row in section.rows] == [
+        ("layers that make the channels", "0.3750", "0.2500", "-33.3 %"),
+        ("residual stream", "0.5000", "0.5000", "+0.0 %"),
+        ("last layer", "0.2500", "0.2500", "+0.0 %"),
+    ]
     write_run(tmp_path, head={**RefitReport(head=head).to_dict()["head"], "sentence": HOSTILE})
     page = Page(write_report(tmp_path).read_text(encoding="utf-8")).root
     assert [item.text for item in page.all("li")] == [HOSTILE]

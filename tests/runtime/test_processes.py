@@ -1,7 +1,8 @@
-"""The device of a process, on a machine that says it has GPUs."""
+"""The device of a process, on a machine that says it has GPUs; the command that started it."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from unittest import mock
 
@@ -10,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from vbp import InputError
-from vbp.runtime.processes import Processes, device_of
+from vbp.runtime.processes import Processes, command_line, device_of
 
 
 @pytest.fixture
@@ -53,3 +54,20 @@ def test_the_cpu_is_taken_where_it_is_asked_for_or_alone(chosen: list[int]) -> N
     with mock.patch.object(torch.cuda, "is_available", return_value=False):
         assert device_of("auto", Processes()) == torch.device("cpu")
     assert chosen == []
+
+
+@pytest.mark.parametrize(
+    ("words", "typed"),
+    [
+        (["/env/bin/python3", "/env/bin/vbp", "run", "--data_path", "my data"], "vbp run --data_path 'my data'"),
+        (["/env/bin/python3", "benchmarks/run.py", "--use_kd"], "python3 benchmarks/run.py --use_kd"),
+        (["/env/bin/python3", "-m", "mine"], "python3 -m mine"),
+        (["/env/bin/python3"], "python3"),
+    ],
+)
+def test_the_command_line_is_what_was_typed(words: list[str], typed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "orig_argv", words)
+    monkeypatch.delitem(sys.modules, "ipykernel", raising=False)
+    assert command_line() == typed
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    assert command_line() == ""

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vbp.data.labels import IMAGENET_CLASSES, ClassNames, labels_by_name
+from vbp.errors import InputError
 
 # What transformers calls the classes of a model that was given no names.
 PLACEHOLDER = re.compile(r"LABEL_\d+")
@@ -36,6 +37,16 @@ def huggingface_class_names(config: Mapping[str, Any]) -> ClassNames | None:
     if sorted(labels) != list(range(len(labels))) or all(PLACEHOLDER.fullmatch(name) for name in labels.values()):
         return None
     return tuple(labels[index] for index in range(len(labels)))
+
+
+def is_imagenet(class_names: Sequence[str] | None, num_classes: int) -> bool:
+    """Return whether the classes are the 1,000 of ImageNet-1k, in the order of every pretrained head."""
+    if class_names is None or num_classes != IMAGENET_CLASSES:
+        return False
+    try:
+        return labels_by_name(class_names, num_classes, "the model") == list(range(num_classes))
+    except InputError:
+        return False  # names of its own, some of which are ImageNet's too
 
 
 def dataset_class_names(folders: Sequence[str], num_classes: int) -> ClassNames | None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 from functools import partial
 
+import torch
 from torch import nn
 
 from vbp.cost.macs import count_macs, count_parameters
-from vbp.cost.timing import LatencyComparison, compare_models
+from vbp.cost.timing import LatencyComparison, compare_models, hardware
 from vbp.errors import InputError
 from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
@@ -72,3 +73,9 @@ def compare_latency(job: Job, pruned: nn.Module) -> LatencyComparison:
     timed = job.session.processes.from_main(compare)
     _log.info("speed-up %s at %s: %s", timed.speedup_text, timed.conditions, timed.latency_text)
     return timed
+
+
+def machine(device: torch.device) -> str:
+    """Return the processor, and the GPU where that is the device."""
+    names = [hardware(torch.device("cpu"))]
+    return "; ".join(names if device.type == "cpu" else [*names, hardware(device)])

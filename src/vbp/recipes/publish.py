@@ -15,6 +15,7 @@ from vbp.errors import InputError, OutputError
 from vbp.recipes.config import RunConfig
 from vbp.recipes.options import Role, fields_with
 from vbp.report.run_report import BEST, RunReport
+from vbp.runtime.decode import to_json
 
 _ALWAYS: Final = frozenset({"model_name", "keep_ratio", "criterion", "compensation", "epochs_ft"})
 
@@ -69,16 +70,24 @@ def published_settings(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     # What was asked for in the place of a ratio is there instead.
     other = any(value is not None for name, value in config.items() if name.startswith("target_"))
-    private = fields_with(RunConfig, Role.LOCAL, Role.SPEED, Role.LAUNCH)
-    usual = {field.name: field.default for field in dataclasses.fields(RunConfig)}
+    private, changed = fields_with(RunConfig, Role.LOCAL, Role.SPEED, Role.LAUNCH), changed_settings(config)
     return {
         name: value
         for name, value in config.items()
         if name not in private
-        and (name in _ALWAYS or value != (list(d) if isinstance(d := usual[name], tuple) else d))
+        and (name in _ALWAYS or name in changed)
         and not (name == "model_name" and Path(value).exists())
         and not (name == "keep_ratio" and other)
     }
+
+
+def changed_settings(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the names of the settings of a run that are not the defaults of `vbp run`."""
+    usual = {
+        field.name: field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        for field in dataclasses.fields(RunConfig)
+    }
+    return tuple(name for name, value in config.items() if value != to_json(usual[name]))
 
 
 def _metrics(report: RunReport) -> dict[str, Any]:

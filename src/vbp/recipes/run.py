@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from datetime import datetime
 from functools import partial
 from typing import Any
 
@@ -15,15 +16,16 @@ from vbp.deploy.artifact import PrunedArtifact, installed_versions, rebuild_
 from vbp.deploy.artifact_files import ARTIFACT, remove_folder
 from vbp.deploy.open_model import is_pruned, open_dense, open_model
 from vbp.errors import InputError
+from vbp.models.class_names import is_imagenet
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.checks import check_config
 from vbp.recipes.config import FinetuneConfig, RunConfig
 from vbp.recipes.finetune import check_memory, finetune
 from vbp.recipes.folder import ASKED, BEGUN, begin_anew, clear_halves, own_folder
-from vbp.recipes.measure import compare_latency, describe, measure, measure_dense
+from vbp.recipes.measure import compare_latency, describe, machine, measure, measure_dense
 from vbp.recipes.prune import keep_plan, prune_copy
-from vbp.recipes.publish import check_shipping, publish_artifact, write_artifact
+from vbp.recipes.publish import changed_settings, check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG, ended_run, way_on
 from vbp.recipes.setup import Job, Resumed, make_refits, open_session, prepare
 from vbp.refit.refits import Refits
@@ -33,7 +35,7 @@ from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.forward import copy_model
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.runtime.precision import move_
-from vbp.runtime.processes import Processes, restarts
+from vbp.runtime.processes import Processes, command_line, restarts
 from vbp.runtime.session import Session
 from vbp.training.checkpoints import checked_content, clear_checkpoints
 
@@ -252,15 +254,20 @@ def _uncompensated(job: Job, choice: PlanChoice) -> Measured | None:
 
 
 def _circumstances(job: Job) -> dict[str, Any]:
-    """Return device, versions, seconds and files of this attempt: an earlier one may have run elsewhere."""
-    folder = job.config.save_dir
+    """Return when, where and by which command this attempt ran: an earlier one may have run elsewhere."""
+    folder, config, classifier = job.config.save_dir, job.config.to_dict(), job.classifier
     return {
         "seconds": dict(job.session.seconds),
         "device": job.session.device.type,
         "processes": job.session.processes.world,
         "versions": installed_versions(),
-        "config": job.config.to_dict(),
+        "config": config,
         "files": {name: str(folder / name) for name in (*_FILES, ARTIFACT)},
+        "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
+        "command": command_line(),
+        "hardware": machine(job.session.device),
+        "changed": changed_settings(config),
+        "imagenet": is_imagenet(classifier.class_names, classifier.num_classes),
     }
 
 

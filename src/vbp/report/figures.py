@@ -36,9 +36,9 @@ _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P
 
 
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
-    """Draw accuracy and loss over the epochs; None where nothing was fine-tuned."""
+    """Draw accuracy and loss over the epochs; None with fewer than two epochs of fine-tuning."""
     tuned, images = [row for row in epochs if row["epoch"] > 0], run.base.images
-    if not tuned:
+    if len(tuned) < 2:
         return None
     with canvas(4.0, nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (above, below)):
         above.axhline(run.base.top1, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
@@ -79,10 +79,10 @@ def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Draw
 
 
 def plan_convergence(run: RunReport) -> Drawing | None:
-    """Draw how the plan converged as the calibration images doubled; None with fewer than two stages."""
+    """Draw how the plan converged as the calibration images doubled; None with fewer than two doublings."""
     stages = [] if run.convergence is None else run.convergence["stages"]
     changes = [(stage["images"], 100 * stage["changed"]) for stage in stages if stage["changed"] is not None]
-    if run.convergence is None or not changes:
+    if run.convergence is None or len(changes) < 2:
         return None
     converged = run.convergence["converged"]
     with canvas(2.8) as (figure, axes):
@@ -125,7 +125,8 @@ def accuracy_steps(run: RunReport) -> Drawing:
         ]
         labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts, spans)
         axes.set_xlabel("top-1 accuracy (%)")
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        # The texts beside the bars need room beyond 100 %.
+        axes.set_xticks([tick for tick in MaxNLocator(5).tick_values(*axes.get_xlim()) if 0 <= tick <= 100])
     return Drawing(
         "accuracy",
         "Accuracy step by step",
@@ -141,9 +142,9 @@ def accuracy_steps(run: RunReport) -> Drawing:
 
 
 def accuracy_against_macs(run: RunReport) -> Drawing | None:
-    """Draw what is left of accuracy against what is left of the MACs, beside the paper's points."""
+    """Draw what is left of accuracy against what is left of the MACs beside the paper's points; None off ImageNet."""
     base = run.base
-    if base.top1 <= 0 or base.macs <= 0:
+    if not run.imagenet or base.top1 <= 0 or base.macs <= 0:
         return None
     with canvas(4.1) as (figure, axes):
         _paper(axes)
@@ -153,6 +154,7 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
             error = model.top1_error
             error_bars(axes, [left], [top1], [None if error is None else 100 * error / base.top1])
         axes.plot(*zip((100, 100), pruned, strict=True), color=BLUE, linewidth=1, linestyle=":")
+        axes.plot(100, 100, "o", color=INK, markersize=6, label="dense")
         axes.plot(*pruned, "o", color=BLUE, markersize=9, label="this run, pruned")
         if run.final.epoch:
             axes.plot(*best, "*", color=GREEN, markersize=15, label="this run, best", markeredgecolor=INK)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Final
@@ -10,6 +11,7 @@ from typing import Final
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
+from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import OutputError, printable
 from vbp.report.figures import (
     accuracy_against_macs,
@@ -21,23 +23,35 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
-from vbp.report.run_report import FIGURES, FinishedRun, RunReport, read_run, setting_text
+from vbp.report.refit_effect import COLUMNS, refit_rows
+from vbp.report.run_report import BEST, FIGURES, FINAL, FinishedRun, RunReport, read_run, setting_text
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, text_bytes, write_bytes
-from vbp.runtime.tables import format_count, markdown_table
+from vbp.runtime.tables import format_count, format_seconds, is_number, markdown_table
 
 REPORT, MARKDOWN = "report.html", "report.md"
 
+_SHORT_NAME: Final = 28
+
+# For what to take each file with weights.
+_TAKE: Final = {
+    ARTIFACT: "To use or to publish: it has the highest validation top-1 of all epochs, epoch 0 (untuned) included. "
+    "A folder of safetensors and JSON, with the preprocessing, and the class names where they are known.",
+    BEST: "The same weights in one file.",
+    FINAL: "To compare with published results: the last epoch was not chosen by the validation images.",
+}
+
 # Figures that a run may lack, all but the accuracy.
 _MISSING: Final = {
-    "accuracy_macs": "Accuracy against MACs: the dense model has no accuracy or no MACs to compare with.",
+    "accuracy_macs": "Accuracy against MACs: the published points are of ImageNet-1k, and need a dense model with "
+    "some accuracy to compare with.",
     "latency": "Latency: it was not measured.",
-    "training": "Fine-tuning: nothing was fine-tuned.",
+    "training": "Fine-tuning: there were fewer than two epochs, too few for a curve.",
     "kept_channels": "Kept channels: the model has no sites.",
     "reconstruction": "Reconstruction error: it was not measured, and the folder holds no plan or no statistics.",
     "spectrum": "Variance spectrum: the folder holds no plan or no statistics.",
-    "convergence": "Convergence of the plan: the statistics came from a file, or there were too few images to tell.",
+    "convergence": "Convergence of the plan: the statistics came from a file, or from too few images for a curve.",
 }
 
 
@@ -130,22 +144,45 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
         inline={name: Markup(drawing.inline_svg) for name, drawing in drawings.items()},
         missing=_MISSING,
         candidates=[(one["name"], f"{one['divergence']:.4f}") for one in run.candidates],
+        refits=refit_rows(run),
+        refit_columns=COLUMNS,
         artefacts=artefacts,
-        held=_rows_of_files(run),
+        files=_files(run, [name for name, _ in artefacts]),
         markdown=summary_row(run),
-        seconds=[(stage, f"{seconds:.1f}") for stage, seconds in run.seconds.items()],
-        settings=[(name, setting_text(value)) for name, value in run.config.items()],
+        seconds=[(stage, format_seconds(seconds)) for stage, seconds in run.seconds.items()],
+        changed=_settings(run, changed=True),
+        unchanged=_settings(run, changed=False),
+        numeric=_numeric,
+        short_names=_short_names,
     )
+
+
+def _numeric(rows: Iterable[Sequence[str]]) -> list[bool]:
+    """Return for each column whether it holds numbers alone, which are aligned to the right."""
+    columns = [[cell for cell in column if cell not in ("", "-")] for column in zip(*rows, strict=True)]
+    return [bool(cells) and all(map(is_number, cells)) for cells in columns]
+
+
+def _short_names(rows: Iterable[Sequence[str]]) -> bool:
+    """Return whether names stay in one line; longer ones may break, so that no column is cut off in print."""
+    return all(len(row[0]) <= _SHORT_NAME for row in rows)
+
+
+def _settings(run: RunReport, *, changed: bool) -> list[tuple[str, str]]:
+    """Return the settings that were changed from the defaults, or the others; where that is not known all are."""
+    names = run.config if run.changed is None else run.changed
+    return [(name, setting_text(value)) for name, value in run.config.items() if (name in names) == changed]
 
 
 def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return the main results: label, number, remark."""
     base, pruned, best = run.base, run.pruned, run.best
+    error = "" if best.top1_error is None else f"± {best.top1_error:.2f}; "
     keys = [
         (
             "Top-1 accuracy",
-            f"{best.top1_text} %",
-            f"dense {base.top1_text} %, right after pruning {pruned.top1_text} %",
+            f"{best.top1:.2f} %",
+            f"{error}dense {base.top1_text} %, right after pruning {pruned.top1_text} %",
         ),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
     ]
@@ -156,7 +193,7 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
         remarks = [f"quartiles {spread.low:.2f}x to {spread.high:.2f}x", run.latency.conditions, run.macs_text]
         keys.append(("Speed-up", f"{spread.median:.2f}x", "; ".join(filter(None, remarks))))
     processes = "one process" if run.processes == 1 else f"{run.processes} processes"
-    return [*keys, ("Time", f"{sum(run.seconds.values()) / 60:.1f} min", processes)]
+    return [*keys, ("Time", format_seconds(sum(run.seconds.values())), processes)]
 
 
 def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:
@@ -166,6 +203,16 @@ def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:
     (name, path), rows = artefacts[0], _rows_of_files(run)
     held = f"  # {rows[name]}" if name in rows else ""
     return f"\n```python\nimport vbp\n\nmodel = vbp.load_pruned({path}){held}\n```\n"
+
+
+def _files(run: RunReport, names: Sequence[str]) -> list[tuple[str, str, str]]:
+    """Return for each file with weights in the folder which model it holds, and for what to take it."""
+    rows = _rows_of_files(run)
+    return [
+        (f"{name}/" if name == ARTIFACT else name, rows[name], _TAKE[name])
+        for name in (ARTIFACT, BEST, FINAL)
+        if name in names
+    ]
 
 
 def _rows_of_files(run: RunReport) -> dict[str, str]:

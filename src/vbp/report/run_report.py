@@ -96,6 +96,11 @@ class RunReport:
         head: The same of the refit of the last layer, `HeadRefit`.
         batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
         attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
+        date: When the report was made: date, time and time zone.
+        command: The command that made it; empty in a notebook.
+        hardware: Processor and GPU.
+        changed: Settings that differ from the defaults of `vbp run`; None where that is not known.
+        imagenet: Whether the classes are those of ImageNet-1k, as in the published results.
 
     Example:
         >>> vbp.run(config).sites
@@ -126,6 +131,11 @@ class RunReport:
     head: Mapping[str, Any] | None = None
     batchnorm: Mapping[str, Any] | None = None
     attention: float | None = None
+    date: str = ""
+    command: str = ""
+    hardware: str = ""
+    changed: Sequence[str] | None = None
+    imagenet: bool = False
 
     @property
     def models(self) -> dict[str, Measured]:
@@ -162,6 +172,12 @@ class RunReport:
             return f"{ARTIFACT}/, {BEST} and {FINAL} hold the row {best!r}"
         untuned = "" if self.best.epoch else "no epoch was better than none: "
         return f"{untuned}{ARTIFACT}/ and {BEST} hold the row {best!r}, {FINAL} {final!r}"
+
+    @property
+    def budget_text(self) -> str:
+        """Return whether the plan meets what was asked for; empty where nothing but a ratio was, and it is met."""
+        asked = self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"])
+        return self.budget["sentence"] if asked else ""
 
     @property
     def macs_text(self) -> str:
@@ -248,9 +264,7 @@ class RunReport:
         if self.latency is not None:
             facts = [f"speed-up {self.latency.speedup_text}, median and quartiles, at {self.latency.conditions}"]
             lines.append("; ".join(filter(None, [*facts, self.macs_text])))
-        if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
-            lines.append(self.budget["sentence"])
-        return "\n".join([*lines, self.file_text])
+        return "\n".join(filter(None, [*lines, self.budget_text, self.file_text]))
 
 
 def setting_text(value: Any) -> str:

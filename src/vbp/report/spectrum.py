@@ -27,6 +27,11 @@ class Spectrum:
     scores: npt.NDArray[np.float64]
     kept: npt.NDArray[np.bool_]
 
+    @property
+    def cut(self) -> bool:
+        """Return whether a cut separates what is kept from what is removed: whether the ranking is by variance."""
+        return bool(self.kept[: self.kept.sum()].all())
+
 
 def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
     """Return the spectrum of each site in the order of the plan; none without plan or statistics.
@@ -43,7 +48,7 @@ def spectra(run: FinishedRun) -> tuple[Spectrum, ...]:
         values = scores[entry.site.name].double().cpu().numpy()
         kept = np.zeros(entry.site.hidden, dtype=bool)
         kept[list(entry.keep)] = True
-        order = np.argsort(-values, kind="stable")
+        order = np.lexsort((~kept, -values))  # of equal ones those that are kept come first
         spectra_of_sites.append(Spectrum(entry.site.name, values[order], kept[order]))
     return tuple(spectra_of_sites)
 
@@ -115,7 +120,15 @@ def short_names(names: Sequence[str]) -> tuple[str, tuple[str, ...]]:
 
 # Drawn over as many decades as the largest values need; what lies below is drawn at the bottom.
 _DECADES: Final = 8
-_GAP: Final = (0.12, 0.55)
+_GAP: Final = (0.14, 0.5)
+_WIDTH: Final = 9.6
+
+# What is said of the cut, by whether all panels have one, and whether any has.
+_CUT: Final = {
+    (True, True): "The line is the cut: what lies right of it was removed.",
+    (False, True): "The line is the cut; a panel without one is not ranked by variance alone, and both colours mix.",
+    (False, False): "The ranking is not by variance alone, so there is no cut, and both colours mix.",
+}
 
 
 def variance_spectra(run: FinishedRun) -> Drawing | None:
@@ -124,27 +137,30 @@ def variance_spectra(run: FinishedRun) -> Drawing | None:
     if not all_spectra:
         return None
     columns = _columns(all_spectra)
-    rows = -(-len(all_spectra) // columns)
+    rows, cuts = -(-len(all_spectra) // columns), [spectrum.cut for spectrum in all_spectra]
     top = max(float(spectrum.scores[0]) for spectrum in all_spectra)
     high = np.ceil(np.log10(top)) if top > 0 else 0.0
     smallest = min((float(s.scores[s.scores > 0].min()) for s in all_spectra if (s.scores > 0).any()), default=1.0)
     low = max(float(np.floor(np.log10(smallest))), high - _DECADES, -300.0)
     low = min(low, high - 1)
-    with canvas(0.7 + rows * (1.35 if columns < 3 else 1.05 if columns == 3 else 0.92)) as (figure, axes):
+    # The height of a panel is about half of its width.
+    with canvas(0.9 + rows * (4.6 / columns + 0.35), width=_WIDTH) as (figure, axes):
         _panels(axes, all_spectra, columns, low, high)
         figure.legend(loc="outside upper center", ncols=3)
+        figure.supxlabel("channels of a site, the largest variance first", fontsize=9.5)
+        figure.supylabel("variance", fontsize=9.5)
     entries = run.plan.sites if run.plan else ()
     query_key = any(entry.site.kind == "query_key" and entry.basis == "channels" for entry in entries)
     principal = any(entry.basis == "principal" for entry in entries)
     return Drawing(
         "spectrum",
         "Variance spectrum of each site",
-        "Channels of a site from the largest variance to the smallest (logarithmic, the same scale in all panels); "
-        "the line is the cut. Where the ranking is not by variance alone, both colours lie on both sides of it."
+        "Channels of a site from the largest variance to the smallest (logarithmic, the same scale in all panels). "
+        + _CUT[all(cuts), any(cuts)]
         + (" Query/key channels show the product of their mean squares instead." if query_key else "")
         + (" Attention is not shown: it is cut in its principal basis, by directions." if principal else ""),
-        f"Spectra of {len(all_spectra)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right, "
-        "and what lies right of its cut was removed.",
+        f"Spectra of {len(all_spectra)} sites, from {10**low:.0e} to {10**high:.0e}; each falls from left to right. "
+        + _CUT[all(cuts), any(cuts)],
         ("Site", "Channels", "Kept", "Largest", "Median", "Smallest", "Smallest kept", "Largest removed"),
         tuple(_spectrum_row(spectrum) for spectrum in all_spectra),
         *render(figure, "spectrum"),
@@ -166,14 +182,15 @@ def _panels(axes: Axes, all_spectra: tuple[Spectrum, ...], columns: int, low: fl
     samples = int(np.clip(3000 / len(all_spectra), 24, 120))
     areas: dict[bool, list[npt.NDArray[np.float64]]] = {True: [], False: []}
     cuts, floors = [], []
-    size = 8.5 if columns < 3 else 7.5
+    size = 8.5
     for index, (spectrum, label) in enumerate(zip(all_spectra, labels, strict=True)):
         left = (index % columns) * (1 + _GAP[0])
         bottom = -(index // columns) * (1 + _GAP[1])
         for kept, area in outlines(spectrum, samples, low, high):
             areas[kept].append(area + np.array([left, bottom]))
-        cut = left + spectrum.kept.mean()
-        cuts.append([(cut, bottom), (cut, bottom + 1)])
+        if spectrum.cut:
+            cut = left + spectrum.kept.mean()
+            cuts.append([(cut, bottom), (cut, bottom + 1)])
         floors.append([(left, bottom), (left + 1, bottom)])
         axes.text(left, bottom + 1.06, f"{label}: {spectrum.kept.mean():.0%} kept", fontsize=size, va="bottom")
         if index % columns == 0:
@@ -181,7 +198,8 @@ def _panels(axes: Axes, all_spectra: tuple[Spectrum, ...], columns: int, low: fl
                 axes.text(left - 0.03, bottom + place, _power(exponent), fontsize=7, ha="right", va="center")
     for kept, colour, label in ((True, BLUE, "kept"), (False, ORANGE, "removed")):
         axes.add_collection(PolyCollection(areas[kept], facecolor=colour, edgecolor="none", label=label))
-    axes.add_collection(LineCollection(cuts, color=INK, linewidth=1, label="cut"))
+    if cuts:
+        axes.add_collection(LineCollection(cuts, color=INK, linewidth=1, label="cut"))
     axes.add_collection(LineCollection(floors, color=GREY, linewidth=0.7))
     rows = -(-len(all_spectra) // columns)
     axes.set_xlim(-0.02, columns * (1 + _GAP[0]) - _GAP[0] + 0.02)
@@ -213,11 +231,10 @@ def outlines(spectrum: Spectrum, samples: int, low: float, high: float) -> list[
 
 
 def _columns(all_spectra: tuple[Spectrum, ...]) -> int:
-    if len(all_spectra) <= 4:
-        return min(2, len(all_spectra))
     # Long names need room beside each other.
     longest = max(len(label) for label in short_names([spectrum.site for spectrum in all_spectra])[1])
-    return 2 if longest > 14 else 3 if longest > 6 or len(all_spectra) <= 12 else 4
+    most = 3 if longest > 14 else 4 if longest > 6 or len(all_spectra) <= 12 else 6
+    return max(2, min(most, len(all_spectra)))
 
 
 def _power(exponent: float) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from types import FrameType
 from typing import TypeVar, cast
 
@@ -120,6 +123,17 @@ def launched() -> Processes:
             f"RANK must be below WORLD_SIZE, got {processes.rank} and {processes.world}; start with torchrun"
         )
     return processes
+
+
+def command_line() -> str:
+    """Return the command that started this process as one would type it; empty in a notebook."""
+    if "ipykernel" in sys.modules:
+        return ""
+    interpreter, *words = sys.orig_argv
+    program = words[0] if words else interpreter
+    # What pip puts into bin/ is typed by its name.
+    installed = Path(program).parent == Path(interpreter).parent and not program.startswith("-")
+    return shlex.join([Path(program).name, *words[1:]] if installed else [Path(interpreter).name, *words])
 
 
 def restarts() -> int:

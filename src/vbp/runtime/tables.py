@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from vbp.errors import printable
+
+_NUMBER: Final = re.compile(
+    r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?( ± [\d.]+)?( ?(%|x|ms|s|min|h|k|M|G))?( \([\d.]+ to [\d.]+\))?|-?inf|nan"
+)
 
 
 def text_table(rows: Iterable[Sequence[str]], align: str = "l", widths: Sequence[int] = ()) -> str:
@@ -53,6 +59,31 @@ def format_count(number: int) -> str:
         if number >= scale:
             return f"{number / scale:.2f} {unit}"
     return str(number)
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time as people read it: 0.25 s, 7.5 s, 3.2 min, 1.4 h.
+
+    Example:
+        >>> format_seconds(7.54), format_seconds(192)
+        ('7.5 s', '3.2 min')
+    """
+    for scale, unit in ((3600, "h"), (60, "min")):
+        if seconds >= scale:
+            return f"{seconds / scale:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{seconds:.2f} s"
+
+
+def is_number(text: str) -> bool:
+    """Return whether a cell of a table holds a number, which is aligned to the right.
+
+    It may have a sign, a standard error, a unit, and quartiles in brackets.
+
+    Example:
+        >>> [is_number(cell) for cell in ("97.77 ± 0.49", "3.74 M", "1.26x (1.25 to 1.27)", "2.14.1", "8 sites")]
+        [True, True, True, False, False]
+    """
+    return _NUMBER.fullmatch(text) is not None
 
 
 def standard_error(percent: float, images: int | None) -> float | None:

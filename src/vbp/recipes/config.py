@@ -227,6 +227,8 @@ class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptio
     teacher: str | None = "source"
     """With --use_kd: the model to distil from: source for the dense model that the pruned one was made from, or
     another as for vbp run --model_name."""
+    epochs_ft: int = 10
+    """Epochs of fine-tuning, at least 1."""
     save_dir: Path = Path("./output/finetune")
     """Where log, checkpoints and report go."""
 

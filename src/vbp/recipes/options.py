@@ -208,7 +208,7 @@ class ProcessOptions:
     timeout_minutes: Speed[float] = 30.0
     """Longest wait of one process for another before the job ends with an error."""
     save_dir: Launch[Path] = Path("./output/vbp")
-    """Where log, checkpoints and report go: ./output/vbp unless told otherwise."""
+    """Where log, checkpoints and report go."""
     overwrite: Launch[bool] = False
     """Replace the results of another run in save_dir."""
     seed: Result[int] = 0

@@ -15,8 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from vbp import __version__
 from vbp.cli.parse import parse
 from vbp.errors import InputError, Interrupted, OutputError, PeerError, printable
-from vbp.runtime.log_file import LineFormatter
+from vbp.runtime.log_file import LineFormatter, told_if_slow
 from vbp.runtime.signals import reading_processes, stop_at_sigterm
+
+_log = logging.getLogger(__name__)
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -94,7 +96,8 @@ def run_benchmark(script: str) -> int:
 def _loading() -> Iterator[None]:
     """Report an interrupt while flags are read and libraries load: nothing has begun."""
     try:
-        yield
+        with told_if_slow(_log, "loading the libraries") if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(number, "interrupted before anything began") from None
@@ -112,7 +115,9 @@ def guarded(job: Callable[[], None]) -> int:
     handler.setFormatter(LineFormatter(f"{place}%(message)s"))
     handler.setLevel(logging.WARNING if place else logging.NOTSET)
     logger = logging.getLogger("vbp")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         with stop_at_sigterm():
             code = _code(job, place)
@@ -123,6 +128,7 @@ def guarded(job: Callable[[], None]) -> int:
         code = 1
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     if code and _among_others():
         # Threads and handles of the process group could wait for processes that are gone.
         sys.stdout.flush()

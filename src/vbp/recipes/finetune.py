@@ -27,7 +27,7 @@ from vbp.report.run_report import BEST, FINAL, METRICS, Measured, RunReport
 from vbp.runtime.files import write_bytes
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.signals import Interruption
-from vbp.training.checkpoints import checked_content, save_checkpoint
+from vbp.training.checkpoints import CHECKPOINTS, checked_content, save_checkpoint
 from vbp.training.losses import DistillationLoss
 from vbp.training.memory import dry_step
 from vbp.training.meters import EpochResult, steps_per_epoch
@@ -94,7 +94,7 @@ class _Progress:
         }
         folder = self.job.config.save_dir
         path = save_checkpoint(folder, content, epoch=trainer.epoch, batch=trainer.batches_done)
-        _log.info("checkpoint %s", path)
+        _log.debug("checkpoint %s", path)
 
     def write_rows(self) -> None:
         """Write a line for each epoch."""
@@ -181,9 +181,9 @@ def _loader(job: Job) -> tuple[ImageLoader, int]:
     steps = steps_per_epoch(len(loader), config.grad_accum)
     _log.info(
         "fine-tuning: %d images a step (%d x %d processes x %d accumulated), %d steps an epoch, peak learning rate "
-        "%g as given",
+        "%g as given; checkpoints after each epoch in %s",
         config.train_batch_size * processes.world * config.grad_accum, config.train_batch_size, processes.world,
-        config.grad_accum, steps, config.lr_ft,
+        config.grad_accum, steps, config.lr_ft, config.save_dir / CHECKPOINTS,
     )  # fmt: skip
     return loader, steps
 

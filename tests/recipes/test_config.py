@@ -65,6 +65,10 @@ PUBLISHED: dict[str, Any] = {
     "std": None,
     "weight_decay": 0.01,
     "label_smoothing": 0.0,
+    "auto_augment": None,
+    "reprob": 0.0,
+    "drop_path": 0.0,
+    "layer_decay": 1.0,
     "mixup": 0.0,
     "cutmix": 0.0,
     "ema": False,
@@ -240,6 +244,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
     ({"ema": True, "ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
     ({"ema_decay": 0.5}, "ema_decay change nothing without a moving average"),
+    ({"auto_augment": "rand-x"}, "auto_augment must be a policy of timm, .* got 'rand-x'"),
+    ({"reprob": 1.5}, r"reprob must be a probability in \[0, 1\], got 1.5"),
+    ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+    ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0.0"),
+    ({"epochs_ft": 0, "layer_decay": 0.75}, "layer_decay change nothing without fine-tuning"),
     ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0"),
     ({"timeout_minutes": 0.0}, "timeout_minutes must be above 0, got 0.0"),
     ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be at least 0, got -1.0"),
@@ -290,7 +299,8 @@ def test_flags_that_work_together_pass(changed: dict[str, Any]) -> None:
 # The lists of names that the roles stand in place of.
 TUNING = (
     "train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T teacher grad_accum weight_decay warmup_epochs clip_grad "
-    "label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing checkpoint_minutes log_dir"
+    "label_smoothing auto_augment reprob drop_path layer_decay mixup cutmix ema ema_decay compile "
+    "grad_checkpointing checkpoint_minutes log_dir"
 )
 FREE = (
     "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "

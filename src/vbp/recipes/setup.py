@@ -48,7 +48,9 @@ from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import checked_content, read_checkpoint
+from vbp.training.drop_path import check_drop_path
 from vbp.training.memory import enable_gradient_checkpointing_
+from vbp.training.optim import check_layer_decay
 from vbp.training.tensorboard import check_tracking
 
 _log = logging.getLogger(__name__)
@@ -227,6 +229,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
     check_prunable(model, sites, example)
+    check_drop_path(config.drop_path, model)
+    check_layer_decay(config.layer_decay, model)
     rules = plan_rules(config, session, sites)
     batch = latency_batch(model, example, at_most=config.val_batch_size, size=config.latency_batch)
     target = find_target(config, session, model, sites, example, batch, rules, planned=resumed is not None)

@@ -90,6 +90,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "resume": (None, ["auto"], "auto"),
     "checkpoint_minutes": (30.0, ["5"], 5.0),
     "log_dir": (None, ["logs"], Path("logs")),
+    "processes": (1, ["2"], 2),
     "timeout_minutes": (30.0, ["5"], 5.0),
     "batchnorm": ("keep", ["match"], "match"),
     "include": ((), ["blocks.0.*", "*.fc1"], ("blocks.0.*", "*.fc1")),

@@ -25,6 +25,7 @@ PUBLISHED: dict[str, Any] = {
     "train_batch_size": 64,
     "val_batch_size": 128,
     "num_workers": 4,
+    "processes": 1,
     "keep_ratio": 0.65,
     "global_pruning": False,
     "norm_per_layer": False,
@@ -235,6 +236,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_latency_ms": 0.0}, "target_latency_ms must be a number above 0, got 0.0"),
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
+    ({"processes": 0}, "processes must be at least 1, got 0"),
     ({"prefetch": 0}, "prefetch must be at least 1, got 0"),
     ({"max_pixels": 0}, "max_pixels must be at least 1, got 0; 178956970 is usual"),
     ({"prefetch": 4, "num_workers": 0}, "prefetch changes nothing without num_workers"),
@@ -304,14 +306,14 @@ TUNING = (
 )
 FREE = (
     "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "
-    "log_dir push_to_hub stats_path best_effort allow_bad_dense"
+    "log_dir push_to_hub stats_path best_effort allow_bad_dense processes"
 )
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher processes"
 )
-INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
+INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense processes"
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
     "matmul_precision "

@@ -55,8 +55,8 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "stats_path": "FILE", "compile": "", "grad_checkpointing": "",
     },
     "long runs": {
-        "resume": "auto|PATH", "checkpoint_minutes": "MINUTES", "disable_ddp": "", "timeout_minutes": "MINUTES",
-        "local_rank": "N",
+        "resume": "auto|PATH", "checkpoint_minutes": "MINUTES", "processes": "N", "disable_ddp": "",
+        "timeout_minutes": "MINUTES", "local_rank": "N",
     },
     "output": {
         "save_dir": "FOLDER", "folder": "FOLDER", "output": "FILE", "overwrite": "", "log_dir": "FOLDER",

@@ -73,7 +73,7 @@ def check_pruning(config: PruneConfig) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels")
+    counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels", "processes")
     for name, usual in ((name, default_of(name)) for name in counts):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")

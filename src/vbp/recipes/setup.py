@@ -187,6 +187,11 @@ class Job(PruneJob):
 def open_session(config: RunConfig) -> Iterator[Session]:
     """Join the processes of the job, and choose device and precision."""
     with process_group(config.device, config.timeout_minutes) as (processes, device), reading_processes():
+        if config.processes not in (1, processes.world):
+            raise InputError(
+                f"processes must be left out, or as many as torchrun started, got {config.processes} in a job of "
+                f"{processes.world}; the commands start them, a call of vbp.run does not"
+            )
         yield Session(processes, device, Precision.choose(config.amp, device), dict.fromkeys(_STAGES, 0.0))
 
 

@@ -78,6 +78,10 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "warmup_epochs": (0.0, ["0.5"], 0.5),
     "clip_grad": (None, ["1"], 1.0),
     "label_smoothing": (0.0, ["0.1"], 0.1),
+    "auto_augment": (None, ["rand-m9-mstd0.5-inc1"], "rand-m9-mstd0.5-inc1"),
+    "reprob": (0.0, ["0.25"], 0.25),
+    "drop_path": (0.0, ["0.1"], 0.1),
+    "layer_decay": (1.0, ["0.75"], 0.75),
     "mixup": (0.0, ["0.8"], 0.8),
     "cutmix": (0.0, ["1"], 1.0),
     "ema_decay": (0.9998, ["0.999"], 0.999),
@@ -86,6 +90,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "resume": (None, ["auto"], "auto"),
     "checkpoint_minutes": (30.0, ["5"], 5.0),
     "log_dir": (None, ["logs"], Path("logs")),
+    "processes": (1, ["2"], 2),
     "timeout_minutes": (30.0, ["5"], 5.0),
     "batchnorm": ("keep", ["match"], "match"),
     "include": ((), ["blocks.0.*", "*.fc1"], ("blocks.0.*", "*.fc1")),
@@ -179,22 +184,101 @@ def help_text(command: Callable[[], Any], capsys: pytest.CaptureFixture[str]) ->
     return capsys.readouterr().out
 
 
-def test_the_help_shows_every_flag_with_underscores_and_its_default(
+def entries(text: str) -> dict[str, str]:
+    """Return the flags and arguments of a help, and their texts on one line."""
+    found: dict[str, str] = {}
+    for line in text.splitlines():
+        if match := re.match(r"  (--\w+|[A-Z.]{3,}.*?)(?: |$)(.*)", line):
+            found[name := match[1]] = match[2]
+        elif line.startswith("      ") and found:
+            found[name] += " " + line
+    return {name: " ".join(words.split()) for name, words in found.items()}
+
+
+def test_the_help_shows_every_flag_with_underscores_and_the_defaults_of_this_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setenv("COLUMNS", "100")
     text = help_text(lambda: parse(RunConfig, ["--help"], SCRIPT, PAPER), capsys)
-    assert SCRIPT in text
-    assert set(re.findall(r"--([a-z][\w-]*)", text)) == {"help", "data_path", "no_hflip", "config", *FLAGS}
-    # Flags stand in the third column, after the frame that a terminal gets.
-    lines = [line[2:].rstrip(" \N{BOX DRAWINGS LIGHT VERTICAL}") for line in text.splitlines()]
+    shown = entries(text)
+    assert set(shown) == {f"--{name}" for name in {"data_path", "no_hflip", "config", *FLAGS}}
     for name, (default, _, _) in FLAGS.items():
-        (start,) = [number for number, line in enumerate(lines) if re.match(rf"--{name}\b", line)]
-        entry = " ".join(" ".join(lines[start : start + 4]).split())
-        shown = re.search(r"\(default: (.*?)\)", entry)
-        assert shown is not None
-        text_of = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
-        assert shown[1].strip("'") == text_of, name
+        expected = " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
+        if default is None or default is False or default in ((), {}):
+            assert "(default:" not in shown[f"--{name}"], name
+        else:
+            assert shown[f"--{name}"].endswith(f"(default: {expected})"), name
+    assert shown["--data_path"].endswith("(required)")
+    assert shown["--no_hflip"].startswith("Turn off what is on by default: mirror half of the training images")
+
+
+def test_the_help_of_the_script_shows_the_script(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = help_text(lambda: parse(RunConfig, ["--help"], SCRIPT, PAPER), capsys).splitlines()
+    assert lines[0] == f"usage: torchrun --nproc_per_node=N {SCRIPT} --data_path FOLDER [flags]"
+    assert lines[1] == f"       python {SCRIPT} --disable_ddp --data_path FOLDER [flags]"
+    (example,) = [line for line in lines if line.startswith("Example: ")]
+    assert example.startswith(f"Example: python {SCRIPT} --disable_ddp --data_path DATA --model_name")
+    about = " ".join(lines[3 : lines.index(example)])
+    assert "in the paper: criterion variance, compensation mean, batchnorm keep." in about
+
+
+def test_the_flags_of_a_run_are_in_groups(capsys: pytest.CaptureFixture[str]) -> None:
+    text = help_text(lambda: parse(RunConfig, ["-h"], "vbp run"), capsys)
+    assert re.findall(r"^(\S.*):$", text, re.MULTILINE) == [
+        "model", "data", "pruning", "budget", "refit", "fine-tuning", "speed", "long runs", "output",
+        "settings and help",
+    ]  # fmt: skip
+    shown = entries(text)
+    assert shown["--checkpoint"].startswith("FILE Weights")
+    assert shown["--model_type"].startswith("vit|convnext|swin|auto Family")
+    assert shown["--calib_samples"].startswith("N|auto Training images")
+    assert shown["--crop_scale"].startswith("LEAST LARGEST Least")
+
+
+def test_the_defaults_in_the_help_are_those_of_the_settings_file(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data_path: images\nuse_kd: true\nepochs_ft: 3\n")
+    text = help_text(lambda: parse(RunConfig, ["--config", str(file), "--help"], "vbp run"), capsys)
+    shown = entries(text)
+    assert text.startswith("usage: vbp run [flags]\n")
+    assert shown["--data_path"].endswith("(default: images)")
+    assert shown["--epochs_ft"].endswith("(default: 3)")
+    assert shown["--no_use_kd"] == "Turn off what is on by default: distil from the unpruned model."
+
+
+@pytest.mark.parametrize(("words", "expected"), [([], True), (["--use_kd"], True), (["--no_use_kd"], False)])
+def test_a_switch_of_the_settings_file_can_be_typed_or_turned_off(
+    words: list[str], expected: bool, tmp_path: Path
+) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("data_path: images\nuse_kd: true\n")
+    assert parse(RunConfig, ["--config", str(file), *words], "vbp run").use_kd is expected
+
+
+COMMANDS = ("run", "finetune", "sweep", "inspect", "latency", "export", "eval", "predict", "compare", "demo")
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_help_of_a_command_fits_the_terminal_and_every_flag_has_a_group_and_a_text(
+    command: str,
+    columns: str,
+    type_: Callable[..., int],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    text = help_text(lambda: type_(command, "--help", entry=main), capsys)
+    assert text.startswith(f"usage: vbp {command} ")
+    # A new flag belongs into one of the groups of vbp/cli/flags.py.
+    assert "\nother:\n" not in text
+    assert all(len(words.split()) > 2 for words in entries(text).values())
+    width = min(120, max(64, int(columns)))
+    # What is to be copied stands on one line.
+    long = [line for line in text.splitlines() if len(line) > width and not line.startswith(("usage:", "Example:"))]
+    assert long == []
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,11 @@ def test_a_budget_of_no_channels_is_met_by_none() -> None:
     assert result.to_dict()["miss"] == 0
 
 
+def test_a_keep_ratio_is_told_only_where_it_is_missed() -> None:
+    assert not BudgetResult(Budget.of(keep_ratio=0.5), PLAN, 5, 10, 5, True).is_told
+    assert BudgetResult(Budget.of(keep_ratio=0.5), PLAN, 5, 10, 7, False, "why").is_told
+
+
 def test_a_miss_is_positive_on_the_wrong_side_of_the_target() -> None:
     slow = BudgetResult(Budget("speedup", 2.0), PLAN, 2.0, 1.0, 1.5, False, "why", 1.9, (1.4, 1.6))
     assert slow.miss == pytest.approx(0.25)
@@ -67,6 +72,8 @@ def test_a_miss_is_positive_on_the_wrong_side_of_the_target() -> None:
     small = BudgetResult(Budget("macs", 0.5), PLAN, 1e9, 2e9, 0.9e9, True)
     assert small.miss == pytest.approx(-0.1)
     assert small.sentence() == "budget target_macs 1.00 G MACs (dense 2.00 G MACs): 900.00 M MACs; met"
+    assert slow.is_told
+    assert small.is_told
     plain = json.loads(json.dumps(slow.to_dict()))
     assert plain["budget"] == {"quantity": "speedup", "amount": 2.0}
     assert (plain["spread"], plain["kept"], plain["channels"], plain["met"]) == ([1.4, 1.6], 7, 10, False)

@@ -25,7 +25,6 @@ from vbp.errors import InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 
 Batches = list[tuple[Tensor, Tensor]]
@@ -248,3 +247,19 @@ def test_no_worker_outlives_a_killed_process() -> None:
         os.close(reading)
         process.kill()
         process.stdout.close()
+
+
+def test_no_more_processes_read_than_there_are_cores_and_it_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: {0, 1})
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    expected = flat(loader(Pixels(9), workers=0))
+    for _ in range(2):
+        assert flat(loader(Pixels(9), workers=61)) == expected
+    assert caplog.messages == ["num_workers 61 is more than the cores here: 2 for each process of the job"]
+    # Two processes of a job share the cores.
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert flat(loader(Pixels(9), workers=2)) == expected
+    assert caplog.messages[1:] == ["num_workers 2 is more than the cores here: 1 for each process of the job"]

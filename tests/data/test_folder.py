@@ -37,7 +37,6 @@ from vbp.errors import InputError
 # Forking a process with threads, and more workers than cores, are warned of on some machines.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 
 PREPROCESSING = Preprocessing((16, 16), 0.9, "bilinear", (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))

@@ -32,7 +32,6 @@ from vbp.errors import InputError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
-    pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning"),
 ]
 
 Files = list[tuple[str, bytes]]

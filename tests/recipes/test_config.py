@@ -25,6 +25,7 @@ PUBLISHED: dict[str, Any] = {
     "train_batch_size": 64,
     "val_batch_size": 128,
     "num_workers": 4,
+    "processes": 1,
     "keep_ratio": 0.65,
     "global_pruning": False,
     "norm_per_layer": False,
@@ -65,6 +66,10 @@ PUBLISHED: dict[str, Any] = {
     "std": None,
     "weight_decay": 0.01,
     "label_smoothing": 0.0,
+    "auto_augment": None,
+    "reprob": 0.0,
+    "drop_path": 0.0,
+    "layer_decay": 1.0,
     "mixup": 0.0,
     "cutmix": 0.0,
     "ema": False,
@@ -248,6 +253,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_latency_ms": 0.0}, "target_latency_ms must be a number above 0, got 0.0"),
     ({"latency_batch": 0}, "latency_batch must be at least 1, got 0"),
     ({"grad_accum": 0}, "grad_accum must be at least 1, got 0"),
+    ({"processes": 0}, "processes must be at least 1, got 0"),
     ({"prefetch": 0}, "prefetch must be at least 1, got 0"),
     ({"max_pixels": 0}, "max_pixels must be at least 1, got 0; 178956970 is usual"),
     ({"prefetch": 4, "num_workers": 0}, "prefetch changes nothing without num_workers"),
@@ -257,6 +263,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
     ({"ema": True, "ema_decay": 1.0}, r"ema_decay must be in \[0, 1\), got 1.0"),
     ({"ema_decay": 0.5}, "ema_decay change nothing without a moving average"),
+    ({"auto_augment": "rand-x"}, "auto_augment must be a policy of timm, .* got 'rand-x'"),
+    ({"reprob": 1.5}, r"reprob must be a probability in \[0, 1\], got 1.5"),
+    ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\), got 1.0"),
+    ({"layer_decay": 0.0}, r"layer_decay must be in \(0, 1\], got 0.0"),
+    ({"epochs_ft": 0, "layer_decay": 0.75}, "layer_decay change nothing without fine-tuning"),
     ({"clip_grad": 0.0}, "clip_grad must be above 0, got 0.0"),
     ({"timeout_minutes": 0.0}, "timeout_minutes must be above 0, got 0.0"),
     ({"checkpoint_minutes": -1.0}, "checkpoint_minutes must be at least 0, got -1.0"),
@@ -307,18 +318,19 @@ def test_flags_that_work_together_pass(changed: dict[str, Any]) -> None:
 # The lists of names that the roles stand in place of.
 TUNING = (
     "train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T teacher grad_accum weight_decay warmup_epochs clip_grad "
-    "label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing checkpoint_minutes log_dir"
+    "label_smoothing auto_augment reprob drop_path layer_decay mixup cutmix ema ema_decay compile "
+    "grad_checkpointing checkpoint_minutes log_dir"
 )
 FREE = (
     "num_workers prefetch resume overwrite disable_ddp local_rank checkpoint_minutes timeout_minutes save_dir "
-    "log_dir push_to_hub stats_path best_effort allow_bad_dense"
+    "log_dir push_to_hub stats_path best_effort allow_bad_dense processes"
 )
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher processes"
 )
-INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
+INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense processes"
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
     "matmul_precision "

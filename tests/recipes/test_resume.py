@@ -272,7 +272,7 @@ def test_every_other_setting_of_a_run_must_be_the_same() -> None:
     assert may_differ <= {
         "num_workers", "prefetch", "resume", "overwrite", "disable_ddp", "local_rank", "checkpoint_minutes",
         "timeout_minutes", "save_dir", "log_dir", "push_to_hub", "stats_path", "data_path", "checkpoint",
-        "convnext_checkpoint", "best_effort", "allow_bad_dense",
+        "convnext_checkpoint", "best_effort", "allow_bad_dense", "processes",
     }  # fmt: skip
 
 

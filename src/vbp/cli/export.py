@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from sklearn.datasets import load_sample_images
 from torch import Tensor, nn
 
 from vbp.cli.options import ExportConfig
@@ -21,6 +20,7 @@ from vbp.deploy.export import ExportReport, export_model
 from vbp.deploy.native import NativeReport, export_native
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
+from vbp.runtime.log_file import told_if_slow
 
 _log = logging.getLogger(__name__)
 
@@ -48,17 +48,18 @@ def run_export(config: ExportConfig) -> ExportReport | NativeReport:
         )
     if config.to == "native":
         return _native(config, artifact, model, images)
-    return export_model(
-        model,
-        images,
-        config.output,
-        to=config.to,
-        dtype=config.dtype,
-        calibration=calibration,
-        labelled=labelled,
-        tolerance=config.tolerance,
-        overwrite=config.overwrite,
-    )
+    with told_if_slow(_log, "exporting the model and running %s against it", config.output):
+        return export_model(
+            model,
+            images,
+            config.output,
+            to=config.to,
+            dtype=config.dtype,
+            calibration=calibration,
+            labelled=labelled,
+            tolerance=config.tolerance,
+            overwrite=config.overwrite,
+        )
 
 
 def _check_native(config: ExportConfig) -> None:
@@ -94,6 +95,8 @@ def _native(config: ExportConfig, artifact: PrunedArtifact, model: nn.Module, im
 
 def sample_photographs(preprocessing: Preprocessing) -> Tensor:
     """Return the two photographs that scikit-learn carries, prepared for a model."""
+    from sklearn.datasets import load_sample_images  # takes seconds to import
+
     transform = evaluation_transform(preprocessing)
     return torch.stack([transform(Image.fromarray(photograph)) for photograph in load_sample_images().images])
 
@@ -107,7 +110,7 @@ def _images(
 ) -> tuple[Tensor, Iterable[Tensor] | None, ImageLoader | None]:
     """Return the images that prove the file, and in reduced precision those for ranges and accuracy."""
     with torch.inference_mode():
-        classes = logits_of(model(sample_photographs(preprocessing)[:1])).shape[1]
+        classes = logits_of(model(preprocessing.example_input())).shape[1]
 
     def loader(split: Split, count: int) -> ImageLoader:
         images = balanced_subset(list_images(data_path, split, classes, names), count, config.seed)

@@ -11,12 +11,16 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from vbp import __version__
+from vbp.cli.launch import is_launcher, launch
 from vbp.cli.parse import parse
 from vbp.errors import InputError, Interrupted, OutputError, PeerError, printable
-from vbp.runtime.log_file import LineFormatter
+from vbp.runtime.log_file import LineFormatter, told_if_slow
 from vbp.runtime.signals import reading_processes, stop_at_sigterm
+
+_log = logging.getLogger(__name__)
 
 _USAGE = """usage: vbp COMMAND [flags]
 
@@ -68,10 +72,25 @@ def _do(command: str, arguments: Sequence[str]) -> None:
     flags, job_name = _COMMANDS[command]
     with _loading():
         config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command}")
-        job = pkgutil.resolve_name(job_name)
+        starts = _is_launcher(config)
+        job = None if starts else pkgutil.resolve_name(job_name)
+    if job is None:
+        launch(config.processes, [sys.executable, "-m", "vbp.cli.main", command, *arguments])
+        return
     report = job(config)
     if hasattr(config, "json"):
         _say(json.dumps(report.to_dict(), indent=2) if config.json else report.table())
+
+
+def _is_launcher(config: Any) -> bool:
+    """Return whether this process only starts those of the job, after the checks that need none of them."""
+    if not is_launcher(getattr(config, "processes", 1), disable_ddp=getattr(config, "disable_ddp", False)):
+        return False
+    from vbp.recipes.checks import check_config
+    from vbp.recipes.config import RunConfig
+
+    check_config(config if isinstance(config, RunConfig) else config.run_config())
+    return True
 
 
 def run_benchmark(script: str) -> int:
@@ -82,8 +101,12 @@ def run_benchmark(script: str) -> int:
             from vbp.recipes.config import PAPER, RunConfig
 
             config = parse(RunConfig, sys.argv[1:], script, PAPER)
+            starts = _is_launcher(config)
             from vbp.recipes.run import run_to_budget
             from vbp.runtime.processes import check_launch
+        if starts:
+            launch(config.processes, [sys.executable, *sys.argv])
+            return
         check_launch(script, disable_ddp=config.disable_ddp)
         run_to_budget(config)
 
@@ -94,7 +117,8 @@ def run_benchmark(script: str) -> int:
 def _loading() -> Iterator[None]:
     """Report an interrupt while flags are read and libraries load: nothing has begun."""
     try:
-        yield
+        with told_if_slow(_log, "loading the libraries") if sys.stderr.isatty() else contextlib.nullcontext():
+            yield
     except KeyboardInterrupt as error:
         number = error.signal if isinstance(error, Interrupted) else signal.SIGINT
         raise Interrupted(number, "interrupted before anything began") from None
@@ -112,7 +136,9 @@ def guarded(job: Callable[[], None]) -> int:
     handler.setFormatter(LineFormatter(f"{place}%(message)s"))
     handler.setLevel(logging.WARNING if place else logging.NOTSET)
     logger = logging.getLogger("vbp")
+    level = logger.level
     logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
     try:
         with stop_at_sigterm():
             code = _code(job, place)
@@ -123,6 +149,7 @@ def guarded(job: Callable[[], None]) -> int:
         code = 1
     finally:
         logger.removeHandler(handler)
+        logger.setLevel(level)
     if code and _among_others():
         # Threads and handles of the process group could wait for processes that are gone.
         sys.stdout.flush()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final, TypeVar
@@ -23,7 +24,7 @@ _FLOAT: Final = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
 def parse(kind: type[T], arguments: Sequence[str], prog: str, defaults: Mapping[str, Any] | None = None) -> T:
-    """Read a configuration from command-line arguments; usage errors exit with code 2.
+    """Read a configuration from command-line arguments; usage errors exit with code 2, and --help with 0.
 
     `defaults` hold where nothing is typed and `--config FILE` says nothing, in the place of those of the kind.
 
@@ -32,18 +33,18 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, defaults: Mapping[
     """
     import tyro
 
-    words, values = list(arguments), dict(defaults or {})
-    description = None
+    from vbp.cli.help import command_help
+
+    words, values, file = list(arguments), dict(defaults or {}), None
     if takes_file(kind):
-        description = (
-            f"{kind.__doc__}\n\n{_FLAG} FILE reads settings from a YAML file, or from the config.json of an earlier "
-            "run; what is typed beside it counts."
-        )
         words, file = _without_file(words)
         if file is not None:
             typed = {word.partition("=")[0].lstrip("-").replace("-", "_") for word in words if word.startswith("--")}
             values |= read_settings(kind, file, replaced=_BUDGETS if typed & {*_BUDGETS} else ())
-    given: dict[str, Any] = {} if description is None else {"description": description}
+    if {"-h", "--help"} & {*words}:
+        sys.stdout.write(command_help(kind, prog, defaults or {}, values, file=takes_file(kind)) + "\n")
+        raise SystemExit(0)
+    given: dict[str, Any] = {}
     if values:
         # What has no default stays required.
         required = {
@@ -52,9 +53,9 @@ def parse(kind: type[T], arguments: Sequence[str], prog: str, defaults: Mapping[
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
         }
         given["default"] = kind(**{**required, **values})
-    config: T = tyro.cli(
-        kind, prog=prog, args=words, use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,), **given
-    )
+    # A switch that a file turns on can be turned off, and one that is on may be typed all the same.
+    switches = () if file is not None else (tyro.conf.FlagCreatePairsOff,)
+    config: T = tyro.cli(kind, prog=prog, args=words, use_underscores=True, config=switches, **given)
     _check_paths(config)
     return config
 

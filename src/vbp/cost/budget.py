@@ -162,6 +162,11 @@ class BudgetResult:
         over = (self.reached - self.target) / (self.target or 1)
         return -over if self.budget.quantity == "speedup" else over
 
+    @property
+    def is_told(self) -> bool:
+        """Return whether a user is told of it: a target was given, or the plan misses its keep_ratio."""
+        return self.budget.quantity != "keep_ratio" or not self.met
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain JSON data, without the plan, which has a file of its own."""
         values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "plan"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import platform
@@ -20,7 +21,10 @@ from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
 from vbp.runtime.forward import evaluation_mode
+from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import Precision
+
+_log = logging.getLogger(__name__)
 
 # Seconds of a turn, which holds several passes of a fast model: shorter turns suffer from the scheduler and from cold
 # caches.
@@ -162,7 +166,8 @@ def compare_passes(
     `batch` and `precision` say what the passes compute, for the result.
     """
     begin = time.perf_counter()
-    turns = timer({"dense": dense, "pruned": pruned}, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
+    with told_if_slow(_log, "timing the dense and the pruned model in turns, batch %d", batch):
+        turns = timer({"dense": dense, "pruned": pruned}, device, rounds=rounds, warmup=warmup, budget_s=budget_s)
     pairs = list(zip(turns["dense"], turns["pruned"], strict=True))
 
     def speedup(clock: Clock) -> Spread:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
+from functools import cache
 
 import torch
 from jaxtyping import Float, Int
@@ -48,7 +50,7 @@ def make_loader(
         images: What to load: the whole list, in every process.
         transform: Turns one RGB image into a tensor; random ones must draw from torch's default generator.
         batch_size: Images in a batch of one process; fewer in the last one.
-        num_workers: Processes that decode; 0 decodes in this one.
+        num_workers: Processes that decode; 0 decodes in this one. No more are started than there are cores.
         shuffle: A new order in each epoch, fixed by `seed` and the epoch. An image that cannot be read is
             replaced by the next one in the list that can; without `shuffle` its batch is smaller by one.
         seed: The random transform of an image depends on it, the epoch and the image's place in the list alone.
@@ -80,6 +82,7 @@ def make_loader(
     allowed = max(spare, math.floor(max_unreadable * len(images)))
     # One attempt more than may fail: after that many the run is over anyway.
     attempts = min(allowed + 1, len(images)) if shuffle else 1
+    num_workers = _no_more_than_cores(num_workers)
     loader: DataLoader[Sample] = DataLoader(
         DecodedImages(images, transform, seed, attempts, max_pixels),
         batch_sampler=batches,
@@ -219,6 +222,21 @@ class ImageLoader:
                 f"({count / total:.1%}): {some_of([*self.unreadable], 3)}; repair them, or "
                 "move them out of the data"
             )
+
+
+def _no_more_than_cores(num_workers: int) -> int:
+    """Return how many processes read images: as many as were asked for, or as this process has cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    here = os.environ.get("LOCAL_WORLD_SIZE", "1")  # processes of the job that share the cores
+    share = max(1, cores // max(1, int(here) if here.isdecimal() else 1))
+    if num_workers > share:
+        _tell_cores(num_workers, share)
+    return min(num_workers, share)
+
+
+@cache  # a job makes several loaders
+def _tell_cores(num_workers: int, share: int) -> None:
+    _log.info("num_workers %d is more than the cores here: %d for each process of the job", num_workers, share)
 
 
 def _check_options(

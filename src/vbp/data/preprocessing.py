@@ -14,6 +14,7 @@ from jaxtyping import Float
 from PIL import Image
 from torch import Tensor
 
+from vbp.data.augmentation import augmentation_steps
 from vbp.errors import InputError
 from vbp.runtime.decode import from_json, to_json
 
@@ -137,6 +138,8 @@ def training_transform(
     hflip: bool = True,
     scale: tuple[float, float] = (0.08, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    auto_augment: str | None = None,
+    reprob: float = 0.0,
 ) -> Transform:
     """Return the random transform for fine-tuning; it draws from torch's default generator.
 
@@ -145,9 +148,11 @@ def training_transform(
         hflip: Mirror every second image; wrong for digits, letters and road signs.
         scale: Least and greatest share of the image's area that the random crop covers.
         ratio: Least and greatest width / height of the random crop.
+        auto_augment: A policy of timm, as `rand-m9-mstd0.5-inc1`; None leaves colours and shapes as they are.
+        reprob: Probability that a random rectangle is replaced by noise.
 
     Raises:
-        InputError: `scale` or `ratio` is no range, or lies outside what is allowed.
+        InputError: `scale` or `ratio` is no range, or a value lies outside what is allowed.
 
     Example:
         >>> image = vbp.training_transform(preprocessing, hflip=False)(picture)
@@ -168,7 +173,14 @@ def training_transform(
     ]
     if hflip:
         steps.append(transforms.RandomHorizontalFlip())
-    steps += [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std)]
+    erase: list[Callable[[Any], Any]] = []
+    if auto_augment is not None or reprob:
+        more, erase = augmentation_steps(
+            preprocessing.img_size, preprocessing.interpolation, preprocessing.mean, preprocessing.std,
+            auto_augment=auto_augment, reprob=reprob,
+        )  # fmt: skip
+        steps += more
+    steps += [transforms.ToTensor(), transforms.Normalize(preprocessing.mean, preprocessing.std), *erase]
     return _in_colour_or_grey(preprocessing, steps)
 
 

@@ -7,6 +7,7 @@ name, with or without tag.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,8 +21,12 @@ from vbp.models.limits import ANY, Limits
 from vbp.models.weights import WeightFile, check_weight_file
 from vbp.runtime.choices import ModelType
 from vbp.runtime.files import check_path
+from vbp.runtime.log_file import told_if_slow
+
+_log = logging.getLogger(__name__)
 
 
+@told_if_slow(_log, "loading the model and its library")
 def load_classifier(
     model_name: str,
     *,
@@ -82,6 +87,7 @@ def load_classifier(
     return classifier
 
 
+@told_if_slow(_log, "building the model")
 def build_model(source: ModelSource, pruned_weights: Mapping[str, Tensor] | None = None) -> nn.Module:
     """Build the dense architecture with random weights, in evaluation mode; loads no code and needs no network.
 

@@ -6,6 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from typing import get_args
 
+from vbp.data.augmentation import check_augmentation
 from vbp.deploy.hub import check_repository
 from vbp.errors import InputError
 from vbp.method.ridge import check_ridge
@@ -19,7 +20,9 @@ from vbp.report.sweep_report import Setting
 from vbp.runtime.choices import Compensation, Scope
 from vbp.runtime.files import check_path
 from vbp.statistics.evidence import Need
+from vbp.training.drop_path import check_drop_path
 from vbp.training.losses import DistillationLoss, check_below_one
+from vbp.training.optim import check_layer_decay
 
 _AFTER_REFIT = (*REFITS, "refit_views")
 _COVARIANCE = ("covariance_tokens", "ridge")
@@ -86,7 +89,7 @@ def _check_attention(config: PruneConfig) -> None:
 
 
 def _check_ranges(config: RunConfig) -> None:
-    counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels")
+    counts = ("train_batch_size", "val_batch_size", "grad_accum", "prefetch", "max_pixels", "processes")
     for name, usual in ((name, default_of(name)) for name in counts):
         if getattr(config, name) < 1:
             raise InputError(f"{name} must be at least 1, got {getattr(config, name)}; {usual} is usual")
@@ -96,6 +99,9 @@ def _check_ranges(config: RunConfig) -> None:
             raise InputError(f"{name} must be at least 0, got {getattr(config, name)}; leave it out for the default")
     if not 0 < config.lr_ft < 1:
         raise InputError(f"lr_ft must be in (0, 1), got {config.lr_ft}; the paper uses 1.5e-5")
+    check_augmentation(config.auto_augment, config.reprob)
+    check_layer_decay(config.layer_decay)
+    check_drop_path(config.drop_path)
     DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, config.label_smoothing)
     check_below_one("ema_decay", config.ema_decay, usual=0.9998)
     for name in ("clip_grad", "timeout_minutes"):

@@ -134,6 +134,8 @@ class TuningOptions:
     """Epochs of fine-tuning; 0 only prunes."""
     lr_ft: Tuning[float] = 1.5e-5
     """Peak learning rate of AdamW, down to 0 by a cosine over all steps."""
+    layer_decay: Tuning[float] = 1.0
+    """Factor of the learning rate from each layer to the one before it, down from the last one; 1 leaves it out."""
     use_kd: Tuning[bool] = False
     """Distil from the unpruned model."""
     kd_alpha: Tuning[float] = 0.7
@@ -159,6 +161,14 @@ class TuningOptions:
     """Mirror half of the training images, and of the views of the refits; not for digits, letters or road signs."""
     crop_scale: Result[tuple[float, float]] = (0.08, 1.0)
     """Least and largest share of an image that a random crop shows, in training and in the views of the refits."""
+    auto_augment: Tuning[str | None] = None
+    """Augment the training images by a policy of timm, as rand-m9-mstd0.5-inc1 (RandAugment), augmix-m3-w3 or
+    original; by none unless given."""
+    reprob: Tuning[float] = 0.0
+    """Probability that a rectangle of a training image is erased (random erasing)."""
+    drop_path: Tuning[float] = 0.0
+    """Rate at which residual branches of the last block are left out in training, falling to 0 at the first one
+    (stochastic depth)."""
     mixup: Tuning[float] = 0.0
     """Alpha of Mixup; 0 leaves it out."""
     cutmix: Tuning[float] = 0.0
@@ -241,6 +251,8 @@ class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptio
     teacher: str | None = "source"
     """With --use_kd: the model to distil from: source for the dense model that the pruned one was made from, or
     another as for vbp run --model_name."""
+    epochs_ft: int = 10
+    """Epochs of fine-tuning, at least 1."""
     save_dir: Path = Path("./output/finetune")
     """Where log, checkpoints and report go."""
 

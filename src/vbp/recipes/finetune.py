@@ -27,7 +27,8 @@ from vbp.runtime.files import write_bytes
 from vbp.runtime.forward import copy_model
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.signals import Interruption
-from vbp.training.checkpoints import checked_content, save_checkpoint
+from vbp.training.checkpoints import CHECKPOINTS, checked_content, save_checkpoint
+from vbp.training.drop_path import set_drop_path_
 from vbp.training.losses import DistillationLoss
 from vbp.training.memory import dry_step
 from vbp.training.meters import EpochResult, steps_per_epoch
@@ -94,7 +95,7 @@ class _Progress:
         }
         folder = self.job.config.save_dir
         path = save_checkpoint(folder, content, epoch=trainer.epoch, batch=trainer.batches_done)
-        _log.info("checkpoint %s", path)
+        _log.debug("checkpoint %s", path)
 
     def write_rows(self) -> None:
         """Write a line for each epoch."""
@@ -172,7 +173,13 @@ def _loader(job: Job) -> tuple[ImageLoader, int]:
     config, processes = job.config, job.session.processes
     loader = make_loader(
         job.train,
-        training_transform(job.classifier.preprocessing, hflip=config.hflip, scale=config.crop_scale),
+        training_transform(
+            job.classifier.preprocessing,
+            hflip=config.hflip,
+            scale=config.crop_scale,
+            auto_augment=config.auto_augment,
+            reprob=config.reprob,
+        ),
         batch_size=config.train_batch_size,
         shuffle=True,
         seed=config.seed,
@@ -181,9 +188,9 @@ def _loader(job: Job) -> tuple[ImageLoader, int]:
     steps = steps_per_epoch(len(loader), config.grad_accum)
     _log.info(
         "fine-tuning: %d images a step (%d x %d processes x %d accumulated), %d steps an epoch, peak learning rate "
-        "%g as given",
+        "%g as given; checkpoints after each epoch in %s",
         config.train_batch_size * processes.world * config.grad_accum, config.train_batch_size, processes.world,
-        config.grad_accum, steps, config.lr_ft,
+        config.grad_accum, steps, config.lr_ft, config.save_dir / CHECKPOINTS,
     )  # fmt: skip
     return loader, steps
 
@@ -195,6 +202,7 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
     settings = TrainerSettings(
         steps=config.epochs_ft * steps,
         learning_rate=config.lr_ft,
+        layer_decay=config.layer_decay,
         weight_decay=config.weight_decay,
         warmup_steps=math.ceil(config.warmup_epochs * steps),
         loss=DistillationLoss(config.kd_alpha, config.kd_beta, config.kd_T, label_smoothing=config.label_smoothing),
@@ -214,6 +222,8 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
 def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module | None) -> nn.Module:
     """Train for all epochs, or for those that are left; return the model to evaluate and to save."""
     epochs, session, (loader, steps) = job.config.epochs_ft, job.session, _loader(job)
+    if job.config.drop_path > 0:
+        set_drop_path_(pruned, job.config.drop_path)
     trainer = _trainer(job, pruned, steps, teacher, compiled=job.config.compile)
     if job.resumed is not None:
         state = job.resumed.state

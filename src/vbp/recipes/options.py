@@ -205,10 +205,12 @@ class ProcessOptions:
     """Autocast of statistics, evaluation and fine-tuning: bf16, fp16, off, or auto (bf16 where the GPU has it)."""
     matmul_precision: Result[MatmulPrecision] = "high"
     """Float32 products on a GPU: high uses TF32, highest does not."""
+    processes: Launch[int] = 1
+    """Start so many processes on this machine, without torchrun; each takes a GPU of its own if there are GPUs."""
     timeout_minutes: Speed[float] = 30.0
     """Longest wait of one process for another before the job ends with an error."""
     save_dir: Launch[Path] = Path("./output/vbp")
-    """Where log, checkpoints and report go: ./output/vbp unless told otherwise."""
+    """Where log, checkpoints and report go."""
     overwrite: Launch[bool] = False
     """Replace the results of another run in save_dir."""
     seed: Result[int] = 0

@@ -26,7 +26,7 @@ from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.forward import copy_model
-from vbp.runtime.log_file import log_lines
+from vbp.runtime.log_file import log_lines, told_if_slow
 from vbp.statistics.evidence import Evidence, EvidenceReader
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,10 @@ def prune_copy(
         evidence.statistics.save(save_dir / STATISTICS)
     choice, budget = choose_plan(job, evidence, save_dir)
     pruned = copy_model(job.dense)
-    with job.session.timed("surgery"):
+    with (
+        job.session.timed("surgery"),
+        told_if_slow(_log, "cutting the model and fitting what stands in for channels"),
+    ):
         errors = prune_(pruned, choice.plan, choice.means, choice.covariances, ridge=job.config.ridge)
     refitted = RefitReport()
     if refits is not None:
@@ -103,6 +106,7 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
     return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 
 
+@told_if_slow(_log, "choosing the channels")
 def choose_plan(job: PruneJob, evidence: Evidence, save_dir: Path | None) -> tuple[PlanChoice, BudgetResult]:
     """Make the plan that the configuration asks for, and keep it; the same on every process."""
     if job.config.criterion == "auto":
@@ -111,7 +115,8 @@ def choose_plan(job: PruneJob, evidence: Evidence, save_dir: Path | None) -> tup
         choice, budget = _by_scores(job, evidence)
     keep_plan(job, choice.plan, save_dir)  # before a log that may fail
     log_lines(_log, format_plan(choice.plan, plan_cost(job.dense, choice.plan, job.example)))
-    (_log.info if budget.met else _log.warning)("%s", budget.sentence())
+    if budget.is_told:
+        (_log.info if budget.met else _log.warning)("%s", budget.sentence())
     return choice, budget
 
 

@@ -99,12 +99,12 @@ class PruneResult:
         return figures
 
     def table(self) -> str:
-        """Return the dense and the pruned model in a table, and whether the budget was met."""
+        """Return the dense and the pruned model in a table, and whether a target was met."""
         rows = [["", *(("top-1 %",) if self.accuracy else ()), "MACs", "parameters"]]
         for place, (name, accuracy) in enumerate((("dense", self.dense_accuracy), ("pruned", self.accuracy))):
             top1 = () if accuracy is None else (f"{accuracy.top1:.2f}",)
             rows.append([name, *top1, *(format_count(both[place]) for both in (self.cost.macs, self.cost.params))])
-        return f"{text_table(rows)}\n{self.budget.sentence()}"
+        return "\n".join([text_table(rows), *([self.budget.sentence()] if self.budget.is_told else [])])
 
     def save(self, path: Path | str) -> None:
         """Write the pruned model as a folder, or one file that ends in `.pth`, which `vbp.load_pruned` reads.

@@ -33,7 +33,7 @@ from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMAR
 from vbp.runtime.decode import from_json, to_json
 from vbp.runtime.files import clear_folder, write_json
 from vbp.runtime.forward import copy_model
-from vbp.runtime.log_file import RunLog, log_lines, run_log
+from vbp.runtime.log_file import RunLog, log_lines, run_log, told_if_slow
 from vbp.runtime.precision import move_
 from vbp.runtime.processes import Processes, command_line, restarts
 from vbp.runtime.session import Session
@@ -314,7 +314,9 @@ def _show(config: RunConfig, session: Session, report: RunReport) -> None:
     if session.processes.is_main:
         from vbp.report.html import write_report  # drawing takes a second to import
 
-        _log.info("report: %s", write_report(config.save_dir))
+        with told_if_slow(_log, "drawing the report"):
+            report_file = write_report(config.save_dir)
+        _log.info("report: %s", report_file)
     _log.info("results in %s", config.save_dir)
     log_lines(_log, report.table())
     _log.info('load it with vbp.load_pruned("%s")', config.save_dir / ARTIFACT)

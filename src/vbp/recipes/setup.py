@@ -49,7 +49,9 @@ from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import checked_content, read_checkpoint
+from vbp.training.drop_path import check_drop_path
 from vbp.training.memory import enable_gradient_checkpointing_
+from vbp.training.optim import check_layer_decay
 from vbp.training.tensorboard import check_tracking
 
 _log = logging.getLogger(__name__)
@@ -212,6 +214,11 @@ class Job(PruneJob):
 def open_session(config: RunConfig) -> Iterator[Session]:
     """Join the processes of the job, and choose device and precision."""
     with process_group(config.device, config.timeout_minutes) as (processes, device), reading_processes():
+        if config.processes not in (1, processes.world):
+            raise InputError(
+                f"processes must be left out, or as many as torchrun started, got {config.processes} in a job of "
+                f"{processes.world}; the commands start them, a call of vbp.run does not"
+            )
         yield Session(processes, device, Precision.choose(config.amp, device), dict.fromkeys(_STAGES, 0.0))
 
 
@@ -255,6 +262,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
     check_prunable(model, sites, example)
+    check_drop_path(config.drop_path, model)
+    check_layer_decay(config.layer_decay, model)
     rules = plan_rules(config, session, sites)
     batch = latency_batch(model, example, at_most=config.val_batch_size, size=config.latency_batch)
     target = find_target(config, session, model, sites, example, batch, rules, planned=resumed is not None)

@@ -10,6 +10,7 @@ with ten times the penalty is tried, and if that does not help either, the layer
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +25,11 @@ from vbp.errors import InputError
 from vbp.method.head_fit import FOLDS, HeadProblem
 from vbp.pruning.divergence import DenseReference
 from vbp.runtime.forward import evaluation_mode, hooked, logits_of
+from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import Precision, in_float32
 from vbp.runtime.processes import Processes
+
+_log = logging.getLogger(__name__)
 
 # Strength of the penalty times the number of images: the more images, the more coefficients they can tell. On
 # DeiT-tiny the best on unseen images lies between 10 and 30 for 800 images; the images of the statistics, which
@@ -57,6 +61,7 @@ class HeadRefit:
         )
 
 
+@told_if_slow(_log, "refitting the last layer")
 def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
     """Refit the last linear layer to the dense model's predictions, if cross-validation says that it helps.
 

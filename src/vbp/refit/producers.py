@@ -12,6 +12,7 @@ could, and look better on them than on new ones.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -22,11 +23,14 @@ from vbp.errors import InputError
 from vbp.method.activations import Activation
 from vbp.method.gauss_newton import HiddenFit, HiddenLayers, MLPSample, fit_hidden
 from vbp.pruning.compensate import add_in_float64_, add_to_bias_
+from vbp.runtime.log_file import told_if_slow
 from vbp.sites.branches import has_layer
 from vbp.sites.layers import output_channels
 from vbp.sites.mlp import FoundMLP
 from vbp.sites.site import Site
 from vbp.statistics.mlp_samples import MLPSamples
+
+_log = logging.getLogger(__name__)
 
 # Ridge and damping of `fit_hidden`. In early blocks of DeiT-tiny, where all tokens matter, the bold step leaves 0.8
 # of the error on other images, the cautious one 0.86; in late ones, where one token matters, only the latter helps.
@@ -54,6 +58,7 @@ class ProducerRefit:
         )
 
 
+@told_if_slow(_log, "refitting the producers")
 def refit_producers_(pruned: nn.Module, samples: MLPSamples) -> ProducerRefit:
     """Bring each pruned MLP nearer to the dense one, once all steps are found; the model is on its device.
 

@@ -17,6 +17,7 @@ closer to the dense model's, the model stays as it is.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
+from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.branches import has_layer
@@ -41,6 +43,8 @@ from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
+
+_log = logging.getLogger(__name__)
 
 _FIRST = RandomProbes()
 
@@ -75,6 +79,7 @@ class StreamRefit:
         )
 
 
+@told_if_slow(_log, "refitting the residual stream")
 def refit_stream_(
     pruned: nn.Module,
     sites: Sequence[Site],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from logging.handlers import MemoryHandler
@@ -28,6 +29,21 @@ def log_lines(logger: logging.Logger, text: str) -> None:
     """Log a table: each of its lines as a record."""
     for line in text.splitlines():
         logger.info("%s", line)
+
+
+@contextmanager
+def told_if_slow(logger: logging.Logger, text: str, *values: object, seconds: float = 2.0) -> Iterator[None]:
+    """Log what a block does once it has taken so many seconds; nothing is logged of one that is done by then.
+
+    For work without a progress bar: a user does not wait longer without knowing for what.
+    """
+    timer = threading.Timer(seconds, logger.info, (text, *values))
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 class _LogFile(logging.FileHandler):

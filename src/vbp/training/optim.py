@@ -1,9 +1,10 @@
-"""The learning rate over a run, up in a straight line and down by a cosine; a moving average of the weights."""
+"""The learning rate over a run and over the layers of a model; a moving average of the weights."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -54,3 +55,33 @@ def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LR
         return (1 + math.cos(math.pi * min(1.0, (step - warmup_steps) / (steps - warmup_steps)))) / 2
 
     return LambdaLR(optimizer, share)
+
+
+def check_layer_decay(factor: float, model: nn.Module | None = None) -> None:
+    """Raise InputError if the learning rate cannot fall by this factor from layer to layer, of a model if given."""
+    if not 0 < factor <= 1:
+        raise InputError(f"layer_decay must be in (0, 1], got {factor}; 0.75 is usual, 1 leaves it out")
+    if factor < 1 and model is not None and not hasattr(model, "group_matcher"):
+        raise InputError(
+            f"layer_decay needs a model of timm, which says what its layers are, got {type(model).__name__}; leave "
+            "--layer_decay out"
+        )
+
+
+def layer_groups(model: nn.Module, learning_rate: float, factor: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters of each layer with its learning rate, `factor` times that of the layer after it.
+
+    The classifier has the whole rate; the weight decay is the same for all.
+
+    Raises:
+        InputError: The factor is out of range, or the model does not say what its layers are.
+
+    Source: Clark et al. (2020), ELECTRA, appendix B; the layers are those of timm.
+    """
+    check_layer_decay(factor, model)
+    from timm.optim import param_groups_layer_decay  # type: ignore[attr-defined]  # takes seconds to import
+
+    groups: list[dict[str, Any]] = param_groups_layer_decay(
+        model, weight_decay, weight_decay_exclude_1d=False, layer_decay=factor
+    )
+    return [group | {"lr": learning_rate * group["lr_scale"]} for group in groups]

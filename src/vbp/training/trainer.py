@@ -28,7 +28,7 @@ from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
 from vbp.training.mixup import Mixup
-from vbp.training.optim import make_ema, make_schedule
+from vbp.training.optim import layer_groups, make_ema, make_schedule
 
 _OFF, _ALONE = Precision(), Processes()
 
@@ -53,6 +53,7 @@ class TrainerSettings:
     Attributes:
         steps: Of the optimizer, in all epochs.
         learning_rate: The peak, used as it is, however many processes and batches make a step.
+        layer_decay: Factor of the learning rate from each layer to the one before it, as `layer_groups` has them.
         weight_decay: Of all parameters.
         warmup_steps: Of the `steps`.
         loss: With a teacher; without one the loss is the cross-entropy alone, with the same label smoothing.
@@ -74,6 +75,7 @@ class TrainerSettings:
 
     steps: int
     learning_rate: float
+    layer_decay: float = 1.0
     weight_decay: float = 0.01
     warmup_steps: int = 0
     loss: DistillationLoss = field(default_factory=DistillationLoss)
@@ -137,7 +139,9 @@ class Trainer:
             move_(teacher, device).eval().requires_grad_(False)
         self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
         self.optimizer = AdamW(
-            student.parameters(),
+            student.parameters()
+            if settings.layer_decay == 1
+            else layer_groups(student, settings.learning_rate, settings.layer_decay, settings.weight_decay),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True if device.type == "cuda" else None,
@@ -188,7 +192,7 @@ class Trainer:
         """
         if epoch != self.epoch:
             self.epoch, self.batches_done = epoch, 0
-            self._meter.begin(float(self.scheduler.get_last_lr()[0]))
+            self._meter.begin(max(map(float, self.scheduler.get_last_lr())))
         self._student.train()
         start = time.perf_counter() - self._meter.seconds
         if self.batches_done < len(loader):

@@ -28,12 +28,12 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.config import RunConfig
 from vbp.recipes.resume import find_checkpoint
-from vbp.recipes.sweep import read_progress, write_state
-from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import read_run
 from vbp.runtime.decode import to_json
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.sealed import write_sealed
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import read_progress, write_state
 from vbp.training.checkpoints import FORMAT, checked_content, read_checkpoint, save_checkpoint
 
 CLASSES: Final = 3

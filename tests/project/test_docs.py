@@ -18,9 +18,10 @@ import torch
 from vbp import RunConfig
 from vbp.cli.options import CompareConfig, EvalConfig, ExportConfig, InspectConfig, LatencyConfig, PredictConfig
 from vbp.cli.parse import parse
-from vbp.recipes.checks import check_config, check_sweep
+from vbp.recipes.checks import check_config
 from vbp.recipes.config import PAPER, DemoConfig, FinetuneConfig
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.checks import check_sweep
+from vbp.sweeps.config import SweepConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = tuple(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vbp import InputError, RunConfig, run
 from vbp.recipes.checks import check_config
 from vbp.recipes.options import Role, fields_with, roles_of
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.config import SweepConfig
 
 PUBLISHED: dict[str, Any] = {
     "model_type": "vit",

@@ -39,7 +39,7 @@ stand wherever a pruned model is asked for."""
 _COMMANDS = {
     "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run_to_budget"),
     "finetune": ("vbp.recipes.config:FinetuneConfig", "vbp.recipes.run:run_finetune"),
-    "sweep": ("vbp.recipes.sweep_config:SweepConfig", "vbp.recipes.sweep:run_sweep"),
+    "sweep": ("vbp.sweeps.config:SweepConfig", "vbp.sweeps.sweep:run_sweep"),
     "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
     "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
     "export": ("vbp.cli.options:ExportConfig", "vbp.cli.export:run_export"),

@@ -30,14 +30,14 @@ from vbp import (
 from vbp.pruning.baselines import random_scores
 from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PlanChoice
-from vbp.recipes.checks import settings_of, sweep_needs
-from vbp.recipes.sweep import sweep
 from vbp.report.published import PublishedPoint
 from vbp.report.run_report import Measured
 from vbp.report.style import render
-from vbp.report.sweep_figure import draw_sweep
-from vbp.report.sweep_report import Setting, SweepReport, SweepRow
 from vbp.statistics.evidence import Evidence
+from vbp.sweeps.checks import settings_of, sweep_needs
+from vbp.sweeps.figure import draw_sweep
+from vbp.sweeps.report import Setting, SweepReport, SweepRow
+from vbp.sweeps.sweep import sweep
 
 IMAGES = FAMILIES["timm-vit"].example(8)
 

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 
 from vbp.report.published import PublishedPoint
 from vbp.report.style import BLUE, GREEN, GREY, INK, ORANGE, PINK, RED, SKY, canvas, error_bars
-from vbp.report.sweep_report import SweepReport
+from vbp.sweeps.report import SweepReport
 
 # After the last colour come the same colours with another marker.
 _COLOURS: Final = (BLUE, ORANGE, GREEN, PINK, SKY, RED, INK)

@@ -6,40 +6,48 @@ import copy
 import functools
 import logging
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, Final
 
 from torch import nn
 
 from vbp.cost.timing import LatencyComparison
 from vbp.deploy.artifact import installed_versions
-from vbp.errors import InputError, one_line
 from vbp.pruning.auto import AutoSearch
 from vbp.pruning.convergence import merge_across
 from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.recipes.checks import check_sweep, sweep_needs
-from vbp.recipes.folder import ASKED, BEGUN, asked, begin_anew, clear_halves, own_folder
+from vbp.recipes.folder import ASKED, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, measure, measure_dense
-from vbp.recipes.options import Role, fields_with
 from vbp.recipes.setup import Job, make_refits, open_session, prepare
-from vbp.recipes.sweep_config import SweepConfig
 from vbp.refit.refits import Refits
 from vbp.report.published import points_of
 from vbp.report.run_report import STATISTICS, Measured
 from vbp.report.style import render
-from vbp.report.sweep_figure import draw_sweep
-from vbp.report.sweep_report import Setting, SweepReport, SweepRow
-from vbp.runtime.decode import read_json, to_json
-from vbp.runtime.files import check_folder, clear_folder, text_bytes, write_bytes, write_json
-from vbp.runtime.fingerprints import json_fingerprint
+from vbp.runtime.decode import to_json
+from vbp.runtime.files import check_folder, clear_folder, text_bytes, write_bytes
 from vbp.runtime.log_file import RunLog, log_lines, run_log
 from vbp.sites.site import Site
 from vbp.statistics.evidence import FROM_STATISTICS, Evidence, EvidenceReader, Need, evidence_bytes
 from vbp.statistics.statistics import Statistics
+from vbp.sweeps.checks import check_sweep, sweep_needs
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.figure import draw_sweep
+from vbp.sweeps.report import Setting, SweepReport, SweepRow
+from vbp.sweeps.state import (
+    CSV,
+    JSON,
+    LOG,
+    PNG,
+    SVG,
+    check_may_go_on,
+    deciding_settings,
+    read_progress,
+    state_of,
+    write_state,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -120,10 +128,6 @@ def _planner(
         return PlanChoice(made, statistics.means, statistics.covariances)
 
     return plan
-
-
-LOG, JSON, CSV, SVG, PNG = "vbp_sweep.log", "sweep.json", "sweep.csv", "sweep.svg", "sweep.png"
-_FORMAT: Final = "vbp-sweep/2"
 
 
 def run_sweep(config: SweepConfig) -> SweepReport:
@@ -266,7 +270,7 @@ def _open(config: SweepConfig, job: Job, log: RunLog, settings: Mapping[str, Any
     clear_halves(folder)
     if fresh:
         clear = functools.partial(clear_folder, folder, (LOG, JSON, CSV, SVG, PNG, STATISTICS))
-        begin_anew(folder, JSON, _state(settings, {"dense": None, "rows": []}), clear)
+        begin_anew(folder, JSON, state_of(settings, {"dense": None, "rows": []}), clear)
     else:
         clear_folder(folder, (ASKED,))
     log.open(folder / LOG, append=not fresh)
@@ -279,80 +283,6 @@ def _write(config: SweepConfig, report: SweepReport, settings: Mapping[str, Any]
     svg, png = render(draw_sweep(report, points_of(config.model_name)), "sweep")
     write_bytes(folder / SVG, svg)
     write_bytes(folder / PNG, png)
-
-
-@dataclass(frozen=True)
-class SweepProgress:
-    """Settings and rows of an earlier attempt; `begun` where it ended while it removed the results of another one."""
-
-    settings: Mapping[str, Any]
-    dense: Measured | None
-    rows: tuple[SweepRow, ...]
-    begun: bool = False
-
-
-def deciding_settings(config: SweepConfig, job: Job) -> dict[str, Any]:
-    """Return what must be the same for rows of two attempts to stand in one table; plain JSON data."""
-    given, session = job.given_statistics, job.session
-    facts = {
-        "model": job.settings["model"],
-        "calibration": job.calibration.fingerprint,
-        "val": json_fingerprint([job.settings["val"], job.classifier.preprocessing.to_dict()]),
-        "statistics": "collected" if given is None else json_fingerprint(given.identity()),
-        "device": session.device.type,
-        "amp": session.precision.name,
-        "processes": session.processes.world,
-    }
-    # Model and images are compared by their contents.
-    return facts | {name: to_json(getattr(config, name)) for name in fields_with(SweepConfig, Role.RESULT)}
-
-
-def read_progress(config: SweepConfig) -> SweepProgress | None:
-    """Read what is in the folder: nothing, or an earlier attempt; on the main process."""
-    begun = (config.save_dir / BEGUN).is_file()
-    path = config.save_dir / (BEGUN if begun else JSON)
-    before = asked(config.save_dir)
-    replaces = config.overwrite or (before is not None and before == to_json(replace(config, overwrite=True)))
-    if replaces or not path.exists():
-        check_folder(config.save_dir, overwrite=replaces, needed_bytes=0)
-        return None
-    try:
-        stored = read_json(path)
-        if stored["format"] != _FORMAT:
-            raise ValueError(f"format {stored['format']!r} where {_FORMAT} belongs")
-        dense = None if stored["dense"] is None else Measured(**stored["dense"])
-        return SweepProgress(stored["settings"], dense, tuple(map(SweepRow.from_dict, stored["rows"])), begun)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path} must be what an earlier sweep left, got {type(error).__name__}: {one_line(error)}; choose "
-            "another --save_dir, or pass --overwrite to begin again"
-        ) from error
-
-
-def check_may_go_on(progress: SweepProgress | None, settings: Mapping[str, Any], folder: Path) -> None:
-    """Refuse rows that were measured with different settings in one table."""
-    if progress is None:
-        return
-    names = sorted({*progress.settings, *settings})
-    different = [
-        f"{name} {progress.settings.get(name)!s:.16} there, {settings.get(name)!s:.16} here"
-        for name in names
-        if progress.settings.get(name) != settings.get(name)
-    ]
-    if different:
-        raise InputError(
-            f"a sweep goes on with the settings it began with, got others than in {folder}: {'; '.join(different)}; "
-            "choose another --save_dir, or pass --overwrite to begin again"
-        )
-
-
-def write_state(folder: Path, settings: Mapping[str, Any], report: Mapping[str, Any]) -> None:
-    """Write what is known so far."""
-    write_json(folder / JSON, _state(settings, report))
-
-
-def _state(settings: Mapping[str, Any], report: Mapping[str, Any]) -> dict[str, Any]:
-    return {"format": _FORMAT, "settings": dict(settings), **report}
 
 
 def _way_on(config: SweepConfig) -> str:

@@ -14,11 +14,12 @@ from torch import nn
 
 from vbp import InputError, RunConfig, Statistics
 from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
-from vbp.recipes.checks import check_config, check_sweep
+from vbp.recipes.checks import check_config
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
-from vbp.recipes.sweep import run_sweep
-from vbp.recipes.sweep_config import SweepConfig
 from vbp.report.run_report import Measured
+from vbp.sweeps.checks import check_sweep
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import run_sweep
 
 FILES = {"sweep.csv", "sweep.json", "sweep.svg", "sweep.png", "statistics.safetensors", "vbp_sweep.log"}
 
@@ -44,8 +45,8 @@ def config(digits: Path, tmp_path: Path) -> SweepConfig:
 
 def _counting(patch: pytest.MonkeyPatch, stop_after: int = 1000) -> list[str]:
     """Count what is measured and what is read for calibration; the measure fails after a while."""
-    import vbp.recipes.sweep as module
     import vbp.statistics.evidence
+    import vbp.sweeps.sweep as module
 
     calls: list[str] = []
     measure, collect = module.measure, vbp.statistics.evidence.collect_statistics
@@ -233,8 +234,8 @@ _DRIVE = """
 import json, sys
 from pathlib import Path
 from vbp.cli.main import guarded
-from vbp.recipes.sweep_config import SweepConfig
-from vbp.recipes.sweep import run_sweep
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import run_sweep
 
 given = json.loads(Path(sys.argv[1]).read_text())
 for name in ("checkpoint", "save_dir"):

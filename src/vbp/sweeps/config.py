@@ -21,7 +21,7 @@ from vbp.recipes.options import (
 from vbp.runtime.choices import Amp
 
 if TYPE_CHECKING:
-    from vbp.report.sweep_report import Setting
+    from vbp.sweeps.report import Setting
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class SweepConfig(ProcessOptions, WidthOptions, RefitOptions, VariedOptions, Dat
     @property
     def settings(self) -> tuple[Setting, ...]:
         """Return all that is asked for."""
-        from vbp.recipes.checks import settings_of
+        from vbp.sweeps.checks import settings_of
 
         return settings_of(self.criteria, self.compensations, self.keep_ratios, self.scopes)
 

@@ -31,7 +31,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 import vbp.cost.timing
 import vbp.report.html  # loaded once: each killed process is a fork of this one
-import vbp.sweeps.figure
+import vbp.sweeps.figures
 from vbp.cli.main import guarded
 from vbp.data.digits import write_digits
 from vbp.deploy.artifact import installed_versions

@@ -40,6 +40,7 @@ _COMMANDS = {
     "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run_to_budget"),
     "finetune": ("vbp.recipes.config:FinetuneConfig", "vbp.recipes.run:run_finetune"),
     "sweep": ("vbp.sweeps.config:SweepConfig", "vbp.sweeps.sweep:run_sweep"),
+    "sweep FOLDER": ("vbp.sweeps.config:MergeConfig", "vbp.sweeps.merge:run_merge"),
     "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
     "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
     "export": ("vbp.cli.options:ExportConfig", "vbp.cli.export:run_export"),
@@ -65,9 +66,11 @@ def main() -> int:
 
 def _do(command: str, arguments: Sequence[str]) -> None:
     """Read the flags of a command, then import its job: it loads torch, which help and a wrong flag do not need."""
+    if command == "sweep" and arguments and not arguments[0].startswith("-"):
+        command = "sweep FOLDER"
     flags, job_name = _COMMANDS[command]
     with _loading():
-        config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command}")
+        config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command.removesuffix(' FOLDER')}")
         job = pkgutil.resolve_name(job_name)
     report = job(config)
     if hasattr(config, "json"):

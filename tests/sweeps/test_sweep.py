@@ -13,9 +13,7 @@ from launching import finish, torchrun
 from torch import nn
 
 from vbp import InputError, RunConfig, Statistics
-from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
 from vbp.recipes.checks import check_config
-from vbp.recipes.demo import PREPROCESSING_OVERRIDES
 from vbp.report.run_report import Measured
 from vbp.sweeps.checks import check_sweep
 from vbp.sweeps.config import SweepConfig
@@ -25,25 +23,6 @@ FILES = {
     "sweep.csv", "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "pareto.svg", "pareto.png", "points",
     "statistics.safetensors", "vbp_sweep.log",
 }  # fmt: skip
-
-
-@pytest.fixture
-def config(digits: Path, tmp_path: Path) -> SweepConfig:
-    """Return a sweep of a few seconds."""
-    return SweepConfig(
-        data_path=str(digits),
-        keep_ratios=(0.7, 0.4),
-        criteria=("variance/mean", "l2/none"),
-        model_name=MODEL_NAME,
-        model_kwargs=dict(MODEL_KWARGS),
-        checkpoint=WEIGHTS,
-        **PREPROCESSING_OVERRIDES,
-        num_workers=0,
-        calib_samples=60,
-        limit_val=100,
-        save_dir=tmp_path / "sweep",
-        device="cpu",
-    )
 
 
 def _counting(patch: pytest.MonkeyPatch, stop_after: int = 1000) -> list[str]:

@@ -23,7 +23,8 @@ BEGUN: Final = ".begun.json"
 # Settings of a job that is to replace the results of another one, and has not removed any yet.
 ASKED: Final = ".overwrite.json"
 
-_WAIT_S: Final = 10.0
+# So long a job waits for a folder that it shares with others.
+SHARED_WAIT_S: Final = 10.0
 
 
 @contextmanager
@@ -52,7 +53,7 @@ def own_folder(
         return
     check_outside(save_dir, data_path)
     # One that is just ending may look for a moment as if it held the folder alone.
-    with folder_lock(save_dir, shared=shared, wait_seconds=_WAIT_S if shared else 0.0):
+    with folder_lock(save_dir, shared=shared, wait_seconds=SHARED_WAIT_S if shared else 0.0):
         noted = replaced_by is not None and not (save_dir / BEGUN).exists() and _has_results(save_dir)
         if noted:
             write_json(save_dir / ASKED, replaced_by)

@@ -23,7 +23,7 @@ from vbp.recipes.resume import CONFIG, check_same_settings
 from vbp.recipes.run import circumstances, restore
 from vbp.recipes.setup import Job, Resumed
 from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, SUMMARY, Measured, RunReport
-from vbp.runtime.files import clear_folder, try_lock, write_json
+from vbp.runtime.files import LOCK, clear_folder, try_lock, write_json
 from vbp.runtime.processes import Processes
 from vbp.sweeps.config import SweepConfig
 from vbp.sweeps.pruner import Pruner
@@ -145,6 +145,15 @@ def clear_passing(folder: Path, point: Point) -> None:
         with contextlib.suppress(OSError):
             (place / CHECKPOINTS).rmdir()
     clear_folder(place, _PASSING)
+
+
+def clear_killed(folder: Path, point: Point) -> None:
+    """Remove what a job left that was killed after it had written the row of a point."""
+    place = point_folder(folder, point)
+    if any((place / name).exists() for name in (LOCK, CHECKPOINTS, *_PASSING)):
+        with try_lock(place) as free:
+            if free:
+                clear_passing(folder, point)
 
 
 def clear_points(folder: Path) -> None:

@@ -31,7 +31,7 @@ from vbp.statistics.statistics import Statistics
 from vbp.sweeps.checks import Share, check_sweep, share_of, sweep_needs
 from vbp.sweeps.config import SweepConfig
 from vbp.sweeps.merge import RESULTS, merged, write_results
-from vbp.sweeps.points import clear_passing, clear_points, has_begun, measure_point, taken
+from vbp.sweeps.points import clear_killed, clear_passing, clear_points, has_begun, measure_point, taken
 from vbp.sweeps.pruner import Pruner
 from vbp.sweeps.report import SweepReport
 from vbp.sweeps.rows import Point, Setting
@@ -216,7 +216,7 @@ def _measure_all(
     missing = processes.from_main(lambda: [point for point in points if not is_done(point)])
     if processes.is_main:
         for point in {*points} - {*missing}:
-            clear_passing(folder, point)  # of a job that was killed just before it did
+            clear_killed(folder, point)
     if len(missing) < len(points):
         _log.info("%d of %d models were measured before", len(points) - len(missing), len(points))
     for seed in dict.fromkeys(point.seed for point in missing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import fmean
@@ -25,6 +26,8 @@ _PANELS: Final[dict[Cost, str]] = {
 }  # fmt: skip
 _TITLES: Final[dict[Stage, str]] = {"pruned": "right after pruning", "tuned": "after fine-tuning"}
 _UNITS: Final = ((1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""))
+# In small letters as wide as one panel and a half.
+_TITLE_LETTERS: Final = 100
 _ERRORS: Final = "Thin vertical lines are one standard error over the validation images to both sides"
 _DEVIATIONS: Final = "; broad pale ones one standard deviation over the seeds"
 
@@ -88,11 +91,9 @@ def draw_sweep(report: SweepReport, references: Sequence[PublishedPoint] = ()) -
             panels[0].set_ylabel("top-1 left (% of dense)")
         for axes, cost in zip(grid[-1], costs, strict=True):
             axes.set_xlabel(_PANELS[cost])
-        _legend(figure, grid.flat)
+        sources = "; ".join(dict.fromkeys(point.source for point in references))
+        _legend(figure, grid.flat, f"Published points: {sources}" if sources else "")
         figure.suptitle(f"{_model(report)}: top-1 left against cost left", fontsize=11)
-        if references:
-            sources = "; ".join(dict.fromkeys(point.source for point in references))
-            figure.supxlabel(f"Published points: {sources}", fontsize=7, color=GREY, wrap=True)
     return figure
 
 
@@ -129,7 +130,7 @@ def _styles(report: SweepReport) -> dict[str, tuple[str, dict[str, Any]]]:
         broad = (len(methods) - 1 - number) / max(1, len(methods) - 1)
         styles[method] = colour, {
             "color": colour, "marker": _MARKERS[number % len(_MARKERS)], "linestyle": _DASHES[number % len(_DASHES)],
-            "linewidth": 1.3 + 2.7 * broad, "markersize": 4 + 5 * broad, "markerfacecolor": "none",
+            "linewidth": 1.3 + 2.2 * broad, "markersize": 4 + 5 * broad, "markerfacecolor": "none",
             "markeredgewidth": 1.3, "zorder": 2 + number / len(methods), "label": method,
         }  # fmt: skip
     return styles
@@ -184,13 +185,16 @@ def _references(axes: Axes, references: Sequence[PublishedPoint], stage: Stage) 
         )  # fmt: skip
 
 
-def _legend(figure: Figure, panels: Any) -> None:
-    """Draw one legend under all panels."""
+def _legend(figure: Figure, panels: Any, title: str = "") -> None:
+    """Draw one legend under all panels, its title in small letters."""
     handles = {
         label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
     if handles:
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)))
+        figure.legend(
+            handles.values(), handles, loc="outside lower center", ncols=min(4, len(handles)),
+            title=textwrap.fill(title, _TITLE_LETTERS) or None, title_fontsize=7,
+        )  # fmt: skip
 
 
 def _model(report: SweepReport) -> str:

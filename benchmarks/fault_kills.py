@@ -31,15 +31,15 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 
 import vbp.cost.timing
 import vbp.report.html  # loaded once: each killed process is a fork of this one
-import vbp.report.sweep_figure
+import vbp.sweeps.figures
 from vbp.cli.main import guarded
 from vbp.data.digits import write_digits
 from vbp.deploy.artifact import installed_versions
 from vbp.recipes.config import DemoConfig, RunConfig
 from vbp.recipes.demo import demo_run_config
 from vbp.recipes.run import run
-from vbp.recipes.sweep import run_sweep
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import run_sweep
 
 JobName = Literal["run", "prune", "sweep", "overwrite", "overwrite_sweep"]
 Outcome = Literal["right", "one clear error", "anything else"]

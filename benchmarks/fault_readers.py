@@ -28,12 +28,13 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.config import RunConfig
 from vbp.recipes.resume import find_checkpoint
-from vbp.recipes.sweep import read_progress, write_state
-from vbp.recipes.sweep_config import SweepConfig
-from vbp.report.run_report import read_run
+from vbp.report.run_report import Measured, read_run
 from vbp.runtime.decode import to_json
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.sealed import write_sealed
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.rows import SweepRow
+from vbp.sweeps.state import POINTS, ROW, SweepState, read_progress, read_rows, write_row, write_state
 from vbp.training.checkpoints import FORMAT, checked_content, read_checkpoint, save_checkpoint
 
 CLASSES: Final = 3
@@ -183,11 +184,27 @@ def _sweep(folder: Path) -> SweepConfig:
     return SweepConfig(save_dir=folder, data_path="data", model_name=_NAME)
 
 
-def _write_sweep(folder: Path) -> None:
+def _swept() -> tuple[SweepState, list[SweepRow]]:
     dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
     row = {"criterion": "variance", "compensation": "mean", "scope": "global", "keep_ratio": 0.5}
     row |= {**dense, "kept": 5, "total": 10, "latency": _latency()}
-    write_state(folder, {"seed": 0, "model": "a"}, {"dense": dense, "rows": [row, {**row, "keep_ratio": 0.4}]})
+    rows = [SweepRow.from_dict(one) for one in (row, {**row, "keep_ratio": 0.4})]
+    state = SweepState({"seed": 0, "model": "a"}, Measured(**dense), tuple(row.point for row in rows))
+    return state, rows
+
+
+def _write_sweep(folder: Path) -> None:
+    state, rows = _swept()
+    write_state(folder, state, {row.point: row for row in rows})
+
+
+def _write_point(folder: Path) -> None:
+    state, rows = _swept()
+    write_row(folder, state, rows[0])
+
+
+def _read_point(folder: Path) -> str:
+    return json_fingerprint(to_json([*read_rows(folder, _swept()[0]).values()]))
 
 
 def _read_sweep(folder: Path) -> str:
@@ -359,6 +376,7 @@ READERS: Final = (
     Reader("summary.json", "summary.json", _write_run, _read_run, **_JSON),
     Reader("metrics.jsonl", "metrics.jsonl", _write_run, _read_run, False, _lines, _in_lines),
     Reader("sweep.json", "sweep.json", _write_sweep, _read_sweep, **_JSON),
+    Reader("point of a sweep", f"{POINTS}/{_swept()[1][0].point.name}/{ROW}", _write_point, _read_point, **_JSON),
     Reader("list of samples", "train_samples.pkl", _write_samples, _read_images, False, pickle.loads, pickle.dumps),
     Reader("listing index", "train_index.jsonl", _write_index, _read_images, True),
     Reader("listing index, digest fits", "train_index.jsonl", _write_index, _read_images, False, _lines,

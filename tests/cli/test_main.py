@@ -530,7 +530,7 @@ def test_every_command_of_the_usage_text_parses(
     demos: list[Any] = []
     monkeypatch.setattr("vbp.recipes.demo.run_demo", demos.append)
     shown: list[Any] = []
-    monkeypatch.setattr("vbp.recipes.sweep.run_sweep", shown.append)
+    monkeypatch.setattr("vbp.sweeps.sweep.run_sweep", shown.append)
     monkeypatch.setattr("vbp.recipes.run.run_finetune", shown.append)
     for module, command in (
         *((command, command) for command in ("inspect", "latency", "export", "compare")),

@@ -18,9 +18,10 @@ import torch
 from vbp import RunConfig
 from vbp.cli.options import CompareConfig, EvalConfig, ExportConfig, InspectConfig, LatencyConfig, PredictConfig
 from vbp.cli.parse import parse
-from vbp.recipes.checks import check_config, check_sweep
+from vbp.recipes.checks import check_config
 from vbp.recipes.config import PAPER, DemoConfig, FinetuneConfig
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.checks import check_sweep, share_of
+from vbp.sweeps.config import MergeConfig, SweepConfig
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = tuple(
@@ -80,7 +81,8 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
             place = flags.index("--config")
             del flags[place : place + 2]
             flags += ["--data_path", "data"]
-        config = parse(KINDS[words[1]], flags, "vbp")
+        merges = words[1] == "sweep" and not flags[0].startswith("-")
+        config = parse(MergeConfig if merges else KINDS[words[1]], flags, "vbp")
         if isinstance(config, SweepConfig):
             check_sweep(config)
         elif isinstance(config, RunConfig):
@@ -124,6 +126,25 @@ def test_the_slurm_script_is_a_shell_script_and_its_flags_exist() -> None:
     torchrun = [word.replace("$SLURM_JOB_NUM_NODES", "2").replace("${SLURM_GPUS_PER_NODE:-4}", "4") for word in words]
     parsed = get_args_parser().parse_args(torchrun[2 : place + 1])
     assert (parsed.nnodes, parsed.max_restarts, parsed.rdzv_backend) == ("2", 3, "c10d")
+
+
+def test_the_slurm_array_does_every_point_of_its_sweep_once() -> None:
+    script = ROOT / "examples/sweep.sbatch"
+    subprocess.run(["bash", "-n", script], check=True)
+    text = script.read_text().replace("\\\n", " ")
+    [line] = [line for line in text.splitlines() if line.startswith("exec vbp sweep")]
+    [points] = re.findall(r"\$\{POINTS:-(\d+)\}", text)
+    assert f"--array=1-{points} " in text
+    done: list[object] = []
+    for number in range(int(points) + 1):
+        words = shlex.split(line.replace("$SLURM_ARRAY_TASK_ID", str(number)).replace("$points", points))
+        config = parse(SweepConfig, words[3:], "vbp sweep")
+        check_sweep(config)
+        share = share_of(config)
+        assert share is not None
+        done += share.take(config.points)
+    assert sorted(map(str, done)) == sorted(map(str, config.points))
+    assert len(done) == int(points)
 
 
 def test_the_library_example_runs_as_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

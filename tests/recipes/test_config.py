@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from vbp import InputError, RunConfig, run
 from vbp.recipes.checks import check_config
 from vbp.recipes.options import Role, fields_with, roles_of
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.config import SweepConfig
 
 PUBLISHED: dict[str, Any] = {
     "model_type": "vit",
@@ -334,7 +334,9 @@ INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effo
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
     "matmul_precision "
-    "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views"
+    "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views "
+    "epochs_ft hflip crop_scale train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay "
+    "warmup_epochs clip_grad label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing"
 )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from vbp import InputError, RunConfig, load_pruned
 from vbp.recipes.run import run
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.sweeps.config import SweepConfig
 
 
 @pytest.fixture

@@ -43,7 +43,8 @@ stand wherever a pruned model is asked for."""
 _COMMANDS = {
     "run": ("vbp.recipes.config:RunConfig", "vbp.recipes.run:run_to_budget"),
     "finetune": ("vbp.recipes.config:FinetuneConfig", "vbp.recipes.run:run_finetune"),
-    "sweep": ("vbp.recipes.sweep_config:SweepConfig", "vbp.recipes.sweep:run_sweep"),
+    "sweep": ("vbp.sweeps.config:SweepConfig", "vbp.sweeps.sweep:run_sweep"),
+    "sweep FOLDER": ("vbp.sweeps.config:MergeConfig", "vbp.sweeps.merge:run_merge"),
     "inspect": ("vbp.cli.options:InspectConfig", "vbp.cli.inspect:run_inspect"),
     "latency": ("vbp.cli.options:LatencyConfig", "vbp.cli.latency:run_latency"),
     "export": ("vbp.cli.options:ExportConfig", "vbp.cli.export:run_export"),
@@ -69,9 +70,11 @@ def main() -> int:
 
 def _do(command: str, arguments: Sequence[str]) -> None:
     """Read the flags of a command, then import its job: it loads torch, which help and a wrong flag do not need."""
+    if command == "sweep" and arguments and not arguments[0].startswith("-"):
+        command = "sweep FOLDER"
     flags, job_name = _COMMANDS[command]
     with _loading():
-        config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command}")
+        config = parse(pkgutil.resolve_name(flags), arguments, f"vbp {command.removesuffix(' FOLDER')}")
         starts = _is_launcher(config)
         job = None if starts else pkgutil.resolve_name(job_name)
     if job is None:

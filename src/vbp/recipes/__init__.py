@@ -1,4 +1,4 @@
-"""The jobs `vbp run`, `vbp sweep`, `vbp demo`: configuration, and scripts that read top to bottom.
+"""The jobs `vbp run`, `vbp finetune`, `vbp demo`: configuration, and scripts that read top to bottom.
 
 Start at `run.py`.
 """

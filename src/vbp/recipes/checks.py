@@ -3,29 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
-from typing import get_args
+from collections.abc import Sequence
 
 from vbp.data.augmentation import check_augmentation
 from vbp.deploy.hub import check_repository
 from vbp.errors import InputError
 from vbp.method.ridge import check_ridge
 from vbp.method.sampling import TokenSample
-from vbp.pruning.criteria import needs_of
-from vbp.pruning.make_plan import check_ratios
 from vbp.recipes.config import PruneConfig, RunConfig, default_of
 from vbp.recipes.options import REFITS, Role, fields_with
-from vbp.recipes.sweep_config import SweepConfig
-from vbp.report.sweep_report import Setting
-from vbp.runtime.choices import Compensation, Scope
 from vbp.runtime.files import check_path
-from vbp.statistics.evidence import Need
 from vbp.training.drop_path import check_drop_path
 from vbp.training.losses import DistillationLoss, check_below_one
 from vbp.training.optim import check_layer_decay
 
-_AFTER_REFIT = (*REFITS, "refit_views")
-_COVARIANCE = ("covariance_tokens", "ridge")
+AFTER_REFIT = (*REFITS, "refit_views")
+OF_COVARIANCE = ("covariance_tokens", "ridge")
 
 
 def check_config(config: RunConfig) -> None:
@@ -62,20 +55,20 @@ def check_pruning(config: PruneConfig) -> None:
             "both; leave one of them out"
         )
     if not config.global_pruning:
-        _check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
+        check_unused(config, ("norm_per_layer",), "unless layers are ranked together", "add --global_pruning")
     if not config.bottleneck:
-        _check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
+        check_unused(config, ("attn_keep_ratio",), "unless attention is pruned", "add --bottleneck")
     if config.budget.quantity == "keep_ratio":
         targeted = ("best_effort", "cost_aware", "attention")
-        _check_unused(config, targeted, "without a target", "give --target_speedup or another target")
+        check_unused(config, targeted, "without a target", "give --target_speedup or another target")
     _check_attention(config)
     if not config.global_pruning and config.criterion != "auto":
-        _check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
+        check_unused(config, ("cost_aware",), "unless layers are ranked together", "add --global_pruning")
 
 
 def _check_attention(config: PruneConfig) -> None:
     if config.criterion != "auto":
-        _check_unused(config, ("attention",), "without the criterion auto", "choose it")
+        check_unused(config, ("attention",), "without the criterion auto", "choose it")
     if config.attention == "on" and not config.shares_budget:
         other = "attn_keep_ratio" if config.attn_keep_ratio is not None else "cost_aware off"
         raise InputError(
@@ -122,7 +115,7 @@ def _check_effect(config: RunConfig) -> None:
             "resume keeps what is in save_dir and overwrite replaces it, got both; leave one of them out"
         )
     if config.num_workers == 0:
-        _check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
+        check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
     idle = _changed(config, fields_with(RunConfig, Role.TUNING))
     if config.epochs_ft == 0 and idle:
         raise InputError(
@@ -146,19 +139,18 @@ def _check_criterion(config: PruneConfig) -> None:
         )
     if config.compensation != "refit":
         remedy = "choose the compensation refit"
-        _check_unused(config, _AFTER_REFIT, "without the refit", remedy, f" with compensation {config.compensation}")
+        check_unused(config, AFTER_REFIT, "without the refit", remedy, f" with compensation {config.compensation}")
     if config.refit_views != "auto" and all(getattr(config, name) == "off" for name in REFITS):
         raise InputError(
             f"refit_views changes nothing where nothing is refitted after surgery, got {config.refit_views} with "
             f"{', '.join(REFITS)} off; leave --refit_views out"
         )
     if "covariance" not in config.needs:
-        _check_unused(config, _COVARIANCE, "without covariances", "choose the compensation refit")
+        check_unused(config, OF_COVARIANCE, "without covariances", "choose the compensation refit")
 
 
-def _check_unused(
-    config: PruneConfig | SweepConfig, names: Sequence[str], without: str, remedy: str, besides: str = ""
-) -> None:
+def check_unused(config: object, names: Sequence[str], without: str, remedy: str, besides: str = "") -> None:
+    """Refuse settings of these names that are not as by default, where they would change nothing."""
     for name in names:
         if (value := getattr(config, name)) != default_of(name):
             raise InputError(
@@ -176,81 +168,4 @@ def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: st
         raise InputError(
             f"{', '.join(idle)} change nothing without {what}, got them without {switch}; add --{switch} or leave "
             "them out"
-        )
-
-
-def settings_of(
-    criteria: Sequence[str],
-    compensations: Sequence[str],
-    keep_ratios: Sequence[float],
-    scopes: Sequence[str] = ("global",),
-) -> tuple[Setting, ...]:
-    """Return every combination once, ratios innermost.
-
-    `l2/none` stands for this criterion with this compensation alone. `auto` is `auto/refit`, and finds the widths of
-    the layers itself: it is there once, as global, whatever the scopes.
-    """
-    for name, values in (("criteria", criteria), ("keep_ratios", keep_ratios), ("scopes", scopes)):
-        if not values:
-            raise InputError(f"{name} must hold at least one value, got none")
-    for ratio in keep_ratios:
-        check_ratios(ratio, 0.0, 1)
-    _check_known("scope", scopes, get_args(Scope))
-    methods: list[tuple[str, str, Sequence[str]]] = []
-    for entry in criteria:
-        criterion, slash, own = entry.partition("/")
-        needs_of([criterion])
-        if criterion == "auto":
-            if slash and own != "refit":
-                raise InputError(
-                    f"criterion auto goes with compensation refit alone, got {entry}; write auto, or choose another "
-                    "criterion"
-                )
-            methods.append((criterion, "refit", ("global",)))
-            continue
-        if not slash and not compensations:
-            raise InputError(f"compensations must hold at least one value for criterion {criterion}, got none")
-        methods += [(criterion, choice, scopes) for choice in ([own] if slash else compensations)]
-    _check_known("compensation", [choice for _, choice, _ in methods], get_args(Compensation))
-    return tuple(
-        dict.fromkeys(
-            Setting(criterion, compensation, scope, ratio)  # type: ignore[arg-type]
-            for criterion, compensation, allowed in methods
-            for scope in allowed
-            for ratio in keep_ratios
-        )
-    )
-
-
-def _check_known(what: str, values: Sequence[str], allowed: Sequence[str]) -> None:
-    for value in values:
-        if value not in allowed:
-            raise InputError(f"{what} must be one of {', '.join(allowed)}, got {value!r}")
-
-
-def sweep_needs(settings: Collection[Setting]) -> frozenset[Need]:
-    """Return what must be collected from calibration images for some settings."""
-    compensations = {setting.compensation for setting in settings}
-    needs = set(needs_of(setting.criterion for setting in settings))
-    if compensations & {"mean", "refit"}:
-        needs.add("statistics")
-    if "refit" in compensations:
-        needs.add("covariance")
-    return frozenset(needs)
-
-
-def check_sweep(config: SweepConfig) -> None:
-    """Check the values that need no file, before any work."""
-    needs = sweep_needs(config.settings)
-    for ratio in config.keep_ratios:
-        check_ratios(ratio, config.min_keep_ratio, 1 if config.round_to == "auto" else config.round_to)
-    check_config(config.run_config())
-    if "covariance" not in needs:
-        _check_unused(config, _COVARIANCE, "without refit or elimination", "ask for one of them")
-    if not any(setting.compensation == "refit" for setting in config.settings):
-        _check_unused(config, _AFTER_REFIT, "without the refit", "ask for it")
-    if config.stats_path is not None and not needs & {"statistics", "covariance"}:
-        raise InputError(
-            f"stats_path changes nothing, for nothing that was asked for reads statistics, got {config.stats_path}; "
-            "leave --stats_path out"
         )

@@ -23,6 +23,9 @@ BEGUN: Final = ".begun.json"
 # Settings of a job that is to replace the results of another one, and has not removed any yet.
 ASKED: Final = ".overwrite.json"
 
+# So long a job waits for a folder that it shares with others.
+SHARED_WAIT_S: Final = 10.0
+
 
 @contextmanager
 def own_folder(
@@ -31,12 +34,15 @@ def own_folder(
     processes: Processes,
     way_on: Callable[[], str],
     replaced_by: Mapping[str, Any] | None = None,
+    *,
+    shared: bool = False,
 ) -> Iterator[None]:
     """Let no other job write into a folder for the length of the block; the main process holds it.
 
     A folder that was made and into which nothing was written is removed again. A job that is told to stop says how
     it goes on: `way_on` returns that. Where results of another job are to be replaced, the settings `replaced_by` are
     noted at once, so that it goes on after a kill without being allowed again; an error before that takes them back.
+    Jobs that write each into a place of its own can hold a folder `shared`.
 
     Raises:
         InputError: Another job writes there, the folder cannot be written, or lies among the images.
@@ -46,7 +52,8 @@ def own_folder(
         yield
         return
     check_outside(save_dir, data_path)
-    with folder_lock(save_dir):
+    # One that is just ending may look for a moment as if it held the folder alone.
+    with folder_lock(save_dir, shared=shared, wait_seconds=SHARED_WAIT_S if shared else 0.0):
         noted = replaced_by is not None and not (save_dir / BEGUN).exists() and _has_results(save_dir)
         if noted:
             write_json(save_dir / ASKED, replaced_by)

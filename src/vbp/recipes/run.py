@@ -77,7 +77,7 @@ def run(config: RunConfig) -> RunReport:
             return ended
         job = prepare(config, session, config.needs)  # model, sites, images, budget: all checked, nothing written
         refits = make_refits(job)
-        teacher = _teacher(job)
+        teacher = teacher_of(job)
         dense = measure_dense(job) if job.resumed is None else None  # before anything else is done
         _open_folder(job, log)
         session.processes.barrier()  # an error of another process is to find the log
@@ -87,7 +87,7 @@ def run(config: RunConfig) -> RunReport:
             assert dense is not None
             pruned, plan, report = _prune(job, dense, refits)
         else:
-            pruned, plan, report = _restore(job, job.resumed)
+            pruned, plan, report = restore(job, job.resumed)
         return _finish(job, pruned, plan, report, teacher)
 
 
@@ -109,7 +109,7 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
         if session.processes.is_main:
             check_shipping(settings)
         job = prepare(settings, session)
-        teacher = _teacher(job)
+        teacher = teacher_of(job)
         _open_folder(job, log)
         session.processes.barrier()  # an error of another process is to find the log
         torch.manual_seed(settings.seed + session.processes.rank)
@@ -117,7 +117,7 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
         if job.resumed is None:
             pruned, plan, report = _as_it_is(job)
         else:
-            pruned, plan, report = _restore(job, job.resumed)
+            pruned, plan, report = restore(job, job.resumed)
         return _finish(job, pruned, plan, report, teacher)
 
 
@@ -126,14 +126,14 @@ def _finish(
 ) -> RunReport:
     """Fine-tune, and write, show and publish the results."""
     report = finetune(job, pruned, plan, report, teacher=teacher)
-    report = replace(report, **_circumstances(job))
+    report = replace(report, **circumstances(job))
     if job.session.processes.is_main:
         _write_results(job.config, report)
     _show(job.config, job.session, report)
     return report
 
 
-def _teacher(job: Job) -> nn.Module | None:
+def teacher_of(job: Job) -> nn.Module | None:
     """Return the model to distil from, if any: checked before any work."""
     config = job.config
     if not config.use_kd or config.teacher is None:
@@ -165,7 +165,7 @@ def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
         sites=made.widths,
         attention=made.attention_share,
         images={"calibration": 0, "val": small.images or 0},
-        **_circumstances(job),
+        **circumstances(job),
     )
     return copy_model(job.dense), job.plan_rules.neutral(job.sites, 1.0), report
 
@@ -223,12 +223,12 @@ def _prune(job: Job, dense: Measured, refits: Refits | None) -> tuple[nn.Module,
             for one in pruned.reconstruction
         },
         **pruned.refits.to_dict(),
-        **_circumstances(job),
+        **circumstances(job),
     )
     return pruned.model, plan, report
 
 
-def _restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunReport]:
+def restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunReport]:
     """Bring a copy of the dense model to where a checkpoint was written; the rest as `_prune`."""
     with checked_content(resumed.path):
         state = resumed.state
@@ -253,7 +253,7 @@ def _uncompensated(job: Job, choice: PlanChoice) -> Measured | None:
     return measured
 
 
-def _circumstances(job: Job) -> dict[str, Any]:
+def circumstances(job: Job) -> dict[str, Any]:
     """Return when, where and by which command this attempt ran: an earlier one may have run elsewhere."""
     folder, config, classifier = job.config.save_dir, job.config.to_dict(), job.classifier
     return {

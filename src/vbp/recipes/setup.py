@@ -244,7 +244,7 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             names = dataset_class_names(class_folders(config.data_path, count), count)
             classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
-    calibration = _calibration(config, session, train, classifier.preprocessing)
+    calibration = calibration_images(config, session, train, classifier.preprocessing)
     model = move_(classifier.model, device)
     if config.bottleneck:
         split_attention_(model)
@@ -281,9 +281,10 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     )  # fmt: skip
 
 
-def _calibration(
+def calibration_images(
     config: RunConfig, session: Session, train: Images, preprocessing: Preprocessing
 ) -> CalibrationImages:
+    """Return the training images from which statistics and refits are computed, chosen by the seed."""
     samples = 0 if config.calib_samples == "auto" else config.calib_samples
     return CalibrationImages(
         balanced_subset(train, samples, config.seed),

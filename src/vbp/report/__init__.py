@@ -1,1 +1,1 @@
-"""What a run or a sweep measured: data, tables, figures, one HTML page."""
+"""What a run measured: data, tables, figures, one HTML page."""

@@ -10,6 +10,7 @@ import shutil
 import socket
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO, Final
@@ -22,8 +23,13 @@ _log = logging.getLogger(__name__)
 # Names that a killed process may leave in a folder: its lock, the halves of files, and what tried whether a folder
 # can be written. All code that makes, passes over or removes such a file goes by these.
 LOCK: Final = ".vbp.lock"
+# Held for moments, by one of several jobs that share a folder.
+SHORT_LOCK: Final = ".vbp.short.lock"
 _PROBE: Final = ".probe."
 _HALF: Final = ".part"
+
+# Between two tries to hold a lock.
+_WAIT_STEP_S: Final = 0.05
 
 # Open files of the locks that this process holds. A process that reads images is a fork of this one, and would hold
 # them too, for seconds after this one was killed.
@@ -40,21 +46,22 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextlib.contextmanager
-def try_lock(folder: Path) -> Iterator[bool]:
+def try_lock(folder: Path, *, shared: bool = False, name: str = LOCK) -> Iterator[bool]:
     """Hold the lock of a folder for the length of the block, if no other process holds it; say whether.
 
-    The lock ends with the process, however that ends. The folder is made if it is missing; what was made goes again
-    if nothing was written into it.
+    Several processes can hold a `shared` lock, while none has it alone. The lock ends with the process, however that
+    ends. The folder is made if it is missing; what was made goes again if nothing was written into it.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     descriptor = None
     try:
-        descriptor = _lock(folder)
+        descriptor = _lock(folder, name, shared=shared)
         yield descriptor is not None
     finally:
         if descriptor is not None:
-            with contextlib.suppress(OSError):
-                (folder / LOCK).unlink()
+            if not shared or _is_last(descriptor):
+                with contextlib.suppress(OSError):
+                    (folder / name).unlink()
             _held.discard(descriptor)
             os.close(descriptor)
         with contextlib.suppress(OSError):
@@ -63,15 +70,19 @@ def try_lock(folder: Path) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def folder_lock(folder: Path) -> Iterator[None]:
-    """Let no other job write into a folder for the length of the block; as `try_lock`.
+def folder_lock(folder: Path, *, shared: bool = False, name: str = LOCK, wait_seconds: float = 0.0) -> Iterator[None]:
+    """Let no other job write into a folder for the length of the block, but those that share it; as `try_lock`.
 
     Raises:
-        InputError: Another process writes there, or the folder cannot be written.
+        InputError: Another process writes there, after the wait still; or the folder cannot be written.
     """
+    end = time.monotonic() + wait_seconds
     with contextlib.ExitStack() as stack:
         try:
-            held = stack.enter_context(try_lock(folder))
+            while not (held := stack.enter_context(try_lock(folder, shared=shared, name=name))):
+                if time.monotonic() >= end:
+                    break
+                time.sleep(_WAIT_STEP_S)
         except OSError as error:
             raise _not_writable(folder, error) from error
         if not held:
@@ -79,18 +90,29 @@ def folder_lock(folder: Path) -> Iterator[None]:
         yield
 
 
-def _lock(folder: Path) -> int | None:
+def _is_last(descriptor: int) -> bool:
+    """Return whether no other process holds a shared lock: if so it is held alone now, if not it may be lost."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _lock(folder: Path, name: str, *, shared: bool) -> int | None:
     """Return the open file that holds the lock of a folder; None if another process has it."""
     import fcntl  # not on every system
 
     while True:
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
+            descriptor = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
             continue  # a job that has just ended took the empty folder away
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             os.close(descriptor)
             return None
@@ -98,7 +120,7 @@ def _lock(folder: Path) -> int | None:
             _log.warning("%s cannot be locked (%s): see that no other job writes into it", folder, error.strerror)
         # The file may have been removed by the job that held it, and made anew by a third.
         with contextlib.suppress(OSError):
-            if os.path.samestat(os.fstat(descriptor), (folder / LOCK).stat()):
+            if os.path.samestat(os.fstat(descriptor), (folder / name).stat()):
                 _held.add(descriptor)
                 os.ftruncate(descriptor, 0)
                 os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
@@ -130,7 +152,7 @@ def clear_leftovers(folder: Path, of: str = "*") -> None:
 
 def is_leftover(name: str) -> bool:
     """Return whether a file has the name of something that a killed process left, and that may be removed."""
-    return name == LOCK or name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_HALF))
+    return name in (LOCK, SHORT_LOCK) or name.startswith(_PROBE) or (name.startswith(".") and name.endswith(_HALF))
 
 
 # What Linux takes, in bytes, less some for the files in a folder; and how much of a name its temporary name has.

@@ -13,39 +13,22 @@ from launching import finish, torchrun
 from torch import nn
 
 from vbp import InputError, RunConfig, Statistics
-from vbp.data.digits import MODEL_KWARGS, MODEL_NAME, WEIGHTS
-from vbp.recipes.checks import check_config, check_sweep
-from vbp.recipes.demo import PREPROCESSING_OVERRIDES
-from vbp.recipes.sweep import run_sweep
-from vbp.recipes.sweep_config import SweepConfig
+from vbp.recipes.checks import check_config
 from vbp.report.run_report import Measured
+from vbp.sweeps.checks import check_sweep
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import run_sweep
 
-FILES = {"sweep.csv", "sweep.json", "sweep.svg", "sweep.png", "statistics.safetensors", "vbp_sweep.log"}
-
-
-@pytest.fixture
-def config(digits: Path, tmp_path: Path) -> SweepConfig:
-    """Return a sweep of a few seconds."""
-    return SweepConfig(
-        data_path=str(digits),
-        keep_ratios=(0.7, 0.4),
-        criteria=("variance/mean", "l2/none"),
-        model_name=MODEL_NAME,
-        model_kwargs=dict(MODEL_KWARGS),
-        checkpoint=WEIGHTS,
-        **PREPROCESSING_OVERRIDES,
-        num_workers=0,
-        calib_samples=60,
-        limit_val=100,
-        save_dir=tmp_path / "sweep",
-        device="cpu",
-    )
+FILES = {
+    "sweep.csv", "sweep.json", "sweep.html", "sweep.svg", "sweep.png", "pareto.svg", "pareto.png", "points",
+    "statistics.safetensors", "vbp_sweep.log",
+}  # fmt: skip
 
 
 def _counting(patch: pytest.MonkeyPatch, stop_after: int = 1000) -> list[str]:
     """Count what is measured and what is read for calibration; the measure fails after a while."""
-    import vbp.recipes.sweep as module
     import vbp.statistics.evidence
+    import vbp.sweeps.points as module
 
     calls: list[str] = []
     measure, collect = module.measure, vbp.statistics.evidence.collect_statistics
@@ -69,7 +52,7 @@ def test_a_sweep_leaves_its_files_and_its_report(config: SweepConfig) -> None:
     report = run_sweep(config)
     assert {entry.name for entry in config.save_dir.iterdir()} == FILES
     written = json.loads((config.save_dir / "sweep.json").read_text())
-    assert {name: written[name] for name in ("about", "dense", "rows")} == json.loads(json.dumps(report.to_dict()))
+    assert {name: written[name] for name in report.to_dict()} == json.loads(json.dumps(report.to_dict()))
     assert (config.save_dir / "sweep.csv").read_text() == report.csv()
     log = (config.save_dir / "vbp_sweep.log").read_text()
     assert all(line in log for line in report.table().splitlines())
@@ -90,7 +73,7 @@ def test_a_killed_sweep_goes_on_with_what_it_had(config: SweepConfig, monkeypatc
         _counting(patch, stop_after=2)
         with pytest.raises(KeyboardInterrupt):
             run_sweep(config)
-    assert len(json.loads((config.save_dir / "sweep.json").read_text())["rows"]) == 2
+    assert len([*config.save_dir.glob("points/*/row.json")]) == 2
     with monkeypatch.context() as patch:
         calls = _counting(patch)
         again = run_sweep(config)
@@ -222,7 +205,7 @@ def test_fields_that_a_run_has_too_are_the_same_there() -> None:
     shared = [field for field in dataclasses.fields(SweepConfig) if field.name in run]
     assert len(shared) > 25
     for field in shared:
-        if field.name not in ("save_dir", "calib_samples"):
+        if field.name not in ("save_dir", "calib_samples", "epochs_ft"):
             assert (field.type, field.default) == (run[field.name].type, run[field.name].default)
     check_sweep(SweepConfig("data"))
     check_config(SweepConfig("data", seed=3).run_config())
@@ -233,8 +216,8 @@ _DRIVE = """
 import json, sys
 from pathlib import Path
 from vbp.cli.main import guarded
-from vbp.recipes.sweep_config import SweepConfig
-from vbp.recipes.sweep import run_sweep
+from vbp.sweeps.config import SweepConfig
+from vbp.sweeps.sweep import run_sweep
 
 given = json.loads(Path(sys.argv[1]).read_text())
 for name in ("checkpoint", "save_dir"):

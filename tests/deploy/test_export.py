@@ -15,7 +15,8 @@ import vbp
 from vbp import InputError
 from vbp.cli.export import run_export
 from vbp.cli.options import ExportConfig
-from vbp.deploy.export import TOLERANCES, ExportReport, compare_logits, export_model, open_exported
+from vbp.deploy.export import TOLERANCES, ExportReport, export_model, open_exported
+from vbp.deploy.file_formats import compare_logits
 from vbp.runtime.tables import with_error
 
 
@@ -141,10 +142,10 @@ def test_what_is_compared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": "tflite"}, "to must be one of onnx, pt2"),
+        ({"to": "tflite"}, "to must be one of onnx, pt2, openvino"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat16"}, "no bfloat16 matrix product"),
-        ({"to": "pt2", "dtype": "int8"}, "int8 is for onnx alone"),
+        ({"to": "pt2", "dtype": "int8"}, "must be one of float32, float16, bfloat16 for pt2"),
         ({"dtype": "int8"}, "needs calibration images"),
         ({"dtype": "int8", "calibration": []}, "needs calibration images"),
         ({"calibration": []}, "for dtype int8 alone"),

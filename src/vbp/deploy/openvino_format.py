@@ -78,7 +78,7 @@ def write_openvino(
         graph.reshape({"images": [-1, *images.shape[1:]]})
         if calibration is not None:
             graph = _quantized(graph, [image[None] for part in calibration for image in part], reduce_range)
-    except RuntimeError as error:
+    except Exception as error:  # the errors of OpenVINO and NNCF share no other class
         raise InputError(
             f"{type(model.model).__name__} cannot be written for OpenVINO: {_reason(error)}; export it to onnx or pt2"
         ) from error
@@ -112,7 +112,7 @@ def _progress_to_terminal() -> Iterator[None]:
         yield
 
 
-def _reason(error: RuntimeError) -> str:
+def _reason(error: Exception) -> str:
     """Return the line of an error that names the operations; else its first one."""
     missing = re.search(r"No conversion rule found for operations: .+", str(error))
     return missing[0] if missing else one_line(error)

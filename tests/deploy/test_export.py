@@ -200,7 +200,7 @@ def test_what_is_compared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": "tflite"}, "to must be one of onnx, pt2, openvino"),
+        ({"to": "tflite"}, "to must be one of onnx, pt2, openvino, executorch"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat16"}, "no bfloat16 matrix product"),
         ({"to": "pt2", "dtype": "int8"}, "must be one of float32, float16, bfloat16 for pt2"),

@@ -1,7 +1,7 @@
 """Export a classifier to a file that runs without vbp, and check the file on real images before it is kept.
 
 ONNX by torch's current exporter (run by onnxruntime, or anything that reads ONNX), `torch.export` (`.pt2`, loaded by
-torch alone) or OpenVINO (a folder with two files); all take any batch size.
+torch alone), OpenVINO (a folder with two files) or ExecuTorch (`.pte`, for phones and boards).
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from vbp.deploy.executorch_format import ExecutorchClassifier, require_executorch, write_executorch
 from vbp.deploy.file_formats import (
     Parity,
     Portable,
@@ -48,6 +49,7 @@ DTYPES: Final[dict[ExportFormat, tuple[ExportPrecision, ...]]] = {
     "onnx": ("float32", "float16", "int8"),
     "pt2": ("float32", "float16", "bfloat16"),
     "openvino": ("float32", "float16", "int8"),
+    "executorch": ("float32",),
 }
 _WHY_NOT: Final[dict[tuple[str, str], str]] = {
     (
@@ -55,13 +57,12 @@ _WHY_NOT: Final[dict[tuple[str, str], str]] = {
         "bfloat16",
     ): "onnxruntime has no bfloat16 matrix product on the CPU, so that a file could not be proven; "
     "use --to pt2, or float16",
-    ("pt2", "int8"): "only onnxruntime and NNCF quantise here; use --to onnx or openvino",
     (
         "openvino",
         "bfloat16",
     ): "OpenVINO chooses bfloat16 when it runs a float32 file, where the processor has it; use float32",
 }
-_SUFFIXES: Final[dict[ExportFormat, str]] = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml"}
+_SUFFIXES: Final[dict[ExportFormat, str]] = {"onnx": ".onnx", "pt2": ".pt2", "openvino": ".xml", "executorch": ".pte"}
 _NO_CALIBRATION = "dtype int8 needs calibration images, got none; give prepared training images, 128 or more"
 
 
@@ -136,16 +137,16 @@ def export_model(
     tolerance: float | None = None,
     overwrite: bool = False,
 ) -> ExportReport:
-    """Write a file with one input `images` and one output of logits, both float32, for any batch size.
+    """Write a file with one input `images` and one output of logits, both float32.
 
-    The file is run again on the CPU, by onnxruntime, OpenVINO or as reloaded program, over `images`. It is put in its
-    place only if its logits agree with those of the model.
+    It takes any batch size; for ExecuTorch one image. It is run again on the CPU over `images`, by the runtime that
+    it is for, and put in its place only if its logits agree with those of the model.
 
     Args:
         model: Dense or pruned, of any library; left as it was.
         images: At least two real images, prepared as the model wants them.
-        output: Ends in `.onnx` or `.pt2`, as `to` says; for OpenVINO a new or empty folder.
-        to: `onnx` needs the extra `export`, `openvino` the extra `openvino`.
+        output: Ends in `.onnx`, `.pt2` or `.pte` (ExecuTorch), as `to` says; for OpenVINO a new or empty folder.
+        to: `onnx` needs the extra `export`, the last two need extras of their names.
         dtype: Of weights and arithmetic, one of `DTYPES[to]`; float16 for OpenVINO is that of the stored weights.
         opset: For ONNX: the version of its operators, in the place of the one that torch chooses.
         calibration: Batches of prepared training images, as `pixels_of` takes them, that set the ranges of int8; 128
@@ -241,6 +242,9 @@ def open_exported(path: Path | str, *, threads: int = 0) -> nn.Module:
         )
     if file.suffix == ".pt2":
         return ProgramClassifier(file)
+    if file.suffix == ".pte":
+        require_executorch()
+        return ExecutorchClassifier(file)
     if file.suffix == ".xml":
         require_openvino()
         return OpenVinoClassifier(file, threads)
@@ -263,7 +267,9 @@ def check_export(
         if value not in get_args(kind):
             raise InputError(f"{name} must be one of {', '.join(get_args(kind))}, got {value!r}")
     if dtype not in DTYPES[to]:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES[to])} for {to}, got {dtype}: {_WHY_NOT[to, dtype]}")
+        others = ", ".join(each for each, able in DTYPES.items() if dtype in able)
+        why = _WHY_NOT.get((to, dtype), f"use one of them, or --to {others}")
+        raise InputError(f"dtype must be one of {', '.join(DTYPES[to])} for {to}, got {dtype}: {why}")
     if reduce_range != "auto" and dtype != "int8":
         raise InputError(f"reduce_range is for dtype int8, got {reduce_range} with {dtype}; leave it out")
     if opset is not None and to != "onnx":
@@ -272,6 +278,8 @@ def check_export(
         require_onnx()
     if to == "openvino":
         require_openvino(nncf=dtype == "int8")
+    if to == "executorch":
+        require_executorch()
     if opset is not None:
         check_opset(opset)
     _check_output(output, to, overwrite)
@@ -322,6 +330,8 @@ def _write(
                 write_program(portable, images, path)
             elif to == "openvino":
                 write_openvino(portable, images, path, half=half, calibration=calibration, reduce_range=reduce_range)
+            elif to == "executorch":
+                write_executorch(portable, images, path)
             else:
                 write_onnx(portable, images, path, opset)
     except InputError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-ExportFormat = Literal["onnx", "pt2", "openvino"]
+ExportFormat = Literal["onnx", "pt2", "openvino", "executorch"]
 ExportPrecision = Literal["float32", "float16", "bfloat16", "int8"]
 Backend = Literal["torch", "onnxruntime", "openvino"]
 LatencyPrecision = Literal["float32", "bfloat16", "float16", "amp_bfloat16", "amp_float16"]

@@ -84,7 +84,7 @@ def main(options: Options) -> None:
     """Measure all combinations."""
     torch.manual_seed(0)
     model = timm.create_model(options.model_name).eval()
-    example = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    example = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])  # type: ignore[attr-defined, no-untyped-call]
     print(
         "| keep | round_to | widths | threads | batch | dense ms | pruned ms | measured (quartiles) | by MACs "
         "| of ideal | of ideal, processor time |\n|---|---|---|---|---|---|---|---|---|---|---|"

@@ -39,7 +39,7 @@ class Options:
     threads: tuple[int, ...] = (1,)
     """Threads on the CPU; with a GPU give none."""
     backend: Backend = "torch"
-    """torch or onnxruntime."""
+    """torch, onnxruntime or openvino."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     precision: LatencyPrecision = "float32"

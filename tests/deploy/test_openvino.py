@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -92,6 +94,40 @@ def test_int8_takes_its_ranges_from_the_images(reduce_range: Any, tmp_path: Path
     assert "FakeQuantize" in operations(report.file)
     # Its progress bars stay off the standard output, which holds the report.
     assert capsys.readouterr().out == ""
+
+
+def without_vnni(file: Path, images: Tensor) -> Tensor:
+    """Return the logits of an OpenVINO model as a processor without VNNI computes them."""
+    code = (
+        "import sys, json, numpy; sys.modules['openvino_telemetry'] = None; import openvino;"
+        "images = numpy.array(json.loads(sys.stdin.read()), numpy.float32);"
+        "print(json.dumps(openvino.Core().compile_model(sys.argv[1], 'CPU')(images)[0].tolist()))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(file)], input=json.dumps(images.tolist()), text=True, check=True,
+        capture_output=True, timeout=300, env={**os.environ, "ONEDNN_MAX_CPU_ISA": "AVX2"},
+    )  # fmt: skip
+    return torch.tensor(json.loads(done.stdout))
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors have no such products")
+def test_weights_of_7_bits_do_not_saturate_without_vnni(tmp_path: Path) -> None:
+    pytest.importorskip("nncf", reason="needs the extra openvino")
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), torch.rand(8, 3, 8, 8)
+    nn.init.ones_(model[1].weight)  # all products have one sign, the largest sums
+    images[:2] = 1
+    found = {}
+    for choice in ("off", "on"):
+        report = vbp.export_model(
+            model, images, tmp_path / choice, to="openvino", dtype="int8", calibration=[images], tolerance=9,
+            reduce_range=choice,
+        )  # fmt: skip
+        found[choice] = without_vnni(report.file, images[:2])
+    with torch.inference_mode():
+        expected = model(images[:2])
+    torch.testing.assert_close(found["on"], expected, rtol=0.03, atol=0)
+    assert float(found["off"].max()) < 0.8 * float(expected.min())
 
 
 def refused(**arguments: Any) -> Callable[[Path], object]:

@@ -158,13 +158,15 @@ class Deployment:
             shipped = {each.model: each for each in self.shipped(runtime, Path(folder))}
             opened = {name: each.open() for name, each in shipped.items()}
             image = self.val[0][0][:1]
-            passes: dict[str, Callable[[], object]] = {_REFERENCE: partial(self.classifier.model, image)}
-            passes |= {name: partial(model, image) for name, model in opened.items()}
+            passes: dict[str, Callable[[], object]] = {name: partial(model, image) for name, model in opened.items()}
+            if runtime != "torch":
+                passes[_REFERENCE] = partial(self.classifier.model, image)
+            reference = "dense" if runtime == "torch" else _REFERENCE
             with torch.inference_mode(), threads_of_torch(self.options.threads):
                 turns = time_in_turns(passes, torch.device("cpu"), rounds=self.options.rounds)
                 for name, model in opened.items():
                     accuracy = vbp.evaluate(model, self.val, "cpu")
-                    pairs = zip(turns[_REFERENCE], turns[name], strict=True)
+                    pairs = zip(turns[reference], turns[name], strict=True)
                     yield Row(
                         runtime,
                         name,

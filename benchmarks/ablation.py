@@ -122,7 +122,7 @@ class Collected:
         """Read the images part by part, and merge."""
         model, sites, size = self._dense.model, self._dense.sites, self._options.batch_size
         sensed = self._options.auto != "off" and self._groups & {"criterion", "budget", "images"}
-        pivots = vbp.collect_statistics(model, sites, self.pixels[:32].split(size)).means
+        pivots = vbp.collect_statistics(model, sites, torch.split(self.pixels[:32], size)).means
         found: dict[int, Statistics] = {}
         start = 0
         for stop in sorted({*(self._options.images if "images" in self._groups else ()), len(self.pixels)}):
@@ -137,7 +137,9 @@ class Collected:
 
     def _seen(self, start: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         size = self._options.batch_size
-        batches = zip(self.pixels[start:stop].split(size), self._labels[start:stop].split(size), strict=True)
+        batches = zip(
+            torch.split(self.pixels[start:stop], size), torch.split(self._labels[start:stop], size), strict=True
+        )
         for batch in batches if self._gradients is None else self._gradients.tee(batches):
             for sampler in self._samplers.values():
                 sampler.begin(len(batch[1]))
@@ -171,7 +173,7 @@ class Ablation:
         )
         self.auto_choices, self.reference = cache(self._auto_choice), cache(self._reference)
         model, sites, pixels = self.dense.model, self.dense.sites, self.seen.pixels
-        self.refits = Refits(model, sites, pixels[:1], GivenImages(pixels.split(options.batch_size)))
+        self.refits = Refits(model, sites, pixels[:1], GivenImages(torch.split(pixels, options.batch_size)))
 
     def rows(self) -> list[Row]:
         """Return all rows of the groups asked for."""
@@ -293,7 +295,7 @@ class Ablation:
     def _reference(self, images: int) -> vbp.DenseReference:
         """Take the first calibration images, no more than the statistics are of."""
         first = self.seen.pixels[: min(self.options.held_out, images)]
-        return vbp.DenseReference(self.dense.model, first.split(self.options.batch_size))
+        return vbp.DenseReference(self.dense.model, torch.split(first, self.options.batch_size))
 
     def _auto(self, what: str) -> Callable[[float], nn.Module]:
         def build(ratio: float) -> nn.Module:

@@ -99,7 +99,7 @@ def main(options: Options) -> None:
     """Time all passes in turn and print the medians."""
     device = torch.device(options.device)
     model = timm.create_model(options.model_name).eval().to(device)
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = timm.data.resolve_model_data_config(model)["input_size"]  # type: ignore[attr-defined, no-untyped-call]
     batches = [torch.randn(options.batch_size, *size, device=device) for _ in range(options.batches)]
     sites = find_sites(model, batches[0][:1])
     times = timed(passes_of(options, model, sites, batches), options.rounds, device)

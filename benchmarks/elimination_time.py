@@ -80,7 +80,7 @@ def main(options: Options) -> None:
     """Eliminate, plan, prune, and print the seconds."""
     device = torch.device(options.device)
     model = timm.create_model(options.model_name).eval().to(device)
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = timm.data.resolve_model_data_config(model)["input_size"]  # type: ignore[attr-defined, no-untyped-call]
     sites = vbp.find_sites(model, torch.randn(1, *size, device=device))
     statistics = random_statistics(sites, options.samples)
     clock = Clock(device)

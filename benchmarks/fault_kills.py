@@ -253,8 +253,9 @@ def main(options: KillOptions) -> int:
     """Kill all and print a line for each job; return 1 if anything was neither right nor one clear error."""
     torch.set_num_threads(1)  # a process with threads must not be forked
     # Figures take most of the time, and what is in their files changes nothing.
-    FigureCanvasSVG.print_svg = lambda figure, file, **_: file.write(b'<svg viewBox="0 0 1 1"></svg>')
-    FigureCanvasAgg.print_png = lambda figure, file, **_: file.write(b"no picture")
+    picture = b'<svg viewBox="0 0 1 1"></svg>'
+    FigureCanvasSVG.print_svg = lambda figure, file, **_: file.write(picture)  # type: ignore[method-assign]
+    FigureCanvasAgg.print_png = lambda figure, file, **_: file.write(b"no picture")  # type: ignore[method-assign]
     versions = installed_versions()
     print(
         f"{datetime.date.today()}; {platform.processor() or platform.machine()}, {platform.system()}; "

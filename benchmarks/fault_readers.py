@@ -290,7 +290,7 @@ def _read_weights(name: str) -> Callable[[Path], str]:
 def _write_huggingface(folder: Path) -> None:
     import transformers  # takes seconds, and the other files do not need it
 
-    config = transformers.ViTConfig(
+    config = transformers.ViTConfig(  # type: ignore[call-arg]
         hidden_size=24, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48, image_size=32,
         patch_size=16, num_labels=CLASSES,
     )  # fmt: skip
@@ -334,7 +334,7 @@ def _index_lines(rows: Any) -> bytes:
 def _sealed(name: str) -> Write:
     def write(content: Any) -> bytes:
         with tempfile.NamedTemporaryFile(suffix=".pth") as file:
-            write_sealed(file, content, name)  # type: ignore[arg-type]
+            write_sealed(file, content, name)
             return Path(file.name).read_bytes()
 
     return write
@@ -361,8 +361,8 @@ def _json(value: Any) -> bytes:
     return json.dumps(value).encode()
 
 
-_JSON: Final = {"parse": json.loads, "format": _json}
-_SAFETENSORS: Final = {"parse": _header, "format": _with_header}
+_JSON: Final[dict[str, Any]] = {"parse": json.loads, "format": _json}
+_SAFETENSORS: Final[dict[str, Any]] = {"parse": _header, "format": _with_header}
 READERS: Final = (
     Reader("artefact, vbp.json", "m/vbp.json", _write_pruned("m"), _read_pruned("m"), **_JSON),
     Reader("artefact, weights", "m/model.safetensors", _write_pruned("m"), _read_pruned("m"), True),

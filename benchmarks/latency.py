@@ -39,7 +39,7 @@ class Options:
     threads: tuple[int, ...] = (1,)
     """Threads on the CPU; with a GPU give none."""
     backend: Backend = "torch"
-    """torch or onnxruntime."""
+    """torch, onnxruntime or openvino."""
     device: str = "cpu"
     """cpu, cuda or cuda:N."""
     precision: LatencyPrecision = "float32"
@@ -84,7 +84,7 @@ def main(options: Options) -> None:
     """Measure all combinations."""
     torch.manual_seed(0)
     model = timm.create_model(options.model_name).eval()
-    example = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])
+    example = torch.randn(1, *timm.data.resolve_model_data_config(model)["input_size"])  # type: ignore[attr-defined, no-untyped-call]
     print(
         "| keep | round_to | widths | threads | batch | dense ms | pruned ms | measured (quartiles) | by MACs "
         "| of ideal | of ideal, processor time |\n|---|---|---|---|---|---|---|---|---|---|---|"

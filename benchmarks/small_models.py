@@ -68,7 +68,7 @@ def _batches(pixels: Tensor) -> tuple[Tensor, ...]:
 def bordered(images: Images) -> list[tuple[Tensor, Tensor]]:
     """Return batches of images with a border to shift them over, and their labels."""
     padded = F.pad(images.pixels, (_SHIFT,) * 4, mode="replicate")
-    return list(zip(_batches(padded), images.labels.split(_BATCH), strict=True))
+    return list(zip(_batches(padded), torch.split(images.labels, _BATCH), strict=True))
 
 
 class Bench:

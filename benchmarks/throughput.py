@@ -100,7 +100,7 @@ def plain_finetuning(student: nn.Module, teacher: nn.Module | None, device: torc
                 soft = F.kl_div(F.log_softmax(logits / 2, dim=1), target, reduction="batchmean", log_target=True)
                 loss = 0.7 * loss + 0.3 * 4 * soft
             optimizer.zero_grad()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             total += loss.item()
 
@@ -185,7 +185,7 @@ def main(options: Options) -> None:
     set_matmul_precision("highest")
     with process_group(options.device, 30) as (processes, device):
         torch.manual_seed(0)
-        size = timm.data.resolve_model_data_config(timm.create_model(options.model_name))["input_size"]
+        size = timm.data.resolve_model_data_config(timm.create_model(options.model_name))["input_size"]  # type: ignore[attr-defined, no-untyped-call]
         batches = [
             (torch.randn(options.batch_size, *size), torch.randint(1000, (options.batch_size,)))
             for _ in range(options.batches)

@@ -35,7 +35,7 @@ class Options:
 def main(options: Options) -> None:
     """Trace, collect, prune, and print the seconds of each."""
     model = timm.create_model(options.model_name).eval()
-    size = timm.data.resolve_model_data_config(model)["input_size"]
+    size = timm.data.resolve_model_data_config(model)["input_size"]  # type: ignore[attr-defined, no-untyped-call]
     example, images = torch.randn(1, *size), torch.randn(4, *size)
     ignored = [
         layer

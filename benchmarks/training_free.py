@@ -35,6 +35,7 @@ from vbp.pruning.criteria import eliminations
 from vbp.pruning.plan import PlanChoice
 from vbp.recipes.options import COVARIANCE_TOKENS
 from vbp.refit.refits import Refit, Refits
+from vbp.runtime.choices import Scope
 from vbp.statistics.images import GivenImages
 
 Rule = Literal[
@@ -105,7 +106,8 @@ class Dense:
         """Decode images into memory, with a border of more pixels around the crop."""
         whole = self.classifier.preprocessing
         if border:
-            grown = tuple(edge + 2 * border for edge in whole.img_size)
+            height, width = whole.img_size
+            grown = height + 2 * border, width + 2 * border
             # The crop grows as the input does, so that the images are resized as before.
             whole = replace(whole, img_size=grown, crop_pct=whole.crop_pct * grown[0] / whole.img_size[0])
         loader = vbp.make_loader(
@@ -131,7 +133,7 @@ class Bench(Dense):
         self.refits = Refits(self.model, self.sites, self.classifier.example_input(), GivenImages(train))
         # The first ones judge, as in `vbp sweep`: the order is balanced over the classes.
         judging = torch.cat(train)[: options.held_out]
-        self.reference = vbp.DenseReference(self.model, judging.split(options.batch_size))
+        self.reference = vbp.DenseReference(self.model, torch.split(judging, options.batch_size))
 
     def _judges(self) -> dict[str, Judge]:
         """Return all that judge, by what their images are called."""
@@ -159,17 +161,17 @@ class Bench(Dense):
             found.save(path)
         return found
 
-    def plan(self, scores: dict[str, Tensor], ratio: float, scope: str = "global") -> vbp.PruningPlan:
+    def plan(self, scores: dict[str, Tensor], ratio: float, scope: Scope = "global") -> vbp.PruningPlan:
         """Make a plan."""
         return vbp.make_plan(
             self.sites,
             scores,
             keep_ratio=ratio,
             scope=scope,
-            round_to=self.options.round_to,  # type: ignore[arg-type]
+            round_to=self.options.round_to,
         )
 
-    def refitted(self, scores: dict[str, Tensor], ratio: float, scope: str = "global") -> nn.Module:
+    def refitted(self, scores: dict[str, Tensor], ratio: float, scope: Scope = "global") -> nn.Module:
         """Prune by these scores, with the plain refit."""
         model = copy.deepcopy(self.model)
         vbp.prune_(model, self.plan(scores, ratio, scope), self.statistics.means, self.statistics.covariances)
@@ -181,7 +183,7 @@ class Bench(Dense):
         vbp.prune_(model, self.plan(vbp.variance_scores(self.statistics), ratio), self.statistics.means)
         return model
 
-    def elimination(self, ratio: float, scope: str = "global") -> nn.Module:
+    def elimination(self, ratio: float, scope: Scope = "global") -> nn.Module:
         """Prune by greedy elimination in the plain covariance."""
         found = eliminations(self.model, self.sites, self.statistics)
         return self.refitted({name: one.scores for name, one in found.items()}, ratio, scope)
@@ -239,9 +241,9 @@ def main(options: Options) -> None:
         f"{options.model_name}, {platform.machine()}, {torch.get_num_threads()} thread(s), "
         f"torch {torch.__version__}, timm {timm.__version__}, {datetime.now(UTC).date()}"
     )
-    for name, judge in bench.judges.items():
-        print(f"\n{len(judge.labels)} {name}, dense top-1 {100 * judge.accuracy:.2f} %")
-        of_judge = {key: found[name] for key, found in verdicts.items()}
+    for judged, judge in bench.judges.items():
+        print(f"\n{len(judge.labels)} {judged}, dense top-1 {100 * judge.accuracy:.2f} %")
+        of_judge = {key: found[judged] for key, found in verdicts.items()}
         print(_table(options, {key: _cell(one) for key, one in of_judge.items()}))
         print(f"\nAbove {options.rules[0]}, in relative top-1, with the standard error")
         first = {ratio: of_judge[options.rules[0], ratio] for ratio in options.ratios}

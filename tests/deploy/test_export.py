@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ import vbp
 from vbp import InputError
 from vbp.cli.export import run_export
 from vbp.cli.options import ExportConfig
-from vbp.deploy.export import TOLERANCES, ExportReport, compare_logits, export_model, open_exported
+from vbp.deploy.export import TOLERANCES, ExportReport, export_model, open_exported
+from vbp.deploy.file_formats import compare_logits
 from vbp.runtime.tables import with_error
 
 
@@ -118,6 +120,63 @@ def test_int8_takes_its_ranges_from_the_calibration_images(tmp_path: Path) -> No
     )
 
 
+@pytest.mark.parametrize("opset", [17, 22])
+def test_the_opset_is_the_one_that_was_asked(opset: int, tmp_path: Path) -> None:
+    import onnx
+
+    model, images = pruned("timm-vit"), FAMILIES["timm-vit"].example(3, torch.float32)
+    report = export_model(model, images, tmp_path / "a.onnx", opset=opset)
+    versions = {entry.domain: entry.version for entry in onnx.load(report.file).opset_import}
+    assert versions == {"": opset}
+    assert report.opset == report.to_dict()["opset"] == opset
+    assert f"onnx, opset {opset}, float32" in report.table()
+
+
+def test_an_opset_that_cannot_say_the_model_is_refused(tmp_path: Path) -> None:
+    # Opset 16 has no LayerNormalization.
+    model, images = pruned("timm-vit"), FAMILIES["timm-vit"].example(3, torch.float32)
+    with pytest.raises(InputError, match="got 16, to which torch could not convert"):
+        export_model(model, images, tmp_path / "a.onnx", opset=16)
+    assert not list(tmp_path.iterdir())
+
+
+VNNI = {"architecture": "x86_64", "avx2": True, "avx512_vnni": True}
+AVX2 = {"architecture": "x86_64", "avx2": True, "avx_vnni": False}
+ARM = {"architecture": "aarch64"}
+
+
+@pytest.mark.parametrize(
+    ("choice", "processor", "reduced"),
+    [("auto", VNNI, False), ("auto", AVX2, True), ("auto", ARM, False), ("on", VNNI, True), ("off", AVX2, False)],
+)
+def test_int8_weights_take_7_bits_where_products_can_saturate(
+    choice: Any, processor: dict[str, Any], reduced: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import onnx
+
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: processor)
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(192, 7)), torch.randn(16, 3, 8, 8)
+    labelled = [(images, logits(model, images).argmax(1))]
+    report = export_model(
+        model, images, tmp_path / "a.onnx", dtype="int8", calibration=[images], reduce_range=choice, opset=17,
+        labelled=labelled,
+    )  # fmt: skip
+    graph = onnx.load(report.file).graph
+    (weight,) = [
+        onnx.numpy_helper.to_array(value)
+        for value in graph.initializer
+        if value.data_type == onnx.TensorProto.INT8 and len(value.dims) == 2
+    ]
+    # 127 of the 255 steps, for each of the seven rows.
+    assert int(abs(weight.astype(int)).max()) == (64 if reduced else 127)
+    assert report.reduced_range == report.to_dict()["reduced_range"] == reduced
+    assert ("weights in 7 bits" in report.table()) == reduced
+    assert report.opset == 17
+    assert report.top1 is not None
+    assert report.top1[1] > 80
+
+
 def test_a_file_that_is_not_true_is_not_left_behind(tmp_path: Path) -> None:
     model, images = pruned("timm-vit"), FAMILIES["timm-vit"].example(2, torch.float32)
     file = tmp_path / "model.pt2"
@@ -141,10 +200,10 @@ def test_what_is_compared() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"to": "tflite"}, "to must be one of onnx, pt2"),
+        ({"to": "tflite"}, "to must be one of onnx, pt2, openvino, executorch"),
         ({"dtype": "float8"}, "dtype must be one of"),
         ({"dtype": "bfloat16"}, "no bfloat16 matrix product"),
-        ({"to": "pt2", "dtype": "int8"}, "int8 is for onnx alone"),
+        ({"to": "pt2", "dtype": "int8"}, "must be one of float32, float16, bfloat16 for pt2"),
         ({"dtype": "int8"}, "needs calibration images"),
         ({"dtype": "int8", "calibration": []}, "needs calibration images"),
         ({"calibration": []}, "for dtype int8 alone"),
@@ -152,6 +211,11 @@ def test_what_is_compared() -> None:
         ({"output": "missing/model.onnx"}, "existing folder"),
         ({"output": "there.onnx"}, "must be a new file"),
         ({"images": torch.zeros(1, 3, 32, 32)}, "two or more"),
+        ({"opset": 12}, "opset must be 13 to "),
+        ({"opset": 1000}, "opset must be 13 to .*, got 1000"),
+        ({"to": "pt2", "opset": 17}, "opset is for onnx, got 17 with pt2"),
+        ({"reduce_range": "off"}, "reduce_range is for dtype int8, got off"),
+        ({"reduce_range": "yes"}, "reduce_range must be one of auto, on, off"),
     ],
 )
 def test_what_cannot_be_is_refused_before_work(arguments: dict[str, object], message: str, tmp_path: Path) -> None:
@@ -219,6 +283,25 @@ def test_the_command_exports_an_artefact_and_measures_int8(artifact: tuple[Path,
     assert report.top1 is not None
     assert report.top1[0] > 50
     assert report.top1[1] > report.top1[0] - 5
+
+
+def test_the_command_refuses_before_it_reads_anything(tmp_path: Path) -> None:
+    nowhere = (tmp_path / "missing.pth", tmp_path)
+    for arguments, message in (
+        ({"to": "native", "opset": 17}, "opset is for onnx"),
+        ({"to": "native", "reduce_range": "on"}, "reduce_range for int8"),
+        ({"to": "pt2", "opset": 17}, "opset is for onnx"),
+        ({"dtype": "int8"}, "needs calibration images"),
+        ({"reduce_range": "on"}, "reduce_range is for dtype int8"),
+    ):
+        with pytest.raises(InputError, match=message):
+            command(nowhere, tmp_path / ("a.pt2" if arguments.get("to") == "pt2" else "a.onnx"), **arguments)
+
+
+def test_a_damaged_onnx_file_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "a.onnx").write_bytes(b"no model")
+    with pytest.raises(InputError, match=r"a\.onnx is damaged"):
+        open_exported(tmp_path / "a.onnx")
 
 
 def test_the_command_without_data_proves_the_file_on_photographs(artifact: tuple[Path, Path], tmp_path: Path) -> None:

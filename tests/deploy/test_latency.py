@@ -108,7 +108,7 @@ def test_models_stay_as_they_were_whatever_the_settings(settings: dict[str, Any]
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "tensorrt"}, "backend must be one of torch, onnxruntime"),
+        ({"backend": "tensorrt"}, "backend must be one of torch, onnxruntime, openvino"),
         ({"precision": "int8"}, "precision must be one of"),
         ({"rounds": 0}, "rounds must be at least 1"),
         ({"threads": 0}, "threads must be at least 1"),

@@ -16,7 +16,7 @@ from vbp.data.images import Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.deploy.artifact import PrunedArtifact, load_pruned, read_artifact
-from vbp.deploy.export import ExportReport, export_model
+from vbp.deploy.export import ExportReport, check_export, export_model
 from vbp.deploy.native import NativeReport, export_native
 from vbp.errors import InputError
 from vbp.runtime.forward import logits_of
@@ -31,6 +31,13 @@ def run_export(config: ExportConfig) -> ExportReport | NativeReport:
         raise InputError(f"images must be at least 2, got {config.images}; 32 is usual")
     if config.to == "native":
         _check_native(config)
+    else:
+        check_export(
+            config.output, to=config.to, dtype=config.dtype, opset=config.opset, reduce_range=config.reduce_range,
+            overwrite=config.overwrite,
+        )  # fmt: skip
+    if config.dtype == "int8" and config.data_path is None:
+        raise InputError("dtype int8 needs calibration images, got no data_path; give --data_path")
     artifact = read_artifact(config.artifact)
     if artifact.preprocessing is None:
         raise InputError(
@@ -38,8 +45,6 @@ def run_export(config: ExportConfig) -> ExportReport | NativeReport:
         )
     model = load_pruned(config.artifact)
     if config.data_path is None:
-        if config.dtype == "int8":
-            raise InputError("dtype int8 needs calibration images, got no data_path; give --data_path")
         _log.info("no --data_path: it is proven on two sample photographs alone")
         images, calibration, labelled = sample_photographs(artifact.preprocessing), None, None
     else:
@@ -55,6 +60,8 @@ def run_export(config: ExportConfig) -> ExportReport | NativeReport:
             config.output,
             to=config.to,
             dtype=config.dtype,
+            opset=config.opset,
+            reduce_range=config.reduce_range,
             calibration=calibration,
             labelled=labelled,
             tolerance=config.tolerance,
@@ -67,6 +74,11 @@ def _check_native(config: ExportConfig) -> None:
         raise InputError(
             f"dtype is for onnx and pt2, got {config.dtype} with native, which keeps the weights as they are; leave "
             "--dtype out"
+        )
+    if config.opset is not None or config.reduce_range != "auto":
+        raise InputError(
+            "opset is for onnx and reduce_range for int8, got them with native, which keeps the weights as they are; "
+            "leave them out"
         )
     if config.overwrite:
         raise InputError(

@@ -27,7 +27,7 @@ def run_latency(config: LatencyConfig) -> LatencyReport:
     names = {field.name for field in dataclasses.fields(LatencySettings)}
     settings = LatencySettings(**{name: getattr(config, name) for name in names})
     if config.device == "auto":
-        # onnxruntime is timed on the CPU alone.
+        # The other runtimes are timed on the CPU alone.
         gpu = torch.cuda.is_available() and config.backend == "torch" and config.threads is None
         settings = dataclasses.replace(settings, device="cuda" if gpu else "cpu")
     report = compare_latency(

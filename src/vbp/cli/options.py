@@ -10,9 +10,9 @@ import tyro
 
 from vbp.data.formats import MAX_PIXELS
 from vbp.deploy.settings import ExportPrecision, LatencySettings
-from vbp.runtime.choices import Amp, TableForm
+from vbp.runtime.choices import Amp, TableForm, Toggle
 
-ExportTarget = Literal["onnx", "pt2", "native"]
+ExportTarget = Literal["onnx", "pt2", "openvino", "executorch", "native"]
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,20 @@ class ExportConfig:
     artifact: tyro.conf.Positional[str]
     """A pruned model that vbp saved."""
     output: Path
-    """The file to write, which ends in .onnx or .pt2, as --to says; for native a new folder."""
+    """The file to write, which ends in .onnx, .pt2 or .pte (ExecuTorch), as --to says; for openvino and native a new
+    folder."""
     to: ExportTarget = "onnx"
-    """onnx for onnxruntime and others, pt2 for torch.export, native for a checkpoint of timm or Hugging Face, where
-    its configuration can hold the widths."""
+    """onnx for onnxruntime and others, pt2 for torch.export, openvino for processors of Intel and others, executorch
+    for phones and boards, native for a checkpoint of timm or Hugging Face, where its configuration can hold the
+    widths."""
     dtype: ExportPrecision = "float32"
-    """Precision of weights and arithmetic: int8 for onnx alone, bfloat16 for pt2 alone; the input stays float32."""
+    """Precision of weights and arithmetic: int8 for onnx and openvino, bfloat16 for pt2 alone; the input stays
+    float32."""
+    opset: int | None = None
+    """With --to onnx: version of ONNX's operators, for a runtime that knows no later ones."""
+    reduce_range: Toggle = "auto"
+    """With --dtype int8: weights take 7 bits (on), for processors without VNNI, whose 8-bit products can saturate;
+    auto looks at this processor."""
     data_path: Path | None = None
     """Folder with train/<class>/ and val/<class>/: its validation images prove the file, and in reduced precision its
     accuracy is measured. Without it two sample photographs prove it; int8 needs it."""

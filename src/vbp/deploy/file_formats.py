@@ -1,25 +1,25 @@
-"""Files of classifiers that run without vbp: ONNX by onnxruntime, `.pt2` of torch.export by torch alone."""
+"""What all formats of exported files share, and the format of torch.export.
+
+A portable copy of the model goes into every writer, each file is opened as a module, and the logits of both are
+compared.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError, one_line
+from vbp.runtime.choices import Toggle
 from vbp.runtime.forward import copy_model, logits_of
-
-_log = logging.getLogger(__name__)
-
-# A protobuf holds two GiB; the graph beside the weights takes little.
-_MOST_BYTES = 2_000_000_000
 
 
 class Portable(nn.Module):
@@ -42,109 +42,51 @@ def tracing_example(images: Tensor) -> Tensor:
     return images[:1].repeat(2, *(1 for _ in images.shape[1:]))
 
 
-def require_onnx() -> None:
-    """Raise InputError if a package is not installed that writes or runs ONNX files."""
-    for name in ("onnx", "onnxscript", "onnxruntime"):
+def require(packages: Sequence[str], what: str, extra: str) -> None:
+    """Raise InputError if a package is not installed that writes or runs such files."""
+    for name in packages:
         try:
             importlib.import_module(name)
         except ImportError as error:
             raise InputError(
-                f"ONNX needs the package {name}, which cannot be imported ({error}); "
-                "install it: pip install 'vbp-pruning[export]'"
+                f"{what} needs the package {name}, which cannot be imported ({one_line(error)}); "
+                f"install it: pip install 'vbp-pruning[{extra}]'"
             ) from error
 
 
-def write_onnx(model: Portable, images: Tensor, path: Path) -> None:
-    """Write an ONNX file with one input `images`, one output `logits` and a free batch dimension."""
-    size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
-    if size > _MOST_BYTES:
-        raise InputError(
-            f"an ONNX file holds weights of at most {_MOST_BYTES / 1e9:.0f} GB, got {size / 1e9:.1f} GB; "
-            "export to pt2, or in float16"
-        )
-    program = torch.onnx.export(
-        model,
-        (tracing_example(images),),
-        dynamo=True,
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        input_names=["images"],
-        output_names=["logits"],
-        verbose=False,
-    )
-    assert program is not None
-    program.save(path, external_data=False)
-
-
-def quantize_onnx(source: Path, target: Path, calibration: Iterable[Tensor]) -> None:
-    """Quantise matrix products and convolutions to int8 (QDQ; weights by channel, activations by tensor)."""
-    from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
-    reader = _Reader(calibration)
-    prepared = target.with_name(f"prepared-{target.name}")
-    # The tools log on the root logger, and would add a handler if it had none.
-    with _muted_root_logger():
-        # Symbolic shape inference wants sympy's view of every node; plain ONNX inference finds what is needed.
-        quant_pre_process(str(source), str(prepared), skip_symbolic_shape=True)
-        quantize_static(
-            str(prepared),
-            str(target),
-            reader,
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["MatMul", "Gemm", "Conv"],
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-        )
-    prepared.unlink()
-    _log.info("int8: calibrated with %d images", reader.images)
-
-
-class _Reader:
-    """Passes calibration images to onnxruntime, few at a time: it keeps every activation of a batch."""
-
-    def __init__(self, batches: Iterable[Tensor]) -> None:
-        self.images = 0
-        self._parts: Iterator[Tensor] = (part for batch in batches for part in torch.split(batch, 8))
-
-    def get_next(self) -> dict[str, Any] | None:
-        part = next(self._parts, None)
-        if part is None:
-            return None
-        self.images += len(part)
-        return {"images": part.float().cpu().numpy()}
-
-
 @contextlib.contextmanager
-def _muted_root_logger() -> Iterator[None]:
-    root, handler = logging.getLogger(), logging.NullHandler()
-    level = root.level
-    root.addHandler(handler)
-    root.setLevel(logging.ERROR)
+def only_errors(*names: str) -> Iterator[None]:
+    """Let these loggers show errors alone; the root logger, whose name is empty, gets no handler by the way."""
+    loggers, handler = [logging.getLogger(name) for name in names], logging.NullHandler()
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.addHandler(handler)
+        logger.setLevel(logging.ERROR)
     try:
         yield
     finally:
-        root.setLevel(level)
-        root.removeHandler(handler)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+            logger.removeHandler(handler)
 
 
-class OnnxClassifier(nn.Module):
-    """An ONNX file of `write_onnx`, run by onnxruntime on the CPU; 0 threads leave the choice to it."""
+def reduces_range(choice: Toggle) -> bool:
+    """Return whether int8 weights take 7 bits: `auto` means on a processor whose 8-bit products can saturate.
 
-    def __init__(self, path: Path, threads: int = 0) -> None:
-        import onnxruntime
+    Those are x86 processors without VNNI: they add two products of 8 bits each into 16 bits.
 
-        super().__init__()
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        options.intra_op_num_threads = threads
-        self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-
-    def forward(self, images: Float[Tensor, "batch channels height width"]) -> Float[Tensor, "batch classes"]:
-        """Return the logits of a batch."""
-        (logits,) = self.session.run(None, {"images": images.float().cpu().numpy()})
-        return torch.from_numpy(logits)
+    Raises:
+        InputError: It is `auto`, and this version of torch does not say what the processor can do.
+    """
+    if choice != "auto":
+        return choice == "on"
+    if not hasattr(torch.cpu, "get_capabilities"):
+        raise InputError(
+            "reduce_range auto needs a later torch, which can tell whether the processor has VNNI, got "
+            f"{torch.__version__}; give on (no VNNI) or off"
+        )
+    able = torch.cpu.get_capabilities()
+    return able.get("architecture") == "x86_64" and not (able.get("avx512_vnni") or able.get("avx_vnni"))
 
 
 def write_program(model: Portable, images: Tensor, path: Path) -> None:
@@ -172,3 +114,51 @@ class ProgramClassifier(nn.Module):
         """Return the logits of a batch."""
         logits: Tensor = self.program[0](images)
         return logits
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Differences between a file and its model over a number of images.
+
+    `max_abs_error` is the greatest difference of two logits, `relative_error` the same as a share of the model's
+    greatest logit (by amount), `top1_agreement` the share of the images with the same class first, in [0, 1].
+    """
+
+    images: int
+    max_abs_error: float
+    relative_error: float
+    top1_agreement: float
+
+    def lines(self, tolerance: float) -> list[str]:
+        """Return two lines for the terminal."""
+        error = f"{self.max_abs_error:.3g}, or {self.relative_error:.2e} of the largest logit"
+        return [
+            f"  largest error of a logit  {error} (tolerance {tolerance:.2g})",
+            f"  same class first          {self.top1_agreement:.1%}",
+        ]
+
+
+def measure_parity(
+    model: nn.Module, exported: nn.Module, images: Float[Tensor, "images channels height width"]
+) -> Parity:
+    """Run both over the images: the first one alone, the others in batches, to prove that any batch size works."""
+    with torch.inference_mode():
+        expected = torch.cat([model(batch) for batch in _batches(images)])
+        actual = torch.cat([exported(batch) for batch in _batches(images)])
+    return compare_logits(expected, actual)
+
+
+def compare_logits(expected: Float[Tensor, "images classes"], actual: Float[Tensor, "images classes"]) -> Parity:
+    """Compare the logits of a file with those of the model; a value that is not finite makes both errors NaN."""
+    error = float((expected.double() - actual.double()).abs().max())
+    scale = float(expected.double().abs().max())
+    error = error if bool(actual.isfinite().all()) else float("nan")
+    agreement = float((expected.argmax(1) == actual.argmax(1)).double().mean())
+    # Logits that are all zero have no scale: any difference is then infinitely large.
+    relative = error / scale if scale > 0 else (0.0 if error == 0 else float("inf"))
+    return Parity(len(expected), error, relative, agreement)
+
+
+def _batches(images: Tensor) -> Iterator[Tensor]:
+    yield images[:1]
+    yield from torch.split(images[1:], 32)

@@ -16,7 +16,15 @@ from torch import Tensor, nn
 
 from vbp.cost.macs import count_macs
 from vbp.cost.timing import LatencyComparison, compare_passes, hardware, system_load
-from vbp.deploy.file_formats import OnnxClassifier, Portable, require_onnx, write_onnx
+from vbp.deploy.file_formats import Portable
+from vbp.deploy.onnx_format import OnnxClassifier, require_onnx, write_onnx
+from vbp.deploy.openvino_format import (
+    Arithmetic,
+    OpenVinoClassifier,
+    arithmetic_of_processor,
+    require_openvino,
+    write_openvino,
+)
 from vbp.deploy.settings import Backend, LatencyPrecision, LatencySettings
 from vbp.errors import InputError
 from vbp.runtime.decode import to_json
@@ -103,8 +111,8 @@ def compare_latency(
         torch.inference_mode(),
         tempfile.TemporaryDirectory(prefix="vbp-latency-") as folder,
     ):
-        run_dense = _runner_of(dense, example, chosen, Path(folder) / "dense.onnx")
-        run_pruned = _runner_of(pruned, example, chosen, Path(folder) / "pruned.onnx")
+        run_dense = _runner_of(dense, example, chosen, Path(folder) / "dense")
+        run_pruned = _runner_of(pruned, example, chosen, Path(folder) / "pruned")
         for batch in batch_sizes:
             images = _batch_for(example, batch, chosen)
             passes = partial(run_dense, images), partial(run_pruned, images)
@@ -137,15 +145,21 @@ def _check_settings(settings: LatencySettings, batch_sizes: Sequence[int]) -> No
         raise InputError(f"device {settings.device} needs a GPU that PyTorch can use, got none; use --device cpu")
     if kind == "cuda" and settings.threads is not None:
         raise InputError("threads are for the CPU, got them with a GPU; leave them out")
-    if settings.backend != "onnxruntime":
+    if settings.backend == "torch":
         return
+    allowed_precisions: tuple[str, ...] = ("float32",)
+    if settings.backend == "onnxruntime":
+        require_onnx()
+    else:
+        require_openvino()
+        allowed_precisions = arithmetic_of_processor()
     refused = [name for name in ("compile", "channels_last") if getattr(settings, name)]
-    if kind != "cpu" or settings.precision != "float32" or refused:
+    if kind != "cpu" or settings.precision not in allowed_precisions or refused:
         raise InputError(
-            "onnxruntime is timed on the CPU in float32 and without compile and channels_last, got "
-            f"{', '.join([settings.device, settings.precision, *refused])}; use the torch backend for these"
+            f"{settings.backend} is timed on the CPU in {' or '.join(allowed_precisions)} and without compile and "
+            f"channels_last, got {', '.join([settings.device, settings.precision, *refused])}; use the torch backend "
+            "for these"
         )
-    require_onnx()
 
 
 @contextlib.contextmanager
@@ -161,12 +175,9 @@ def _cpu_threads(count: int | None) -> Iterator[None]:
 
 
 def _runner_of(model: nn.Module, example: Tensor, settings: LatencySettings, file: Path) -> Callable[[Any], object]:
-    """Return a function that runs a copy of the model on a batch of `_batch_for`; onnxruntime writes to `file`."""
-    if settings.backend == "onnxruntime":
-        with torch.inference_mode(False), torch.no_grad():
-            write_onnx(Portable(model, torch.float32), example.cpu().float(), file)
-        session = OnnxClassifier(file, torch.get_num_threads()).session
-        return lambda images: session.run(None, {"images": images})
+    """Return a function that runs a copy of the model on a batch of `_batch_for`; other runtimes write to `file`."""
+    if settings.backend != "torch":
+        return _exported_runner(model, example, settings, file)
     amp = settings.precision.startswith("amp_")
     dtype = getattr(torch, settings.precision.removeprefix("amp_"))
     ready = copy_model(model).to(settings.device, torch.float32 if amp else dtype).eval()
@@ -184,11 +195,26 @@ def _runner_of(model: nn.Module, example: Tensor, settings: LatencySettings, fil
     return under_autocast
 
 
+def _exported_runner(
+    model: nn.Module, example: Tensor, settings: LatencySettings, file: Path
+) -> Callable[[Any], object]:
+    portable, images, threads = Portable(model, torch.float32), example.cpu().float(), torch.get_num_threads()
+    with torch.inference_mode(False), torch.no_grad():
+        if settings.backend == "onnxruntime":
+            write_onnx(portable, images, file.with_suffix(".onnx"))
+            session = OnnxClassifier(file.with_suffix(".onnx"), threads).session
+            return lambda batch: session.run(None, {"images": batch})
+        write_openvino(portable, images, file.with_suffix(".xml"))
+    arithmetic: Arithmetic = "bfloat16" if settings.precision == "bfloat16" else "float32"
+    compiled = OpenVinoClassifier(file.with_suffix(".xml"), threads, arithmetic).compiled
+    return lambda batch: compiled(batch, share_outputs=True)
+
+
 def _batch_for(example: Tensor, batch: int, settings: LatencySettings) -> Any:
     """Return a batch of that many images as the runner takes it."""
     images = example.detach().float().cpu()
     images = images.repeat(-(-batch // len(images)), 1, 1, 1)[:batch].contiguous()
-    if settings.backend == "onnxruntime":
+    if settings.backend != "torch":
         return images.numpy()
     amp = settings.precision.startswith("amp_")
     images = images.to(settings.device, torch.float32 if amp else getattr(torch, settings.precision))

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 from vbp.data.preprocessing import Preprocessing
 from vbp.deploy.artifact_files import State, plain_state
-from vbp.deploy.export import TOLERANCES, Parity, measure_parity
-from vbp.deploy.file_formats import Portable
-from vbp.deploy.native_files import load_native, write_folder, write_huggingface, write_timm
+from vbp.deploy.export import TOLERANCES
+from vbp.deploy.file_formats import Parity, Portable, measure_parity
+from vbp.deploy.native_files import check_new_folder, load_native, write_folder, write_huggingface, write_timm
 from vbp.errors import InputError, printable
 from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.models.weights import load_weights_, mismatch
 from vbp.pruning.plan import PruningPlan
-from vbp.runtime.files import check_path
 from vbp.runtime.log_file import log_lines
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site
@@ -81,7 +80,7 @@ def save_native(
         {'mlp_ratio': 2.0}
     """
     target = Path(folder)
-    _check_free(target)
+    check_new_folder(target, "a native checkpoint")
     arguments, write = _checkpoint(model, plans, source, preprocessing, class_names)
     write_folder(target, write)
     return arguments
@@ -147,7 +146,7 @@ def export_native(
         OutputError: The folder could not be written.
     """
     target, allowed = Path(output), TOLERANCES["float32"] if tolerance is None else tolerance
-    _check_free(target)
+    check_new_folder(target, "a native checkpoint")
     if not target.parent.is_dir():
         raise InputError(f"output must lie in an existing folder, got {target}; create {target.parent}")
     arguments, write = _checkpoint(model, plans, source, preprocessing, class_names)
@@ -173,12 +172,6 @@ def export_native(
     report = NativeReport(target, source.library, arguments, size, parities[0], allowed)
     log_lines(_log, report.table())
     return report
-
-
-def _check_free(folder: Path) -> None:
-    check_path(folder, "a native checkpoint")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"a native checkpoint must go into a new or empty folder, got {folder}; choose another")
 
 
 def _checkpoint(

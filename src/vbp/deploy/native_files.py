@@ -18,7 +18,14 @@ from vbp.errors import InputError, OutputError, one_line
 from vbp.models.classifier import ModelSource
 from vbp.models.huggingface_processor import LOADING_ERRORS, processor_config
 from vbp.runtime.decode import read_json
-from vbp.runtime.files import write_json
+from vbp.runtime.files import check_path, write_json
+
+
+def check_new_folder(folder: Path, what: str) -> None:
+    """Raise InputError if a folder is in use, for what goes into a new or empty one."""
+    check_path(folder, what)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{what} must go into a new or empty folder, got {folder}; choose another")
 
 
 def write_folder(folder: Path, write: Callable[[Path], None]) -> None:

@@ -33,7 +33,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize(
     ("name", "to"),
     [
-        ("fused", "onnx"), ("fused", "pt2"), ("windows", "pt2"), ("head by head", "onnx"), ("rotary", "pt2"),
+        ("fused", "pt2"), ("windows", "pt2"), ("head by head", "onnx"), ("rotary", "pt2"),
         ("MultiheadAttention", "onnx"), ("torchvision Swin", "pt2"), ("BEiT", "onnx"),
     ],
 )  # fmt: skip

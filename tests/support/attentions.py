@@ -28,14 +28,14 @@ class Interleaved(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if isinstance(self.qkv, nn.Conv2d):
             image = x.transpose(1, 2).unflatten(2, (3, 3))
-            qkv = self.qkv(image).view(len(x), self.num_heads, -1, 9)
+            qkv = self.qkv(image).view(x.shape[0], self.num_heads, -1, 9)
             q, k, v = self._parts(qkv, 2)
             weights = (q.transpose(-2, -1) @ k * self.scale + self.bias).softmax(-1)
-            mixed = (v @ weights.transpose(-2, -1)).reshape(len(x), -1, 3, 3)
+            mixed = (v @ weights.transpose(-2, -1)).reshape(x.shape[0], -1, 3, 3)
             return self.proj(mixed).flatten(2).transpose(1, 2)  # type: ignore[no-any-return]
-        q, k, v = self._parts(self.qkv(x).view(len(x), 9, self.num_heads, -1).transpose(1, 2), 3)
+        q, k, v = self._parts(self.qkv(x).view(x.shape[0], 9, self.num_heads, -1).transpose(1, 2), 3)
         weights = (q @ k.transpose(-2, -1) * self.scale + self.bias).softmax(-1)
-        return self.proj((weights @ v).transpose(1, 2).reshape(len(x), 9, -1))  # type: ignore[no-any-return]
+        return self.proj((weights @ v).transpose(1, 2).reshape(x.shape[0], 9, -1))  # type: ignore[no-any-return]
 
     def _parts(self, qkv: Tensor, dim: int) -> tuple[Tensor, ...]:
         return qkv.split([self.key_dim, self.key_dim, self.val_dim], dim) if self.separate else qkv.chunk(3, dim)

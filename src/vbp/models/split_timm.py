@@ -93,7 +93,7 @@ class SplitWindowAttention(WindowAttention):
         bias = table[self.get_buffer("relative_position_index").view(-1)].view(tokens, tokens, -1).permute(2, 0, 1)
         bias = (16 * bias.sigmoid()).unsqueeze(0)
         if mask is not None:
-            bias = (bias + mask.unsqueeze(1)).repeat(len(x) // len(mask), 1, 1, 1)
+            bias = (bias + mask.unsqueeze(1)).repeat(x.shape[0] // mask.shape[0], 1, 1, 1)
         scale = self.logit_scale.clamp(max=math.log(100.0)).exp()
         dropout = self.attn_drop.p if self.training else 0.0
         mixed = F.scaled_dot_product_attention(

@@ -50,6 +50,7 @@ from vbp.statistics.statistics import Statistics
 from vbp.training.checkpoints import checked_content, read_checkpoint
 from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.tensorboard import check_tracking
+from vbp.training.tuning import check_tuning_images
 
 _log = logging.getLogger(__name__)
 
@@ -211,6 +212,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
     calibration = _calibration(config, session, train, classifier.preprocessing)
+    if config.tune != "off":
+        check_tuning_images(len(calibration))
     model = move_(classifier.model, device)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
@@ -273,7 +276,7 @@ def make_refits(job: PruneJob) -> Refits | None:
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         *known, producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
-        batchnorm=config.batchnorm, views=views,
+        batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off",
     )  # fmt: skip
 
 
@@ -301,7 +304,7 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the
     # best weights and perhaps an average, and there are three of them for a moment.
-    copies = 4 + (3 * 5 if config.epochs_ft > 0 else 0)
+    copies = 4 + (3 * 5 if config.epochs_ft > 0 else 0) + (3 * 6 if config.tune != "off" else 0)
     check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
 
 
@@ -318,12 +321,17 @@ def _open(config: RunConfig) -> OpenedModel:
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:
     """Return what decides about the result: the configuration, and what it stands for here."""
-    return config.to_dict() | {
-        "device": session.device.type,
-        "amp": session.precision.name,
-        "world": session.processes.world,
-        "local_rank": None,  # older launchers give each process its own
-        "model": model_fingerprint(model),
-        "train": train.fingerprint(),
-        "val": val.fingerprint(),
-    }
+    tuned = {"tuning_amp": Precision.for_tuning(config.amp, session.device).name} if config.tune != "off" else {}
+    return (
+        config.to_dict()
+        | tuned
+        | {
+            "device": session.device.type,
+            "amp": session.precision.name,
+            "world": session.processes.world,
+            "local_rank": None,  # older launchers give each process its own
+            "model": model_fingerprint(model),
+            "train": train.fingerprint(),
+            "val": val.fingerprint(),
+        }
+    )

@@ -73,7 +73,8 @@ class RunReport:
     Attributes:
         base: The dense model.
         pruned: Right after pruning, with the compensation that was asked for.
-        best: The checkpoint with the highest validation accuracy; the pruned model counts as epoch 0.
+        best: The checkpoint with the highest validation accuracy; the pruned model, tuned where it was, counts as
+            epoch 0.
         final: The last checkpoint.
         keep_ratio: Share of the MLP channels that was kept in fact.
         sites: Site name -> [kept, total] channels.
@@ -96,6 +97,9 @@ class RunReport:
         head: The same of the refit of the last layer, `HeadRefit`.
         batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
         attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
+        tuned: After tuning without labels, before any fine-tuning; epoch 0 where no epoch was better than none, None
+            where it was not asked for.
+        tuning: What tuning without labels did: the data of `TuningReport`; None without.
 
     Example:
         >>> vbp.run(config).sites
@@ -126,11 +130,13 @@ class RunReport:
     head: Mapping[str, Any] | None = None
     batchnorm: Mapping[str, Any] | None = None
     attention: float | None = None
+    tuned: Measured | None = None
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
-        """Return the measured models by name: `uncompensated` only where it was measured."""
-        names = ("base", "uncompensated", "pruned", "best", "final")
+        """Return the measured models by name: `uncompensated` and `tuned` only where they were measured."""
+        names = ("base", "uncompensated", "pruned", "tuned", "best", "final")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -141,6 +147,8 @@ class RunReport:
         if self.uncompensated is not None and compensation != "none":
             steps["uncompensated"] = _PRUNED["none"]
         steps["pruned"] = _PRUNED.get(compensation, f"pruned, {compensation}")
+        if self.tuned is not None:
+            steps["tuned"] = f"tuned without labels (epoch {self.tuned.epoch})"
         if self.final.epoch:
             # Where tuning improved it at no epoch, the pruned model above is the best.
             if self.best.epoch:
@@ -151,7 +159,8 @@ class RunReport:
     @property
     def file_rows(self) -> dict[str, str]:
         """Return which model each file with weights holds: its name -> the name in `models` and `steps`."""
-        best, final = "best" if self.best.epoch else "pruned", "final" if self.final.epoch else "pruned"
+        start = "pruned" if self.tuned is None else "tuned"
+        best, final = "best" if self.best.epoch else start, "final" if self.final.epoch else start
         return {ARTIFACT: best, BEST: best, FINAL: final}
 
     @property
@@ -175,7 +184,7 @@ class RunReport:
 
     @property
     def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
-        return self.batchnorm, self.producers, self.stream, self.head
+        return self.batchnorm, self.producers, self.stream, self.head, self.tuning
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out.
@@ -187,7 +196,8 @@ class RunReport:
             name: {key: value for key, value in to_json(model).items() if value is not None}
             for name, model in self.models.items()
         }
-        return plain if self.uncompensated else {k: v for k, v in plain.items() if k != "uncompensated"}
+        optional = [name for name in ("uncompensated", "tuned", "tuning") if getattr(self, name) is None]
+        return {name: value for name, value in plain.items() if name not in optional}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> RunReport:
@@ -250,6 +260,8 @@ class RunReport:
             lines.append("; ".join(filter(None, [*facts, self.macs_text])))
         if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
             lines.append(self.budget["sentence"])
+        if self.tuning is not None:
+            lines.append(self.tuning["sentence"])
         return "\n".join([*lines, self.file_text])
 
 

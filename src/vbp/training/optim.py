@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -30,6 +31,15 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     averaged = AveragedModel(model, multi_avg_fn=update, use_buffers=True)
     averaged.requires_grad_(False)
     return averaged
+
+
+def matrices_decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters in two groups: weights with weight decay, and biases and norms without it."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
 
 
 def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LRScheduler:

@@ -27,9 +27,12 @@ from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
 from vbp.training.mixup import Mixup
-from vbp.training.optim import make_ema, make_schedule
+from vbp.training.optim import make_ema, make_schedule, matrices_decayed
 
 _OFF, _ALONE = Precision(), Processes()
+
+# Images and their labels; without labels None.
+TrainingBatch = tuple[Tensor, Tensor | None]
 
 
 class TrainingLoader(Sized, Protocol):
@@ -41,7 +44,7 @@ class TrainingLoader(Sized, Protocol):
     def global_size(self, batch: int) -> int:
         """Return the images of batch number `batch`, counted from 0, over all processes."""
 
-    def __iter__(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterable[TrainingBatch]:
         """Return the batches of the epoch."""
 
 
@@ -52,7 +55,8 @@ class TrainerSettings:
     Attributes:
         steps: Of the optimizer, in all epochs.
         learning_rate: The peak, used as it is, however many processes and batches make a step.
-        weight_decay: Of all parameters.
+        weight_decay: Of all parameters, or of weights alone.
+        decay_all: Also decay biases and the parameters of norms.
         warmup_steps: Of the `steps`.
         loss: With a teacher; without one the loss is the cross-entropy alone, with the same label smoothing.
         accumulate: Batches whose gradients make one step.
@@ -60,6 +64,7 @@ class TrainerSettings:
         ema_decay: What remains of the moving average at each step; None keeps none.
         compile: Call student and teacher through torch.compile.
         mixup: Mixes the images of each batch, for student and teacher alike.
+        fixed_statistics: Keep dropout off and the running statistics of BatchNorms as they are.
         measure_gradients: Report the norm of the gradients.
 
     Raises:
@@ -74,6 +79,7 @@ class TrainerSettings:
     steps: int
     learning_rate: float
     weight_decay: float = 0.01
+    decay_all: bool = True
     warmup_steps: int = 0
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     accumulate: int = 1
@@ -81,6 +87,7 @@ class TrainerSettings:
     ema_decay: float | None = None
     compile: bool = False
     mixup: Mixup | None = None
+    fixed_statistics: bool = False
     measure_gradients: bool = False
 
     def __post_init__(self) -> None:
@@ -135,10 +142,11 @@ class Trainer:
         if teacher is not None:
             move_(teacher, device).eval().requires_grad_(False)
         self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
+        every, decay = settings.decay_all, settings.weight_decay
         self.optimizer = AdamW(
-            student.parameters(),
+            student.parameters() if every else matrices_decayed(student, decay),
             lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            weight_decay=decay,
             fused=True if device.type == "cuda" else None,
         )
         self.scheduler = make_schedule(self.optimizer, settings.steps, settings.warmup_steps)
@@ -152,6 +160,7 @@ class Trainer:
         self._student = Compiled(called) if settings.compile else called
         self._teacher = Compiled(teacher) if settings.compile and teacher is not None else teacher
         self._scaler: GradScaler = precision.scaler()
+        self._dtype = next((each.dtype for each in student.parameters() if each.is_floating_point()), torch.float32)
         self._meter = EpochMeter(device)
 
     @property
@@ -170,7 +179,7 @@ class Trainer:
         self,
         loader: TrainingLoader,
         epoch: int,
-        progress: Callable[[TrainingLoader], Iterable[tuple[Tensor, Tensor]]] = iter,  # type: ignore[assignment]
+        progress: Callable[[TrainingLoader], Iterable[TrainingBatch]] = iter,  # type: ignore[assignment]
         after_step: Callable[[], None] | None = None,
     ) -> EpochResult:
         """Train on every batch once, or on what is left of the epoch that a loaded state had begun.
@@ -188,13 +197,13 @@ class Trainer:
         if epoch != self.epoch:
             self.epoch, self.batches_done = epoch, 0
             self._meter.begin(float(self.scheduler.get_last_lr()[0]))
-        self._student.train()
+        self._to_training()
         start = time.perf_counter() - self._meter.seconds
         if self.batches_done < len(loader):
             loader.set_epoch(epoch, start=self.batches_done)
             for number, (pixels, labels) in enumerate(progress(loader), start=self.batches_done):
                 ends_step = (number + 1) % self.settings.accumulate == 0 or number + 1 == len(loader)
-                self._learn(pixels, labels, number, self._weight(loader, number, len(labels)), ends_step)
+                self._learn(pixels, labels, number, self._weight(loader, number, len(pixels)), ends_step)
                 if ends_step:
                     self._step()
                     self.batches_done = number + 1
@@ -204,6 +213,14 @@ class Trainer:
         self._share_buffers()
         applied = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         return self._meter.result(epoch, self.processes, skipped_steps=self.steps_done - applied)
+
+    def _to_training(self) -> None:
+        self._student.train()
+        if self.settings.fixed_statistics:
+            # Modules without children: norms and dropout. Blocks recompute their activations in training mode alone.
+            for module in self._student.modules():
+                if next(module.children(), None) is None:
+                    module.eval()
 
     def _weight(self, loader: TrainingLoader, number: int, count: int) -> float:
         """Return what the mean over this batch counts in the mean over all images of the step.
@@ -216,9 +233,10 @@ class Trainer:
         group = range(first, min(first + self.settings.accumulate, len(loader)))
         return count * self.processes.world / sum(loader.global_size(batch) for batch in group)
 
-    def _learn(self, pixels: Tensor, labels: Tensor, number: int, weight: float, ends_step: bool) -> None:
+    def _learn(self, pixels: Tensor, labels: Tensor | None, number: int, weight: float, ends_step: bool) -> None:
         """Add the gradient of one batch; processes exchange theirs once a step."""
-        pixels, labels = (each.to(self.device, non_blocking=True) for each in (pixels, labels))
+        pixels = pixels.to(self.device, self._dtype, non_blocking=True)
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
         if self.settings.mixup is not None:
             pixels, labels = self.settings.mixup(
                 pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank
@@ -229,12 +247,13 @@ class Trainer:
         if self._ddp is not None and not ends_step:
             exchange = self._ddp.no_sync()
         with exchange, compile_errors() if self.settings.compile else nullcontext():
-            logits, loss = self._loss(pixels, labels)
+            logits, classes, loss = self._loss(pixels, labels)
             weighted = loss if weight == 1 else loss * weight
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
-        self._meter.add(loss, logits, labels)
+        self._meter.add(loss, logits, classes)
 
-    def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, the classes that count as right (the teacher's where there are no labels), and the loss."""
         with self.precision.autocast():
             logits = logits_of(self._student(pixels))
             if self._teacher is not None:
@@ -242,8 +261,11 @@ class Trainer:
                     target = logits_of(self._teacher(pixels))
         logits = in_float32(logits)
         if self._teacher is None:
-            return logits, self.settings.loss.cross_entropy(logits, labels)
-        return logits, self.settings.loss(logits, in_float32(target), labels)
+            if labels is None:
+                raise InputError("training needs labels or a teacher, got batches with neither; give a teacher")
+            return logits, labels, self.settings.loss.cross_entropy(logits, labels)
+        loss = self.settings.loss(logits, in_float32(target), labels)
+        return logits, target.argmax(1) if labels is None else labels, loss
 
     def _step(self) -> None:
         if self.settings.clip_grad is not None or self.settings.measure_gradients:

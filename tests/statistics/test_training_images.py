@@ -13,6 +13,8 @@ from pixels import Pixels
 from vbp.data.data_path import list_images
 from vbp.data.decoding import DecodedOnce
 from vbp.data.digits import PREPROCESSING
+from vbp.runtime.processes import Processes
+from vbp.runtime.session import Session
 from vbp.statistics.images import CalibrationImages, GivenImages
 from vbp.statistics.training_images import UnlabelledLoader, training_images
 
@@ -45,10 +47,12 @@ def test_prepared_images_are_cropped_anew_in_each_epoch(given: UnlabelledLoader)
     assert torch.cat(first).max() <= 1 + 1e-6
 
 
-def test_what_is_no_image_stays_as_it_is() -> None:
+def test_vectors_are_mixed_but_not_cropped() -> None:
     vectors = torch.arange(24.0).reshape(8, 3)
     batches = epoch(training_images(GivenImages([vectors]), range(2, 8), 4), 1)
-    assert sorted(torch.cat(batches)[:, 0].tolist()) == [6.0, 9.0, 12.0, 15.0, 18.0, 21.0]
+    # On the line between two of them.
+    assert torch.cat(batches).diff(dim=1) == pytest.approx(torch.ones(6, 2), abs=1e-5)
+    assert torch.cat(batches).min() >= 6
 
 
 def test_each_file_is_decoded_once_and_the_log_says_the_bytes(
@@ -67,6 +71,28 @@ def test_each_file_is_decoded_once_and_the_log_says_the_bytes(
     from_files = epoch(training_images(images, range(10, 30), 8), 1)
     assert "0 of 20 images are kept decoded in memory" in caplog.text
     assert all(torch.equal(one, other) for one, other in zip(first, from_files, strict=True))
+
+
+def test_two_processes_share_out_the_mixtures_of_one(digits: Path) -> None:
+    known = list_images(digits, "train", 10), PREPROCESSING
+    alone = training_images(CalibrationImages(*known, hflip=False), range(10, 30), 8)
+    shares = [
+        training_images(CalibrationImages(*known, Session(Processes(rank, 2)), hflip=False), range(10, 30), 4)
+        for rank in (0, 1)
+    ]
+    for batch, *parts in zip(epoch(alone, 3), *(epoch(share, 3) for share in shares), strict=True):
+        for rank, part in enumerate(parts):
+            assert torch.equal(part, batch[rank::2])
+
+
+def test_mixtures_lie_between_two_images_or_have_a_rectangle_of_another() -> None:
+    ones, zeros = torch.ones(30, 3, 8, 8), torch.zeros(30, 3, 8, 8)
+    mixtures = torch.cat(epoch(training_images(GivenImages([ones, zeros]), range(60), 60), 1))
+    even = [float(one.flatten()[0]) for one in mixtures if one.std() < 1e-6]
+    cut = [one for one in mixtures if one.std() >= 1e-6]
+    assert any(0.05 < value < 0.95 for value in even)
+    assert cut
+    assert all(set(one.round(decimals=5).unique().tolist()) == {0.0, 1.0} for one in cut)
 
 
 def test_images_are_kept_as_far_as_the_memory_goes_and_bad_ones_are_left_to_the_reader() -> None:

@@ -112,10 +112,8 @@ class DecodedOnce:
         for index in range(len(images)) if places is None else places:
             if left <= 0:
                 break
-            try:
-                with images.read(index) as stream:
-                    image = _rgb(stream, max_pixels)
-            except Exception:  # noqa: BLE001 (decoders raise almost anything on damaged files)
+            image = decoded(images, index, max_pixels)
+            if image is None:
                 continue
             bitmap = io.BytesIO()
             image.save(bitmap, "BMP")
@@ -171,6 +169,15 @@ def collate(samples: list[Sample]) -> Batch:
     failures = tuple(failure for sample in samples for failure in sample.failures)
     labels = torch.tensor([label for _, label in read], dtype=torch.int64)
     return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
+
+
+def decoded(images: Images, index: int, max_pixels: int) -> Image.Image | None:
+    """Return an image of a source in RGB; None if it cannot be read."""
+    try:
+        with images.read(index) as stream:
+            return _rgb(stream, max_pixels)
+    except Exception:  # noqa: BLE001 (decoders raise almost anything on damaged files)
+        return None
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -296,7 +296,7 @@ def _tune(job: PruneJob, pruned: nn.Module) -> TuningReport | None:
     precision = Precision.for_tuning("auto", job.session.device)
     with job.session.timed("tune"):
         # A copy teaches: training brings its layout in memory to what suits the device.
-        settings = TunerSettings(length, seed=images.seed)
+        settings = TunerSettings(length)
         return Tuner(pruned, copy.deepcopy(job.dense), images, settings, precision=precision).tune_()
 
 

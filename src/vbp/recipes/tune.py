@@ -73,7 +73,6 @@ def _tuner(job: Job, pruned: nn.Module, length: TuningLength, teacher: nn.Module
         weight_decay=config.weight_decay,
         clip_grad=config.clip_grad,
         compile=config.compile,
-        seed=config.seed,
     )
     precision = Precision.for_tuning(config.amp, job.session.device)
     known = pruned, teacher, job.calibration, settings

@@ -1,4 +1,4 @@
-"""Read calibration images as training does: random crops without labels, in a new order in each epoch."""
+"""Read calibration images for training without labels: mixtures of random crops, in a new order in each epoch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from typing import Final, Protocol
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from PIL import Image
 from torch import Tensor
 
-from vbp.data.decoding import DecodedOnce, mixed_seed
+from vbp.data.decoding import DecodedOnce, decoded, mixed_seed
 from vbp.data.loader import ImageLoader, make_loader
-from vbp.data.preprocessing import training_transform
+from vbp.data.preprocessing import Transform, training_transform
 from vbp.runtime.memory import available_memory
 from vbp.statistics.batches import pixels_of
 from vbp.statistics.images import LEAST_CROP, CalibrationImages, GivenImages, ImageSource
@@ -44,13 +45,16 @@ class UnlabelledLoader(Protocol):
 
 
 def training_images(images: ImageSource, places: range, batch_size: int) -> UnlabelledLoader:
-    """Load the images at some places in batches of so many for each process, in random crops.
+    """Load the images at some places in batches of so many for each process.
+
+    Each is a random crop, mixed with that of another image by Mixup or CutMix. What is drawn depends on the seed, the
+    epoch and the image alone, so that the images of a step are the same for any number of processes.
 
     Images from files are decoded once, and kept in main memory as far as a quarter of it has space; the log says
     how many bytes they take. Prepared images are cropped as they are, and not mirrored.
     """
     if isinstance(images, GivenImages):
-        return _PreparedCrops(images, places, batch_size)
+        return _PreparedImages(images, places, batch_size)
     return _FromFiles(_load(images, places, batch_size))
 
 
@@ -59,12 +63,14 @@ def _load(images: CalibrationImages, places: range, batch_size: int) -> ImageLoa
     processes, low, high = images.session.processes, *images.crop_scale
     at_most = int(_SHARE * available_memory() / processes.local_world)
     bar = images.session.progress(range(len(chosen)), "decoding")
-    decoded = DecodedOnce.keep(chosen, at_most, images.max_pixels, bar)
-    size = f"{decoded.size / 2**20:.1f} MiB"
-    _log.info("%d of %d images are kept decoded in memory: %s", decoded.kept, len(chosen), size)
+    kept = DecodedOnce.keep(chosen, at_most, images.max_pixels, bar)
+    size = f"{kept.size / 2**20:.1f} MiB"
+    _log.info("%d of %d images are kept decoded in memory: %s", kept.kept, len(chosen), size)
+    scale = (min(max(low, LEAST_CROP), high), high)
+    crop = training_transform(images.preprocessing, hflip=images.hflip, scale=scale)
     return make_loader(
-        decoded,
-        training_transform(images.preprocessing, hflip=images.hflip, scale=(min(max(low, LEAST_CROP), high), high)),
+        kept,
+        _Mixing(kept, crop, images.max_pixels),
         batch_size=batch_size,
         shuffle=True,
         seed=images.seed,
@@ -75,6 +81,23 @@ def _load(images: CalibrationImages, places: range, batch_size: int) -> ImageLoa
         pin_memory=True,
         max_pixels=images.max_pixels,
     )
+
+
+@dataclass(frozen=True)
+class _Mixing:
+    """Turns an image into a mixture of two random crops: its own, and that of another image of the source.
+
+    It draws from torch's default generator. Where the other image cannot be read, nothing is mixed in.
+    """
+
+    images: DecodedOnce
+    crop: Transform
+    max_pixels: int
+
+    def __call__(self, image: Image.Image, /) -> Float[Tensor, "channels height width"]:
+        own = self.crop(image)
+        other = decoded(self.images, int(torch.randint(len(self.images), ())), self.max_pixels)
+        return own if other is None else _mixed(own, self.crop(other))
 
 
 @dataclass(frozen=True)
@@ -96,8 +119,8 @@ class _FromFiles:
         return ((pixels, None) for pixels, _ in self.loader)
 
 
-class _PreparedCrops:
-    """Random crops of prepared images of one process, resized to the size of each."""
+class _PreparedImages:
+    """Mixtures of random crops of prepared images of one process, resized to the size of each."""
 
     def __init__(self, images: GivenImages, places: range, batch_size: int) -> None:
         batches = images.parts(places, "tuning", labels=False)
@@ -115,22 +138,25 @@ class _PreparedCrops:
         return math.ceil(len(self._images) / self._batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        order = torch.randperm(len(self._images), generator=_generator(self._seed, self._epoch)).tolist()
+        generator = torch.Generator().manual_seed(mixed_seed(self._seed, self._epoch))
+        order = torch.randperm(len(self._images), generator=generator).tolist()
         for batch in range(self._start, len(self)):
             places = order[batch * self._batch_size : (batch + 1) * self._batch_size]
-            crops = [_crop(self._images[place], _generator(self._seed, self._epoch, place)) for place in places]
-            yield torch.stack(crops), None
+            yield torch.stack([self._mixture(place) for place in places]), None
+
+    def _mixture(self, place: int) -> Tensor:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mixed_seed(self._seed, self._epoch, place))
+            own = _crop(self._images[place])
+            other = self._images[int(torch.randint(len(self._images), ()))]
+            return _mixed(own, _crop(other)) if other.shape == own.shape else own
 
 
-def _generator(*numbers: int) -> torch.Generator:
-    return torch.Generator().manual_seed(mixed_seed(*numbers))
-
-
-def _crop(image: Tensor, generator: torch.Generator) -> Float[Tensor, "channels height width"]:
+def _crop(image: Tensor) -> Float[Tensor, "channels height width"]:
     """Return a random part of an image, resized to the whole; what has other dimensions stays as it is."""
     if image.ndim != 3:
         return image
-    share, shape, top, left = torch.rand(4, generator=generator, dtype=torch.float64).tolist()
+    share, shape, top, left = torch.rand(4, dtype=torch.float64).tolist()
     area = LEAST_CROP + (1 - LEAST_CROP) * share
     ratio = math.exp(math.log(_RATIO[0]) + shape * math.log(_RATIO[1] / _RATIO[0]))
     height, width = image.shape[1:]
@@ -141,3 +167,20 @@ def _crop(image: Tensor, generator: torch.Generator) -> Float[Tensor, "channels 
     exact = part if part.dtype == torch.float64 else part.float()
     resized = F.interpolate(exact, (height, width), mode="bilinear", antialias=True)
     return resized[0].to(image.dtype)
+
+
+def _mixed(own: Tensor, other: Tensor) -> Tensor:
+    """Mix another image in: one time in two a rectangle of it, else all of it, in any share.
+
+    Source: Zhang et al. (2018), equation 2, and Yun et al. (2019), equation 1, both with alpha 1.
+    """
+    cut, share, top, left = torch.rand(4, dtype=torch.float64).tolist()
+    if cut < 0.5 or own.ndim != 3:
+        return own.lerp(other, share)
+    height, width = own.shape[1:]
+    rows, columns = round(height * math.sqrt(share)), round(width * math.sqrt(share))
+    first, start = int(top * (height - rows + 1)), int(left * (width - columns + 1))
+    mixed = own.clone()
+    place = (slice(None), slice(first, first + rows), slice(start, start + columns))
+    mixed[place] = other[place]
+    return mixed

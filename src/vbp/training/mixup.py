@@ -38,21 +38,15 @@ class Mixup:
     def __call__(
         self,
         pixels: Float[Tensor, "batch channels height width"],
-        labels: Int[Tensor, "batch"] | None,
+        labels: Int[Tensor, "batch"],
         *,
         epoch: int,
         batch: int,
         rank: int = 0,
-    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"] | None]:
-        """Return mixed images and their shares of all classes; the images that came in stay as they are.
-
-        Without labels there are no shares.
-        """
+    ) -> tuple[Float[Tensor, "batch channels height width"], Float[Tensor, "batch classes"]]:
+        """Return mixed images and their shares of all classes; the images that came in stay as they are."""
         from timm.data.mixup import Mixup as TimmMixup  # timm takes seconds to import
 
-        if labels is None:
-            zeros = torch.zeros(len(pixels), dtype=torch.int64, device=pixels.device)
-            return self(pixels, zeros, epoch=epoch, batch=batch, rank=rank)[0], None
         half, odd = (len(labels) + 1) // 2, len(labels) % 2 == 1
         # timm takes even batches. In an odd one the image in the middle is its own partner and stays as it is: it
         # stands there twice while the others are mixed.

@@ -238,6 +238,8 @@ class Trainer:
         pixels = pixels.to(self.device, self._dtype, non_blocking=True)
         labels = None if labels is None else labels.to(self.device, non_blocking=True)
         if self.settings.mixup is not None:
+            if labels is None:
+                raise InputError("mixup needs labels, got batches without; mix the images before, or leave it out")
             pixels, labels = self.settings.mixup(
                 pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank
             )

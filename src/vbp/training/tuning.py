@@ -28,7 +28,6 @@ from vbp.statistics.images import ImageSource
 from vbp.statistics.training_images import UnlabelledLoader, training_images
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import DivergedError, EpochResult, steps_per_epoch
-from vbp.training.mixup import Mixup
 from vbp.training.trainer import Trainer, TrainerSettings
 from vbp.training.tuning_length import RATES, Schedule, TuningLength
 from vbp.training.tuning_report import TunedEpoch, TuningReport
@@ -48,7 +47,7 @@ LARGEST_BATCH: Final = 32
 
 @dataclass(frozen=True)
 class TunerSettings:
-    """How a model is tuned, beside the learning rate: as for `TrainerSettings`; `seed` is that of the mixtures."""
+    """How a model is tuned, beside the learning rate: as for `TrainerSettings`."""
 
     length: TuningLength
     batch_size: int = LARGEST_BATCH
@@ -56,7 +55,6 @@ class TunerSettings:
     weight_decay: float = 0.01
     clip_grad: float | None = None
     compile: bool = False
-    seed: int = 0
 
 
 @dataclass
@@ -233,7 +231,6 @@ class Tuner:
 
     def _new_trainer(self, rate: float, epochs: int) -> Trainer:
         settings, steps = self._settings, steps_per_epoch(len(self.loader), self._settings.accumulate)
-        planar = next((pixels.ndim for pixels in self._reference.batches), 4) == 4
         trainer = TrainerSettings(
             steps=epochs * steps,
             learning_rate=rate,
@@ -245,7 +242,6 @@ class Tuner:
             clip_grad=settings.clip_grad,
             ema_decay=1 - 1 / steps,  # over about an epoch
             compile=settings.compile,
-            mixup=Mixup(mixup=0.8, cutmix=1.0 if planar else 0.0, seed=settings.seed),
             fixed_statistics=True,
         )
         return Trainer(

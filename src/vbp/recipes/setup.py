@@ -321,17 +321,15 @@ def _open(config: RunConfig) -> OpenedModel:
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:
     """Return what decides about the result: the configuration, and what it stands for here."""
-    tuned = {"tuning_amp": Precision.for_tuning(config.amp, session.device).name} if config.tune != "off" else {}
-    return (
-        config.to_dict()
-        | tuned
-        | {
-            "device": session.device.type,
-            "amp": session.precision.name,
-            "world": session.processes.world,
-            "local_rank": None,  # older launchers give each process its own
-            "model": model_fingerprint(model),
-            "train": train.fingerprint(),
-            "val": val.fingerprint(),
-        }
-    )
+    settings = config.to_dict() | {
+        "device": session.device.type,
+        "amp": session.precision.name,
+        "world": session.processes.world,
+        "local_rank": None,  # older launchers give each process its own
+        "model": model_fingerprint(model),
+        "train": train.fingerprint(),
+        "val": val.fingerprint(),
+    }
+    if config.tune != "off":
+        settings["tuning_amp"] = Precision.for_tuning(config.amp, session.device).name
+    return settings

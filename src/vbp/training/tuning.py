@@ -132,11 +132,7 @@ class Tuner:
         return sum(self._state.schedule.phases[: self._state.phase])
 
     def tune_(self, after_step: Callable[[], None] | None = None) -> TuningReport:
-        """Tune the model in place; `after_step` is called after each step, and may save the state or stop.
-
-        Raises:
-            InputError: A loss is no finite number.
-        """
+        """Tune the model in place; `after_step` is called after each step, and may save the state or stop."""
         state, phases = self._state, self._state.schedule.phases
         schedule = state.schedule
         _log.info(
@@ -184,7 +180,7 @@ class Tuner:
 
     def _train(self, epochs: int, after_step: Callable[[], None] | None) -> None:
         """Train for the epochs of one phase, or those that are left of it, and compare after each."""
-        rate = self._rate()
+        rate, self.trainer = self._rate(), None  # the memory of the last one is free before the next takes its own
         self.trainer = trainer = self._new_trainer(rate, epochs)
         if self._going_on is not None:
             trainer.load_state_dict(*self._going_on)
@@ -308,7 +304,7 @@ class _FirstBatches:
         return min(self.first, len(self._loader))
 
     def __iter__(self) -> Iterator[tuple[Tensor, None]]:
-        return (batch for batch, _ in zip(self._loader, range(len(self)), strict=False))
+        return (batch for _, batch in zip(range(len(self)), self._loader, strict=False))
 
 
 def _read(state: Mapping[str, Any]) -> _State:

@@ -4,7 +4,9 @@
     torchrun --nproc_per_node=4 benchmarks/throughput.py --batch_size 128
 
 All variants take turns in every round of one run; images are synthetic and wait in memory, so what is measured is
-the computing and not the disk. With several processes the images of all count; the plain loop is one process, so
+the computing and not the disk. One row is an epoch of tuning without labels (`--tune`), mixtures of random crops
+included, beside what it is made of: a forward pass of the dense model, and a forward and a backward pass of the
+pruned one, in the same precision. With several processes the images of all count; the plain loop is one process, so
 its share is what one process does while the others do the same. Prints one JSON line for each variant: images a
 second (median over rounds) and the median over rounds of the ratio to the plain loop of that stage.
 """
@@ -29,6 +31,9 @@ from torch import Tensor, nn
 from vbp import Trainer, TrainerSettings, collect_statistics, evaluate, find_sites, make_plan, prune_, variance_scores
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group
+from vbp.statistics.images import GivenImages
+from vbp.statistics.training_images import training_images
+from vbp.training.losses import DistillationLoss
 
 
 @dataclass(frozen=True)
@@ -130,6 +135,8 @@ def variants(
     }
     for precision in dict.fromkeys(Precision.choose(amp, device) for amp in options.amp):  # type: ignore[arg-type]
         found |= _ours(precision, options, dense, student, sites, images, processes, device)
+    for precision in dict.fromkeys(Precision.for_tuning(amp, device) for amp in options.amp):  # type: ignore[arg-type]
+        found |= _tuning(precision, options, dense, student, images, processes, device)
     return found
 
 
@@ -169,7 +176,66 @@ def _ours(
     return found
 
 
-def _epochs(trainer: Trainer, images: Images) -> Callable[[], Any]:
+def _tuning(
+    precision: Precision,
+    options: Options,
+    dense: nn.Module,
+    student: nn.Module,
+    images: Images,
+    processes: Processes,
+    device: torch.device,
+) -> dict[str, tuple[str, Callable[[], Any]]]:
+    """Return an epoch of tuning without labels, and the passes that it is made of."""
+    own, teacher = deepcopy(student).train(), deepcopy(dense).requires_grad_(False)
+
+    def passes() -> None:
+        for pixels, _ in images:
+            with precision.autocast():
+                with torch.no_grad():
+                    teacher(pixels.to(device))
+                logits = own(pixels.to(device))
+            own.zero_grad()
+            logits.float().logsumexp(1).sum().backward()
+
+    settings = TrainerSettings(
+        steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), decay_all=False, ema_decay=0.95,
+        fixed_statistics=True,
+    )  # fmt: skip
+    trainer = Trainer(
+        deepcopy(student), settings, device=device, teacher=deepcopy(dense), precision=precision, processes=processes
+    )
+    # Each process has its own images here: one alone deals out its list.
+    given = GivenImages([pixels for pixels, _ in images])
+    loader = training_images(given, range(len(given)), options.batch_size)
+    stage, world = f"tuning, amp {precision.name}", images.world
+    return {
+        f"plain passes of an epoch of tuning, amp {precision.name}": (stage, passes),
+        stage: (stage, _epochs(trainer, _Shares(loader, world))),
+    }
+
+
+class _Shares:
+    """A loader of one process, as one of several that have as many images."""
+
+    def __init__(self, loader: Any, world: int) -> None:
+        self.loader, self.world = loader, world
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        """Choose order and crops of an epoch."""
+        self.loader.set_epoch(epoch, start)
+
+    def global_size(self, batch: int) -> int:
+        """Return the images of a batch over all processes."""
+        return int(self.loader.global_size(batch)) * self.world
+
+    def __iter__(self) -> Iterator[tuple[Tensor, None]]:
+        return iter(self.loader)
+
+
+def _epochs(trainer: Trainer, images: Any) -> Callable[[], Any]:
     count = 0
 
     def epoch() -> None:

@@ -98,6 +98,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "cost_aware": ("auto", ["on"], "on"),
     "attention": ("auto", ["off"], "off"),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
+    "tune": ("off", ["8"], 8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),
 }
 SWITCHES = (

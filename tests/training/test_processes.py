@@ -4,18 +4,29 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor, nn
 
 from vbp import DistillationLoss, InputError, Trainer, TrainerSettings
+from vbp.data.preprocessing import Preprocessing
+from vbp.runtime.precision import Precision
 from vbp.runtime.processes import Processes
+from vbp.runtime.session import Session
+from vbp.statistics.images import CalibrationImages
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.memory import dry_step
+from vbp.training.tuning import Tuner, TunerSettings
+from vbp.training.tuning_length import TuningLength
+from vbp.training.tuning_report import TuningReport
 
 CPU = torch.device("cpu")
 
@@ -139,6 +150,59 @@ def counts_are_added_up(mine: Processes) -> None:
         evaluate(nn.Identity(), [], "cpu", processes=mine)
 
 
+@dataclass(frozen=True)
+class Noise:
+    """Images of noise."""
+
+    numbers: tuple[int, ...]
+    root = "noise"
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        return tuple(number % 3 for number in self.numbers)
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def name(self, index: int) -> str:
+        return f"noise {index}"
+
+    def read(self, index: int) -> BinaryIO:
+        pixels = np.random.default_rng(self.numbers[index]).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        stream = io.BytesIO()
+        Image.fromarray(pixels).save(stream, "PNG")
+        return stream
+
+    def select(self, indices: Sequence[int]) -> Noise:
+        return Noise(tuple(self.numbers[index] for index in indices))
+
+    def fingerprint(self) -> str:
+        return "noise"
+
+
+def two_tune_as_one(mine: Processes) -> None:
+    def tuned(processes: Processes, batch_size: int) -> tuple[TuningReport, nn.Module]:
+        teacher, pruned = (nn.Sequential(nn.Flatten(), nn.Linear(192, 4), network(seed)).double() for seed in (1, 1))
+        with torch.no_grad():
+            pruned[1].weight *= 0.9
+        images = CalibrationImages(Noise(tuple(range(41))), preprocessing, Session(processes), hflip=False)
+        settings = TunerSettings(TuningLength(epochs=2), batch_size=batch_size)
+        return Tuner(pruned, teacher, images, settings, precision=Precision()).tune_(), pruned
+
+    torch.manual_seed(0)
+    preprocessing = Preprocessing((8, 8), 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    torch.manual_seed(0)
+    alone, one = tuned(Processes(), 8)
+    torch.manual_seed(0)
+    together, two = tuned(mine, 4)
+    assert together.after < together.before
+    assert (together.epoch, together.learning_rate) == (alone.epoch, alone.learning_rate)
+    for ours, theirs in zip(together.rows, alone.rows, strict=True):
+        assert vars(ours) == pytest.approx(vars(theirs), rel=1e-9)
+    for value, other in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-9)
+
+
 def _process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
@@ -146,6 +210,7 @@ def _process(rank: int, folder: str) -> None:
     for check in (
         two_train_as_one, both_hold_the_same_running_statistics, two_that_were_stopped_go_on,
         both_hear_that_the_loss_of_one_is_no_number, a_dry_step_of_both_changes_nothing, counts_are_added_up,
+        two_tune_as_one,
     ):  # fmt: skip
         check(mine)
     (Path(folder) / f"done{rank}").touch()

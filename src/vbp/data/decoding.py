@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,12 +88,96 @@ class DecodedImages(Dataset[Sample]):
         return Sample(None, -1, tuple(failures))
 
 
+@dataclass(frozen=True)
+class DecodedOnce:
+    """Images of another source; those that are kept in memory are read as uncompressed bitmaps."""
+
+    images: Images
+    bitmaps: tuple[bytes | None, ...]
+
+    @staticmethod
+    def keep(images: Images, at_most: int, max_pixels: int, places: Iterable[int] | None = None) -> DecodedOnce:
+        """Decode images, in the order of the list, and keep as many as fit into `at_most` bytes.
+
+        One that cannot be read is not kept: whoever reads it gets the error of the source.
+
+        Args:
+            images: Of which source.
+            at_most: Bytes of all bitmaps together.
+            max_pixels: An image with more counts as unreadable.
+            places: All places in the list, wrapped to draw a progress bar.
+        """
+        bitmaps: list[bytes | None] = [None] * len(images)
+        left = at_most
+        for index in range(len(images)) if places is None else places:
+            if left <= 0:
+                break
+            image = decoded(images, index, max_pixels)
+            if image is None:
+                continue
+            bitmap = io.BytesIO()
+            image.save(bitmap, "BMP")
+            left -= bitmap.tell()
+            if left >= 0:
+                bitmaps[index] = bitmap.getvalue()
+        return DecodedOnce(images, tuple(bitmaps))
+
+    @property
+    def kept(self) -> int:
+        """Return how many images are kept."""
+        return sum(bitmap is not None for bitmap in self.bitmaps)
+
+    @property
+    def size(self) -> int:
+        """Return the bytes of all that are kept."""
+        return sum(len(bitmap) for bitmap in self.bitmaps if bitmap is not None)
+
+    @property
+    def root(self) -> Path | str:
+        """Return where the images lie, for messages."""
+        return self.images.root
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """Return the labels of the source."""
+        return self.images.labels
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def name(self, index: int) -> str:
+        """Return what a message calls this image."""
+        return self.images.name(index)
+
+    def read(self, index: int) -> BinaryIO:
+        """Return the bitmap, or where it is not kept the image as it is stored."""
+        bitmap = self.bitmaps[index]
+        return self.images.read(index) if bitmap is None else io.BytesIO(bitmap)
+
+    def select(self, indices: Sequence[int]) -> DecodedOnce:
+        """Return the images at these places, in this order."""
+        return DecodedOnce(self.images.select(indices), tuple(self.bitmaps[index] for index in indices))
+
+    def fingerprint(self) -> str:
+        """Return the fingerprint of the source."""
+        return self.images.fingerprint()
+
+
 def collate(samples: list[Sample]) -> Batch:
     """Stack the images that could be read."""
     read = [(sample.image, sample.label) for sample in samples if sample.image is not None]
     failures = tuple(failure for sample in samples for failure in sample.failures)
     labels = torch.tensor([label for _, label in read], dtype=torch.int64)
     return Batch(torch.stack([image for image, _ in read]) if read else None, labels, failures)
+
+
+def decoded(images: Images, index: int, max_pixels: int) -> Image.Image | None:
+    """Return an image of a source in RGB; None if it cannot be read."""
+    try:
+        with images.read(index) as stream:
+            return _rgb(stream, max_pixels)
+    except Exception:  # noqa: BLE001 (decoders raise almost anything on damaged files)
+        return None
 
 
 def read_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:

@@ -161,3 +161,11 @@ def mean_multipliers(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 # Calibration images by which `auto` compares its plans.
 HELD_OUT_IMAGES: Final = 256
+
+# One image in this many, and no more than the plans of `auto` are compared by, judges what is fitted to the others.
+ONE_IN: Final = 4
+
+
+def held_out_places(images: int) -> range:
+    """Return the places of the calibration images that judge what is fitted to those that follow."""
+    return range(min(HELD_OUT_IMAGES, images // ONE_IN))

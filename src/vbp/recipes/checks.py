@@ -16,8 +16,14 @@ from vbp.runtime.files import check_path
 from vbp.training.drop_path import check_drop_path
 from vbp.training.losses import DistillationLoss, check_below_one
 from vbp.training.optim import check_layer_decay
+from vbp.training.tuning_length import TuningLength
 
 AFTER_REFIT = (*REFITS, "refit_views")
+# Of those of fine-tuning, what tuning without labels reads too.
+_BY_TUNING = (
+    *("train_batch_size", "grad_accum", "weight_decay", "clip_grad"),
+    *("compile", "grad_checkpointing", "checkpoint_minutes", "teacher"),
+)
 OF_COVARIANCE = ("covariance_tokens", "ridge")
 
 
@@ -44,6 +50,7 @@ def check_pruning(config: PruneConfig) -> None:
     _ = config.budget
     TokenSample(config.covariance_tokens)
     check_ridge(config.ridge)
+    TuningLength.of(config.tune)
     if config.refit_views != "auto" and config.refit_views < 1:
         raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:
@@ -116,13 +123,15 @@ def _check_effect(config: RunConfig) -> None:
         )
     if config.num_workers == 0:
         check_unused(config, ("prefetch",), "without num_workers", "give --num_workers")
-    idle = _changed(config, fields_with(RunConfig, Role.TUNING))
+    tuned = _BY_TUNING if config.tune != "off" else ()
+    idle = [name for name in _changed(config, fields_with(RunConfig, Role.TUNING)) if name not in tuned]
     if config.epochs_ft == 0 and idle:
         raise InputError(
             f"{', '.join(idle)} change nothing without fine-tuning, got them with epochs_ft 0; leave them out or "
             "give more --epochs_ft"
         )
-    _check_idle(config, ("kd_alpha", "kd_beta", "kd_T", "teacher"), "use_kd", "distillation")
+    distilled = [name for name in ("kd_alpha", "kd_beta", "kd_T", "teacher") if name not in tuned]
+    _check_idle(config, distilled, "use_kd", "distillation")
     _check_idle(config, ("ema_decay",), "ema", "a moving average")
 
 
@@ -158,11 +167,11 @@ def check_unused(config: object, names: Sequence[str], without: str, remedy: str
             )
 
 
-def _changed(config: RunConfig, names: tuple[str, ...]) -> list[str]:
+def _changed(config: RunConfig, names: Sequence[str]) -> list[str]:
     return [name for name in names if getattr(config, name) != default_of(name)]
 
 
-def _check_idle(config: RunConfig, names: tuple[str, ...], switch: str, what: str) -> None:
+def _check_idle(config: RunConfig, names: Sequence[str], switch: str, what: str) -> None:
     idle = _changed(config, names)
     if idle and not getattr(config, switch):
         raise InputError(

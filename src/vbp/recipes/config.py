@@ -79,7 +79,17 @@ class PlanOptions:
 
 
 @dataclass(frozen=True)
-class PruneConfig(WidthOptions, RefitOptions, PlanOptions):
+class LabelFreeOptions:
+    """How the pruned model is trained to predict what the dense one does, without labels."""
+
+    tune: Result[int | str] = "off"
+    """After surgery and refits: train on crops and mixtures of the calibration images towards the dense model's
+    predictions, without labels: epochs as 8, a time as 90s, 5m or 1h, auto (8 epochs, of at most 1,000 images on a
+    CPU and 10,000 on a GPU) or off. Held-out images choose the learning rate, and whether the result is kept."""
+
+
+@dataclass(frozen=True)
+class PruneConfig(LabelFreeOptions, WidthOptions, RefitOptions, PlanOptions):
     """How a model is pruned, whatever model and images these are."""
 
     @property
@@ -145,8 +155,8 @@ class TuningOptions:
     kd_T: Tuning[float] = 2.0  # noqa: N815 (the published flag)
     """With --use_kd: temperature."""
     teacher: Annotated[str | None, Role.LOCAL, Role.TUNING] = None
-    """With --use_kd: the model to distil from, as for --model_name, in the place of the one that is pruned here;
-    source for the dense model that a pruned one was made from."""
+    """With --use_kd or --tune: the model to learn from, as for --model_name, in the place of the one that is pruned
+    here; source for the dense model that a pruned one was made from."""
     grad_accum: Tuning[int] = 1
     """Batches whose gradients make one step of the optimizer."""
     weight_decay: Tuning[float] = 0.01
@@ -238,7 +248,7 @@ def default_of(name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptions):
+class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LabelFreeOptions, LoadingOptions):
     """Fine-tune a pruned model that vbp saved, without pruning it further.
 
     Example: vbp finetune output/vbp --data_path DATA --use_kd --save_dir output/tuned
@@ -248,11 +258,13 @@ class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptio
     """The folder of a run, or a pruned model that vbp saved."""
     data_path: str = dataclasses.field(kw_only=True)
     """Folder with train/<class>/ and val/<class>/; or hfds/... or wds/..., see docs/data.md."""
+    calib_samples: int = 0
+    """With --tune: training images for it, chosen class-balanced by the seed; 0 takes all."""
     teacher: str | None = "source"
-    """With --use_kd: the model to distil from: source for the dense model that the pruned one was made from, or
-    another as for vbp run --model_name."""
+    """With --use_kd or --tune: the model to learn from: source for the dense model that the pruned one was made from,
+    or another as for vbp run --model_name."""
     epochs_ft: int = 10
-    """Epochs of fine-tuning, at least 1."""
+    """Epochs of fine-tuning; 0 only with --tune."""
     save_dir: Path = Path("./output/finetune")
     """Where log, checkpoints and report go."""
 
@@ -261,7 +273,7 @@ class FinetuneConfig(LongRunOptions, ProcessOptions, TuningOptions, LoadingOptio
         names = {field.name for field in dataclasses.fields(RunConfig)}
         shared = {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.name in names}
         pruning = {"keep_ratio": 1.0, "criterion": "variance", "compensation": "none", "batchnorm": "keep"}
-        teacher = {"teacher": self.teacher if self.use_kd else None}
+        teacher = {"teacher": self.teacher if self.use_kd or self.tune != "off" else None}
         return RunConfig(**shared | pruning | teacher | {"model_name": self.artifact, "model_type": "auto"})
 
 

@@ -60,7 +60,7 @@ class _Progress:
                 if mismatched is not None or not all(isinstance(row["epoch"], int) for row in rows):
                     raise ValueError(f"its best weights or its epochs are damaged: {mismatched}")
             return _Progress(job, plan, report, [*rows], weights)
-        row = {"epoch": 0, "top1": report.pruned.top1, "top5": report.pruned.top5}
+        row = {"epoch": 0, "top1": report.best.top1, "top5": report.best.top5}
         return _Progress(job, plan, report, [row], _weights(pruned))
 
     def add(self, model: nn.Module, result: EpochResult) -> None:
@@ -128,7 +128,7 @@ def finetune(
 ) -> RunReport:
     """Fine-tune in place, keep the best and the last model, and return the report with both.
 
-    The pruned model counts as epoch 0.
+    The pruned model counts as epoch 0, tuned without labels where it was.
 
     Raises:
         Interrupted: The run was told to stop; a checkpoint is written.
@@ -148,7 +148,7 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 
 def check_memory(job: Job) -> None:
     """On a GPU, take one step before the work begins, so that a lack of memory does not show after hours."""
-    if job.session.device.type == "cuda" and job.config.epochs_ft > 0:
+    if job.session.device.type == "cuda" and (job.config.epochs_ft > 0 or job.config.tune != "off"):
         dry_run(job)
 
 
@@ -157,7 +157,8 @@ def dry_run(job: Job) -> None:
     student = copy_model(job.dense)
     cut_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
-    trainer = _trainer(job, student, 1, job.dense if job.config.use_kd else None, compiled=False)
+    taught = job.config.use_kd or job.config.tune != "off"
+    trainer = _trainer(job, student, 1, job.dense if taught else None, compiled=False)
     use = dry_step(
         trainer,
         tuple(job.example.shape[1:]),
@@ -236,20 +237,24 @@ def _train(job: Job, pruned: nn.Module, progress: _Progress, teacher: nn.Module 
         if trainer.epoch == 0:
             save()
         for epoch in range(max(1, trainer.epoch), epochs + 1):
-            after_step = partial(_after_step, job, trainer, len(loader), interruption, save)
+            saved = partial(after_step, job, trainer, len(loader), interruption, save)
             with session.timed("finetune"), out_of_memory():
                 result = trainer.train_epoch(
-                    loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=after_step
+                    loader, epoch, partial(session.progress, label=f"epoch {epoch}/{epochs}"), after_step=saved
                 )
             progress.add(trainer.evaluated, result)
             tracker.epoch(progress.rows[-1], result)
     return trainer.evaluated
 
 
-def _after_step(
-    job: Job, trainer: Trainer, batches: int, interruption: Interruption, save: Callable[[], None]
+def after_step(
+    job: Job, trainer: Trainer, batches: int, interruption: Interruption, save: Callable[[], None], stage: str = ""
 ) -> None:
-    """Write a checkpoint at the end of an epoch, every `checkpoint_minutes`, and when told to stop."""
+    """Write a checkpoint at the end of an epoch, every `checkpoint_minutes`, and when told to stop.
+
+    Raises:
+        Interrupted: The run was told to stop, in an epoch of this stage; a checkpoint is written.
+    """
     wish, processes = _GO_ON, job.session.processes
     if trainer.batches_done == batches or (processes.is_main and interruption.due(job.config.checkpoint_minutes)):
         wish = _SAVE
@@ -263,6 +268,6 @@ def _after_step(
         number = interruption.signal or signal.SIGTERM
         raise Interrupted(
             number,
-            f"stopped by {signal.Signals(number).name} in epoch {trainer.epoch} after {trainer.batches_done} of "
-            f"{batches} batches; the same command with --resume auto goes on from there",
+            f"stopped by {signal.Signals(number).name} in {stage}epoch {trainer.epoch} after {trainer.batches_done} "
+            f"of {batches} batches; the same command with --resume auto goes on from there",
         )

@@ -202,7 +202,8 @@ class ProcessOptions:
     """How the processes compute, and where they write."""
 
     amp: Source[Amp] = "auto"
-    """Autocast of statistics, evaluation and fine-tuning: bf16, fp16, off, or auto (bf16 where the GPU has it)."""
+    """Autocast of statistics, evaluation and training: bf16, fp16, off, or auto (bf16 where the GPU has it, and for
+    --tune where the CPU has it)."""
     matmul_precision: Result[MatmulPrecision] = "high"
     """Float32 products on a GPU: high uses TF32, highest does not."""
     processes: Launch[int] = 1

@@ -21,7 +21,8 @@ from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.recipes.setup import PruneJob, comparison_by_main
+from vbp.recipes.planning import comparison_by_main
+from vbp.recipes.setup import PruneJob
 from vbp.refit.refits import RefitReport, Refits
 from vbp.report.run_report import PLAN, STATISTICS
 from vbp.runtime.fingerprints import json_fingerprint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,16 +26,21 @@ from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.checks import check_pruning
 from vbp.recipes.config import PruneConfig
+from vbp.recipes.planning import find_target, plan_rules, sites_of
 from vbp.recipes.prune import prune_copy
-from vbp.recipes.setup import PruneJob, find_target, make_refits, plan_rules, sites_of
+from vbp.recipes.setup import PruneJob, make_refits
 from vbp.refit.refits import RefitReport
 from vbp.runtime.choices import Compensation, Criterion
 from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.precision import Precision
 from vbp.runtime.session import Session
 from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
 from vbp.statistics.images import GivenImages
 from vbp.training.evaluate import Accuracy, evaluate
+from vbp.training.tuning import Tuner, TunerSettings, check_tuning_images
+from vbp.training.tuning_length import TuningLength
+from vbp.training.tuning_report import TuningReport
 
 # They are of runs: from a file, from images that are prepared in several ways, for the exit code.
 _OF_RUNS: Final = ("stats_path", "refit_views", "best_effort")
@@ -57,7 +63,7 @@ class PruneResult:
         budget: What was asked for, and what was reached.
         images: Calibration images that were read.
         dense_accuracy: Of the model that was handed in; None without labelled images to measure it on.
-        accuracy: Likewise of the pruned one.
+        accuracy: Likewise of `model`, the pruned one.
         candidates: The plans that the criterion auto compared.
         refits: What the refits after surgery did.
         seconds: Spent in each step.
@@ -65,6 +71,9 @@ class PruneResult:
         source: How the dense model is built; None where that is not known.
         preprocessing: How images are prepared, if known.
         class_names: What each logit stands for, if known.
+        untuned_accuracy: Of the pruned model before tuning without labels; None where it was not tuned, or not
+            measured.
+        tuning: What tuning without labels did; None without.
 
     Example:
         >>> vbp.prune(model, [images], keep_ratio=0.5).cost.params
@@ -85,6 +94,8 @@ class PruneResult:
     source: ModelSource | None = None
     preprocessing: Preprocessing | None = None
     class_names: tuple[str, ...] | None = None
+    untuned_accuracy: Accuracy | None = None
+    tuning: TuningReport | None = None
 
     def figures(self) -> dict[str, Any]:
         """Return the numbers as plain JSON data."""
@@ -93,18 +104,25 @@ class PruneResult:
             "macs": pruned_macs, "params": pruned_params, "keep_ratio": self.plan.kept / max(self.plan.total, 1),
             "calibration_images": self.images, "dense": {"macs": macs, "params": params},
         }  # fmt: skip
+        if self.tuning is not None:
+            figures["tuning"] = self.tuning.to_dict()
         if self.accuracy is not None and self.dense_accuracy is not None:
             for place, accuracy in ((figures, self.accuracy), (figures["dense"], self.dense_accuracy)):
                 place |= {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
         return figures
 
     def table(self) -> str:
-        """Return the dense and the pruned model in a table, and whether a target was met."""
+        """Return the dense and the pruned model, before and after tuning, and whether a target was met."""
         rows = [["", *(("top-1 %",) if self.accuracy else ()), "MACs", "parameters"]]
-        for place, (name, accuracy) in enumerate((("dense", self.dense_accuracy), ("pruned", self.accuracy))):
+        models = [("dense", self.dense_accuracy, 0), ("pruned", self.accuracy, 1)]
+        if self.tuning is not None:
+            models[1:] = [("pruned", self.untuned_accuracy, 1), ("tuned", self.accuracy, 1)]
+        for name, accuracy, place in models:
             top1 = () if accuracy is None else (f"{accuracy.top1:.2f}",)
             rows.append([name, *top1, *(format_count(both[place]) for both in (self.cost.macs, self.cost.params))])
-        return "\n".join([text_table(rows), *([self.budget.sentence()] if self.budget.is_told else [])])
+        told = [self.budget.sentence()] if self.budget.is_told else []
+        told += [] if self.tuning is None else [self.tuning.sentence()]
+        return "\n".join([text_table(rows), *told])
 
     def save(self, path: Path | str) -> None:
         """Write the pruned model as a folder, or one file that ends in `.pth`, which `vbp.load_pruned` reads.
@@ -146,8 +164,8 @@ def prune(
 ) -> PruneResult:
     """Return a smaller copy of a trained image classifier; the model itself is left as it was.
 
-    Nothing is trained and no labels are needed: statistics on a few images say which channels go, and what stays is
-    refitted to predict what they contributed. `vbp.run` prunes by the same steps.
+    No labels are needed, and nothing is trained unless `tune` asks for it: statistics on a few images say which
+    channels go, and what stays is refitted to predict what they contributed. `vbp.run` prunes by the same steps.
 
     Args:
         model: Any classifier, on any device; or what `load_classifier` returned: then the result says how its dense
@@ -166,7 +184,8 @@ def prune(
         calib_samples: So many images are read, the first ones; 0 takes all.
         seed: Of sampled tokens and of the random criterion.
         progress: Show progress bars in a terminal or notebook.
-        **settings: Further ones of `PruneConfig`, as `round_to=8` or `bottleneck=True`.
+        **settings: Further ones of `PruneConfig`, as `round_to=8` or `bottleneck=True`. With `tune=8` or `tune="5m"`
+            the pruned model is trained so long to predict what the dense one does, without labels.
 
     Raises:
         InputError: A setting is unknown or out of range, the model cannot meet it, or the images do not fit.
@@ -186,7 +205,7 @@ def prune(
     }
     config = _config(budgets, {"criterion": criterion, "compensation": compensation, **settings})
     dense = model.model if isinstance(model, Classifier) else model
-    dense = with_split_attention(dense) if config.bottleneck else dense
+    dense = with_split_attention(dense) if config.bottleneck or config.shares_budget else dense
     if val is not None:
         check_repeatable(val)
     job = _prepare(config, dense, _read(images, calib_samples, config), seed, _bars(progress))
@@ -194,6 +213,8 @@ def prune(
     before = _accuracy(job, dense, val, "dense")
     pruned = prune_copy(job, refits)
     pruned.model.eval()
+    untuned = _accuracy(job, pruned.model, val, "pruned")
+    tuning = _tune(job, pruned.model)
     return PruneResult(
         pruned.model,
         pruned.plan,
@@ -204,11 +225,13 @@ def prune(
         pruned.budget,
         pruned.images,
         before,
-        _accuracy(job, pruned.model, val, "pruned"),
+        _accuracy(job, pruned.model, val, "tuned") if tuning else untuned,
         pruned.choice.tried,
         pruned.refits,
         dict(job.session.seconds),
         {**_changed(config), "calib_samples": calib_samples, "seed": seed},
+        untuned_accuracy=untuned if tuning else None,
+        tuning=tuning,
         **({name: getattr(model, name) for name in _OF_CLASSIFIERS} if isinstance(model, Classifier) else {}),
     )
 
@@ -260,7 +283,22 @@ def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: in
     batch = latency_batch(dense, example, at_most=_GPU_BATCH, size=config.latency_batch)
     target = find_target(config, session, dense, sites, example, batch, rules)
     given = GivenImages(batches, session, seed)
+    if config.tune != "off":
+        check_tuning_images(len(given))
     return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None)
+
+
+def _tune(job: PruneJob, pruned: nn.Module) -> TuningReport | None:
+    """Tune a pruned model in place if that is asked for; the dense one stays as it was."""
+    length = TuningLength.of(job.config.tune)
+    if length is None:
+        return None
+    images = job.calibration
+    precision = Precision.for_tuning("auto", job.session.device)
+    with job.session.timed("tune"):
+        # A copy teaches: training brings its layout in memory to what suits the device.
+        settings = TunerSettings(length)
+        return Tuner(pruned, copy.deepcopy(job.dense), images, settings, precision=precision).tune_()
 
 
 def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label: str) -> Accuracy | None:

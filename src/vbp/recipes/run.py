@@ -28,6 +28,7 @@ from vbp.recipes.prune import keep_plan, prune_copy
 from vbp.recipes.publish import changed_settings, check_shipping, publish_artifact, write_artifact
 from vbp.recipes.resume import CONFIG, ended_run, way_on
 from vbp.recipes.setup import Job, Resumed, make_refits, open_session, prepare
+from vbp.recipes.tune import TUNE, tune
 from vbp.refit.refits import Refits
 from vbp.report.run_report import BEST, FINAL, METRICS, PLAN, STATISTICS, SUMMARY, Measured, RunReport
 from vbp.runtime.decode import from_json, to_json
@@ -102,8 +103,14 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
         raise InputError(
             f"vbp finetune takes a pruned model or the folder of a run, got {config.artifact}; prune it by vbp run"
         )
-    if settings.epochs_ft < 1:
-        raise InputError(f"epochs_ft must be at least 1 to fine-tune, got {settings.epochs_ft}; 10 is usual")
+    if settings.epochs_ft < 1 and settings.tune == "off":
+        raise InputError(
+            f"epochs_ft must be at least 1 to fine-tune, got {settings.epochs_ft}; 10 is usual, or give --tune"
+        )
+    if settings.tune == "off" and settings.calib_samples:
+        raise InputError(
+            f"calib_samples changes nothing without tune, got {settings.calib_samples}; leave it out, or give --tune"
+        )
     check_config(settings)
     with run_log() as log, open_session(settings) as session, _own_folder(settings, session.processes):
         if session.processes.is_main:
@@ -121,11 +128,12 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
         return _finish(job, pruned, plan, report, teacher)
 
 
-def _finish(
-    job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, teacher: nn.Module | None
-) -> RunReport:
-    """Fine-tune, and write, show and publish the results."""
-    report = finetune(job, pruned, plan, report, teacher=teacher)
+def _finish(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, teacher: nn.Module) -> RunReport:
+    """Tune without labels, fine-tune, and write, show and publish the results."""
+    report = tune(job, pruned, plan, report, teacher=teacher)
+    if job.resumed is not None and TUNE in job.resumed.state:
+        job = replace(job, resumed=None)  # fine-tuning begins
+    report = finetune(job, pruned, plan, report, teacher=teacher if job.config.use_kd else None)
     report = replace(report, **circumstances(job))
     if job.session.processes.is_main:
         _write_results(job.config, report)
@@ -133,11 +141,11 @@ def _finish(
     return report
 
 
-def teacher_of(job: Job) -> nn.Module | None:
-    """Return the model to distil from, if any: checked before any work."""
+def teacher_of(job: Job) -> nn.Module:
+    """Return the model to learn from, the dense one unless another is named: checked before any work."""
     config = job.config
-    if not config.use_kd or config.teacher is None:
-        return job.dense if config.use_kd else None
+    if config.teacher is None:
+        return job.dense
     source = config.teacher == "source"
     teacher = open_dense(config.model_name) if source else open_model(config.teacher).classifier
     if teacher.num_classes != job.classifier.num_classes or teacher.preprocessing != job.classifier.preprocessing:
@@ -234,7 +242,7 @@ def restore(job: Job, resumed: Resumed) -> tuple[nn.Module, PruningPlan, RunRepo
         state = resumed.state
         plan, report = PruningPlan.from_dict(state["plan"]), RunReport.from_dict(state["report"])
         pruned = copy_model(job.dense)
-        rebuild_(pruned, (plan,), state["trainer"]["student"])
+        rebuild_(pruned, (plan,), state[TUNE]["start"] if TUNE in state else state["trainer"]["student"])
         move_(pruned, job.session.device)
         for stage, seconds in state["seconds"].items():
             job.session.seconds[stage] = job.session.seconds.get(stage, 0.0) + seconds

@@ -3,21 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from torch import Tensor, nn
 
-from vbp.cost.latency_search import compare_in_turns
-from vbp.cost.layer_timing import measure_layer_times
 from vbp.cost.target import BudgetTarget
-from vbp.cost.timing import LatencyComparison, latency_batch
-from vbp.cost.widths import recommended_round_to
+from vbp.cost.timing import latency_batch
 from vbp.data.data_path import check_data_path, class_folders, list_images
 from vbp.data.images import Images, Split, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
@@ -28,23 +24,21 @@ from vbp.errors import InputError
 from vbp.models.class_names import dataset_class_names
 from vbp.models.classifier import Classifier
 from vbp.models.split_attention import split_attention_
-from vbp.pruning.make_plan import PlanRules, check_ratios, shares_budget
+from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import PruneConfig, RunConfig
 from vbp.recipes.options import ModelOptions
+from vbp.recipes.planning import find_target, plan_rules, sites_of
 from vbp.recipes.resume import check_same_settings, find_checkpoint
 from vbp.refit.refits import Refits
-from vbp.runtime.choices import Scope
 from vbp.runtime.files import check_folder
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
 from vbp.runtime.signals import reading_processes
-from vbp.sites.find import find_sites
-from vbp.sites.selection import select_sites
-from vbp.sites.site import Site, units_of
+from vbp.sites.site import Site
 from vbp.statistics.evidence import Need
 from vbp.statistics.images import CalibrationImages, ImageSource, default_views
 from vbp.statistics.statistics import Statistics
@@ -53,105 +47,12 @@ from vbp.training.drop_path import check_drop_path
 from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.optim import check_layer_decay
 from vbp.training.tensorboard import check_tracking
+from vbp.training.tuning import check_tuning_images
 
 _log = logging.getLogger(__name__)
 
 # Every report has these, also where they took no time.
 _STAGES = ("calibration", "planning", "surgery", "finetune", "evaluation")
-
-
-def plan_rules(config: PruneConfig, session: Session, sites: Sequence[Site]) -> PlanRules:
-    """Return what all plans of a job have in common."""
-    round_to = config.round_to
-    if round_to == "auto":
-        dtype = session.precision.dtype or torch.float32
-        round_to = recommended_round_to(session.device, dtype, sites)
-        _log.info("round_to %d suits %s in %s", round_to, session.device.type, dtype)
-    if config.criterion == "auto" and config.global_pruning:
-        _log.info("the criterion auto ranks the channels of all layers together, with or without global_pruning")
-    scope: Scope = "global" if config.global_pruning else "equal" if config.equal_widths else "per_layer"
-    shared = config.shares_budget and any(site.kind != "mlp" for site in sites)
-    return PlanRules(
-        scope, round_to, config.min_keep_ratio, config.attn_keep_ratio, config.include, config.exclude,
-        attn_shared=shared,
-    )  # fmt: skip
-
-
-def sites_of(config: PruneConfig, model: nn.Module, example: Tensor) -> tuple[Site, ...]:
-    """Return the sites that the configuration asks for: attention too where it shares the budget and can be cut.
-
-    Raises:
-        InputError: There is none, a pattern fits none, or attention is asked for and cannot be pruned.
-    """
-    asked = config.bottleneck or (config.shares_budget and config.attention == "on")
-    try:
-        found = find_sites(model, example, attention=asked or config.shares_budget, convolutions=config.convolutions)
-    except InputError as error:
-        if asked or not config.shares_budget:
-            raise
-        found = find_sites(model, example, convolutions=config.convolutions)
-        _log.info("attention stays whole: %s", error)
-    if not config.bottleneck:
-        whole = [unit for unit in units_of(found) if not shares_budget(unit)]
-        for unit in whole:
-            _log.info("the attention of %s stays whole: its heads do not allow any basis", unit[0].name)
-        found = tuple(site for site in found if not any(site in unit for unit in whole))
-    return select_sites(found, config.include, config.exclude)
-
-
-def comparison_by_main(
-    session: Session, model: nn.Module, images: Tensor
-) -> Callable[[PruningPlan], LatencyComparison]:
-    """Return what times a plan against the dense model: on the main process, for all."""
-
-    def compare(plan: PruningPlan) -> LatencyComparison:
-        job = partial(compare_in_turns, model, plan, images, precision=session.precision)
-        return session.processes.from_main(job)
-
-    return compare
-
-
-def find_target(
-    config: PruneConfig,
-    session: Session,
-    model: nn.Module,
-    sites: Sequence[Site],
-    example: Tensor,
-    batch: int,
-    rules: PlanRules,
-    *,
-    planned: bool = False,
-) -> BudgetTarget:
-    """Find about which share of channels meets the budget; one of time is measured, by the main process for all.
-
-    Where the plan is known already, of a run that goes on, nothing is timed: this device may be busier now, or idler.
-
-    Raises:
-        InputError: The model cannot meet it, or nothing would be removed.
-    """
-    budget, times, processes = config.budget, None, session.processes
-    images = example.repeat(batch, 1, 1, 1)
-    if budget.timed and not planned:
-        if processes.is_main:
-            _log.info("timing the layers at several widths, batch %d", batch)
-            times = measure_layer_times(model, sites, images, precision=session.precision, round_to=rules.round_to)
-            _log.info("the dense model takes %.2f ms for a batch of %d", times.dense_ms, batch)
-        times = processes.all_gather(times)[0]
-    compare = None if config.best_effort else comparison_by_main(session, model, images)
-    target = BudgetTarget.of(budget, model, sites, example, rules, times, compare)
-    _check_removes(config, sites, target, rules)
-    return target
-
-
-def _check_removes(config: PruneConfig, sites: Sequence[Site], target: BudgetTarget, rules: PlanRules) -> None:
-    """Refuse settings under which nothing would go; how many channels go does not depend on their scores."""
-    plan = rules.neutral(sites, target.keep_ratio)
-    asked = min(target.keep_ratio, config.attn_keep_ratio or 1.0)
-    if asked < 1 and all(kept == total for kept, total in plan.widths.values()):
-        raise InputError(
-            f"keep_ratio {target.keep_ratio:g} with round_to {plan.round_to} and min_keep_ratio "
-            f"{plan.min_keep_ratio} removes none of {plan.total} channels; lower keep_ratio or round_to"
-        )
 
 
 @dataclass(frozen=True)
@@ -245,8 +146,10 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
     calibration = calibration_images(config, session, train, classifier.preprocessing)
+    if config.tune != "off":
+        check_tuning_images(len(calibration))
     model = move_(classifier.model, device)
-    if config.bottleneck:
+    if config.bottleneck or config.shares_budget:
         split_attention_(model)
     settings = _settings(config, session, model, train, val)
     processes.check_same("model, images and settings", json_fingerprint(settings))
@@ -311,7 +214,7 @@ def make_refits(job: PruneJob) -> Refits | None:
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         *known, producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
-        batchnorm=config.batchnorm, views=views,
+        batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off",
     )  # fmt: skip
 
 
@@ -339,7 +242,7 @@ def _check_space(config: RunConfig, processes: Processes, model: nn.Module) -> N
     size = sum(value.numel() * value.element_size() for value in model.state_dict().values())
     # Best, final and the folder, one more while one of them is replaced. A checkpoint holds weights, two moments, the
     # best weights and perhaps an average, and there are three of them for a moment.
-    copies = 4 + (3 * 5 if config.epochs_ft > 0 else 0)
+    copies = 4 + (3 * 5 if config.epochs_ft > 0 else 0) + (3 * 6 if config.tune != "off" else 0)
     check_folder(config.save_dir, overwrite=True, needed_bytes=copies * size + 2**24)
 
 
@@ -356,7 +259,7 @@ def _open(config: RunConfig) -> OpenedModel:
 
 def _settings(config: RunConfig, session: Session, model: nn.Module, train: Images, val: Images) -> dict[str, Any]:
     """Return what decides about the result: the configuration, and what it stands for here."""
-    return config.to_dict() | {
+    settings = config.to_dict() | {
         "device": session.device.type,
         "amp": session.precision.name,
         "world": session.processes.world,
@@ -365,3 +268,6 @@ def _settings(config: RunConfig, session: Session, model: nn.Module, train: Imag
         "train": train.fingerprint(),
         "val": val.fingerprint(),
     }
+    if config.tune != "off":
+        settings["tuning_amp"] = Precision.for_tuning(config.amp, session.device).name
+    return settings

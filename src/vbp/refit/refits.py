@@ -12,7 +12,7 @@ from typing import Any, Final, Literal, get_args
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
+from vbp.pruning.divergence import ONE_IN, DenseReference, held_out_places
 from vbp.pruning.plan import PruningPlan
 from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, check_norms, refit_batchnorm_, running_norms
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
@@ -31,9 +31,6 @@ Refit = Literal["batchnorm", "producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
-
-# One image in this many, and no more than the plans of `auto` are compared by, judges the refit of the stream.
-_ONE_IN = 4
 
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
@@ -82,10 +79,12 @@ class Refits:
         head: Toggle = "auto",
         batchnorm: BatchNormChoice = "keep",
         views: int = 1,
+        keep_apart: bool = False,
     ) -> None:
         """Find what can be refitted, and log what cannot, and why; `on` must be possible.
 
-        All processes of the images' session make this object, and call it alike.
+        All processes of the images' session make this object, and call it alike. With `keep_apart` the last layer
+        is not fitted to the images that judge either: they are to judge what follows.
 
         Raises:
             InputError: What is `on` has no such MLP, stream or last layer, or too few images.
@@ -95,7 +94,7 @@ class Refits:
         # Most models have no BatchNorm, and nobody asked for it by name.
         left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
         toggles["batchnorm"] = "off" if left else "auto" if batchnorm == "auto" else "on"
-        self._batchnorm = batchnorm
+        self._batchnorm, self._keep_apart = batchnorm, keep_apart
         self.wanted = frozenset(name for name, toggle in toggles.items() if self._possible(name, toggle))
         if self.wanted - {"batchnorm"}:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
@@ -148,12 +147,13 @@ class Refits:
 
     @cached_property
     def _reference(self) -> DenseReference:
-        pixels = self._images.pixels(range(REFIT_IMAGES), "last layer", self._views)
+        places = self._fitted if self._keep_apart else range(REFIT_IMAGES)
+        pixels = self._images.pixels(places, "last layer", self._views)
         return DenseReference(self._dense, pixels, views=self._views, session=self._images.session)
 
     @property
     def _fitted(self) -> range:
-        judging = min(HELD_OUT_IMAGES, len(self._images) // _ONE_IN)
+        judging = len(held_out_places(len(self._images)))
         return range(judging, judging + REFIT_IMAGES)
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
@@ -184,8 +184,8 @@ class Refits:
 
 
 def _check_enough(what: str, images: int) -> None:
-    if images < _ONE_IN:
-        raise InputError(f"the refit of the {what} needs at least {_ONE_IN} images, got {images}; give more")
+    if images < ONE_IN:
+        raise InputError(f"the refit of the {what} needs at least {ONE_IN} images, got {images}; give more")
 
 
 def refit_(

@@ -20,6 +20,7 @@ _MODELS: Final = {
     "base": "top-1 dense",
     "uncompensated": "top-1 pruned, no compensation",
     "pruned": "top-1 pruned",
+    "tuned": "top-1 tuned without labels",
     "best": "top-1 best",
     "final": "top-1 final",
 }

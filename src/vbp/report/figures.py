@@ -31,7 +31,9 @@ from vbp.runtime.tables import format_count, standard_error, with_error
 # Columns of the table of epochs after the validation accuracies, each with its format.
 _CURVES: Final = {"train_top1": ".2f", "train_loss": ".4f", "lr": ".3g"}
 _ERRORS: Final = "Lines over accuracies are one standard error over the validation images to both sides."
-_COLOURS: Final = {"base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "best": GREEN, "final": GREEN}
+_COLOURS: Final = {
+    "base": GREY, "uncompensated": ORANGE, "pruned": BLUE, "tuned": GREEN, "best": GREEN, "final": GREEN,
+}  # fmt: skip
 _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P"}
 
 

@@ -73,7 +73,8 @@ class RunReport:
     Attributes:
         base: The dense model.
         pruned: Right after pruning, with the compensation that was asked for.
-        best: The checkpoint with the highest validation accuracy; the pruned model counts as epoch 0.
+        best: The checkpoint with the highest validation accuracy; the pruned model, tuned where it was, counts as
+            epoch 0.
         final: The last checkpoint.
         keep_ratio: Share of the MLP channels that was kept in fact.
         sites: Site name -> [kept, total] channels.
@@ -101,6 +102,9 @@ class RunReport:
         hardware: Processor and GPU.
         changed: Settings that differ from the defaults of `vbp run`; None where that is not known.
         imagenet: Whether the classes are those of ImageNet-1k, as in the published results.
+        tuned: After tuning without labels, before any fine-tuning; epoch 0 where no epoch was better than none, None
+            where it was not asked for.
+        tuning: What tuning without labels did: the data of `TuningReport`; None without.
 
     Example:
         >>> vbp.run(config).sites
@@ -136,11 +140,13 @@ class RunReport:
     hardware: str = ""
     changed: Sequence[str] | None = None
     imagenet: bool = False
+    tuned: Measured | None = None
+    tuning: Mapping[str, Any] | None = None
 
     @property
     def models(self) -> dict[str, Measured]:
-        """Return the measured models by name: `uncompensated` only where it was measured."""
-        names = ("base", "uncompensated", "pruned", "best", "final")
+        """Return the measured models by name: `uncompensated` and `tuned` only where they were measured."""
+        names = ("base", "uncompensated", "pruned", "tuned", "best", "final")
         return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
 
     @property
@@ -151,6 +157,8 @@ class RunReport:
         if self.uncompensated is not None and compensation != "none":
             steps["uncompensated"] = _PRUNED["none"]
         steps["pruned"] = _PRUNED.get(compensation, f"pruned, {compensation}")
+        if self.tuned is not None:
+            steps["tuned"] = f"tuned without labels (epoch {self.tuned.epoch})"
         if self.final.epoch:
             # Where tuning improved it at no epoch, the pruned model above is the best.
             if self.best.epoch:
@@ -161,7 +169,8 @@ class RunReport:
     @property
     def file_rows(self) -> dict[str, str]:
         """Return which model each file with weights holds: its name -> the name in `models` and `steps`."""
-        best, final = "best" if self.best.epoch else "pruned", "final" if self.final.epoch else "pruned"
+        start = "pruned" if self.tuned is None else "tuned"
+        best, final = "best" if self.best.epoch else start, "final" if self.final.epoch else start
         return {ARTIFACT: best, BEST: best, FINAL: final}
 
     @property
@@ -191,7 +200,7 @@ class RunReport:
 
     @property
     def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
-        return self.batchnorm, self.producers, self.stream, self.head
+        return self.batchnorm, self.producers, self.stream, self.head, self.tuning
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out.
@@ -203,7 +212,8 @@ class RunReport:
             name: {key: value for key, value in to_json(model).items() if value is not None}
             for name, model in self.models.items()
         }
-        return plain if self.uncompensated else {k: v for k, v in plain.items() if k != "uncompensated"}
+        optional = [name for name in ("uncompensated", "tuned", "tuning") if getattr(self, name) is None]
+        return {name: value for name, value in plain.items() if name not in optional}
 
     @staticmethod
     def from_dict(value: Mapping[str, Any]) -> RunReport:
@@ -264,7 +274,8 @@ class RunReport:
         if self.latency is not None:
             facts = [f"speed-up {self.latency.speedup_text}, median and quartiles, at {self.latency.conditions}"]
             lines.append("; ".join(filter(None, [*facts, self.macs_text])))
-        return "\n".join(filter(None, [*lines, self.budget_text, self.file_text]))
+        tuned = "" if self.tuning is None else self.tuning["sentence"]
+        return "\n".join(filter(None, [*lines, self.budget_text, tuned, self.file_text]))
 
 
 def setting_text(value: Any) -> str:

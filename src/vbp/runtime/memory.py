@@ -1,9 +1,13 @@
-"""Turn an out-of-memory failure into one error that says what helps."""
+"""Say how much memory there is and was used; turn an out-of-memory failure into one error that says what helps."""
 
 from __future__ import annotations
 
+import resource
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -42,6 +46,29 @@ def _figures() -> str:
     free, total = torch.cuda.mem_get_info()
     peak = torch.cuda.max_memory_allocated()
     return f" ({gib(peak)} in use at most, {gib(free)} of {gib(total)} free)"
+
+
+# What a control group (a container) may use at most, and what it uses.
+_GROUP: Final = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+
+
+def available_memory() -> int:
+    """Return the bytes of main memory that programs here may still take; 0 where the system does not say."""
+    free = 0
+    with suppress(OSError, ValueError, LookupError, StopIteration):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = 1024 * int(next(line.split()[1] for line in lines if line.startswith("MemAvailable:")))
+        limit, used = (file.read_text().strip() for file in _GROUP)
+        free = free if limit == "max" else min(free, int(limit) - int(used))
+    return max(free, 0)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most bytes that this process has held so far: of the GPU, or of main memory for a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def gib(size: int) -> str:

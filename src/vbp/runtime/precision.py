@@ -41,6 +41,13 @@ class Precision:
             raise InputError(f"amp bf16 needs a GPU that computes in it, got {name}; give --amp fp16 or --amp off")
         return Precision(_DTYPES[amp], device.type)
 
+    @staticmethod
+    def for_tuning(amp: Amp, device: torch.device) -> Precision:
+        """Choose as `choose` does, but for `auto` bf16 on a CPU too, where it multiplies in bf16."""
+        if amp == "auto" and device.type == "cpu" and _cpu_has_bf16():
+            amp = "bf16"
+        return Precision.choose(amp, device)
+
     @property
     def name(self) -> str:
         """Return `off`, `bf16` or `fp16`."""
@@ -61,6 +68,11 @@ def _has_bf16(device: torch.device) -> bool:
     with torch.cuda.device(device):
         # Older GPUs emulate it, slower than float32.
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def _cpu_has_bf16() -> bool:
+    # Others emulate it, slower than float32.
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def in_float32(logits: Tensor) -> Tensor:

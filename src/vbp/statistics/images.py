@@ -25,7 +25,7 @@ from vbp.statistics.batches import check_repeatable, part_of, pixels_of
 _GPU_VIEWS = 4
 
 # Least share of the image in a view: those by which networks are trained may show next to nothing.
-_LEAST_CROP = 0.35
+LEAST_CROP = 0.35
 
 # Images that go forward and backward at a time: what a batch leaves in memory for the backward pass is a hundred
 # megabytes an image on a ViT-Base.
@@ -64,7 +64,7 @@ class CalibrationImages:
     num_workers: int = 0
     prefetch: int = 2
     hflip: bool = True
-    crop_scale: tuple[float, float] = (_LEAST_CROP, 1.0)
+    crop_scale: tuple[float, float] = (LEAST_CROP, 1.0)
     max_pixels: int = MAX_PIXELS
 
     def __len__(self) -> int:
@@ -92,7 +92,7 @@ class CalibrationImages:
         indices = [index for index in self.order[places.start : places.stop] for _ in range(views)]
         size = min(self.batch_size, -(-len(indices) // self.session.processes.world))
         low, high = self.crop_scale
-        scale = (min(max(low, _LEAST_CROP), high), high)
+        scale = (min(max(low, LEAST_CROP), high), high)
         transform = ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale) if views != 1 else None
         return self.load(indices, size, transform)
 

@@ -13,6 +13,7 @@ from vbp.pruning.make_plan import PlanRules
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.refit.refits import Refits
+from vbp.runtime.forward import copy_model
 from vbp.sites.site import Site
 from vbp.statistics.evidence import Evidence
 from vbp.sweeps.rows import Setting

@@ -73,7 +73,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
         refits = make_refits(job)
-        teacher = teacher_of(job)
+        teacher = teacher_of(job) if job.config.use_kd else None
         dense = measure_dense(job) if progress is None else progress.dense  # before anything else is done
         state = SweepState(settings, dense, config.points, _about(config, job))
         fresh = progress is None or progress.begun

@@ -20,14 +20,16 @@ _KEPT = 2
 
 # What values of another kind, another shape or none lead to.
 _CONTENT_ERRORS = (AttributeError, LookupError, TypeError, ValueError, RuntimeError, ArithmeticError)
-_NAME = re.compile(r"epoch(\d+)-batch(\d+)\.pt")
+_NAME = re.compile(r"(tuning-)?epoch(\d+)-batch(\d+)\.pt")
 
 
-def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, batch: int) -> Path:
+def save_checkpoint(
+    save_dir: Path, state: Mapping[str, Any], *, epoch: int, batch: int, tuning: bool = False
+) -> Path:
     """Write a checkpoint of a run, then remove those that are no longer needed; one process of a job calls it.
 
-    Older checkpoints go only when two newer ones are whole, this one included. Later ones go too: training was taken
-    up before them.
+    Those of tuning without labels come before all of fine-tuning. Older checkpoints go only when two newer ones are
+    whole, this one included. Later ones go too: training was taken up before them.
 
     Raises:
         OutputError: The file could not be written; earlier ones are whole.
@@ -35,7 +37,7 @@ def save_checkpoint(save_dir: Path, state: Mapping[str, Any], *, epoch: int, bat
             them; nothing is written.
     """
     folder = save_dir / CHECKPOINTS
-    path = folder / f"epoch{epoch:04d}-batch{batch:06d}.pt"
+    path = folder / f"{'tuning-' if tuning else ''}epoch{epoch:04d}-batch{batch:06d}.pt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -141,10 +143,10 @@ def _files(folder: Path) -> list[Path]:
     return sorted((path for path in folder.iterdir() if path.is_file() and path.name[0] != "."), key=_place)
 
 
-def _position(path: Path) -> tuple[int, int] | None:
+def _position(path: Path) -> tuple[int, int, int] | None:
     match = _NAME.fullmatch(path.name)
-    return None if match is None else (int(match[1]), int(match[2]))
+    return None if match is None else (int(match[1] is None), int(match[2]), int(match[3]))
 
 
-def _place(path: Path) -> tuple[tuple[int, int], str]:
-    return _position(path) or (-1, -1), path.name
+def _place(path: Path) -> tuple[tuple[int, int, int], str]:
+    return _position(path) or (-1, -1, -1), path.name

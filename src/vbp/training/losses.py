@@ -1,4 +1,4 @@
-"""The fine-tuning loss: cross-entropy, blended with distillation from the unpruned model."""
+"""The loss of training: cross-entropy blended with distillation from a teacher, or distillation alone."""
 
 from __future__ import annotations
 
@@ -56,16 +56,24 @@ class DistillationLoss:
         self,
         student: Float[Tensor, "batch classes"],
         teacher: Float[Tensor, "batch classes"],
-        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"],
+        labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"] | None,
     ) -> Float[Tensor, ""]:
-        """Return the loss, averaged over the batch; labels as for `cross_entropy`."""
+        """Return the loss, averaged over the batch; labels as for `cross_entropy`, None where `alpha` is 0."""
         divergence = F.kl_div(
             F.log_softmax(student / self.temperature, dim=1),
             F.log_softmax(teacher / self.temperature, dim=1),
             reduction="batchmean",
             log_target=True,
         )
-        return self.alpha * self.cross_entropy(student, labels) + self.beta * self.temperature**2 * divergence
+        distilled = self.beta * self.temperature**2 * divergence
+        if self.alpha == 0:  # nothing of the labels counts
+            return distilled
+        if labels is None:
+            raise InputError(
+                f"kd_alpha must be 0 for batches without labels, got {self.alpha}; give labels, or "
+                "DistillationLoss(0, 1)"
+            )
+        return self.alpha * self.cross_entropy(student, labels) + distilled
 
     def cross_entropy(
         self, student: Float[Tensor, "batch classes"], labels: Int[Tensor, "batch"] | Float[Tensor, "batch classes"]

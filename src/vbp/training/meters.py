@@ -47,6 +47,10 @@ def steps_per_epoch(batches: int, accumulate: int = 1) -> int:
     return math.ceil(batches / accumulate)
 
 
+class DivergedError(InputError):
+    """Training went wrong: its loss is no finite number any more."""
+
+
 class EpochMeter:
     """Sums over the images and steps of this process; reading them in the loop would make a GPU wait."""
 
@@ -80,7 +84,7 @@ class EpochMeter:
         if images == 0:
             raise InputError("fine-tuning needs at least one image, got none; check the training images")
         if not math.isfinite(loss):
-            raise InputError(
+            raise DivergedError(
                 f"fine-tuning diverged: the loss of epoch {epoch} is {loss} at a learning rate of "
                 f"{self.learning_rate:.3g}; lower --lr_ft; the checkpoints written so far are whole"
             )

@@ -33,6 +33,15 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     return averaged
 
 
+def matrices_decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return the parameters in two groups: weights with weight decay, and biases and norms without it."""
+    parameters = list(model.parameters())
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    return [group for group in groups if group["params"]]
+
+
 def make_schedule(optimizer: Optimizer, steps: int, warmup_steps: int = 0) -> LRScheduler:
     """Take the optimizer's rate as the peak: it is reached after the warm-up, and 0 after all steps.
 

@@ -28,9 +28,12 @@ from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
 from vbp.training.mixup import Mixup
-from vbp.training.optim import layer_groups, make_ema, make_schedule
+from vbp.training.optim import layer_groups, make_ema, make_schedule, matrices_decayed
 
 _OFF, _ALONE = Precision(), Processes()
+
+# Images and their labels; without labels None.
+TrainingBatch = tuple[Tensor, Tensor | None]
 
 
 class TrainingLoader(Sized, Protocol):
@@ -42,7 +45,7 @@ class TrainingLoader(Sized, Protocol):
     def global_size(self, batch: int) -> int:
         """Return the images of batch number `batch`, counted from 0, over all processes."""
 
-    def __iter__(self) -> Iterable[tuple[Tensor, Tensor]]:
+    def __iter__(self) -> Iterable[TrainingBatch]:
         """Return the batches of the epoch."""
 
 
@@ -54,7 +57,8 @@ class TrainerSettings:
         steps: Of the optimizer, in all epochs.
         learning_rate: The peak, used as it is, however many processes and batches make a step.
         layer_decay: Factor of the learning rate from each layer to the one before it, as `layer_groups` has them.
-        weight_decay: Of all parameters.
+        weight_decay: Of all parameters, or of weights alone.
+        decay_all: Also decay biases and the parameters of norms.
         warmup_steps: Of the `steps`.
         loss: With a teacher; without one the loss is the cross-entropy alone, with the same label smoothing.
         accumulate: Batches whose gradients make one step.
@@ -62,6 +66,7 @@ class TrainerSettings:
         ema_decay: What remains of the moving average at each step; None keeps none.
         compile: Call student and teacher through torch.compile.
         mixup: Mixes the images of each batch, for student and teacher alike.
+        fixed_statistics: Keep dropout off and the running statistics of BatchNorms as they are.
         measure_gradients: Report the norm of the gradients.
 
     Raises:
@@ -77,6 +82,7 @@ class TrainerSettings:
     learning_rate: float
     layer_decay: float = 1.0
     weight_decay: float = 0.01
+    decay_all: bool = True
     warmup_steps: int = 0
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     accumulate: int = 1
@@ -84,6 +90,7 @@ class TrainerSettings:
     ema_decay: float | None = None
     compile: bool = False
     mixup: Mixup | None = None
+    fixed_statistics: bool = False
     measure_gradients: bool = False
 
     def __post_init__(self) -> None:
@@ -139,9 +146,7 @@ class Trainer:
             move_(teacher, device).eval().requires_grad_(False)
         self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
         self.optimizer = AdamW(
-            student.parameters()
-            if settings.layer_decay == 1
-            else layer_groups(student, settings.learning_rate, settings.layer_decay, settings.weight_decay),
+            _parameters(student, settings),
             lr=settings.learning_rate,
             weight_decay=settings.weight_decay,
             fused=True if device.type == "cuda" else None,
@@ -157,6 +162,7 @@ class Trainer:
         self._student = Compiled(called) if settings.compile else called
         self._teacher = Compiled(teacher) if settings.compile and teacher is not None else teacher
         self._scaler: GradScaler = precision.scaler()
+        self._dtype = next((each.dtype for each in student.parameters() if each.is_floating_point()), torch.float32)
         self._meter = EpochMeter(device)
 
     @property
@@ -175,7 +181,7 @@ class Trainer:
         self,
         loader: TrainingLoader,
         epoch: int,
-        progress: Callable[[TrainingLoader], Iterable[tuple[Tensor, Tensor]]] = iter,  # type: ignore[assignment]
+        progress: Callable[[TrainingLoader], Iterable[TrainingBatch]] = iter,  # type: ignore[assignment]
         after_step: Callable[[], None] | None = None,
     ) -> EpochResult:
         """Train on every batch once, or on what is left of the epoch that a loaded state had begun.
@@ -193,13 +199,13 @@ class Trainer:
         if epoch != self.epoch:
             self.epoch, self.batches_done = epoch, 0
             self._meter.begin(max(map(float, self.scheduler.get_last_lr())))
-        self._student.train()
+        self._to_training()
         start = time.perf_counter() - self._meter.seconds
         if self.batches_done < len(loader):
             loader.set_epoch(epoch, start=self.batches_done)
             for number, (pixels, labels) in enumerate(progress(loader), start=self.batches_done):
                 ends_step = (number + 1) % self.settings.accumulate == 0 or number + 1 == len(loader)
-                self._learn(pixels, labels, number, self._weight(loader, number, len(labels)), ends_step)
+                self._learn(pixels, labels, number, self._weight(loader, number, len(pixels)), ends_step)
                 if ends_step:
                     self._step()
                     self.batches_done = number + 1
@@ -209,6 +215,14 @@ class Trainer:
         self._share_buffers()
         applied = max((int(state["step"]) for state in self.optimizer.state.values()), default=0)
         return self._meter.result(epoch, self.processes, skipped_steps=self.steps_done - applied)
+
+    def _to_training(self) -> None:
+        self._student.train()
+        if self.settings.fixed_statistics:
+            # Modules without children: norms and dropout. Blocks recompute their activations in training mode alone.
+            for module in self._student.modules():
+                if next(module.children(), None) is None:
+                    module.eval()
 
     def _weight(self, loader: TrainingLoader, number: int, count: int) -> float:
         """Return what the mean over this batch counts in the mean over all images of the step.
@@ -221,10 +235,13 @@ class Trainer:
         group = range(first, min(first + self.settings.accumulate, len(loader)))
         return count * self.processes.world / sum(loader.global_size(batch) for batch in group)
 
-    def _learn(self, pixels: Tensor, labels: Tensor, number: int, weight: float, ends_step: bool) -> None:
+    def _learn(self, pixels: Tensor, labels: Tensor | None, number: int, weight: float, ends_step: bool) -> None:
         """Add the gradient of one batch; processes exchange theirs once a step."""
-        pixels, labels = (each.to(self.device, non_blocking=True) for each in (pixels, labels))
+        pixels = pixels.to(self.device, self._dtype, non_blocking=True)
+        labels = None if labels is None else labels.to(self.device, non_blocking=True)
         if self.settings.mixup is not None:
+            if labels is None:
+                raise InputError("mixup needs labels, got batches without; mix the images before, or leave it out")
             pixels, labels = self.settings.mixup(
                 pixels, labels, epoch=self.epoch, batch=number, rank=self.processes.rank
             )
@@ -234,12 +251,13 @@ class Trainer:
         if self._ddp is not None and not ends_step:
             exchange = self._ddp.no_sync()
         with exchange, compile_errors() if self.settings.compile else nullcontext():
-            logits, loss = self._loss(pixels, labels)
+            logits, classes, loss = self._loss(pixels, labels)
             weighted = loss if weight == 1 else loss * weight
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
-        self._meter.add(loss, logits, labels)
+        self._meter.add(loss, logits, classes)
 
-    def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return logits, the classes that count as right (the teacher's where there are no labels), and the loss."""
         with self.precision.autocast():
             logits = logits_of(self._student(pixels))
             if self._teacher is not None:
@@ -247,8 +265,11 @@ class Trainer:
                     target = logits_of(self._teacher(pixels))
         logits = in_float32(logits)
         if self._teacher is None:
-            return logits, self.settings.loss.cross_entropy(logits, labels)
-        return logits, self.settings.loss(logits, in_float32(target), labels)
+            if labels is None:
+                raise InputError("training needs labels or a teacher, got batches with neither; give a teacher")
+            return logits, labels, self.settings.loss.cross_entropy(logits, labels)
+        loss = self.settings.loss(logits, in_float32(target), labels)
+        return logits, target.argmax(1) if labels is None else labels, loss
 
     def _step(self) -> None:
         if self.settings.clip_grad is not None or self.settings.measure_gradients:
@@ -315,3 +336,10 @@ class Trainer:
         )
         self._meter.load_state_dict(own)
         set_random_state_(own["random"], self.device)
+
+
+def _parameters(student: nn.Module, settings: TrainerSettings) -> Iterable[Any]:
+    """Return what the optimizer changes, in groups where rates or decay differ."""
+    if settings.layer_decay != 1:
+        return layer_groups(student, settings.learning_rate, settings.layer_decay, settings.weight_decay)
+    return student.parameters() if settings.decay_all else matrices_decayed(student, settings.weight_decay)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -35,7 +36,12 @@ from vbp.sites.find import find_sites
 from vbp.sites.selection import select_sites
 from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
 from vbp.statistics.images import GivenImages
+from vbp.statistics.objective import Objective
+from vbp.statistics.text_embeddings import TextEmbeddings
 from vbp.training.evaluate import Accuracy, evaluate
+from vbp.training.retrieval import Retrieval, compare_embeddings, embed
+
+_log = logging.getLogger(__name__)
 
 # They are of runs: from a file, from images that are prepared in several ways, for the exit code.
 _OF_RUNS: Final = ("stats_path", "refit_views", "best_effort")
@@ -59,6 +65,9 @@ class PruneResult:
         images: Calibration images that were read.
         dense_accuracy: Of the model that was handed in; None without labelled images to measure it on.
         accuracy: Likewise of the pruned one.
+        retrieval: How alike both models see the images of `val`, in the place of accuracies, where the model is no
+            classifier.
+        objective: What was preserved, in words.
         candidates: The plans that the criterion auto compared.
         refits: What the refits after surgery did.
         seconds: Spent in each step.
@@ -79,6 +88,8 @@ class PruneResult:
     images: int
     dense_accuracy: Accuracy | None = None
     accuracy: Accuracy | None = None
+    retrieval: Retrieval | None = None
+    objective: str = ""
     candidates: tuple[Candidate, ...] = ()
     refits: RefitReport = field(default_factory=RefitReport)
     seconds: Mapping[str, float] = field(default_factory=dict)
@@ -97,6 +108,8 @@ class PruneResult:
         if self.accuracy is not None and self.dense_accuracy is not None:
             for place, accuracy in ((figures, self.accuracy), (figures["dense"], self.dense_accuracy)):
                 place |= {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
+        if self.retrieval is not None:
+            figures |= {name: value for name, value in to_json(self.retrieval).items() if value is not None}
         return figures
 
     def table(self) -> str:
@@ -105,7 +118,13 @@ class PruneResult:
         for place, (name, accuracy) in enumerate((("dense", self.dense_accuracy), ("pruned", self.accuracy))):
             top1 = () if accuracy is None else (f"{accuracy.top1:.2f}",)
             rows.append([name, *top1, *(format_count(both[place]) for both in (self.cost.macs, self.cost.params))])
-        return f"{text_table(rows)}\n{self.budget.sentence()}"
+        lines = [text_table(rows), self.budget.sentence()]
+        if (seen := self.retrieval) is not None:
+            lines.append(
+                f"features of {seen.images} images: cosine {seen.cosine:.4f} with the dense model's, "
+                f"{seen.neighbours:.2f} % of the nearest neighbours in common"
+            )
+        return "\n".join(lines)
 
     def save(self, path: Path | str) -> None:
         """Write the pruned model as a folder, or one file that ends in `.pth`, which `vbp.load_pruned` reads.
@@ -145,14 +164,14 @@ def prune(
     progress: bool = True,
     **settings: Any,
 ) -> PruneResult:
-    """Return a smaller copy of a trained image classifier; the model itself is left as it was.
+    """Return a smaller copy of a trained image model; the model itself is left as it was.
 
     Nothing is trained and no labels are needed: statistics on a few images say which channels go, and what stays is
     refitted to predict what they contributed. `vbp.run` prunes by the same steps.
 
     Args:
-        model: Any classifier, on any device; or what `load_classifier` returned: then the result says how its dense
-            model is built, and `load_pruned` needs nothing but the path.
+        model: Any classifier, or a model that returns features, on any device; or what `load_classifier` returned:
+            then the result says how its dense model is built, and `load_pruned` needs nothing but the path.
         images: Calibration images, prepared as for evaluation, in batches as `pixels_of` takes them: a list, a
             loader, a generator. Some hundred or more, of all classes and in no order; they are read once, and kept
             in memory.
@@ -163,7 +182,8 @@ def prune(
         target_speedup: In its place: how many times as fast as the dense model there, above 1.
         criterion: Which channels go.
         compensation: What stands in for them.
-        val: Labelled images, in batches: accuracy of both models is measured on them.
+        val: Labelled images, in batches: accuracy of both models is measured on them; of a model that returns
+            features how alike both see them, and labels are not needed.
         calib_samples: So many images are read, the first ones; 0 takes all.
         seed: Of sampled tokens and of the random criterion.
         progress: Show progress bars in a terminal or notebook.
@@ -191,7 +211,8 @@ def prune(
         check_repeatable(val)
     job = _prepare(config, dense, _read(images, calib_samples, config), seed, _bars(progress))
     refits = make_refits(job)
-    before = _accuracy(job, dense, val, "dense")
+    classifies = job.objective.kind == "logits"
+    before = _accuracy(job, dense, val if classifies else None, "dense")
     pruned = prune_copy(job, refits)
     pruned.model.eval()
     return PruneResult(
@@ -204,7 +225,9 @@ def prune(
         pruned.budget,
         pruned.images,
         before,
-        _accuracy(job, pruned.model, val, "pruned"),
+        _accuracy(job, pruned.model, val if classifies else None, "pruned"),
+        _retrieval(job, pruned.model, None if classifies else val),
+        job.objective.sentence(),
         pruned.choice.tried,
         pruned.refits,
         dict(job.session.seconds),
@@ -261,7 +284,15 @@ def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: in
     batch = latency_batch(dense, example, at_most=_GPU_BATCH, size=config.latency_batch)
     target = find_target(config, session, dense, sites, example, batch, rules)
     given = GivenImages(batches, session, seed)
-    return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None)
+    text = None if config.text_embeddings is None else TextEmbeddings.load(config.text_embeddings)
+    objective = Objective.choose(dense, like, given, config.objective, text)
+    if objective.kind == "features" and "gradients" in config.needs:
+        raise InputError(
+            f"the criterion {config.criterion} ranks by labels, got a model that is preserved by its features; "
+            "choose one that needs none, as auto"
+        )
+    _log.info("%s", objective.sentence())
+    return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None, objective)
 
 
 def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label: str) -> Accuracy | None:
@@ -269,6 +300,17 @@ def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label:
         return None
     with job.session.timed("evaluation"):
         return evaluate(model, job.session.progress(val, label), job.session.device)
+
+
+def _retrieval(job: PruneJob, pruned: nn.Module, val: Iterable[Any] | None) -> Retrieval | None:
+    if val is None:
+        return None
+    with job.session.timed("evaluation"):
+        both = (
+            embed(model, job.objective, job.session.progress(val, label), job.session.device)
+            for model, label in ((job.dense, "dense"), (pruned, "pruned"))
+        )
+        return compare_embeddings(*both)
 
 
 def _bars(progress: bool) -> bool | None:

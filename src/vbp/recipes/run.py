@@ -43,7 +43,7 @@ _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
 
 def run(config: RunConfig) -> RunReport:
-    """Prune a classifier, fine-tune it, and leave log, checkpoints and report in `config.save_dir`.
+    """Prune a model, fine-tune it, and leave log, checkpoints and report in `config.save_dir`.
 
     Everything that the configuration names is checked before any work is done and before anything is written.
     Under torchrun each process calls it; all do their share, one writes, and all return the same report.
@@ -108,6 +108,8 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
             check_shipping(settings)
         job = prepare(settings, session)
         teacher = _teacher(job)
+        if not job.labelled:
+            job = replace(job, original=teacher)
         _open_folder(job, log)
         session.processes.barrier()  # an error of another process is to find the log
         torch.manual_seed(settings.seed + session.processes.rank)
@@ -134,6 +136,11 @@ def _finish(
 def _teacher(job: Job) -> nn.Module | None:
     """Return the model to distil from, if any: checked before any work."""
     config = job.config
+    if not job.labelled:
+        # It learns from the dense one alone; a model that is pruned already, from what it was made of.
+        if job.artifact is None or config.epochs_ft == 0:
+            return job.dense
+        return move_(open_dense(config.model_name).model, job.session.device)
     if not config.use_kd or config.teacher is None:
         return job.dense if config.use_kd else None
     source = config.teacher == "source"
@@ -171,6 +178,8 @@ def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
 def _dense_of(artifact: PrunedArtifact) -> Measured | None:
     """Return what was measured of the dense model when the pruned one was made, if that is known."""
     dense = (artifact.metrics or {}).get("dense")
+    if isinstance(dense, dict):
+        dense = {"top1": None, "top5": None, **dense}
     try:
         return None if dense is None else from_json(Measured, dense, "the dense model's figures", use_defaults=True)
     except InputError:
@@ -260,6 +269,11 @@ def _circumstances(job: Job) -> dict[str, Any]:
         "processes": job.session.processes.world,
         "versions": installed_versions(),
         "config": job.config.to_dict(),
+        "objective": {
+            "kind": job.objective.kind,
+            "measure": job.objective.measure,
+            "sentence": job.objective.sentence(),
+        },
         "files": {name: str(folder / name) for name in (*_FILES, ARTIFACT)},
     }
 

@@ -21,7 +21,7 @@ from vbp.pruning.criteria import criterion_scores
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
-from vbp.recipes.checks import check_sweep, sweep_needs
+from vbp.recipes.checks import check_labelled, check_sweep, sweep_needs
 from vbp.recipes.folder import ASKED, BEGUN, asked, begin_anew, clear_halves, own_folder
 from vbp.recipes.measure import compare_latency, measure, measure_dense
 from vbp.recipes.options import Role, fields_with
@@ -147,6 +147,7 @@ def run_sweep(config: SweepConfig) -> SweepReport:
         processes = session.processes
         progress = processes.from_main(functools.partial(read_progress, config))
         job = prepare(config.run_config(), session, sweep_needs(config.settings))
+        check_labelled("a sweep compares accuracies", job.labelled)
         settings = deciding_settings(config, job)
         check_may_go_on(progress, settings, config.save_dir)
         refits = make_refits(job)

@@ -25,7 +25,7 @@ from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
 from vbp.statistics.images import GivenImages, ImageSource
 from vbp.statistics.mlp_samples import MLPSamples
-from vbp.statistics.objective import SCALE_IMAGES, Objective
+from vbp.statistics.objective import Objective
 
 _log = logging.getLogger(__name__)
 Refit = Literal["batchnorm", "producers", "stream", "head"]
@@ -142,7 +142,7 @@ class Refits:
 
     @cached_property
     def _objective(self) -> Objective:
-        return self._given_objective or Objective.of(self._dense, self._images.first(SCALE_IMAGES))
+        return self._given_objective or Objective.choose(self._dense, self._example, self._images)
 
     @cached_property
     def _judge(self) -> DenseReference:

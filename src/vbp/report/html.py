@@ -96,14 +96,12 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
 
 def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
-    base, pruned, best = run.base, run.pruned, run.best
+    base, pruned = run.base, run.pruned
     timed = run.latency
     cells = {
         "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
-        "Top-1 dense": base.top1_text,
-        "Pruned": pruned.top1_text,
-        "Fine-tuned": best.top1_text if best.epoch else "-",
+        **_quality_cells(run),
         "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": "-" if timed is None else timed.latency_text.replace("->", "→"),
@@ -140,13 +138,8 @@ def _page(run: RunReport, drawings: dict[str, Drawing], artefacts: list[tuple[st
 
 def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return the main results: label, number, remark."""
-    base, pruned, best = run.base, run.pruned, run.best
     keys = [
-        (
-            "Top-1 accuracy",
-            f"{best.top1_text} %",
-            f"dense {base.top1_text} %, right after pruning {pruned.top1_text} %",
-        ),
+        *_preserved(run),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
     ]
     for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):
@@ -157,6 +150,28 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
         keys.append(("Speed-up", f"{spread.median:.2f}x", "; ".join(filter(None, remarks))))
     processes = "one process" if run.processes == 1 else f"{run.processes} processes"
     return [*keys, ("Time", f"{sum(run.seconds.values()) / 60:.1f} min", processes)]
+
+
+def _preserved(run: RunReport) -> list[tuple[str, str, str]]:
+    """Return what is left of the accuracy, or of the agreement with the dense model where there is none."""
+    pruned, best = run.pruned, run.best
+    if run.classifies:
+        remark = f"dense {run.base.top1_text} %, right after pruning {pruned.top1_text} %"
+        return [("Top-1 accuracy", f"{best.top1_text} %", remark)]
+    before = dict(pruned.agreement)
+    names = {"cosine": "Cosine with the dense model", "neighbours %": "Nearest neighbours in common, %"}
+    return [
+        (names.get(name, "Predictions in common, %"), text, f"right after pruning {before[name]}")
+        for name, text in best.agreement
+    ]
+
+
+def _quality_cells(run: RunReport) -> dict[str, str]:
+    base, pruned, best = run.base, run.pruned, run.best
+    if run.classifies:
+        tuned = best.top1_text if best.epoch else "-"
+        return {"Top-1 dense": base.top1_text, "Pruned": pruned.top1_text, "Fine-tuned": tuned}
+    return dict(best.agreement)
 
 
 def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:

@@ -18,6 +18,7 @@ from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.runtime.decode import from_json, read_json, read_json_lines, to_json
 from vbp.runtime.files import is_regular
 from vbp.runtime.tables import format_count, standard_error, text_table, with_error
+from vbp.statistics.objective import KL
 from vbp.statistics.statistics import Statistics
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
@@ -26,39 +27,63 @@ BEST, FINAL, FIGURES = "vbp_best.pth", "vbp_final.pth", "figures"
 # How tables call the pruned model, by its compensation.
 _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}
 
-_CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
+_CURVES: Final = ("top1", "top5", "cosine", "neighbours", "train_loss", "train_top1", "lr", "seconds")
+_MODELS: Final = ("base", "uncompensated", "pruned", "best", "final")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, MACs of an image, epochs of tuning."""
+    """One model of a run: accuracies in percent on `images` validation images, MACs of an image, epochs of tuning.
 
-    top1: float
-    top5: float
+    Without labels there is no accuracy, but the agreement with the dense model, as in `Retrieval`.
+    """
+
+    top1: float | None
+    top5: float | None
     macs: int
     params: int
     epoch: int | None = None
     images: int | None = None
+    cosine: float | None = None
+    neighbours: float | None = None
+    same: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Return the percent by which models of a run are compared: top-1, or neighbours shared with the dense."""
+        score = self.neighbours if self.top1 is None else self.top1
+        if score is None:
+            raise InputError(f"a model must have an accuracy or an agreement with the dense one, got {self}")
+        return score
+
+    @property
+    def agreement(self) -> tuple[tuple[str, str], ...]:
+        """Return what tables show of a model without accuracy: heading and value."""
+        cells = [("cosine", "" if self.cosine is None else f"{self.cosine:.4f}")]
+        cells.append(("neighbours %", "" if self.neighbours is None else f"{self.neighbours:.2f}"))
+        if self.same is not None:
+            cells.append(("same class %", f"{self.same:.2f}"))
+        return tuple(cells)
 
     @property
     def top1_error(self) -> float | None:
         """Return the standard error of the top-1 accuracy in points, where the images tell it."""
-        return standard_error(self.top1, self.images)
+        return None if self.top1 is None else standard_error(self.top1, self.images)
 
     @property
     def top5_error(self) -> float | None:
         """Return the standard error of the top-5 accuracy in points, where the images tell it."""
-        return standard_error(self.top5, self.images)
+        return None if self.top5 is None else standard_error(self.top5, self.images)
 
     @property
     def top1_text(self) -> str:
         """Return the top-1 accuracy as tables show it, with its standard error."""
-        return with_error(self.top1, self.images)
+        return "-" if self.top1 is None else with_error(self.top1, self.images)
 
     @property
     def top5_text(self) -> str:
         """Return the top-5 accuracy as tables show it, with its standard error."""
-        return with_error(self.top5, self.images)
+        return "-" if self.top5 is None else with_error(self.top5, self.images)
 
     def __post_init__(self) -> None:
         """Raise an `InputError` if a count is negative."""
@@ -96,6 +121,7 @@ class RunReport:
         head: The same of the refit of the last layer, `HeadRefit`.
         batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
         attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
+        objective: What was preserved: `kind`, `measure`, `sentence`.
 
     Example:
         >>> vbp.run(config).sites
@@ -126,12 +152,22 @@ class RunReport:
     head: Mapping[str, Any] | None = None
     batchnorm: Mapping[str, Any] | None = None
     attention: float | None = None
+    objective: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether accuracies were measured; otherwise the agreement with the dense model was."""
+        return self.base.top1 is not None
+
+    @property
+    def measure(self) -> str:
+        """Return in words by what plans were compared."""
+        return self.objective.get("measure", KL)
 
     @property
     def models(self) -> dict[str, Measured]:
         """Return the measured models by name: `uncompensated` only where it was measured."""
-        names = ("base", "uncompensated", "pruned", "best", "final")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _MODELS if getattr(self, name) is not None}
 
     @property
     def steps(self) -> dict[str, str]:
@@ -197,7 +233,7 @@ class RunReport:
             InputError: It is no report of a run, or damaged.
         """
         if isinstance(value, Mapping):  # the rows of the files follow from the rest
-            value = {name: item for name, item in value.items() if name != "file_rows"}
+            value = {name: _whole(name, item) for name, item in value.items() if name != "file_rows"}
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(
@@ -233,24 +269,34 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        rows = [("", "top-1 %", "top-5 %", "MACs", "params", "latency")]
+        shown = [name for name, _ in self.pruned.agreement] if not self.classifies else ["top-1 %", "top-5 %"]
+        rows = [("", *shown, "MACs", "params", "latency")]
         for name, label in self.steps.items():
             model, latency = self.models[name], ""
             if self.latency is not None and name in ("base", "pruned"):
                 times = self.latency.dense_ms if name == "base" else self.latency.pruned_ms
                 latency = f"{times.median:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
-            rows.append((label, model.top1_text, model.top5_text, *sizes, latency))
+            texts = [model.top1_text, model.top5_text]
+            if not self.classifies:
+                texts = [text for _, text in model.agreement]
+            rows.append((label, *texts, *sizes, latency))
         heads = "" if self.attention is None else f" and {self.attention:.1%} of the heads' channels"
         facts = [f"kept {self.keep_ratio:.1%} of the hidden channels{heads}"]
         facts.append(f"{self.images['val']} validation images")
-        lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
+        lines = [text_table(rows, widths=(0, *(8 for _ in shown), 9, 9, 10)), "; ".join(facts)]
         if self.latency is not None:
             facts = [f"speed-up {self.latency.speedup_text}, median and quartiles, at {self.latency.conditions}"]
             lines.append("; ".join(filter(None, [*facts, self.macs_text])))
         if self.budget and (self.budget["budget"]["quantity"] != "keep_ratio" or not self.budget["met"]):
             lines.append(self.budget["sentence"])
         return "\n".join([*lines, self.file_text])
+
+
+def _whole(name: str, item: Any) -> Any:
+    """Return what a summary says of a model with the accuracies that it leaves out where none was measured."""
+    measured = name in _MODELS and isinstance(item, Mapping) and "neighbours" in item
+    return {"top1": None, "top5": None, **item} if measured else item
 
 
 def setting_text(value: Any) -> str:

@@ -79,7 +79,7 @@ def _lines(report: SweepReport) -> dict[str, dict[str, list[_Point]]]:
                 continue
             if cost == "latency" and row.latency is not None:
                 quartiles = 100 / row.latency.speedup.high, 100 / row.latency.speedup.low
-            relative = None if error is None else 100 * error / report.dense.top1
+            relative = None if error is None else 100 * error / report.dense.score
             by_method.setdefault(row.setting.method, []).append(_Point(100 * left, 100 * top1, relative, quartiles))
     return {
         cost: {

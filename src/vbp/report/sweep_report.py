@@ -71,7 +71,7 @@ class SweepReport:
         """Return what is left of a dense model's `top1`, `macs`, `params` and `latency`, as shares of 1."""
         dense, pruned = self.dense, row.measured
         return {
-            "top1": pruned.top1 / dense.top1 if dense.top1 else None,
+            "top1": pruned.score / dense.score if dense.score else None,
             "macs": pruned.macs / dense.macs,
             "params": pruned.params / dense.params,
             "latency": None if row.latency is None else 1 / row.latency.speedup.median,

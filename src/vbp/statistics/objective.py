@@ -27,6 +27,7 @@ from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.forward import evaluation_mode, hooked, logits_of, output_tensors
 from vbp.runtime.precision import in_float32
 from vbp.statistics.batches import images_for
+from vbp.statistics.images import ImageSource
 from vbp.statistics.text_embeddings import TextEmbeddings
 
 # Images of the variances; and those that run at a time.
@@ -41,7 +42,7 @@ _POOLED: Final = ("image_embeds", "pooler_output")
 KL: Final = "mean KL of the predictions from the dense model's"
 _MEASURES: Final[Mapping[ObjectiveKind, str]] = {
     "logits": KL,
-    "features": "mean squared error of the features, as a share of their variance",
+    "features": "mean standardised squared error of the features",
     "zeroshot": "mean KL of the image-text similarities from the dense model's",
 }
 
@@ -128,6 +129,21 @@ class Objective:
                 "which returns none; wrap the model"
             )
         return Objective("features", _measured_parts(model, pieces, first), embedded)
+
+    @staticmethod
+    def choose(
+        model: nn.Module,
+        example: Tensor,
+        images: ImageSource,
+        choice: ObjectiveChoice = "auto",
+        text: TextEmbeddings | None = None,
+    ) -> Objective:
+        """Choose as `of` does, and read calibration images only where variances are needed; all processes call it."""
+        if choice == "auto":
+            choice = "logits" if is_classifier(model, example) else "features"
+        batches = images.first(SCALE_IMAGES) if choice == "features" else [example]
+        # Sums in another order could differ by a bit: all take what the first process measured.
+        return images.session.processes.all_gather(Objective.of(model, batches, choice, text))[0]
 
     @property
     def measure(self) -> str:

@@ -23,6 +23,7 @@ from vbp.runtime.forward import logits_of
 from vbp.runtime.precision import Precision, in_float32, move_
 from vbp.runtime.processes import Processes
 from vbp.runtime.random_state import random_state, set_random_state_
+from vbp.statistics.objective import Objective
 from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
@@ -61,6 +62,8 @@ class TrainerSettings:
         compile: Call student and teacher through torch.compile.
         mixup: Mixes the images of each batch, for student and teacher alike.
         measure_gradients: Report the norm of the gradients.
+        objective: What is distilled from the teacher in the place of `loss`, without labels: features, or
+            similarities with texts.
 
     Raises:
         InputError: A value is out of range.
@@ -82,6 +85,7 @@ class TrainerSettings:
     compile: bool = False
     mixup: Mixup | None = None
     measure_gradients: bool = False
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         """Check the values that nothing else checks."""
@@ -131,6 +135,8 @@ class Trainer:
         Raises:
             InputError: A value is out of range.
         """
+        if settings.objective is not None and teacher is None:
+            raise InputError("an objective is distilled from a teacher, got none; give the dense model as teacher")
         self.student, self.teacher = move_(student, device), teacher
         if teacher is not None:
             move_(teacher, device).eval().requires_grad_(False)
@@ -234,7 +240,10 @@ class Trainer:
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
         self._meter.add(loss, logits, labels)
 
-    def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _loss(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Return the logits, None where labels take no part, and the loss."""
+        if self.settings.objective is not None:
+            return None, self._distance(self.settings.objective, pixels)
         with self.precision.autocast():
             logits = logits_of(self._student(pixels))
             if self._teacher is not None:
@@ -244,6 +253,15 @@ class Trainer:
         if self._teacher is None:
             return logits, self.settings.loss.cross_entropy(logits, labels)
         return logits, self.settings.loss(logits, in_float32(target), labels)
+
+    def _distance(self, objective: Objective, pixels: Tensor) -> Tensor:
+        """Return the mean error of the objective: the student's against the teacher's."""
+        assert self._teacher is not None
+        with self.precision.autocast():
+            values = objective.read(self._student(pixels))
+            with torch.no_grad():
+                target = objective.target(objective.read(self._teacher(pixels)))
+        return objective.loss(values, target) / len(pixels)
 
     def _step(self) -> None:
         if self.settings.clip_grad is not None or self.settings.measure_gradients:

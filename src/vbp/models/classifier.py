@@ -122,6 +122,15 @@ def check_family(model_name: str, model_type: ModelType, family: Family) -> None
         )
 
 
+def check_has_head(classifier: Classifier, what: str) -> None:
+    """Raise InputError for a model without classes; `what` says who needs them."""
+    if classifier.num_classes == 0:
+        raise InputError(
+            f"{what} needs a model with classes, got {classifier.source.name} without a head; vbp run reports how "
+            "alike a pruned model of features and its dense one see images"
+        )
+
+
 def check_takes_images(classifier: Classifier) -> None:
     """Pass one image of noise through the network, so that a wrong size or head stops the run at its start."""
     preprocessing = classifier.preprocessing

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -233,15 +233,16 @@ def _with_weights(model_name: str, headless: str, allow_random_init: bool) -> nn
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(model_name, error) from error
-    _check_complete(model_name, model, info, allow_random_init)
+    _check_complete(model_name, model, info, allow_random_init, _OTHERS if headless else HARMLESS)
     loaded: nn.Module = model
     return loaded
 
 
-def _check_complete(model_name: str, model: Any, info: Mapping[str, Any], allow_random_init: bool) -> None:
+def _check_complete(
+    model_name: str, model: Any, info: Mapping[str, Any], allow_random_init: bool, harmless: Sequence[str]
+) -> None:
     shapes = sorted(info["mismatched_keys"])
     missing = sorted(set(info["missing_keys"]) - {name for name, *_ in shapes})
-    harmless = HARMLESS if any("ForImageClassification" in name for name in model.config.architectures) else _OTHERS
     unexpected = sorted(name for name in info["unexpected_keys"] if not any(part in name for part in harmless))
     random = [*missing, *(name for name, *_ in shapes)]
     if not random and not unexpected:

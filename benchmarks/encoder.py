@@ -2,11 +2,11 @@
 
     python benchmarks/encoder.py --data imagenet_mini --probe imagenette_mini --checkpoint deit_tiny.safetensors
 
-The model is pruned with the features objective (`auto` with its refits) and by variance, with the same refits and with
-the paper's mean shift, at each keep ratio. On the validation images of `--data`: the cosine of the pooled features of
-the dense and the pruned model, and the share of the 10 nearest neighbours of an image that both have in common. A
+The model is pruned with the features objective (`auto` with its refits) and by variance, with the same refits and
+with the paper's mean shift, at each keep ratio. On the validation images of `--data`: the cosine of the pooled
+features of the dense and the pruned model, and the share of the 10 nearest neighbours that both have in common. A
 linear probe, scikit-learn's logistic regression on standardised features, learns from the training images of
-`--probe` and is judged by its validation images: for the dense model and for each pruned one. Prints a Markdown table.
+`--probe` and is judged by its validation images: for each model on its own features. Prints a Markdown table.
 """
 
 from __future__ import annotations
@@ -127,7 +127,10 @@ def main(options: Options) -> None:
     model = bench.encoder.model
     dense = format_count(vbp.count_macs(model, bench.encoder.example_input()))
     rows = [["1", "dense", dense, *bench.retrieval(model), bench.probe(model), ""]]
-    rows += [bench.row(keep_ratio, rule) for keep_ratio in options.keep_ratios for rule in RULES]
+    for keep_ratio in options.keep_ratios:
+        for rule in RULES:
+            rows.append(bench.row(keep_ratio, rule))
+            print(" | ".join(rows[-1]), flush=True)
     print(bench.objective.sentence())
     print(
         f"{len(bench.dense.rows)} images compared; probe on "

@@ -91,6 +91,8 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "include": ((), ["blocks.0.*", "*.fc1"], ("blocks.0.*", "*.fc1")),
     "exclude": ((), ["head"], ("head",)),
     "cost_aware": ("auto", ["on"], "on"),
+    "objective": ("auto", ["features"], "features"),
+    "text_embeddings": (None, ["texts.npy"], Path("texts.npy")),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),
 }

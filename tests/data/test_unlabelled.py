@@ -28,7 +28,8 @@ def test_a_folder_of_images_is_enough(tmp_path: Path) -> None:
     names = [{images.name(place) for place in range(len(images))} for images in (train, val)]
     assert (len(train), len(val)) == (8, 3)
     assert not names[0] & names[1]
-    assert train.read(0).read(4)[1:] == b"PNG"
+    with train.read(0) as file:
+        assert file.read(4)[1:] == b"PNG"
 
 
 def test_images_in_train_and_val_keep_to_them(tmp_path: Path) -> None:
@@ -79,4 +80,5 @@ def test_a_dataset_needs_no_column_of_labels(tmp_path: Path) -> None:
         made.to_parquet(tmp_path / "set" / f"{split}-00000-of-00001.parquet")
     found = list_unlabelled(f"hfds/{tmp_path / 'set'}", "val")
     assert len(found) == 4
-    assert found.read(0).read(4)[1:] == b"PNG"
+    with found.read(0) as file:
+        assert file.read(4)[1:] == b"PNG"

@@ -224,6 +224,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"target_speedup": 0.9}, "target_speedup must be above 1, got 0.9"),
     ({"best_effort": True}, "best_effort changes nothing without a target"),
     ({"cost_aware": "off"}, "cost_aware changes nothing without a target"),
+    ({"text_embeddings": Path("a.npy")}, "text_embeddings changes nothing without the objective zeroshot, got a.npy"),
+    ({"objective": "zeroshot"}, "zeroshot needs text embeddings, got none; give --text_embeddings FILE"),
     (
         {"cost_aware": "on", "target_macs": "0.8", "criterion": "variance", "compensation": "mean"},
         "cost_aware changes nothing unless layers are ranked together, got on; add --global_pruning",
@@ -299,7 +301,7 @@ FREE = (
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher text_embeddings"
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense"
 DECIDING_A_SWEEP = (

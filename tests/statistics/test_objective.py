@@ -212,7 +212,7 @@ def test_text_embeddings_are_read_from_files(tmp_path: Path) -> None:
         torch.testing.assert_close(read.rows, F.normalize(rows, dim=1))
         assert read.scale == scale
     assert TextEmbeddings.load(tmp_path / "b.safetensors").fingerprint == read.fingerprint
-    save_file({"a": rows, "b": rows}, tmp_path / "two.safetensors")
+    save_file({"a": rows, "b": rows + 1}, tmp_path / "two.safetensors")
     save_file({"text_embeddings": rows[:1]}, tmp_path / "one.safetensors")
     (tmp_path / "bad.npy").write_bytes(b"no array")
     (tmp_path / "texts.txt").write_text("a cat")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vbp import InputError
 from vbp.statistics.objective import Objective
 from vbp.training.retrieval import Embeddings, compare_embeddings, embed
+from vbp.training.trainer import Trainer, TrainerSettings
 
 
 def rows(images: int = 40) -> tuple[Tensor, Tensor]:
@@ -72,3 +73,39 @@ def test_what_cannot_be_compared_is_refused() -> None:
         embed(model, objective, [torch.randn(1, 3, 2, 2)], "cpu")
     with pytest.raises(InputError, match="must be finite, got NaN or infinity for 4 of 4 images"):
         embed(model, objective, [torch.full((4, 3, 2, 2), torch.nan)], "cpu")
+
+
+def test_a_student_learns_the_features_of_its_teacher() -> None:
+    def tower(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 6), nn.LayerNorm(6))
+
+    teacher, student = tower(0), tower(1)
+    images = torch.randn(32, 3, 2, 2, generator=torch.Generator().manual_seed(1))
+    objective = Objective.of(teacher, [images])
+    settings = TrainerSettings(steps=60, learning_rate=0.01, objective=objective)
+    trainer = Trainer(student, settings, device=torch.device("cpu"), teacher=teacher)
+    results = [trainer.train_epoch(Loader(images), epoch) for epoch in range(1, 61)]
+    assert results[-1].loss < 0.2 * results[0].loss
+    assert results[-1].top1 == 0  # no label took part
+    with pytest.raises(InputError, match="distilled from a teacher, got none"):
+        Trainer(student, settings, device=torch.device("cpu"))
+
+
+class Loader:
+    """One batch an epoch, whose labels are no classes."""
+
+    def __init__(self, images: Tensor) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return 1
+
+    def set_epoch(self, epoch: int, start: int = 0) -> None:
+        pass
+
+    def global_size(self, batch: int) -> int:
+        return len(self.images)
+
+    def __iter__(self) -> Any:
+        return iter([(self.images, torch.full((len(self.images),), 99))])

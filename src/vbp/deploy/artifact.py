@@ -236,8 +236,9 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
-    """Add to consumers the biases that they gained through compensation."""
-    for name in {entry.site.consumer for plan in plans for entry in plan.sites} - {""}:
-        consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")
-        if consumer.bias is None and bias is not None:
-            consumer.bias = nn.Parameter(torch.zeros_like(bias))
+    """Add to consumers, and to a last linear layer, the biases that they gained through compensation or a refit."""
+    consumers = {entry.site.consumer for plan in plans for entry in plan.sites}
+    for name, layer in model.named_modules():
+        bias = weights.get(f"{name}.bias")
+        if bias is not None and (name in consumers or isinstance(layer, nn.Linear)) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(bias))

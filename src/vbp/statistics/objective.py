@@ -226,9 +226,9 @@ class Objective:
 
 
 def is_classifier(model: nn.Module, pixels: Tensor) -> bool:
-    """Return whether a model returns logits: rows that a head makes, not pooled features.
+    """Return whether a model returns logits: it calls them so, or they are rows that no norm made.
 
-    Features come from a norm, or from a model that says that it has no classes.
+    Pooled features come from a norm, or from a model that says that it has no classes.
     """
     leaves: list[nn.Module] = []
 
@@ -244,7 +244,7 @@ def is_classifier(model: nn.Module, pixels: Tensor) -> bool:
         return False
     if getattr(model, "num_classes", None) == 0 or getattr(getattr(model, "config", None), "num_labels", None) == 0:
         return False
-    return not leaves or "norm" not in type(leaves[0]).__name__.lower()
+    return not isinstance(output, Tensor) or not leaves or "norm" not in type(leaves[0]).__name__.lower()
 
 
 def check_classifier(model: nn.Module, pixels: Tensor, what: str) -> None:

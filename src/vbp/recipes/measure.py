@@ -73,7 +73,7 @@ def describe(model: Measured) -> str:
     """Return in one line what was measured."""
     quality = f"top-1 {model.top1_text} %, top-5 {model.top5_text} %"
     if model.top1 is None:
-        quality = ", ".join(f"{name} {text}" for name, text in model.agreement)
+        quality = ", ".join(f"{name} {text}" for name, text in model.quality)
     return f"{quality}, {format_count(model.macs)} MACs, {format_count(model.params)} parameters"
 
 

@@ -158,11 +158,11 @@ def _preserved(run: RunReport) -> list[tuple[str, str, str]]:
     if run.classifies:
         remark = f"dense {run.base.top1_text} %, right after pruning {pruned.top1_text} %"
         return [("Top-1 accuracy", f"{best.top1_text} %", remark)]
-    before = dict(pruned.agreement)
+    before = dict(pruned.quality)
     names = {"cosine": "Cosine with the dense model", "neighbours %": "Nearest neighbours in common, %"}
     return [
         (names.get(name, "Predictions in common, %"), text, f"right after pruning {before[name]}")
-        for name, text in best.agreement
+        for name, text in best.quality
     ]
 
 
@@ -171,7 +171,7 @@ def _quality_cells(run: RunReport) -> dict[str, str]:
     if run.classifies:
         tuned = best.top1_text if best.epoch else "-"
         return {"Top-1 dense": base.top1_text, "Pruned": pruned.top1_text, "Fine-tuned": tuned}
-    return dict(best.agreement)
+    return dict(best.quality)
 
 
 def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:

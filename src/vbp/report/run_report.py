@@ -33,10 +33,7 @@ _MODELS: Final = ("base", "uncompensated", "pruned", "best", "final")
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, MACs of an image, epochs of tuning.
-
-    Without labels there is no accuracy, but the agreement with the dense model, as in `Retrieval`.
-    """
+    """One model of a run: accuracies in percent, or agreement as in `Retrieval`, on `images`; MACs of an image."""
 
     top1: float | None
     top5: float | None
@@ -51,19 +48,17 @@ class Measured:
     @property
     def score(self) -> float:
         """Return the percent by which models of a run are compared: top-1, or neighbours shared with the dense."""
-        score = self.neighbours if self.top1 is None else self.top1
-        if score is None:
+        if (score := self.neighbours if self.top1 is None else self.top1) is None:
             raise InputError(f"a model must have an accuracy or an agreement with the dense one, got {self}")
         return score
 
     @property
-    def agreement(self) -> tuple[tuple[str, str], ...]:
-        """Return what tables show of a model without accuracy: heading and value."""
-        cells = [("cosine", "" if self.cosine is None else f"{self.cosine:.4f}")]
-        cells.append(("neighbours %", "" if self.neighbours is None else f"{self.neighbours:.2f}"))
-        if self.same is not None:
-            cells.append(("same class %", f"{self.same:.2f}"))
-        return tuple(cells)
+    def quality(self) -> tuple[tuple[str, str], ...]:
+        """Return what tables show of a model, heading and value: accuracies, or its agreement with the dense one."""
+        if self.top1 is not None:
+            return ("top-1 %", self.top1_text), ("top-5 %", self.top5_text)
+        cells = (("cosine", self.cosine, 4), ("neighbours %", self.neighbours, 2), ("same class %", self.same, 2))
+        return tuple((name, f"{value:.{digits}f}") for name, value, digits in cells if value is not None)
 
     @property
     def top1_error(self) -> float | None:
@@ -156,7 +151,7 @@ class RunReport:
 
     @property
     def classifies(self) -> bool:
-        """Return whether accuracies were measured; otherwise the agreement with the dense model was."""
+        """Return whether accuracies were measured, not the agreement with the dense model."""
         return self.base.top1 is not None
 
     @property
@@ -269,7 +264,7 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        shown = [name for name, _ in self.pruned.agreement] if not self.classifies else ["top-1 %", "top-5 %"]
+        shown = [name for name, _ in self.pruned.quality]
         rows = [("", *shown, "MACs", "params", "latency")]
         for name, label in self.steps.items():
             model, latency = self.models[name], ""
@@ -277,10 +272,7 @@ class RunReport:
                 times = self.latency.dense_ms if name == "base" else self.latency.pruned_ms
                 latency = f"{times.median:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
-            texts = [model.top1_text, model.top5_text]
-            if not self.classifies:
-                texts = [text for _, text in model.agreement]
-            rows.append((label, *texts, *sizes, latency))
+            rows.append((label, *(text for _, text in model.quality), *sizes, latency))
         heads = "" if self.attention is None else f" and {self.attention:.1%} of the heads' channels"
         facts = [f"kept {self.keep_ratio:.1%} of the hidden channels{heads}"]
         facts.append(f"{self.images['val']} validation images")
@@ -295,8 +287,8 @@ class RunReport:
 
 def _whole(name: str, item: Any) -> Any:
     """Return what a summary says of a model with the accuracies that it leaves out where none was measured."""
-    measured = name in _MODELS and isinstance(item, Mapping) and "neighbours" in item
-    return {"top1": None, "top5": None, **item} if measured else item
+    unlabelled = name in _MODELS and isinstance(item, Mapping) and "neighbours" in item
+    return {"top1": None, "top5": None, **item} if unlabelled else item
 
 
 def setting_text(value: Any) -> str:

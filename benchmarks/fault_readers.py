@@ -28,7 +28,8 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.config import RunConfig
 from vbp.recipes.resume import find_checkpoint
-from vbp.report.run_report import Measured, read_run
+from vbp.report.finished_run import read_run
+from vbp.report.run_report import Measured
 from vbp.runtime.decode import to_json
 from vbp.runtime.fingerprints import json_fingerprint, model_fingerprint
 from vbp.runtime.sealed import write_sealed

@@ -61,10 +61,10 @@ if TYPE_CHECKING:
     from vbp.pruning.plan import SitePlan as SitePlan
     from vbp.pruning.surgery import prune_ as prune_
     from vbp.recipes.config import RunConfig as RunConfig
-    from vbp.recipes.prune_model import PruneResult as PruneResult
     from vbp.recipes.prune_model import prune as prune
     from vbp.recipes.run import run as run
     from vbp.refit.refits import refit_ as refit_
+    from vbp.report.prune_result import PruneResult as PruneResult
     from vbp.report.run_report import RunReport as RunReport
     from vbp.sites.find import find_sites as find_sites
     from vbp.sites.site import Site as Site

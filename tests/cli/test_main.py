@@ -97,6 +97,8 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "exclude": ((), ["head"], ("head",)),
     "cost_aware": ("auto", ["on"], "on"),
     "attention": ("auto", ["off"], "off"),
+    "objective": ("auto", ["features"], "features"),
+    "text_embeddings": (None, ["texts.npy"], Path("texts.npy")),
     "attn_keep_ratio": (None, ["0.8"], 0.8),
     "tune": ("off", ["8"], 8),
     "push_to_hub": (None, ["me/vit"], "me/vit"),

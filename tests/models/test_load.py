@@ -354,7 +354,6 @@ def test_pretrained_head_of_another_size_is_not_left_at_random() -> None:
         ("test_vit", {"img_size": 32, "model_kwargs": {"img_size": 64}}, "img_size is given twice"),
         ("test_vit", {"crop_pct": 2.0}, "crop_pct"),
         ("test_vit", {"model_kwargs": {"in_chans": 1}}, "does not take images of 3 x 160 x 160"),
-        ("test_vit", {"model_kwargs": {"num_classes": 0}}, "has no classifier head"),
     ],
 )
 def test_bad_input(name: str, options: dict[str, Any], text: str) -> None:

@@ -246,6 +246,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"attention": "off", "target_macs": "0.8", "bottleneck": True},
         "attention off keeps attention whole and bottleneck prunes it, got both; leave one of them out",
     ),
+    ({"text_embeddings": Path("a.npy")}, "text_embeddings changes nothing without the objective zeroshot, got a.npy"),
+    ({"objective": "zeroshot"}, "zeroshot needs text embeddings, got none; give --text_embeddings FILE"),
     (
         {"cost_aware": "on", "target_macs": "0.8", "criterion": "variance", "compensation": "mean"},
         "cost_aware changes nothing unless layers are ranked together, got on; add --global_pruning",
@@ -333,7 +335,7 @@ FREE = (
 PRIVATE = (
     "data_path checkpoint convnext_checkpoint stats_path save_dir log_dir num_workers prefetch resume overwrite "
     "disable_ddp local_rank device checkpoint_minutes timeout_minutes push_to_hub compare_uncompensated model_kwargs "
-    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher processes"
+    "img_size crop_pct interpolation mean std best_effort allow_bad_dense teacher processes text_embeddings"
 )
 INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effort allow_bad_dense processes"
 DECIDING_A_SWEEP = (

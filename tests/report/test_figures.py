@@ -28,8 +28,9 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
+from vbp.report.finished_run import read_run
 from vbp.report.published import PAPER_POINTS
-from vbp.report.run_report import RunReport, read_run
+from vbp.report.run_report import RunReport
 from vbp.report.spectrum import Spectrum, outlines, short_names, site_errors, spectra, variance_spectra
 
 

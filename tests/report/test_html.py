@@ -24,8 +24,8 @@ from vbp.refit.head import HeadRefit
 from vbp.refit.producers import ProducerRefit
 from vbp.refit.refits import RefitReport
 from vbp.refit.stream import StreamRefit
+from vbp.report.finished_run import read_run
 from vbp.report.html import clear_report, summary_row, write_report
-from vbp.report.run_report import read_run
 
 VOID = {"meta", "link", "br", "img", "hr", "input"}
 FIGURES = [

@@ -10,7 +10,8 @@ import pytest
 from runs import plan_and_statistics, sites, timing, write_run
 
 from vbp import InputError
-from vbp.report.run_report import RunReport, read_run
+from vbp.report.finished_run import read_run
+from vbp.report.run_report import RunReport
 
 
 def test_the_steps_are_those_of_the_summary(tmp_path: Path) -> None:

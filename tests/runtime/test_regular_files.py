@@ -19,7 +19,8 @@ from vbp.data.data_path import list_images
 from vbp.deploy.artifact_files import read_folder
 from vbp.errors import InputError
 from vbp.models.weights import read_weights
-from vbp.report.run_report import RunReport, read_run
+from vbp.report.finished_run import read_run
+from vbp.report.run_report import RunReport
 from vbp.runtime.files import is_regular, open_regular, read_regular
 from vbp.training.checkpoints import read_checkpoint
 

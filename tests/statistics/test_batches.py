@@ -83,7 +83,7 @@ ENTRIES: dict[str, Callable[[nn.Module, Any], Any]] = {
         vbp.collect_statistics(model, vbp.find_sites(model, IMAGES[:1]), batches).means
     ),
     "GradientSum": by_gradients,
-    "DenseReference": lambda model, batches: torch.cat(vbp.DenseReference(model, batches).log_probabilities),
+    "DenseReference": lambda model, batches: torch.cat(vbp.DenseReference(model, batches).targets),
     "MLPSamples": lambda model, batches: (
         MLPSamples(model, vbp.find_sites(model, IMAGES[:1]), IMAGES[:1], batches).images
     ),

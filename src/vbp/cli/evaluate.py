@@ -15,7 +15,7 @@ from vbp.data.loader import make_loader
 from vbp.data.preprocessing import evaluation_transform
 from vbp.deploy.open_model import is_pruned, open_dense, open_model
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier
+from vbp.models.classifier import Classifier, check_has_head
 from vbp.report.evaluation import EvaluationReport, Prediction, Predictions
 from vbp.runtime.files import write_json
 from vbp.runtime.forward import logits_of
@@ -35,6 +35,7 @@ def run_eval(config: EvalConfig) -> EvaluationReport:
     check_data_path(config.data_path)
     opened = open_model(config.model, checkpoint=config.checkpoint)
     classifier = opened.classifier
+    check_has_head(classifier, "vbp eval")
     dense = None if config.dense is None else _dense(config, classifier)
     images = list_images(config.data_path, "val", classifier.num_classes, classifier.class_names)
     loader = make_loader(
@@ -77,6 +78,7 @@ def run_predict(config: PredictConfig) -> Predictions:
     if config.top < 1:
         raise InputError(f"top must be at least 1, got {config.top}; 5 is usual")
     classifier = open_model(config.model, checkpoint=config.checkpoint).classifier
+    check_has_head(classifier, "vbp predict")
     transform = evaluation_transform(classifier.preprocessing)
     names = classifier.class_names
     if names is None:

@@ -68,6 +68,11 @@ def scan_split(folder: Path, labels: Mapping[str, int], named: bool) -> tuple[li
     return [(label, path) for name, label in labels.items() for path in paths[name]], scan
 
 
+def images_below(folder: Path) -> list[str]:
+    """Return the images in a folder and those below it, sorted, by their paths from the folder's own name on."""
+    return sorted(_Scan().walk(folder, folder.name, _around(folder)))
+
+
 def _around(folder: Path) -> frozenset[tuple[int, int]]:
     resolved = folder.resolve()
     return frozenset(
@@ -251,13 +256,21 @@ def _is_current(data_path: Path, kept: Mapping[str, Any], made_from: Mapping[str
         return False
 
 
+def _has_images(folder: Path) -> bool:
+    """Return whether images lie in a folder itself; false for what is no folder."""
+    return folder.is_dir() and any(entry.suffix.lower() in IMAGE_EXTENSIONS for entry in folder.iterdir())
+
+
 def check_folder_splits(data_path: Path) -> None:
-    """Stop unless both splits are there, with names for results; a list of samples needs no folder beside it."""
+    """Stop unless both splits are there, or images without any; a list of samples needs no folder beside it."""
     for split in SPLITS:
         if samples_file(data_path / split).is_file():
             continue
         if (data_path / split).is_dir():
-            class_folder_names(data_path / split)
+            if not _has_images(data_path / split):  # without labels, for a model or a run that needs none
+                class_folder_names(data_path / split)
+        elif not any((data_path / each).is_dir() for each in SPLITS) and _has_images(data_path):
+            return
         else:
             missing = data_path / split if data_path.is_dir() else data_path
             raise InputError(f"data_path must hold train/<class>/ and val/<class>/, got no folder {missing}")

@@ -75,7 +75,7 @@ def list_rows(
     """List the rows of a split of a dataset on the hub or in a local folder.
 
     Options name its splits and columns where they are not `train`, `validation`, `image` and `label`; `own` names the
-    model's classes.
+    model's classes. For a model of no classes no column of labels is needed.
     """
     # Slow to import, and installed only with the extra `data`.
     import datasets
@@ -85,7 +85,7 @@ def list_rows(
     root = f"hfds/{place} ({split_name})"
     with _clear_errors(place):
         features = datasets.load_dataset(name, split=split_name).features
-        for option, column in (("image", image), ("label", label)):
+        for option, column in (("image", image), ("label", label))[: 2 if num_classes else 1]:
             if column not in features:
                 raise InputError(
                     f"the {option} column of {root} must be one of {', '.join(features)}, got {column}; "
@@ -96,14 +96,14 @@ def list_rows(
         # From here, and not from timm.data: without `datasets` that module prints and fails.
         from timm.data.readers.reader_hfds import ReaderHfds
 
-        reader = ReaderHfds(name, split=split_name, input_key=image, target_key=label)
+        reader = ReaderHfds(name, split=split_name, input_key=image, target_key=label if num_classes else image)
         # Images in other columns would be decoded too, in any format.
-        reader.dataset = reader.dataset.select_columns([image, label])
-    labels = _labels(reader, label, num_classes, root, own)
+        reader.dataset = reader.dataset.select_columns([image, label] if num_classes else [image])
+    labels = _labels(reader, label, num_classes, root, own) if num_classes else (0,) * len(reader.dataset)
     images = HuggingFaceImages(root, reader, tuple(range(len(labels))), labels)
     if not labels:
         raise InputError(f"{root} must hold images, got none")
-    check_labels(labels, num_classes, images.name)
+    check_labels(labels, max(1, num_classes), images.name)
     return images
 
 

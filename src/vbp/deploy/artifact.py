@@ -34,7 +34,6 @@ from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import cut_
 from vbp.runtime.decode import from_json
 from vbp.runtime.files import check_path
-from vbp.sites.branches import has_layer
 
 
 @dataclass(frozen=True)
@@ -240,10 +239,9 @@ def _tie_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 def _add_missing_biases_(model: nn.Module, plans: Sequence[PruningPlan], weights: Mapping[str, Tensor]) -> None:
-    """Add to consumers the biases that they gained through compensation."""
-    for name in {reader.layer for plan in plans for entry in plan.sites for reader in entry.site.readers}:
-        if not has_layer(model, name):
-            continue  # its branch is gone
-        consumer, bias = model.get_submodule(name), weights.get(f"{name}.bias")
-        if consumer.bias is None and bias is not None:
-            consumer.bias = nn.Parameter(torch.zeros_like(bias))
+    """Add to readers, and to a last linear layer, the biases that they gained through compensation or a refit."""
+    readers = {reader.layer for plan in plans for entry in plan.sites for reader in entry.site.readers}
+    for name, layer in model.named_modules():
+        bias = weights.get(f"{name}.bias")
+        if bias is not None and (name in readers or isinstance(layer, nn.Linear)) and layer.bias is None:
+            layer.bias = nn.Parameter(torch.zeros_like(bias))

@@ -102,11 +102,12 @@ def model_card(
         for key, label in _ACCURACY.items()
         if dataset is not None and _is_number(metrics.get(key))
     ]
+    headless = artifact.source is not None and not artifact.source.has_head
     data = ModelCardData(
         base_model=base_model,
         license=license,
         library_name="vbp-pruning",
-        pipeline_tag="image-classification",
+        pipeline_tag="image-feature-extraction" if headless else "image-classification",
         tags=["pruning", "variance-based-pruning"],
         model_name=name if results else None,
         eval_results=results or None,

@@ -67,7 +67,9 @@ def open_model(name: str, *, model_type: ModelType = "auto", **options: Any) -> 
     given = {option: value for option, value in options.items() if option in _PREPROCESSING}
     preprocessing, family = artifact.preprocessing.override(**given), family_of(model, artifact.source)
     check_family(name, model_type, family)
-    classes = logits_of(model(artifact.preprocessing.example_input())).shape[1]
+    classes = 0
+    if artifact.source.has_head:
+        classes = logits_of(model(artifact.preprocessing.example_input())).shape[1]
     classifier = Classifier(model, artifact.source, preprocessing, classes, family, artifact.class_names)
     check_takes_images(classifier)
     return OpenedModel(classifier, artifact)

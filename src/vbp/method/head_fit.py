@@ -6,7 +6,8 @@ and a shift c:
     z = W (f + B x + c) + b,    minimise  mean_i KL(dense_i || softmax z_i) + s h / 2 (|B|^2 + |c|^2 / 100)
 
 with h the mean curvature of the KL by one feature's shift, so that the strength s has no unit. z is linear in B and
-c and the KL convex in z, so the least is unique. L-BFGS finds it from B = 0, c = 0.
+c and the KL convex in z, so the least is unique. L-BFGS finds it from B = 0, c = 0. Where z are features, not logits,
+the sum over outputs j of w_j (z_j - dense_j)^2 stands in the place of the KL.
 """
 
 from __future__ import annotations
@@ -39,16 +40,19 @@ class HeadProblem:
     target: Float[Tensor, "images classes"]
     mean: Float[Tensor, "features"]
     scale: Float[Tensor, "features"]
+    weights: Float[Tensor, "classes"] | None = None
 
     @staticmethod
-    def of(layer: nn.Linear, features: Tensor, target: Tensor) -> HeadProblem:
+    def of(layer: nn.Linear, features: Tensor, target: Tensor, weights: Tensor | None = None) -> HeadProblem:
+        """Take what the layer reads, and the dense model's log-probabilities, or, with `weights`, its features."""
         weight = layer.weight.detach().to("cpu", features.dtype)
         bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().to("cpu", weight.dtype)
         mean, scale = features.mean(0), features.std(0, correction=0)
         # A feature that is the same in all images differs by rounding alone.
         scale = torch.where(scale > 1e-6 * scale.max(), scale, torch.inf)
         inputs = F.pad((features - mean) / scale, (0, 1), value=1.0)
-        return HeadProblem(weight, bias, features, inputs, target, mean, scale)
+        weights = None if weights is None else weights.to(weight)
+        return HeadProblem(weight, bias, features, inputs, target, mean, scale, weights)
 
     @property
     def logits(self) -> Float[Tensor, "images classes"]:
@@ -56,11 +60,11 @@ class HeadProblem:
         return self.features @ self.weight.T + self.bias
 
     def divergence(self, change: Tensor | None) -> float:
-        """Return the mean KL after a change, or without one."""
+        """Return the mean KL, or squared error, after a change, or without one."""
         logits = self.logits
         if change is not None:
             logits = logits + self.inputs @ change @ self.weight.T
-        return float(_divergence(logits, self.target))
+        return float(self._error(logits))
 
     def rows(self, chosen: Tensor) -> HeadProblem:
         """Return the problem of some of the images, in the same coordinates."""
@@ -90,7 +94,7 @@ class HeadProblem:
         def loss() -> Tensor:
             optimizer.zero_grad()
             logits = start + self.inputs @ change @ self.weight.T
-            value = _divergence(logits, self.target) + (penalty * change.square()).sum()
+            value = self._error(logits) + (penalty * change.square()).sum()
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
@@ -99,7 +103,9 @@ class HeadProblem:
         return change.detach()
 
     def _curvature(self) -> float:
-        """Return the mean over features of the KL's second derivative by a feature's shift, at the target."""
+        """Return the mean over features of the error's second derivative by a feature's shift, at the target."""
+        if self.weights is not None:
+            return float(2 * (self.weights @ self.weight.square()).mean())
         probabilities = self.target.exp()
         centre = probabilities @ self.weight
         whole = self.weight.square().sum(1) @ probabilities.mean(0) - centre.square().sum(1).mean()
@@ -111,6 +117,7 @@ class HeadProblem:
         move = (change[:-1] / self.scale.double()[:, None]).T
         return weight + weight @ move, self.bias.double() + weight @ (change[-1] - move @ self.mean.double())
 
-
-def _divergence(logits: Tensor, target: Tensor) -> Tensor:
-    return F.kl_div(logits.log_softmax(-1), target, log_target=True, reduction="batchmean")
+    def _error(self, logits: Tensor) -> Tensor:
+        if self.weights is None:
+            return F.kl_div(logits.log_softmax(-1), self.target, log_target=True, reduction="batchmean")
+        return (logits - self.target).square().mean(0) @ self.weights

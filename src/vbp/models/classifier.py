@@ -16,6 +16,7 @@ from vbp.data.preprocessing import Preprocessing
 from vbp.errors import InputError, one_line
 from vbp.runtime.choices import ModelType
 from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.forward import output_tensors
 
 Library = Literal["timm", "transformers"]
 Family = Literal["vit", "convnext", "swin", "other"]
@@ -45,6 +46,13 @@ class ModelSource:
         plain: dict[str, Any] = to_json(self)
         return plain
 
+    @property
+    def has_head(self) -> bool:
+        """Return whether the model returns logits: one without a head returns features."""
+        if self.library == "timm":
+            return self.arguments.get("num_classes") != 0
+        return "ForImageClassification" in self.name
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> ModelSource:
         """Read back what `to_dict` returned, or raise an `InputError`."""
@@ -56,10 +64,11 @@ class Classifier:
     """A network in evaluation mode on the CPU, and what travels with it.
 
     Attributes:
-        model: Takes images prepared by `preprocessing`; returns logits, or an output that has `logits`.
+        model: Takes images prepared by `preprocessing`; returns logits, or an output that has `logits`; features
+            where it has no head.
         source: Builds the same dense architecture again.
         preprocessing: The model's own, with the user's overrides.
-        num_classes: The logits per image.
+        num_classes: The logits per image; 0 for a model without a head.
         family: `vit` includes DeiT; `swin` and `convnext` include their second versions.
         class_names: Of each logit, in its order; None where the weights do not say it.
 
@@ -113,6 +122,15 @@ def check_family(model_name: str, model_type: ModelType, family: Family) -> None
         )
 
 
+def check_has_head(classifier: Classifier, what: str) -> None:
+    """Raise InputError for a model without classes; `what` says who needs them."""
+    if classifier.num_classes == 0:
+        raise InputError(
+            f"{what} needs a model with classes, got {classifier.source.name} without a head; vbp run reports how "
+            "alike a pruned model of features and its dense one see images"
+        )
+
+
 def check_takes_images(classifier: Classifier) -> None:
     """Pass one image of noise through the network, so that a wrong size or head stops the run at its start."""
     preprocessing = classifier.preprocessing
@@ -127,6 +145,8 @@ def check_takes_images(classifier: Classifier) -> None:
             f"height, width): {one_line(error)}; give the img_size that the weights were trained with, and one "
             "mean and std for each input channel"
         ) from error
+    if classifier.num_classes == 0 and output_tensors(output):
+        return
     logits = getattr(output, "logits", output)
     shape = tuple(getattr(logits, "shape", ()))
     if shape != (1, classifier.num_classes):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ FAMILIES: dict[str, Family] = {
 # Saved with some backbones, but no part of a classifier's weights.
 HARMLESS = ("pooler.", "relative_position_index", "relative_coords_table", "position_ids")
 
+# The image tower of each model of images and text, and what its weights are saved with.
+_TOWERS = {"CLIPModel": "CLIPVisionModelWithProjection", "SiglipModel": "SiglipVisionModel"}
+_OTHERS = (*HARMLESS, "text_model.", "text_projection.", "logit_scale", "logit_bias")
+
 WEIGHT_FILES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -54,6 +58,8 @@ def load_huggingface(
     check_family(model_name, model_type, family)
     preprocessing = processor_preprocessing(model_name, overrides)
     folder = Path(model_name)
+    # Whoever allows random weights wants a head.
+    headless = "" if allow_random_init else headless_class(config)
     if folder.is_dir() and not any((folder / name).is_file() for name in WEIGHT_FILES):
         if not allow_random_init:
             raise InputError(
@@ -66,9 +72,12 @@ def load_huggingface(
         if folder.is_dir():  # transformers would build what its files do not hold, too
             held = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in (".safetensors", ".bin"))
             with torch.device("meta"):
-                _from_config(config, Limits(elements=held + 2**22))
-        model = _with_weights(model_name, allow_random_init)
+                _build(config, headless, Limits(elements=held + 2**22))
+        model = _with_weights(model_name, headless, allow_random_init)
     source = ModelSource("transformers", type(model).__name__, _arguments(model))
+    if headless:
+        _log.info("%s has no head: it returns features", model_name)
+        return Classifier(model.eval(), source, preprocessing, 0, family)
     names = huggingface_class_names(source.arguments)
     return Classifier(model.eval(), source, preprocessing, int(config.num_labels), family, names)
 
@@ -87,7 +96,7 @@ def build_huggingface(source: ModelSource, limits: Limits) -> nn.Module:
             f"transformers cannot read the configuration of {source.name}: {one_line(error)}; install the "
             f"version that it was saved with ({source.arguments.get('transformers_version', 'unknown')})"
         ) from error
-    model = _from_config(config, limits)
+    model = _build(config, "" if source.has_head else source.name, limits)
     if type(model).__name__ != source.name:
         raise InputError(f"the configuration must be that of a {source.name}, got a {type(model).__name__}")
     return model.eval()
@@ -162,6 +171,42 @@ def _cannot_load(model_name: str, error: BaseException) -> InputError:
     return cannot_fetch(model_name, error)
 
 
+def headless_class(config: Any) -> str:
+    """Return the class of the image tower or backbone that was saved; nothing for a model with a head."""
+    saved = next(iter(config.architectures or ()), "")
+    name = _TOWERS.get(saved, saved)
+    return name if re.fullmatch(r"[A-Za-z0-9]+Model(WithProjection)?", name) else ""
+
+
+def _build(config: Any, headless: str, limits: Limits) -> nn.Module:
+    """Build the untrained classifier of a configuration, or the model without a head of this class."""
+    if not headless:
+        return _from_config(config, limits)
+    kind = _class_of(headless)
+    try:
+        with bounded_construction(limits):
+            model: nn.Module = kind(_tower_config(kind, config)).float()
+    except (*LOADING_ERRORS, MemoryError, ArithmeticError) as error:
+        raise InputError(f"transformers cannot build a {headless}: {one_line(error)}") from error
+    return model
+
+
+def _class_of(name: str) -> Any:
+    import transformers
+
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+        raise InputError(f"transformers {transformers.__version__} has no model {name}; install the version that has")
+    if kind.main_input_name != "pixel_values":
+        raise InputError(f"a model must take images alone, got a {name}; save its image tower by itself")
+    return kind
+
+
+def _tower_config(kind: Any, config: Any) -> Any:
+    """Return the configuration of an image tower, which may be a part of that of a model of images and text."""
+    return config if isinstance(config, kind.config_class) else config.vision_config
+
+
 def _from_config(config: Any, limits: Limits = ANY) -> nn.Module:
     from transformers import AutoModelForImageClassification
 
@@ -174,28 +219,31 @@ def _from_config(config: Any, limits: Limits = ANY) -> nn.Module:
     return model
 
 
-def _with_weights(model_name: str, allow_random_init: bool) -> nn.Module:
+def _with_weights(model_name: str, headless: str, allow_random_init: bool) -> nn.Module:
     from transformers import AutoModelForImageClassification
 
+    kind: Any = _class_of(headless) if headless else AutoModelForImageClassification
     try:
-        model, info = AutoModelForImageClassification.from_pretrained(
+        model, info = kind.from_pretrained(
             model_name,
             dtype=torch.float32,
-            trust_remote_code=False,
+            **({} if headless else {"trust_remote_code": False}),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # so that all are listed, below
         )
     except LOADING_ERRORS as error:
         raise _cannot_load(model_name, error) from error
-    _check_complete(model_name, model, info, allow_random_init)
+    _check_complete(model_name, model, info, allow_random_init, _OTHERS if headless else HARMLESS)
     loaded: nn.Module = model
     return loaded
 
 
-def _check_complete(model_name: str, model: Any, info: Mapping[str, Any], allow_random_init: bool) -> None:
+def _check_complete(
+    model_name: str, model: Any, info: Mapping[str, Any], allow_random_init: bool, harmless: Sequence[str]
+) -> None:
     shapes = sorted(info["mismatched_keys"])
     missing = sorted(set(info["missing_keys"]) - {name for name, *_ in shapes})
-    unexpected = sorted(name for name in info["unexpected_keys"] if not any(part in name for part in HARMLESS))
+    unexpected = sorted(name for name in info["unexpected_keys"] if not any(part in name for part in harmless))
     random = [*missing, *(name for name, *_ in shapes)]
     if not random and not unexpected:
         return

@@ -1,4 +1,4 @@
-"""Load an image classifier with its preprocessing: timm, Hugging Face, Facebook's ConvNeXt files.
+"""Load a classifier or a model without a head, with its preprocessing: timm, Hugging Face, Facebook's ConvNeXt files.
 
 What a model name stands for, in this order: an existing folder is a local Hugging Face model; `timm/NAME` and
 `hf-hub:OWNER/NAME` are timm models on the hub; another `OWNER/NAME` is a Hugging Face id; all else is a timm

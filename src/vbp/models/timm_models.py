@@ -73,14 +73,11 @@ def load_timm(
         model = _from_hub(model, architecture)
     num_classes = int(getattr(model, "num_classes", 0))
     if num_classes < 1:
-        raise InputError(
-            f"{tagged} has no classifier head (num_classes {num_classes}); give a model fine-tuned for "
-            "classification, or num_classes in the model arguments with a checkpoint that has a head"
-        )
+        _log.info("%s has no head: it returns features", tagged)
     source = ModelSource("timm", architecture.name, {**architecture.arguments, "num_classes": num_classes})
     # A file may hold another 1,000 classes than ImageNet's; only weights that timm itself fetched are known.
     fetched = file is None and not allow_random_init
-    names = timm_class_names(architecture.cfg, num_classes) if fetched else None
+    names = timm_class_names(architecture.cfg, num_classes) if fetched and num_classes else None
     return Classifier(model.eval(), source, preprocessing, num_classes, family, names)
 
 
@@ -126,7 +123,7 @@ def _build(name: str, arguments: Mapping[str, Any], limits: Limits = ANY) -> nn.
 
 def _from_hub(model: nn.Module, architecture: Architecture) -> nn.Module:
     own, wanted = architecture.cfg.get("num_classes"), getattr(model, "num_classes", None)
-    if own != wanted:
+    if own != wanted and wanted != 0:
         # timm would leave out the pretrained head and say nothing.
         raise InputError(
             f"the pretrained weights of {architecture.requested} are for {own} classes, got num_classes "
@@ -168,6 +165,8 @@ def _loaded(
         _check_facebook_layout(model, architecture.name, weights, file.path)
     conversion = _conversion(architecture.name)
     converted = convert(weights, conversion, model, file.path)
+    if getattr(model, "num_classes", None) == 0:
+        converted = _without_head(converted, model, architecture.cfg)
     rows = _head_rows(converted, architecture.cfg)
     if not fixed and rows is not None and rows != getattr(model, "num_classes", rows):
         _log.info("%s has a head of %d classes; the model is built with it", file.path, rows)
@@ -188,6 +187,14 @@ def _conversion(name: str) -> Conversion | None:
         conversion = partial(conversion, adapt_layer_scale=True)  # as timm does for DeiT III
     result: Conversion = conversion
     return result
+
+
+def _without_head(weights: StateDict, model: nn.Module, cfg: Mapping[str, Any]) -> StateDict:
+    """Return the weights but for those of the head, which a model without one has no place for."""
+    names = cfg.get("classifier") or "head"
+    heads = tuple(f"{name}." for name in ((names,) if isinstance(names, str) else names))
+    own = model.state_dict()
+    return {name: value for name, value in weights.items() if name in own or not name.startswith(heads)}
 
 
 def _head_rows(weights: StateDict, cfg: Mapping[str, Any]) -> int | None:

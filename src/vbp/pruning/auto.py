@@ -29,6 +29,7 @@ from vbp.pruning.readers import joint_matrix, metric_of
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Reader, Site, units_of
 from vbp.statistics.images import ImageSource
+from vbp.statistics.objective import Objective
 from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
@@ -155,6 +156,7 @@ class AutoSearch:
     rules: PlanRules
     ridge: float = RIDGE
     savings: Mapping[str, float] = field(default_factory=dict)
+    objective: Objective | None = None
 
     @cached_property
     def _orders(self) -> Mapping[str, Elimination]:
@@ -176,7 +178,7 @@ class AutoSearch:
 
     @cached_property
     def _reference(self) -> DenseReference:
-        return DenseReference.held_out(self.model, self.images, range(HELD_OUT_IMAGES))
+        return DenseReference.held_out(self.model, self.images, range(HELD_OUT_IMAGES), self.objective)
 
     def plan(self, keep_ratio: float) -> PlanChoice:
         """Search the plan that keeps this share; otherwise as `plan_of_size`."""

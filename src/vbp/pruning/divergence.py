@@ -1,4 +1,4 @@
-"""How far a pruned model's predictions are from the dense one's, and which site is to blame; without labels."""
+"""How far a pruned model's output is from the dense one's, and which site is to blame; without labels."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.site_errors import erring_units, errors_added
-from vbp.runtime.forward import evaluation_mode, frozen, logits_of
+from vbp.runtime.forward import evaluation_mode, frozen
 from vbp.runtime.memory import out_of_memory
-from vbp.runtime.precision import in_float32
 from vbp.runtime.session import ALONE, Session
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import ImageSource, in_pieces
+from vbp.statistics.objective import SCALE_IMAGES, Objective
 
 # A share is measured on some hundred images, and near zero for a site that has lost little.
 _CLIP = 4.0
@@ -29,7 +28,7 @@ _PRIOR = 1 / 3
 
 
 class DenseReference:
-    """Images, and what the dense model predicts for them: this process's share.
+    """Images, and what the dense model returns for them: this process's share.
 
     Pruned models are compared with it (`divergence`) and refitted to it (`refit_head_`, `refit_stream_`).
 
@@ -39,7 +38,9 @@ class DenseReference:
         views: So many that follow each other are views of one image.
         session: Whose images count together.
         images: Images of all processes, views included.
-        log_probabilities: Of each batch, "images classes", on the model's device.
+        objective: What is compared: predictions, features, or similarities with texts.
+        targets: Of each batch the dense model's values, "images values", on the model's device; of logits the
+            logarithms of the probabilities.
 
     Example:
         >>> vbp.DenseReference(model, [images]).divergence(model)
@@ -53,6 +54,7 @@ class DenseReference:
         *,
         views: int = 1,
         session: Session = ALONE,
+        objective: Objective | None = None,
     ) -> None:
         """Run the dense model once.
 
@@ -62,6 +64,7 @@ class DenseReference:
                 another process has some. Batch b of all is that of process b mod world.
             views: So many that follow each other are views of one image: left out together where fits are compared.
             session: All of its processes make this object, and use it alike.
+            objective: What is compared; by default the model's output for the first images says.
 
         Raises:
             InputError: No process has an image, or `views` is no positive number.
@@ -71,14 +74,17 @@ class DenseReference:
         self.model, self.batches = model, ImagesFor(model, batches)
         self.views, self.session = views, session
         self._device = next(model.parameters()).device
+        self.objective = objective or Objective.of(model, self._first_images())
         with evaluation_mode(model), torch.no_grad():
-            self.log_probabilities = [self._predict(model, batch) for batch in self.batches]
-        self.images = sum(session.processes.all_gather(sum(map(len, self.log_probabilities))))
+            self.targets = [self.objective.target(self._read(model, batch)) for batch in self.batches]
+        self.images = sum(session.processes.all_gather(sum(map(len, self.targets))))
         if self.images == 0:
             raise InputError("a choice by divergence needs at least one image, got none on any process")
 
     @classmethod
-    def held_out(cls, model: nn.Module, images: ImageSource, places: range) -> DenseReference:
+    def held_out(
+        cls, model: nn.Module, images: ImageSource, places: range, objective: Objective | None = None
+    ) -> DenseReference:
         """Keep some calibration images in memory, by which pruned models are compared; all processes call it.
 
         Raises:
@@ -87,7 +93,19 @@ class DenseReference:
         with out_of_memory("calibration"):
             # In pieces, since the search goes backward through them.
             pixels = in_pieces(images.pixels(places, "held-out images"), next(model.parameters()).device)
-            return cls(model, list(pixels), session=images.session)
+            return cls(model, list(pixels), session=images.session, objective=objective)
+
+    def _first_images(self) -> list[Tensor]:
+        """Return some images, the same on all processes, on the CPU."""
+        mine: list[Tensor] = []
+        for batch in self.batches:
+            mine.append(batch.cpu())
+            if sum(map(len, mine)) >= SCALE_IMAGES:
+                break
+        gathered = [batch for share in self.session.processes.all_gather(mine) for batch in share]
+        if not gathered:
+            raise InputError("a choice by divergence needs at least one image, got none on any process")
+        return gathered
 
     def example(self) -> Tensor:
         """Return one image, the same to all processes, where the model is."""
@@ -95,17 +113,17 @@ class DenseReference:
         return next(one for one in self.session.processes.all_gather(mine) if one is not None).to(self._device)
 
     def divergence(self, pruned: nn.Module) -> float:
-        """Return the mean of KL(dense || pruned) over the images of all processes, in nats."""
+        """Return the mean error of the objective over the images of all processes: of logits KL(dense || pruned)."""
         total = torch.zeros(1, dtype=torch.float64, device=self._device)
         with evaluation_mode(pruned), torch.no_grad():
-            for batch, expected in zip(self.batches, self.log_probabilities, strict=True):
+            for batch, expected in zip(self.batches, self.targets, strict=True):
                 total += self._loss(pruned, batch, expected).double()
         return float(self.session.processes.all_reduce_sum_(total)) / self.images
 
     def site_contributions(self, pruned: nn.Module, plan: PruningPlan) -> dict[str, float]:
         """Return what each MLP site and each attention adds to the divergence, the interaction with others included.
 
-        The error of each is put into the dense model with an amplitude a. The share is half of dKL/da at a = 1:
+        The error of each is put into the dense model with an amplitude a. The share is half of dD/da at a = 1:
         where the divergence is quadratic in the errors, the shares of all add up to it. An attention that is whole
         is left out.
 
@@ -124,7 +142,7 @@ class DenseReference:
             errors_added(self.model, pruned, plan, amplitudes),
             torch.enable_grad(),
         ):
-            for batch, expected in zip(self.batches, self.log_probabilities, strict=True):
+            for batch, expected in zip(self.batches, self.targets, strict=True):
                 loss = self._loss(self.model, batch, expected)
                 (gradient,) = torch.autograd.grad(loss, amplitudes)
                 total += gradient.double()
@@ -132,12 +150,11 @@ class DenseReference:
         return {unit[0].site.name: share for unit, share in zip(units, shares, strict=True)}
 
     def _loss(self, model: nn.Module, batch: Tensor, expected: Tensor) -> Tensor:
-        return F.kl_div(self._predict(model, batch), expected, log_target=True, reduction="sum")
+        return self.objective.loss(self._read(model, batch), expected)
 
-    def _predict(self, model: nn.Module, batch: Tensor) -> Float[Tensor, "images classes"]:
+    def _read(self, model: nn.Module, batch: Tensor) -> Float[Tensor, "images values"]:
         with self.session.precision.autocast():
-            logits = logits_of(model(batch))
-        return in_float32(logits).log_softmax(-1)
+            return self.objective.read(model(batch))
 
 
 def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) -> dict[str, float]:

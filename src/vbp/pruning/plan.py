@@ -261,4 +261,4 @@ class PlanChoice:
     def table(self) -> str:
         """Return the candidates as lines of text."""
         rows = [(one.name, f"{one.divergence:.4f}") for one in self.tried]
-        return text_table([("candidate", "KL on held-out images"), *rows])
+        return text_table([("candidate", "divergence on held-out images"), *rows])

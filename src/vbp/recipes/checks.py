@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from vbp.data.augmentation import check_augmentation
 from vbp.deploy.hub import check_repository
@@ -13,6 +13,7 @@ from vbp.method.sampling import TokenSample
 from vbp.recipes.config import PruneConfig, RunConfig, default_of
 from vbp.recipes.options import REFITS, Role, fields_with
 from vbp.runtime.files import check_path
+from vbp.statistics.evidence import Need
 from vbp.training.drop_path import check_drop_path
 from vbp.training.losses import DistillationLoss, check_below_one
 from vbp.training.optim import check_layer_decay
@@ -39,9 +40,42 @@ def check_config(config: RunConfig) -> None:
         raise InputError("checkpoint and convnext_checkpoint were both given; give the one that holds the weights")
 
 
+def check_labelled(what: str, labelled: bool) -> None:
+    """Raise InputError if there are no labels, or the model has no classes; `what` says what they are for."""
+    if not labelled:
+        raise InputError(f"{what}, got images without labels or a model without classes; prune it by vbp run")
+
+
+def check_without_labels(config: RunConfig, needs: Collection[Need], *, classifies: bool) -> None:
+    """Check that a run needs no labels, where the images have none, or the model has no classes.
+
+    Raises:
+        InputError: The criterion ranks by labels, or fine-tuning would learn from them.
+    """
+    if config.objective == "logits" and not classifies:
+        raise InputError(
+            f"the objective logits needs a model with a head, got {config.model_name} without; give --objective auto"
+        )
+    why = "images without class folders" if classifies else "a model that is preserved by its features"
+    if "gradients" in needs:
+        raise InputError(
+            f"the criterion {config.criterion} ranks by labels, got {why}; choose one that needs none, as auto"
+        )
+    if classifies and config.epochs_ft > 0:
+        raise InputError(
+            f"fine-tuning a classifier needs labels, got {why}; give --epochs_ft 0, or a folder for each class"
+        )
+    by_labels = ("use_kd", "kd_alpha", "kd_beta", "kd_T", "label_smoothing", "mixup", "cutmix")
+    if idle := _changed(config, by_labels):
+        raise InputError(
+            f"{', '.join(idle)} change nothing without labels: such a model is distilled from the dense one by its "
+            "output alone; leave them out"
+        )
+
+
 def _check_paths(config: RunConfig) -> None:
     models = ("model_name", "checkpoint", "convnext_checkpoint", "teacher")
-    for name in (*models, "stats_path", "save_dir", "log_dir", "resume"):
+    for name in (*models, "stats_path", "save_dir", "log_dir", "resume", "text_embeddings"):
         check_path(getattr(config, name) or "", name)
 
 
@@ -56,6 +90,10 @@ def check_pruning(config: PruneConfig) -> None:
     if config.latency_batch is not None and config.latency_batch < 1:
         raise InputError(f"latency_batch must be at least 1, got {config.latency_batch}; 1 times single images")
     _check_criterion(config)
+    if config.objective != "zeroshot":
+        check_unused(config, ("text_embeddings",), "without the objective zeroshot", "add --objective zeroshot")
+    elif config.text_embeddings is None:
+        raise InputError("the objective zeroshot needs text embeddings, got none; give --text_embeddings FILE")
     if config.equal_widths and config.global_pruning:
         raise InputError(
             "equal_widths keeps as many channels in layers of one width and global_pruning lets layers compete, got "

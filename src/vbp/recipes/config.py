@@ -25,7 +25,7 @@ from vbp.recipes.options import (
     Tuning,
     WidthOptions,
 )
-from vbp.runtime.choices import Compensation, Criterion, Toggle
+from vbp.runtime.choices import Compensation, Criterion, ObjectiveChoice, Toggle
 from vbp.runtime.decode import from_json, to_json
 
 if TYPE_CHECKING:
@@ -76,6 +76,11 @@ class PlanOptions:
     attn_keep_ratio: Result[float | None] = None
     """With --bottleneck: share of the channels of every head to keep; keep_ratio unless given, or, with --criterion
     auto and a target, what each layer's share of the budget leaves."""
+    objective: Result[ObjectiveChoice] = "auto"
+    """What is preserved, by which plans and refits are judged: the logits of a classifier, the features of a model
+    without a head, image-text similarities (zeroshot, with --text_embeddings), or what the model returns (auto)."""
+    text_embeddings: Local[Path | None] = None
+    """With --objective zeroshot: a .safetensors or .npy file with one row for each text."""
 
 
 @dataclass(frozen=True)

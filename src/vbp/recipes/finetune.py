@@ -60,19 +60,20 @@ class _Progress:
                 if mismatched is not None or not all(isinstance(row["epoch"], int) for row in rows):
                     raise ValueError(f"its best weights or its epochs are damaged: {mismatched}")
             return _Progress(job, plan, report, [*rows], weights)
-        row = {"epoch": 0, "top1": report.best.top1, "top5": report.best.top5}
+        row = {"epoch": 0, **_quality(report.best)}
         return _Progress(job, plan, report, [row], _weights(pruned))
 
     def add(self, model: nn.Module, result: EpochResult) -> None:
         """Measure the model after an epoch; keep it if it is the best so far."""
         final = replace(measure(self.job, model), epoch=result.epoch)
         _log.info("epoch %d/%d: loss %.4f; %s", result.epoch, self.job.config.epochs_ft, result.loss, describe(final))
+        own = {"train_top1": result.top1} if self.job.labelled else {}
         self.rows.append({
-            "epoch": final.epoch, "top1": final.top1, "top5": final.top5, "train_loss": result.loss,
-            "train_top1": result.top1, "lr": result.learning_rate, "images": result.images, "seconds": result.seconds,
+            "epoch": final.epoch, **_quality(final), "train_loss": result.loss, **own, "lr": result.learning_rate,
+            "images": result.images, "seconds": result.seconds,
         })  # fmt: skip
         self.report = replace(self.report, final=final)
-        if final.top1 > self.report.best.top1:
+        if final.score > self.report.best.score:
             self.report, self.best_weights = replace(self.report, best=final), _weights(model)
             self.save(BEST, final, self.best_weights)
         self.write_rows()
@@ -114,13 +115,14 @@ class _Progress:
                 source=classifier.source,
                 preprocessing=classifier.preprocessing,
                 class_names=classifier.class_names,
-                metrics={
-                    "epoch": measured.epoch,
-                    "top1": measured.top1,
-                    "top5": measured.top5,
-                    "images": measured.images,
-                },
+                metrics={"epoch": measured.epoch, **_quality(measured), "images": measured.images},
             )
+
+
+def _quality(measured: Measured) -> dict[str, float]:
+    """Return the accuracies, or the agreement with the dense model where there are none."""
+    names = ("top1", "top5") if measured.top1 is not None else ("cosine", "neighbours", "same")
+    return {name: getattr(measured, name) for name in names if getattr(measured, name) is not None}
 
 
 def finetune(
@@ -157,7 +159,7 @@ def dry_run(job: Job) -> None:
     student = copy_model(job.dense)
     cut_(student, job.plan_rules.neutral(job.sites, job.target.keep_ratio))
     # Memory does not shrink when the compiler is left out, and compiling twice would take minutes.
-    taught = job.config.use_kd or job.config.tune != "off"
+    taught = job.config.use_kd or job.config.tune != "off" or not job.labelled
     trainer = _trainer(job, student, 1, job.dense if taught else None, compiled=False)
     use = dry_step(
         trainer,
@@ -213,6 +215,7 @@ def _trainer(job: Job, student: nn.Module, steps: int, teacher: nn.Module | None
         compile=compiled,
         mixup=mixup,
         measure_gradients=config.log_dir is not None,
+        objective=None if job.labelled else job.objective,
     )
     return Trainer(
         student, settings, device=job.session.device, teacher=teacher, precision=job.session.precision,

@@ -1,4 +1,4 @@
-"""Measure a model in a run: accuracy, size, time."""
+"""Measure a model in a run: accuracy, or agreement with the dense model, size, time."""
 
 from __future__ import annotations
 
@@ -13,28 +13,38 @@ from vbp.cost.timing import LatencyComparison, compare_models, hardware
 from vbp.errors import InputError
 from vbp.recipes.setup import Job
 from vbp.report.run_report import Measured
+from vbp.runtime.decode import to_json
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.tables import format_count
 from vbp.training.evaluate import evaluate
+from vbp.training.retrieval import compare_embeddings
 
 _log = logging.getLogger(__name__)
 
 
 def measure(job: Job, model: nn.Module, label: str = "evaluation") -> Measured:
-    """Return accuracy on all validation images, and size; the same on every process."""
+    """Return accuracy on all validation images, and size; the same on every process.
+
+    Without labels, or for a model that is no classifier, it is the agreement with the original model.
+    """
     session, processes = job.session, job.session.processes
+    sizes = {"macs": count_macs(model, job.example), "params": count_parameters(model)}
     with session.timed("evaluation"), out_of_memory("evaluation"):
-        accuracy = evaluate(
-            model, session.progress(job.val, label), session.device,
-            precision=session.precision, processes=processes,
-        )  # fmt: skip
+        if job.labelled:
+            accuracy = evaluate(
+                model, session.progress(job.val, label), session.device,
+                precision=session.precision, processes=processes,
+            )  # fmt: skip
+            measured = Measured(accuracy.top1, accuracy.top5, **sizes, images=accuracy.images)
+        else:
+            original = job.original_embeddings
+            seen = original if model is job.dense and job.original is None else job.embeddings(model, label)
+            measured = Measured(None, None, **sizes, **to_json(compare_embeddings(original, seen)))
     unreadable = processes.all_gather(dict(job.val.unreadable))
     if processes.is_main:  # whose log is kept
         for errors in unreadable:
             job.val.take_over(errors)
-    return Measured(
-        accuracy.top1, accuracy.top5, count_macs(model, job.example), count_parameters(model), images=accuracy.images
-    )
+    return measured
 
 
 def measure_dense(job: Job) -> Measured:
@@ -45,9 +55,10 @@ def measure_dense(job: Job) -> Measured:
     """
     measured, classes = measure(job, job.dense), job.classifier.num_classes
     _log.info("dense: %s", describe(measured))
-    if classes == 1 or job.config.allow_random_init or job.config.allow_bad_dense:
+    if not job.labelled or classes == 1 or job.config.allow_random_init or job.config.allow_bad_dense:
         return measured
     chance, images = 1 / classes, measured.images or 1
+    assert measured.top1 is not None
     # Two standard deviations above it; of few images half the way to all of them is enough.
     enough = min(chance + 2 * (chance * (1 - chance) / images) ** 0.5, (1 + chance) / 2)
     if measured.top1 <= 100 * enough:
@@ -61,10 +72,10 @@ def measure_dense(job: Job) -> Measured:
 
 def describe(model: Measured) -> str:
     """Return in one line what was measured."""
-    return (
-        f"top-1 {model.top1_text} %, top-5 {model.top5_text} %, {format_count(model.macs)} MACs, "
-        f"{format_count(model.params)} parameters"
-    )
+    quality = f"top-1 {model.top1_text} %, top-5 {model.top5_text} %"
+    if model.top1 is None:
+        quality = ", ".join(f"{name} {text}" for name, text in model.quality)
+    return f"{quality}, {format_count(model.macs)} MACs, {format_count(model.params)} parameters"
 
 
 def compare_latency(job: Job, pruned: nn.Module) -> LatencyComparison:

@@ -88,8 +88,9 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
     convergence = None
     with session.timed("calibration"):
         reader = EvidenceReader(
-            job.dense, job.sites, job.calibration, needs, covariance_tokens=config.covariance_tokens
-        )
+            job.dense, job.sites, job.calibration, needs,
+            covariance_tokens=config.covariance_tokens, objective=job.objective,
+        )  # fmt: skip
         if statistics is None:
             statistics, convergence = calibrate(
                 reader.read,
@@ -151,7 +152,7 @@ def _by_divergence(job: PruneJob, evidence: Evidence) -> tuple[PlanChoice, Budge
     """Search among plans that are computed to meet the budget; once more if a measurement asks for another size."""
     assert evidence.statistics is not None
     known = job.dense, job.sites, evidence.statistics, job.calibration, job.plan_rules
-    search = AutoSearch(*known, ridge=job.config.ridge, savings=savings_of(job))
+    search = AutoSearch(*known, ridge=job.config.ridge, savings=savings_of(job), objective=job.objective)
     label = f"{job.target.budget.flag} {job.target.budget.amount:g}"
     size = partial(job.target.proposal, compensated=True)
     affordable = partial(job.target.affords, compensated=True)

@@ -2,45 +2,45 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
+import logging
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from vbp.cost.budget import Budget, BudgetResult
+from vbp.cost.budget import Budget
 from vbp.cost.macs import PlanCost, count_macs, count_parameters
 from vbp.cost.timing import latency_batch
-from vbp.data.preprocessing import Preprocessing
-from vbp.deploy.artifact import save_pruned
 from vbp.errors import InputError
-from vbp.models.classifier import Classifier, ModelSource
+from vbp.models.classifier import Classifier
 from vbp.models.split_attention import with_split_attention
 from vbp.pruning.make_plan import check_ratios
-from vbp.pruning.plan import Candidate, PruningPlan
 from vbp.pruning.surgery import check_prunable
 from vbp.recipes.checks import check_pruning
 from vbp.recipes.config import PruneConfig
 from vbp.recipes.planning import find_target, plan_rules, sites_of
 from vbp.recipes.prune import prune_copy
 from vbp.recipes.setup import PruneJob, make_refits
-from vbp.refit.refits import RefitReport
+from vbp.report.prune_result import PruneResult
 from vbp.runtime.choices import Compensation, Criterion
 from vbp.runtime.decode import from_json, to_json
+from vbp.runtime.forward import copy_model
 from vbp.runtime.precision import Precision
 from vbp.runtime.session import Session
-from vbp.runtime.tables import format_count, text_table
 from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
 from vbp.statistics.images import GivenImages
+from vbp.statistics.objective import Objective
+from vbp.statistics.text_embeddings import TextEmbeddings
 from vbp.training.evaluate import Accuracy, evaluate
+from vbp.training.retrieval import Retrieval, compare_embeddings, embed
 from vbp.training.tuning import Tuner, TunerSettings, check_tuning_images
 from vbp.training.tuning_length import TuningLength
 from vbp.training.tuning_report import TuningReport
+
+_log = logging.getLogger(__name__)
 
 # They are of runs: from a file, from images that are prepared in several ways, for the exit code.
 _OF_RUNS: Final = ("stats_path", "refit_views", "best_effort")
@@ -50,99 +50,6 @@ _GPU_BATCH: Final = 128
 
 # What a result takes over from a classifier.
 _OF_CLASSIFIERS: Final = ("source", "preprocessing", "class_names")
-
-
-@dataclass(frozen=True)
-class PruneResult:
-    """A pruned model, and how it was made.
-
-    Attributes:
-        model: The pruned copy, in evaluation mode, on the device of the model that it was made from.
-        plan: The channels that it keeps.
-        cost: MACs of one image and parameters, before and after.
-        budget: What was asked for, and what was reached.
-        images: Calibration images that were read.
-        dense_accuracy: Of the model that was handed in; None without labelled images to measure it on.
-        accuracy: Likewise of `model`, the pruned one.
-        candidates: The plans that the criterion auto compared.
-        refits: What the refits after surgery did.
-        seconds: Spent in each step.
-        settings: How it was pruned, by name.
-        source: How the dense model is built; None where that is not known.
-        preprocessing: How images are prepared, if known.
-        class_names: What each logit stands for, if known.
-        untuned_accuracy: Of the pruned model before tuning without labels; None where it was not tuned, or not
-            measured.
-        tuning: What tuning without labels did; None without.
-
-    Example:
-        >>> vbp.prune(model, [images], keep_ratio=0.5).cost.params
-        (32455, 24135)
-    """
-
-    model: nn.Module
-    plan: PruningPlan
-    cost: PlanCost
-    budget: BudgetResult
-    images: int
-    dense_accuracy: Accuracy | None = None
-    accuracy: Accuracy | None = None
-    candidates: tuple[Candidate, ...] = ()
-    refits: RefitReport = field(default_factory=RefitReport)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    settings: Mapping[str, Any] = field(default_factory=dict)
-    source: ModelSource | None = None
-    preprocessing: Preprocessing | None = None
-    class_names: tuple[str, ...] | None = None
-    untuned_accuracy: Accuracy | None = None
-    tuning: TuningReport | None = None
-
-    def figures(self) -> dict[str, Any]:
-        """Return the numbers as plain JSON data."""
-        (macs, pruned_macs), (params, pruned_params) = self.cost.macs, self.cost.params
-        figures: dict[str, Any] = {
-            "macs": pruned_macs, "params": pruned_params, "keep_ratio": self.plan.kept / max(self.plan.total, 1),
-            "calibration_images": self.images, "dense": {"macs": macs, "params": params},
-        }  # fmt: skip
-        if self.tuning is not None:
-            figures["tuning"] = self.tuning.to_dict()
-        if self.accuracy is not None and self.dense_accuracy is not None:
-            for place, accuracy in ((figures, self.accuracy), (figures["dense"], self.dense_accuracy)):
-                place |= {"top1": accuracy.top1, "top5": accuracy.top5, "images": accuracy.images}
-        return figures
-
-    def table(self) -> str:
-        """Return the dense and the pruned model, before and after tuning, and whether a target was met."""
-        rows = [["", *(("top-1 %",) if self.accuracy else ()), "MACs", "parameters"]]
-        models = [("dense", self.dense_accuracy, 0), ("pruned", self.accuracy, 1)]
-        if self.tuning is not None:
-            models[1:] = [("pruned", self.untuned_accuracy, 1), ("tuned", self.accuracy, 1)]
-        for name, accuracy, place in models:
-            top1 = () if accuracy is None else (f"{accuracy.top1:.2f}",)
-            rows.append([name, *top1, *(format_count(both[place]) for both in (self.cost.macs, self.cost.params))])
-        told = [self.budget.sentence()] if self.budget.is_told else []
-        told += [] if self.tuning is None else [self.tuning.sentence()]
-        return "\n".join([text_table(rows), *told])
-
-    def save(self, path: Path | str) -> None:
-        """Write the pruned model as a folder, or one file that ends in `.pth`, which `vbp.load_pruned` reads.
-
-        Where it is not known how the dense model is built, `load_pruned` needs a fresh one: `model=`.
-
-        Raises:
-            InputError: The folder holds something else.
-            OutputError: It could not be written.
-        """
-        save_pruned(
-            self.model,
-            path,
-            plans=self.plan,
-            source=self.source,
-            preprocessing=self.preprocessing,
-            class_names=self.class_names,
-            metrics=self.figures(),
-            settings=self.settings,
-        )
 
 
 def prune(
@@ -162,14 +69,14 @@ def prune(
     progress: bool = True,
     **settings: Any,
 ) -> PruneResult:
-    """Return a smaller copy of a trained image classifier; the model itself is left as it was.
+    """Return a smaller copy of a trained image model; the model itself is left as it was.
 
     No labels are needed, and nothing is trained unless `tune` asks for it: statistics on a few images say which
     channels go, and what stays is refitted to predict what they contributed. `vbp.run` prunes by the same steps.
 
     Args:
-        model: Any classifier, on any device; or what `load_classifier` returned: then the result says how its dense
-            model is built, and `load_pruned` needs nothing but the path.
+        model: Any classifier, or a model that returns features, on any device; or what `load_classifier` returned:
+            then the result says how its dense model is built, and `load_pruned` needs nothing but the path.
         images: Calibration images, prepared as for evaluation, in batches as `pixels_of` takes them: a list, a
             loader, a generator. Some hundred or more, of all classes and in no order; they are read once, and kept
             in memory.
@@ -180,7 +87,8 @@ def prune(
         target_speedup: In its place: how many times as fast as the dense model there, above 1.
         criterion: Which channels go.
         compensation: What stands in for them.
-        val: Labelled images, in batches: accuracy of both models is measured on them.
+        val: Labelled images, in batches: accuracy of both models is measured on them; of a model that returns
+            features how alike both see them, and labels are not needed.
         calib_samples: So many images are read, the first ones; 0 takes all.
         seed: Of sampled tokens and of the random criterion.
         progress: Show progress bars in a terminal or notebook.
@@ -210,7 +118,8 @@ def prune(
         check_repeatable(val)
     job = _prepare(config, dense, _read(images, calib_samples, config), seed, _bars(progress))
     refits = make_refits(job)
-    before = _accuracy(job, dense, val, "dense")
+    classifies = job.objective.kind == "logits"
+    before = _accuracy(job, dense, val if classifies else None, "dense")
     pruned = prune_copy(job, refits)
     pruned.model.eval()
     untuned = _accuracy(job, pruned.model, val, "pruned")
@@ -225,7 +134,9 @@ def prune(
         pruned.budget,
         pruned.images,
         before,
-        _accuracy(job, pruned.model, val, "tuned") if tuning else untuned,
+        _accuracy(job, pruned.model, val if classifies else None, "tuned") if tuning else untuned,
+        _retrieval(job, pruned.model, None if classifies else val),
+        job.objective.sentence(),
         pruned.choice.tried,
         pruned.refits,
         dict(job.session.seconds),
@@ -285,7 +196,15 @@ def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: in
     given = GivenImages(batches, session, seed)
     if config.tune != "off":
         check_tuning_images(len(given))
-    return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None)
+    text = None if config.text_embeddings is None else TextEmbeddings.load(config.text_embeddings)
+    objective = Objective.choose(dense, like, given, config.objective, text)
+    if objective.kind == "features" and "gradients" in config.needs:
+        raise InputError(
+            f"the criterion {config.criterion} ranks by labels, got a model that is preserved by its features; "
+            "choose one that needs none, as auto"
+        )
+    _log.info("%s", objective.sentence())
+    return PruneJob(config, session, dense, sites, rules, target, given, example, batch, None, objective)
 
 
 def _tune(job: PruneJob, pruned: nn.Module) -> TuningReport | None:
@@ -298,7 +217,8 @@ def _tune(job: PruneJob, pruned: nn.Module) -> TuningReport | None:
     with job.session.timed("tune"):
         # A copy teaches: training brings its layout in memory to what suits the device.
         settings = TunerSettings(length)
-        return Tuner(pruned, copy.deepcopy(job.dense), images, settings, precision=precision).tune_()
+        dense = copy_model(job.dense)
+        return Tuner(pruned, dense, images, settings, precision=precision, objective=job.objective).tune_()
 
 
 def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label: str) -> Accuracy | None:
@@ -306,6 +226,17 @@ def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label:
         return None
     with job.session.timed("evaluation"):
         return evaluate(model, job.session.progress(val, label), job.session.device)
+
+
+def _retrieval(job: PruneJob, pruned: nn.Module, val: Iterable[Any] | None) -> Retrieval | None:
+    if val is None:
+        return None
+    with job.session.timed("evaluation"):
+        both = (
+            embed(model, job.objective, job.session.progress(val, label), job.session.device)
+            for model, label in ((job.dense, "dense"), (pruned, "pruned"))
+        )
+        return compare_embeddings(*both)
 
 
 def _bars(progress: bool) -> bool | None:

@@ -46,7 +46,7 @@ _FILES = (LOG, CONFIG, STATISTICS, PLAN, METRICS, BEST, FINAL, SUMMARY)
 
 
 def run(config: RunConfig) -> RunReport:
-    """Prune a classifier, fine-tune it, and leave log, checkpoints and report in `config.save_dir`.
+    """Prune a model, fine-tune it, and leave log, checkpoints and report in `config.save_dir`.
 
     Everything that the configuration names is checked before any work is done and before anything is written.
     Under torchrun each process calls it; all do their share, one writes, and all return the same report.
@@ -117,6 +117,8 @@ def run_finetune(config: FinetuneConfig) -> RunReport:
             check_shipping(settings)
         job = prepare(settings, session)
         teacher = teacher_of(job)
+        if not job.labelled:
+            job = replace(job, original=teacher)
         _open_folder(job, log)
         session.processes.barrier()  # an error of another process is to find the log
         torch.manual_seed(settings.seed + session.processes.rank)
@@ -144,6 +146,11 @@ def _finish(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, t
 def teacher_of(job: Job) -> nn.Module:
     """Return the model to learn from, the dense one unless another is named: checked before any work."""
     config = job.config
+    if not job.labelled:
+        # It learns from the dense one alone; a model that is pruned already, from what it was made of.
+        if job.artifact is None or (config.epochs_ft == 0 and config.tune == "off"):
+            return job.dense
+        return move_(open_dense(config.model_name).model, job.session.device)
     if config.teacher is None:
         return job.dense
     source = config.teacher == "source"
@@ -181,6 +188,8 @@ def _as_it_is(job: Job) -> tuple[nn.Module, PruningPlan, RunReport]:
 def _dense_of(artifact: PrunedArtifact) -> Measured | None:
     """Return what was measured of the dense model when the pruned one was made, if that is known."""
     dense = (artifact.metrics or {}).get("dense")
+    if isinstance(dense, dict):
+        dense = {"top1": None, "top5": None, **dense}
     try:
         return None if dense is None else from_json(Measured, dense, "the dense model's figures", use_defaults=True)
     except InputError:
@@ -270,6 +279,11 @@ def circumstances(job: Job) -> dict[str, Any]:
         "processes": job.session.processes.world,
         "versions": installed_versions(),
         "config": config,
+        "objective": {
+            "kind": job.objective.kind,
+            "measure": job.objective.measure,
+            "sentence": job.objective.sentence(),
+        },
         "files": {name: str(folder / name) for name in (*_FILES, ARTIFACT)},
         "date": datetime.now().astimezone().isoformat(sep=" ", timespec="minutes"),
         "command": command_line(),

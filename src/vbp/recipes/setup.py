@@ -6,16 +6,16 @@ import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from torch import Tensor, nn
 
 from vbp.cost.target import BudgetTarget
 from vbp.cost.timing import latency_batch
-from vbp.data.data_path import check_data_path, class_folders, list_images
-from vbp.data.images import Images, Split, balanced_subset
+from vbp.data.data_path import check_data_path, class_folders, list_splits
+from vbp.data.images import Images, balanced_subset
 from vbp.data.loader import ImageLoader, make_loader
 from vbp.data.preprocessing import Preprocessing, evaluation_transform
 from vbp.deploy.artifact import PrunedArtifact
@@ -27,6 +27,7 @@ from vbp.models.split_attention import split_attention_
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
 from vbp.pruning.surgery import check_prunable
+from vbp.recipes.checks import check_without_labels
 from vbp.recipes.config import PruneConfig, RunConfig
 from vbp.recipes.options import ModelOptions
 from vbp.recipes.planning import find_target, plan_rules, sites_of
@@ -39,13 +40,16 @@ from vbp.runtime.processes import Processes, process_group, restarts
 from vbp.runtime.session import Session
 from vbp.runtime.signals import reading_processes
 from vbp.sites.site import Site
-from vbp.statistics.evidence import Need
+from vbp.statistics.evidence import Need, data_fingerprint
 from vbp.statistics.images import CalibrationImages, ImageSource, default_views
+from vbp.statistics.objective import Objective
 from vbp.statistics.statistics import Statistics
+from vbp.statistics.text_embeddings import TextEmbeddings
 from vbp.training.checkpoints import checked_content, read_checkpoint
 from vbp.training.drop_path import check_drop_path
 from vbp.training.memory import enable_gradient_checkpointing_
 from vbp.training.optim import check_layer_decay
+from vbp.training.retrieval import Embeddings, embed
 from vbp.training.tensorboard import check_tracking
 from vbp.training.tuning import check_tuning_images
 
@@ -80,6 +84,7 @@ class PruneJob:
     example: Tensor
     latency_batch: int
     given_statistics: Statistics | None
+    objective: Objective
 
     @property
     def latency_images(self) -> Tensor:
@@ -92,7 +97,8 @@ class Job(PruneJob):
     """Model, data and settings of a run, checked and ready; private to the recipes.
 
     `settings` must be the same when a checkpoint of this run is taken up again. The model may be a pruned one, which
-    is the dense model of this run; then `artifact` is what it was read from.
+    is the dense model of this run; then `artifact` is what it was read from. Without labels, or for a model that is
+    no classifier, models are compared with `original`, the dense model unless another is named.
     """
 
     config: RunConfig
@@ -103,6 +109,21 @@ class Job(PruneJob):
     val: ImageLoader
     settings: Mapping[str, Any]
     resumed: Resumed | None
+    labelled: bool = True
+    original: nn.Module | None = None
+
+    @cached_property
+    def original_embeddings(self) -> Embeddings:
+        """Return what the original model makes of the validation images, read once."""
+        return self.embeddings(self.original or self.dense, "embedding")
+
+    def embeddings(self, model: nn.Module, label: str) -> Embeddings:
+        """Return what a model makes of the validation images; the same on every process."""
+        session = self.session
+        return embed(
+            model, self.objective, session.progress(self.val, label), session.device,
+            precision=session.precision, processes=session.processes,
+        )  # fmt: skip
 
     def plans_with(self, plan: PruningPlan) -> tuple[PruningPlan, ...]:
         """Return the plans from the first dense model on, without one that removes nothing from a pruned model."""
@@ -134,14 +155,18 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
     set_matmul_precision(config.matmul_precision)
     check_tracking(config.log_dir)
     check_data_path(config.data_path)
+    text = None if config.text_embeddings is None else TextEmbeddings.load(config.text_embeddings)
     given = None if config.stats_path is None else Statistics.load(config.stats_path)
     resumed = _resumed(config, processes)
     with processes.local_main_first():
         opened = _open(config)
         classifier = opened.classifier
-        count, names = classifier.num_classes, classifier.class_names
-        train, val = (list_images(config.data_path, split, count, names) for split in get_args(Split))
-        if names is None:  # then they are those of the data
+        classifies = classifier.num_classes > 0 and config.objective in ("auto", "logits")
+        count, names = classifier.num_classes if classifies else 0, classifier.class_names
+        train, val, labelled = list_splits(config.data_path, count, names)
+        if not labelled:
+            check_without_labels(config, needs, classifies=classifies)
+        if names is None and labelled:  # then they are those of the data
             names = dataset_class_names(class_folders(config.data_path, count), count)
             classifier = replace(classifier, class_names=names)
     _check_space(config, processes, classifier.model)
@@ -158,9 +183,11 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
             saved = dict(resumed.state["settings"])
         check_same_settings(saved, settings, resumed.path)
     example = classifier.example_input().to(device)
+    objective = Objective.choose(model, example, calibration, config.objective, text)
+    _log.info("%s", objective.sentence())
     sites = sites_of(config, model, example)
     if given is not None and config.stats_path is not None:
-        given.check_made_for(settings["model"], calibration.fingerprint, config.stats_path)
+        given.check_made_for(settings["model"], data_fingerprint(calibration, objective), config.stats_path)
         given.check_holds(
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
@@ -179,8 +206,8 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
         **loader_options(config, processes),
     )
     return Job(
-        config, session, model, sites, rules, target, calibration, example, batch, given,
-        classifier, opened.artifact, train, val_loader, settings, resumed,
+        config, session, model, sites, rules, target, calibration, example, batch, given, objective,
+        classifier, opened.artifact, train, val_loader, settings, resumed, labelled,
     )  # fmt: skip
 
 
@@ -207,14 +234,15 @@ def make_refits(job: PruneJob) -> Refits | None:
     """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config, known = job.config, (job.dense, job.sites, job.example, job.calibration)
     if config.compensation != "refit":
-        refits = Refits(*known, producers="off", stream="off", head="off", batchnorm=config.batchnorm)
+        off: dict[str, Any] = dict.fromkeys(("producers", "stream", "head"), "off")
+        refits = Refits(*known, **off, batchnorm=config.batchnorm, objective=job.objective)
         return refits if refits.wanted else None
     views = config.refit_views
     if views == "auto":
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         *known, producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
-        batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off",
+        batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off", objective=job.objective,
     )  # fmt: skip
 
 

@@ -77,10 +77,10 @@ def _tuner(job: Job, pruned: nn.Module, length: TuningLength, teacher: nn.Module
     precision = Precision.for_tuning(config.amp, job.session.device)
     known = pruned, teacher, job.calibration, settings
     if resumed is None:
-        return Tuner(*known, precision=precision)
+        return Tuner(*known, precision=precision, objective=job.objective)
     with checked_content(resumed.path):
         state, own = resumed.state[TUNE], resumed.state["processes"][job.session.processes.rank]
-        return Tuner(*known, precision=precision, state=state, own=own)
+        return Tuner(*known, precision=precision, objective=job.objective, state=state, own=own)
 
 
 def _save(

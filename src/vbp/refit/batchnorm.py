@@ -32,6 +32,7 @@ from vbp.runtime.session import Session
 from vbp.sites.cutting import removed_from_inner
 from vbp.sites.layers import inner_channels
 from vbp.statistics.batches import ImagesFor
+from vbp.statistics.objective import KL
 
 # Images of the estimate: means and variances over many positions need no more.
 BATCHNORM_IMAGES: Final = 256
@@ -42,14 +43,15 @@ _Moments = tuple[Tensor, Tensor]
 class BatchNormRefit:
     """Tell what became of the BatchNorms' running statistics.
 
-    `divergences` are mean KL(dense || pruned) on `judged` other images, in nats, by each choice that was tried; none
-    if the choice was made by hand.
+    `divergences` are errors of the objective on `judged` other images, by each choice that was tried; none if the
+    choice was made by hand.
     """
 
     chosen: str
     images: int
     judged: int
     divergences: Mapping[str, float]
+    measure: str = KL
 
     def sentence(self) -> str:
         """Return in words what became of the model."""
@@ -61,7 +63,7 @@ class BatchNormRefit:
         if not self.divergences:
             return what
         tried = ", ".join(f"{name} {value:.4f}" for name, value in self.divergences.items())
-        return f"{what}: mean KL of the predictions from the dense model's, on {self.judged} others: {tried}"
+        return f"{what}: {self.measure}, on {self.judged} others: {tried}"
 
 
 def running_norms(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -129,7 +131,7 @@ def refit_batchnorm_(
         raise
     _set_(norms, tried[chosen])
     judged = judge.images if divergences else 0
-    return BatchNormRefit(chosen, images, judged, divergences)
+    return BatchNormRefit(chosen, images, judged, divergences, judge.objective.measure)
 
 
 def _estimate(

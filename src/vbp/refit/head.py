@@ -24,10 +24,11 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.head_fit import FOLDS, HeadProblem
 from vbp.pruning.divergence import DenseReference
-from vbp.runtime.forward import evaluation_mode, hooked, logits_of
+from vbp.runtime.forward import evaluation_mode, hooked, logits_of, output_tensors
 from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import Precision, in_float32
 from vbp.runtime.processes import Processes
+from vbp.statistics.objective import KL, Objective
 
 _log = logging.getLogger(__name__)
 
@@ -39,7 +40,7 @@ _STRENGTH_TIMES_IMAGES = 25_000.0
 
 @dataclass(frozen=True)
 class HeadRefit:
-    """Tell what the refit of the last layer did: mean KL(dense || pruned) before and after, in nats.
+    """Tell what the refit of the last layer did: the error of the objective before and after.
 
     It is cross-validated: on images that the compared fits had not seen. The strength of the penalty is infinite if
     the layer was left as it was, for no refit was better.
@@ -50,20 +51,23 @@ class HeadRefit:
     strength: float
     before: float
     after: float
+    measure: str = KL
 
     def sentence(self) -> str:
         """Return in words what became of the layer."""
         if not math.isfinite(self.strength):
             return f"the last layer, {self.layer}, stays as it is: no refit to {self.images} images helped"
         return (
-            f"the last layer, {self.layer}, is refitted to {self.images} images: mean KL of the predictions from the "
-            f"dense model's {self.before:.4f} -> {self.after:.4f} (cross-validated)"
+            f"the last layer, {self.layer}, is refitted to {self.images} images: {self.measure} "
+            f"{self.before:.4f} -> {self.after:.4f} (cross-validated)"
         )
 
 
 @told_if_slow(_log, "refitting the last layer")
 def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
-    """Refit the last linear layer to the dense model's predictions, if cross-validation says that it helps.
+    """Refit the last linear layer to the dense model's output, if cross-validation says that it helps.
+
+    Where the objective is features, those that the layer makes count, not other parts of the output.
 
     Same result on all processes of `reference`, which must all call it.
 
@@ -71,16 +75,20 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
         InputError: There are too few images, the models do not end in one linear layer, or a value is not finite.
     """
     check_images(reference.images // reference.views)
-    session = reference.session
-    seen = [_seen_by_head(pruned, batch, session.precision) for batch in reference.batches]
-    name = _agreed([name for name, _, _ in seen], session.processes)
-    dense = last_linear(reference.model, reference.example())
+    session, objective = reference.session, reference.objective
+    seen = [_seen_by_head(pruned, batch, objective, session.precision) for batch in reference.batches]
+    name = _agreed([one.layer for one in seen], session.processes)
+    dense = last_linear(reference.model, reference.example(), objective)
     if name != dense:
         raise InputError(f"the pruned model must end in the layer of the dense one, {dense}, got {name}")
-    features = _gathered([features for _, features, _ in seen], session.processes)
+    features = _gathered([one.read for one in seen], session.processes)
     layer = pruned.get_submodule(name)
     assert isinstance(layer, nn.Linear)
-    problem = HeadProblem.of(layer, features, _gathered(reference.log_probabilities, session.processes))
+    target, weights = _gathered(reference.targets, session.processes), None
+    if objective.kind == "features":
+        made = _agreed([one.made for one in seen], session.processes)
+        target, weights = objective.part_of(made, target)
+    problem = HeadProblem.of(layer, features, target, weights)
     if not bool(problem.features.isfinite().all() and problem.logits.isfinite().all()):
         raise InputError(
             f"what {name} reads and returns must be finite, got NaN or infinity; prune less, or in float32"
@@ -92,7 +100,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
         strength *= 10
         after = problem.cross_validated(strength, reference.views)
     if not after < before:
-        return HeadRefit(name, len(features), float("inf"), before, before)
+        return HeadRefit(name, len(features), float("inf"), before, before, objective.measure)
     # Sums in another order could differ by a bit: all take what the first process found.
     weight, bias = session.processes.all_gather(problem.fold_into_weight(problem.fit(strength)))[0]
     with torch.no_grad():
@@ -101,7 +109,7 @@ def refit_head_(pruned: nn.Module, reference: DenseReference) -> HeadRefit:
             layer.bias = nn.Parameter(bias.to(layer.weight))
         else:
             layer.bias.copy_(bias)
-    return HeadRefit(name, len(features), strength, before, after)
+    return HeadRefit(name, len(features), strength, before, after, objective.measure)
 
 
 def check_images(images: int) -> None:
@@ -110,16 +118,25 @@ def check_images(images: int) -> None:
         raise InputError(f"the refit of the last layer needs at least {FOLDS} images, got {images}; give more")
 
 
-def last_linear(model: nn.Module, example: Tensor) -> str:
-    """Return the name of the linear layer whose output the model's logits are; raise InputError if there is none."""
-    return _seen_by_head(model, example, Precision())[0]
+def last_linear(model: nn.Module, example: Tensor, objective: Objective) -> str:
+    """Return the name of the linear layer whose output is the model's; raise InputError if there is none."""
+    return _seen_by_head(model, example, objective, Precision()).layer
 
 
-def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tuple[str, Tensor, Tensor]:
-    """Return the name of the linear layer whose output the logits of a batch are, what it read, and the logits.
+@dataclass(frozen=True)
+class _Seen:
+    """The last linear layer, what it read, and the name in the model's output of what it made."""
+
+    layer: str
+    read: Float[Tensor, "images width"]
+    made: str
+
+
+def _seen_by_head(model: nn.Module, batch: Tensor, objective: Objective, precision: Precision) -> _Seen:
+    """Return which linear layer the logits or features of a batch come from, and what it read.
 
     Raises:
-        InputError: The logits come from no such layer.
+        InputError: They come from no such layer.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
 
@@ -129,13 +146,16 @@ def _seen_by_head(model: nn.Module, batch: Tensor, precision: Precision) -> tupl
     device = next(model.parameters()).device
     layers = [(layer, partial(note, name)) for name, layer in model.named_modules() if isinstance(layer, nn.Linear)]
     with hooked(layers), evaluation_mode(model), torch.no_grad(), precision.autocast():
-        logits = logits_of(model(batch.to(device, non_blocking=True)))
-    if not calls or calls[0][2] is not logits or calls[0][1].ndim != 2:
+        output = model(batch.to(device, non_blocking=True))
+    tensors = {"logits": logits_of(output)} if objective.kind == "logits" else output_tensors(output)
+    made = [name for name, values in tensors.items() if calls and values is calls[0][2]]
+    if objective.kind == "zeroshot" or not made or calls[0][1].ndim != 2:
+        what = "logits" if objective.kind == "logits" else "features"
         raise InputError(
-            f"the refit of the head needs a model whose logits are the output of one last Linear layer, got "
-            f"{type(model).__name__}, whose logits are not; leave the head as it is"
+            f"the refit of the head needs a model whose {what} are the output of one last Linear layer, got "
+            f"{type(model).__name__}, whose {what} are not; leave the head as it is"
         )
-    return calls[0][0], in_float32(calls[0][1]), in_float32(logits)
+    return _Seen(calls[0][0], in_float32(calls[0][1]), made[0])
 
 
 def _gathered(rows: Sequence[Tensor], processes: Processes) -> Float[Tensor, "images width"]:

@@ -25,6 +25,7 @@ from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
 from vbp.statistics.images import GivenImages, ImageSource
 from vbp.statistics.mlp_samples import MLPSamples
+from vbp.statistics.objective import Objective
 
 _log = logging.getLogger(__name__)
 Refit = Literal["batchnorm", "producers", "stream", "head"]
@@ -80,6 +81,7 @@ class Refits:
         batchnorm: BatchNormChoice = "keep",
         views: int = 1,
         keep_apart: bool = False,
+        objective: Objective | None = None,
     ) -> None:
         """Find what can be refitted, and log what cannot, and why; `on` must be possible.
 
@@ -90,6 +92,7 @@ class Refits:
             InputError: What is `on` has no such MLP, stream or last layer, or too few images.
         """
         self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
+        self._given_objective = objective
         toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
         # Most models have no BatchNorm, and nobody asked for it by name.
         left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
@@ -137,19 +140,26 @@ class Refits:
         return done
 
     @cached_property
+    def _objective(self) -> Objective:
+        return self._given_objective or Objective.choose(self._dense, self._example, self._images)
+
+    @cached_property
     def _judge(self) -> DenseReference:
-        return DenseReference.held_out(self._dense, self._images, range(self._fitted.start))
+        return DenseReference.held_out(self._dense, self._images, range(self._fitted.start), self._objective)
 
     @cached_property
     def _samples(self) -> MLPSamples:
         # The images that judge the stream must be new to the producers too.
-        return MLPSamples.read(self._dense, self._sites, self._example, self._images, self._fitted, views=self._views)
+        known = self._dense, self._sites, self._example, self._images, self._fitted, self._views
+        return MLPSamples.read(*known, self._objective)
 
     @cached_property
     def _reference(self) -> DenseReference:
         places = self._fitted if self._keep_apart else range(REFIT_IMAGES)
         pixels = self._images.pixels(places, "last layer", self._views)
-        return DenseReference(self._dense, pixels, views=self._views, session=self._images.session)
+        return DenseReference(
+            self._dense, pixels, views=self._views, session=self._images.session, objective=self._objective
+        )
 
     @property
     def _fitted(self) -> range:
@@ -175,8 +185,8 @@ class Refits:
             _check_enough("BatchNorms", images)
             return
         if name == "head":
-            last_linear(self._dense, self._example)
             check_images(images)
+            last_linear(self._dense, self._example, self._objective)
             return
         what, find = ("producers", check_mlps) if name == "producers" else ("residual stream", residual_adds)
         _check_enough(what, images)

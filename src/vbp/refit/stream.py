@@ -43,6 +43,7 @@ from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.mlp_samples import gather_sample, sample_positions
+from vbp.statistics.objective import KL
 
 _log = logging.getLogger(__name__)
 
@@ -57,7 +58,7 @@ PENALTY_TIMES_IMAGES = 1_000.0
 
 @dataclass(frozen=True)
 class StreamRefit:
-    """Tell what refitting the stream to so many images did: mean KL(dense || pruned) on other images, in nats.
+    """Tell what refitting the stream to so many images did: the error of the objective on other images.
 
     `sites` are those whose layers changed, none if the predictions did not come closer; `judged` counts the other
     images.
@@ -68,14 +69,15 @@ class StreamRefit:
     judged: int
     before: float
     after: float
+    measure: str = KL
 
     def sentence(self) -> str:
         """Return in words what became of the model."""
         if not self.sites:
             return f"the residual stream stays as it is: no refit to {self.images} images helped"
         return (
-            f"the residual stream is refitted to {self.images} images at {', '.join(self.sites)}: mean KL of the "
-            f"predictions from the dense model's {self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
+            f"the residual stream is refitted to {self.images} images at {', '.join(self.sites)}: {self.measure} "
+            f"{self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
         )
 
 
@@ -122,9 +124,9 @@ def refit_stream_(
                     changed.append(add.site.name)
         after = judge.divergence(pruned)
         if not changed or not after < before:
-            return StreamRefit((), images, judge.images, before, before)
+            return StreamRefit((), images, judge.images, before, before, judge.objective.measure)
         keep()
-    return StreamRefit(tuple(changed), images, judge.images, before, after)
+    return StreamRefit(tuple(changed), images, judge.images, before, after, judge.objective.measure)
 
 
 def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:

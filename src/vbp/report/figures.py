@@ -9,8 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
+from vbp.report.finished_run import FinishedRun
 from vbp.report.published import PAPER_POINTS, SOURCE
-from vbp.report.run_report import FinishedRun, Measured, RunReport
+from vbp.report.run_report import Measured, RunReport
 from vbp.report.spectrum import short_names, site_errors
 from vbp.report.style import (
     BLUE,
@@ -40,10 +41,10 @@ _MARKERS: Final = {"DeiT-S": "^", "DeiT-B": "s", "Swin-T": "D", "ConvNeXt-T": "P
 def training_curves(run: RunReport, epochs: Sequence[Mapping[str, Any]]) -> Drawing | None:
     """Draw accuracy and loss over the epochs; None with fewer than two epochs of fine-tuning."""
     tuned, images = [row for row in epochs if row["epoch"] > 0], run.base.images
-    if len(tuned) < 2:
+    if len(tuned) < 2 or not run.classifies:
         return None
     with canvas(4.0, nrows=2, sharex=True, height_ratios=(3, 2)) as (figure, (above, below)):
-        above.axhline(run.base.top1, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
+        above.axhline(run.base.score, color=GREY, linestyle="--", linewidth=1.2, label="dense, validation")
         for axes, rows, name, marker, colour, label in (
             (above, epochs, "top1", "o-", GREEN, "validation"),
             (above, tuned, "train_top1", "s:", ORANGE, "training"),
@@ -114,18 +115,20 @@ def plan_convergence(run: RunReport) -> Drawing | None:
     )
 
 
-def accuracy_steps(run: RunReport) -> Drawing:
-    """Draw the top-1 accuracy after each step."""
+def accuracy_steps(run: RunReport) -> Drawing | None:
+    """Draw the top-1 accuracy after each step; None where none was measured."""
+    if not run.classifies:
+        return None
     steps = [(label, run.models[name]) for name, label in run.steps.items()]
     with canvas(0.75 + 0.42 * len(steps)) as (figure, axes):
         labels = [label.replace(", ", ",\n", 1) for label, _ in steps]
         texts = [model.top1_text for _, model in steps]
         colours = [_COLOURS[name] for name in run.steps]
         spans = [
-            None if (error := model.top1_error) is None else (model.top1 - error, model.top1 + error)
+            None if (error := model.top1_error) is None else (model.score - error, model.score + error)
             for _, model in steps
         ]
-        labelled_bars(axes, labels, [model.top1 for _, model in steps], colours, texts, spans)
+        labelled_bars(axes, labels, [model.score for _, model in steps], colours, texts, spans)
         axes.set_xlabel("top-1 accuracy (%)")
         # The texts beside the bars need room beyond 100 %.
         axes.set_xticks([tick for tick in MaxNLocator(5).tick_values(*axes.get_xlim()) if 0 <= tick <= 100])
@@ -137,7 +140,8 @@ def accuracy_steps(run: RunReport) -> Drawing:
         "Bars of top-1 accuracy: " + ", ".join(f"{label} {model.top1_text} %" for label, model in steps) + ".",
         ("Model", "Top-1 (%)", "Top-5 (%)", "Change in top-1"),
         tuple(
-            (label, model.top1_text, model.top5_text, f"{model.top1 - run.base.top1:+.2f}") for label, model in steps
+            (label, model.top1_text, model.top5_text, f"{model.score - run.base.score:+.2f}")
+            for label, model in steps
         ),
         *render(figure, "accuracy"),
     )
@@ -146,7 +150,7 @@ def accuracy_steps(run: RunReport) -> Drawing:
 def accuracy_against_macs(run: RunReport) -> Drawing | None:
     """Draw what is left of accuracy against what is left of the MACs beside the paper's points; None off ImageNet."""
     base = run.base
-    if not run.imagenet or base.top1 <= 0 or base.macs <= 0:
+    if not run.imagenet or not run.classifies or base.score <= 0 or base.macs <= 0:
         return None
     with canvas(4.1) as (figure, axes):
         _paper(axes)
@@ -154,7 +158,7 @@ def accuracy_against_macs(run: RunReport) -> Drawing | None:
         for model in (run.pruned, run.best) if run.final.epoch else (run.pruned,):
             left, top1 = _relative(model, base)
             error = model.top1_error
-            error_bars(axes, [left], [top1], [None if error is None else 100 * error / base.top1])
+            error_bars(axes, [left], [top1], [None if error is None else 100 * error / base.score])
         axes.plot(*zip((100, 100), pruned, strict=True), color=BLUE, linewidth=1, linestyle=":")
         axes.plot(100, 100, "o", color=INK, markersize=6, label="dense")
         axes.plot(*pruned, "o", color=BLUE, markersize=9, label="this run, pruned")
@@ -201,7 +205,7 @@ def _paper(axes: Axes) -> None:
 
 
 def _relative(model: Measured, base: Measured) -> tuple[float, float]:
-    return 100 * model.macs / base.macs, 100 * model.top1 / base.top1
+    return 100 * model.macs / base.macs, 100 * model.score / base.score
 
 
 def latency_bars(run: RunReport) -> Drawing | None:

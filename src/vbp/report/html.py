@@ -23,8 +23,9 @@ from vbp.report.figures import (
     reconstruction_errors,
     training_curves,
 )
+from vbp.report.finished_run import FinishedRun, read_run
 from vbp.report.refit_effect import COLUMNS, refit_rows
-from vbp.report.run_report import BEST, FIGURES, FINAL, FinishedRun, RunReport, read_run, setting_text
+from vbp.report.run_report import BEST, FIGURES, FINAL, RunReport, setting_text
 from vbp.report.spectrum import variance_spectra
 from vbp.report.style import Drawing
 from vbp.runtime.files import clear_folder, text_bytes, write_bytes
@@ -110,14 +111,12 @@ def draw(run: FinishedRun) -> dict[str, Drawing]:
 
 def summary_row(run: RunReport) -> str:
     """Return the run as one row of a Markdown table, with its heading."""
-    base, pruned, best = run.base, run.pruned, run.best
+    base, pruned = run.base, run.pruned
     timed = run.latency
     cells = {
         "Model": _model_name(run),
         "Kept": f"{run.keep_ratio:.1%}",
-        "Top-1 dense": base.top1_text,
-        "Pruned": pruned.top1_text,
-        "Fine-tuned": best.top1_text if best.epoch else "-",
+        **_quality_cells(run),
         "MACs": f"{format_count(base.macs)} → {format_count(pruned.macs)}",
         "Parameters": f"{format_count(base.params)} → {format_count(pruned.params)}",
         "Latency": "-" if timed is None else timed.latency_text.replace("->", "→"),
@@ -176,14 +175,8 @@ def _settings(run: RunReport, *, changed: bool) -> list[tuple[str, str]]:
 
 def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
     """Return the main results: label, number, remark."""
-    base, pruned, best = run.base, run.pruned, run.best
-    error = "" if best.top1_error is None else f"± {best.top1_error:.2f}; "
     keys = [
-        (
-            "Top-1 accuracy",
-            f"{best.top1:.2f} %",
-            f"{error}dense {base.top1_text} %, right after pruning {pruned.top1_text} %",
-        ),
+        *_preserved(run),
         ("Hidden channels kept", f"{run.keep_ratio:.1%}", f"in {len(run.sites)} sites"),
     ]
     for (label, before, after, saved), name in zip(cost_rows(run), ("MACs saved", "Parameters saved"), strict=True):
@@ -194,6 +187,28 @@ def _key_figures(run: RunReport) -> list[tuple[str, str, str]]:
         keys.append(("Speed-up", f"{spread.median:.2f}x", "; ".join(filter(None, remarks))))
     processes = "one process" if run.processes == 1 else f"{run.processes} processes"
     return [*keys, ("Time", format_seconds(sum(run.seconds.values())), processes)]
+
+
+def _preserved(run: RunReport) -> list[tuple[str, str, str]]:
+    """Return what is left of the accuracy, or of the agreement with the dense model where there is none."""
+    pruned, best = run.pruned, run.best
+    if run.classifies:
+        remark = f"dense {run.base.top1_text} %, right after pruning {pruned.top1_text} %"
+        return [("Top-1 accuracy", f"{best.top1_text} %", remark)]
+    before = dict(pruned.quality)
+    names = {"cosine": "Cosine with the dense model", "neighbours %": "Nearest neighbours in common, %"}
+    return [
+        (names.get(name, "Predictions in common, %"), text, f"right after pruning {before[name]}")
+        for name, text in best.quality
+    ]
+
+
+def _quality_cells(run: RunReport) -> dict[str, str]:
+    base, pruned, best = run.base, run.pruned, run.best
+    if run.classifies:
+        tuned = best.top1_text if best.epoch else "-"
+        return {"Top-1 dense": base.top1_text, "Pruned": pruned.top1_text, "Fine-tuned": tuned}
+    return dict(best.quality)
 
 
 def _loading(run: RunReport, artefacts: list[tuple[str, str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,11 +13,11 @@ from vbp.deploy.artifact_files import ARTIFACT
 from vbp.errors import InputError, one_line, printable
 from vbp.method.ridge import Reconstruction
 from vbp.pruning.convergence import Stage
-from vbp.pruning.plan import Candidate, PruningPlan
-from vbp.runtime.decode import from_json, read_json, read_json_lines, to_json
+from vbp.pruning.plan import Candidate
+from vbp.runtime.decode import from_json, read_json, to_json
 from vbp.runtime.files import is_regular
 from vbp.runtime.tables import format_count, standard_error, text_table, with_error
-from vbp.statistics.statistics import Statistics
+from vbp.statistics.objective import KL
 
 SUMMARY, METRICS, PLAN, STATISTICS = "summary.json", "metrics.jsonl", "plan.json", "statistics.safetensors"
 BEST, FINAL, FIGURES = "vbp_best.pth", "vbp_final.pth", "figures"
@@ -26,39 +25,57 @@ BEST, FINAL, FIGURES = "vbp_best.pth", "vbp_final.pth", "figures"
 # How tables call the pruned model, by its compensation.
 _PRUNED: Final = {"none": "pruned, no compensation", "mean": "pruned, mean shift", "refit": "pruned, refit"}
 
-_CURVES: Final = ("top1", "top5", "train_loss", "train_top1", "lr", "seconds")
+_MODELS: Final = ("base", "uncompensated", "pruned", "tuned", "best", "final")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One model of a run: accuracies in percent on `images` validation images, MACs of an image, epochs of tuning."""
+    """One model of a run: accuracies in percent, or agreement as in `Retrieval`, on `images`; MACs of an image."""
 
-    top1: float
-    top5: float
+    top1: float | None
+    top5: float | None
     macs: int
     params: int
     epoch: int | None = None
     images: int | None = None
+    cosine: float | None = None
+    neighbours: float | None = None
+    same: float | None = None
+
+    @property
+    def score(self) -> float:
+        """Return the percent by which models of a run are compared: top-1, or neighbours shared with the dense."""
+        if (score := self.neighbours if self.top1 is None else self.top1) is None:
+            raise InputError(f"a model must have an accuracy or an agreement with the dense one, got {self}")
+        return score
+
+    @property
+    def quality(self) -> tuple[tuple[str, str], ...]:
+        """Return what tables show of a model, heading and value: accuracies, or its agreement with the dense one."""
+        if self.top1 is not None:
+            return ("top-1 %", self.top1_text), ("top-5 %", self.top5_text)
+        cells = (("cosine", self.cosine, 4), ("neighbours %", self.neighbours, 2), ("same class %", self.same, 2))
+        return tuple((name, f"{value:.{digits}f}") for name, value, digits in cells if value is not None)
 
     @property
     def top1_error(self) -> float | None:
         """Return the standard error of the top-1 accuracy in points, where the images tell it."""
-        return standard_error(self.top1, self.images)
+        return None if self.top1 is None else standard_error(self.top1, self.images)
 
     @property
     def top5_error(self) -> float | None:
         """Return the standard error of the top-5 accuracy in points, where the images tell it."""
-        return standard_error(self.top5, self.images)
+        return None if self.top5 is None else standard_error(self.top5, self.images)
 
     @property
     def top1_text(self) -> str:
         """Return the top-1 accuracy as tables show it, with its standard error."""
-        return with_error(self.top1, self.images)
+        return "-" if self.top1 is None else with_error(self.top1, self.images)
 
     @property
     def top5_text(self) -> str:
         """Return the top-5 accuracy as tables show it, with its standard error."""
-        return with_error(self.top5, self.images)
+        return "-" if self.top5 is None else with_error(self.top5, self.images)
 
     def __post_init__(self) -> None:
         """Raise an `InputError` if a count is negative."""
@@ -105,6 +122,7 @@ class RunReport:
         tuned: After tuning without labels, before any fine-tuning; epoch 0 where no epoch was better than none, None
             where it was not asked for.
         tuning: What tuning without labels did: the data of `TuningReport`; None without.
+        objective: What was preserved: `kind`, `measure`, `sentence`.
 
     Example:
         >>> vbp.run(config).sites
@@ -142,12 +160,22 @@ class RunReport:
     imagenet: bool = False
     tuned: Measured | None = None
     tuning: Mapping[str, Any] | None = None
+    objective: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def classifies(self) -> bool:
+        """Return whether accuracies were measured, not the agreement with the dense model."""
+        return self.base.top1 is not None
+
+    @property
+    def measure(self) -> str:
+        """Return in words by what plans were compared."""
+        return self.objective.get("measure", KL)
 
     @property
     def models(self) -> dict[str, Measured]:
         """Return the measured models by name: `uncompensated` and `tuned` only where they were measured."""
-        names = ("base", "uncompensated", "pruned", "tuned", "best", "final")
-        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return {name: getattr(self, name) for name in _MODELS if getattr(self, name) is not None}
 
     @property
     def steps(self) -> dict[str, str]:
@@ -223,7 +251,7 @@ class RunReport:
             InputError: It is no report of a run, or damaged.
         """
         if isinstance(value, Mapping):  # the rows of the files follow from the rest
-            value = {name: item for name, item in value.items() if name != "file_rows"}
+            value = {name: _whole(name, item) for name, item in value.items() if name != "file_rows"}
         report = from_json(RunReport, value, "the report of a run", "run it again", use_defaults=True)
         if any(not 0 <= kept <= total or total == 0 for kept, total in report.sites.values()):
             raise InputError(
@@ -259,23 +287,30 @@ class RunReport:
 
     def table(self) -> str:
         """Return the steps of the run as a table for the terminal."""
-        rows = [("", "top-1 %", "top-5 %", "MACs", "params", "latency")]
+        shown = [name for name, _ in self.pruned.quality]
+        rows = [("", *shown, "MACs", "params", "latency")]
         for name, label in self.steps.items():
             model, latency = self.models[name], ""
             if self.latency is not None and name in ("base", "pruned"):
                 times = self.latency.dense_ms if name == "base" else self.latency.pruned_ms
                 latency = f"{times.median:.2f} ms"
             sizes = (format_count(model.macs), format_count(model.params))
-            rows.append((label, model.top1_text, model.top5_text, *sizes, latency))
+            rows.append((label, *(text for _, text in model.quality), *sizes, latency))
         heads = "" if self.attention is None else f" and {self.attention:.1%} of the heads' channels"
         facts = [f"kept {self.keep_ratio:.1%} of the hidden channels{heads}"]
         facts.append(f"{self.images['val']} validation images")
-        lines = [text_table(rows, widths=(0, 8, 8, 9, 9, 10)), "; ".join(facts)]
+        lines = [text_table(rows, widths=(0, *(8 for _ in shown), 9, 9, 10)), "; ".join(facts)]
         if self.latency is not None:
             facts = [f"speed-up {self.latency.speedup_text}, median and quartiles, at {self.latency.conditions}"]
             lines.append("; ".join(filter(None, [*facts, self.macs_text])))
         tuned = "" if self.tuning is None else self.tuning["sentence"]
         return "\n".join(filter(None, [*lines, self.budget_text, tuned, self.file_text]))
+
+
+def _whole(name: str, item: Any) -> Any:
+    """Return what a summary says of a model with the accuracies that it leaves out where none was measured."""
+    unlabelled = name in _MODELS and isinstance(item, Mapping) and "neighbours" in item
+    return {"top1": None, "top5": None, **item} if unlabelled else item
 
 
 def setting_text(value: Any) -> str:
@@ -300,46 +335,3 @@ class _Details:
     candidates: tuple[Candidate, ...]
     reconstruction: tuple[Reconstruction, ...]
     sentences: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class FinishedRun:
-    """The report of a run and, where its folder still has them, the curves, the plan and the statistics."""
-
-    report: RunReport
-    epochs: tuple[Mapping[str, Any], ...]
-    plan: PruningPlan | None
-    statistics: Statistics | None
-
-
-def read_run(folder: Path) -> FinishedRun:
-    """Read a finished run.
-
-    Raises:
-        InputError: It is no run, a file of it is damaged, or its files come from different runs.
-    """
-    report = RunReport.read(folder)
-    plan = PruningPlan.load(folder / PLAN) if (folder / PLAN).is_file() else None
-    statistics = Statistics.load(folder / STATISTICS) if (folder / STATISTICS).is_file() else None
-    if plan is not None:
-        if plan.widths != report.sites:
-            raise InputError(
-                f"{folder / PLAN} and {SUMMARY} must come from one run, got other channels; run it again"
-            )
-        if statistics is not None:
-            statistics.check_holds([entry.site for entry in plan.sites], folder / STATISTICS)
-    return FinishedRun(report, _read_epochs(folder / METRICS), plan, statistics)
-
-
-def _read_epochs(path: Path) -> tuple[Mapping[str, Any], ...]:
-    if not is_regular(path):
-        return ()
-    try:
-        rows = [row for _, rows in read_json_lines(path) for row in rows]
-        # A loss may be NaN where training went wrong; that is worth a report too.
-        return tuple(
-            {name: float(row[name]) for name in _CURVES if name in row} | {"epoch": operator.index(row["epoch"])}
-            for row in rows
-        )
-    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
-        raise InputError(f"{path} is no readable table of epochs ({error!r}); run it again") from error

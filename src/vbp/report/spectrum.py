@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection, PolyCollection
 
 from vbp.pruning.criteria import variance_scores
-from vbp.report.run_report import FinishedRun
+from vbp.report.finished_run import FinishedRun
 from vbp.report.style import BLUE, GREY, INK, ORANGE, Drawing, canvas, render
 
 

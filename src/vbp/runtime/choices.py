@@ -23,3 +23,7 @@ BatchNormChoice = Literal["auto", "recalibrate", "match", "keep"]
 Amp = Literal["auto", "off", "bf16", "fp16"]
 MatmulPrecision = Literal["highest", "high"]
 TableForm = Literal["table", "csv", "markdown"]
+
+# What of a model's output is preserved, and by which an error is judged; `auto` goes by what the model returns.
+ObjectiveKind = Literal["logits", "features", "zeroshot"]
+ObjectiveChoice = Literal["auto", "logits", "features", "zeroshot"]

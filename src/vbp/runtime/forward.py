@@ -1,4 +1,4 @@
-"""Run a model in evaluation mode, frozen or with hooks, and leave it as it was; what a classifier returns."""
+"""Run a model in evaluation mode, frozen or with hooks, and leave it as it was; what it returns."""
 
 from __future__ import annotations
 
@@ -199,3 +199,31 @@ def logits_of(output: Any) -> Float[Tensor, "batch classes"]:
             "model so that it does"
         )
     return logits
+
+
+# What a transformers model adds to its output when told to: intermediate values.
+_INTERMEDIATE = ("hidden_states", "attentions")
+
+
+def output_tensors(output: Any) -> dict[str, Tensor]:
+    """Return the tensors of numbers in a model's output by name: of a tensor, a tuple or list, or a mapping, nested.
+
+    A single tensor is `output`, those of a list are called by their places; maps of one position are rows.
+    """
+    tensors: dict[str, Tensor] = {}
+
+    def add(name: str, value: Any) -> None:
+        if isinstance(value, Tensor):
+            if value.is_floating_point() and value.ndim > 1:
+                single = value.ndim > 2 and all(size == 1 for size in value.shape[2:])
+                tensors[name or "output"] = value.flatten(1) if single else value
+        elif isinstance(value, Mapping):
+            for key, one in value.items():
+                if key not in _INTERMEDIATE:
+                    add(f"{name}.{key}" if name else str(key), one)
+        elif isinstance(value, tuple | list):
+            for place, one in enumerate(value):
+                add(f"{name}.{place}" if name else str(place), one)
+
+    add("", output)
+    return tensors

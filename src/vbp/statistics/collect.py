@@ -15,11 +15,12 @@ from vbp.method.covariance import ChannelCovariance, RunningCovariance
 from vbp.method.moments import ChannelMoments, RunningMoments
 from vbp.method.sampling import RandomProbes, TokenSample, TokenSampler
 from vbp.runtime.fingerprints import model_fingerprint
-from vbp.runtime.forward import Hook, call_values, evaluation_mode, frozen, hooked, logits_of
+from vbp.runtime.forward import Hook, call_values, evaluation_mode, frozen, hooked
 from vbp.sites.layers import channel_dim
 from vbp.sites.site import Site, select
 from vbp.statistics.batches import images_for
 from vbp.statistics.fisher import FisherCollector
+from vbp.statistics.objective import Objective
 from vbp.statistics.statistics import KEY, Statistics, observed_names
 
 Moments = TypeVar("Moments", ChannelMoments, ChannelCovariance)
@@ -103,8 +104,8 @@ def _show(
     # Hooked in the forward pass alone: gradient checkpointing runs layers again in the backward pass.
     with observing, nullcontext() if sums is None else sums.watching(model):
         output = model(pixels)
-    if sums is not None:
-        sums.see(logits_of(output))
+    if sums is not None and sums.objective is not None:
+        sums.see(sums.objective.read(output))
 
 
 def collect_statistics(
@@ -118,6 +119,7 @@ def collect_statistics(
     tokens: TokenSample | None = None,
     sensitivity: RandomProbes | None = None,
     pivots: Mapping[str, Tensor] | None = None,
+    objective: Objective | None = None,
 ) -> Statistics:
     """Observe what reaches the layers that read each site over all batches, in evaluation mode.
 
@@ -136,6 +138,7 @@ def collect_statistics(
             on the device.
         pivots: Site name -> what the channels of the sensitivity are counted from, near their means; by default the
             mean of the first batch. Merged passes equal a single one only if they have the same.
+        objective: What the sensitivity is of; by default what the model returns for the first batch says.
 
     Raises:
         InputError: No image came, a site saw a value that is not finite, or it has no sensitivity.
@@ -145,7 +148,7 @@ def collect_statistics(
     """
     sample = TokenSample() if tokens is None else tokens
     sampler = TokenSampler(sample) if covariance else None
-    sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots)
+    sums = None if sensitivity is None else FisherCollector(sites, sensitivity, pivots, objective)
     observers = {name: Observer(sampler, keys=name.endswith(KEY)) for site in sites for name in observed_names(site)}
     images = 0
     # Gradients are wanted of the layers' outputs alone, also where the caller has frozen the model.
@@ -154,6 +157,8 @@ def collect_statistics(
             if sampler is not None:
                 sampler.begin(pixels.shape[0])
             images += pixels.shape[0]
+            if sums is not None and sums.objective is None:
+                sums.objective = Objective.of(model, [pixels])
             _show(model, pixels.requires_grad_(sums is not None), _observing(model, sites, observers), sums)
     if images == 0:
         raise InputError("calibration needs at least one image, got none; check the training images")

@@ -13,6 +13,7 @@ from vbp.method.covariance import covariance_bytes
 from vbp.method.fisher import sensitivity_bytes
 from vbp.method.ridge import RIDGE
 from vbp.method.sampling import RandomProbes, TokenSample
+from vbp.runtime.fingerprints import json_fingerprint
 from vbp.runtime.memory import out_of_memory
 from vbp.sites.layers import output_channels
 from vbp.sites.site import Site
@@ -20,6 +21,7 @@ from vbp.statistics.batches import pixels_of
 from vbp.statistics.collect import collect_statistics
 from vbp.statistics.gradients import GradientSum
 from vbp.statistics.images import ImageSource, in_pieces
+from vbp.statistics.objective import SCALE_IMAGES, Objective
 from vbp.statistics.statistics import Statistics, observed_names
 
 _log = logging.getLogger(__name__)
@@ -63,12 +65,17 @@ class EvidenceReader:
         needs: Collection[Need],
         *,
         covariance_tokens: float = 1.0,
+        objective: Objective | None = None,
     ) -> None:
-        """Log what the sums will take, and read nothing; `covariance_tokens` is the share of each image's tokens."""
+        """Log what the sums will take, and read nothing; `covariance_tokens` is the share of each image's tokens.
+
+        Sensitivities are of the objective, by default of the one that the model's output for the first images says.
+        """
         self._model, self._sites, self._images, self._session = model, sites, images, images.session
         self._needs, self._tokens = frozenset(needs), covariance_tokens
         self._gradients = GradientSum(model, sites, self._session.device) if "gradients" in needs else None
         self._pivots: Mapping[str, Tensor] | None = None
+        self._objective = objective
         for need, size in evidence_bytes(model, sites, needs).items():
             _log.info(
                 "calibration: %s of %d sites, %.0f MB on %s", need, len(sites), size / 1e6, self._session.device
@@ -89,6 +96,7 @@ class EvidenceReader:
         with out_of_memory("calibration"):
             if "sensitivity" in self._needs and self._pivots is None:
                 self._pivots = self._read_pivots()
+                self._objective = self._objective or Objective.of(self._model, self._images.first(SCALE_IMAGES))
             seen = self._images.parts(part, "calibration", labels=self._gradients is not None)
             if seen is None:
                 return None
@@ -124,11 +132,12 @@ class EvidenceReader:
                 self._sites,
                 in_pieces(pixels, self._session.device) if sensitivity else pixels,
                 device=self._session.device,
-                data=self._images.fingerprint,
+                data=data_fingerprint(self._images, self._objective),
                 covariance="covariance" in self._needs,
                 tokens=TokenSample(self._tokens, **numbers),
                 sensitivity=RandomProbes(**numbers) if sensitivity else None,
                 pivots=self._pivots,
+                objective=self._objective,
             )
 
     def _read_pivots(self) -> Mapping[str, Tensor]:
@@ -136,6 +145,12 @@ class EvidenceReader:
         images = self._images.first(_PIVOT_IMAGES)
         with self._session.precision.autocast():
             return collect_statistics(self._model, self._sites, images, device=self._session.device).means
+
+
+def data_fingerprint(images: ImageSource, objective: Objective | None) -> str:
+    """Return the fingerprint of images, and of what is preserved where that is something else than logits."""
+    other = "" if objective is None else objective.fingerprint
+    return json_fingerprint([images.fingerprint, other]) if other and images.fingerprint else images.fingerprint
 
 
 def evidence_bytes(model: nn.Module, sites: Sequence[Site], needs: Collection[Need]) -> dict[Need, int]:

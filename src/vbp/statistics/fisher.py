@@ -18,23 +18,28 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.fisher import FP16_SCALE, LogitSensitivity, SiteSensitivity, fisher_direction
+from vbp.method.fisher import FP16_SCALE, LogitSensitivity, SiteSensitivity
 from vbp.method.sampling import RandomProbes
 from vbp.runtime.forward import Hook, hooked
 from vbp.runtime.precision import in_float32
 from vbp.sites.layers import channel_dim, groups_of, reads, rows
 from vbp.sites.site import Reader, Site, select
+from vbp.statistics.objective import Objective
 
 
 class FisherCollector:
     """Collect `SiteSensitivity` of several sites, batch by batch: forward pass under its hooks, then `see`."""
 
     def __init__(
-        self, sites: Sequence[Site], probes: RandomProbes, pivots: Mapping[str, Tensor] | None = None
+        self,
+        sites: Sequence[Site],
+        probes: RandomProbes,
+        pivots: Mapping[str, Tensor] | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self._readers = [(reader, site.hidden) for site in sites for reader in site.readers]
         self._pairs = [site for site in sites if site.kind == "query_key"]
-        self._probes, self._pivots = probes, pivots or {}
+        self._probes, self._pivots, self.objective = probes, pivots or {}, objective
         self._images = 0
         self._seen: dict[str, tuple[Tensor, Tensor, nn.Module]] = {}
         self._sums: dict[str, SiteSensitivity] = {}
@@ -56,8 +61,8 @@ class FisherCollector:
     def _record_made(self, name: str, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         self._queries[name] = output, channel_dim(module)
 
-    def see(self, logits: Float[Tensor, "images classes"]) -> None:
-        """Take in the batch whose logits these are; nothing waits for the device.
+    def see(self, values: Float[Tensor, "images values"]) -> None:
+        """Take in the batch of which the objective reads these values; nothing waits for the device.
 
         Raises:
             InputError: A consumer did not run, or its output cannot be divided by image.
@@ -66,18 +71,20 @@ class FisherCollector:
         names = [*(reader.key for reader, _ in self._readers), *(site.name for site in self._pairs)]
         if missing := [name for name in names if name not in run]:
             raise InputError(f"site {missing[0]} was never run during calibration; it has no sensitivity")
-        images = logits.shape[0]
+        assert self.objective is not None
+        images = values.shape[0]
         outputs = max((output.shape[channel_dim(layer)] for _, output, layer in self._seen.values()), default=1)
         hidden = max((h.shape[channel_dim(layer)] for h, _, layer in self._seen.values()), default=1)
         noise, left, right = (
-            draw.to(logits.device, non_blocking=True)
-            for draw in self._probes.of(self._images, images, logits.shape[1], outputs, hidden)
+            draw.to(values.device, non_blocking=True)
+            for draw in self._probes.of(self._images, images, values.shape[1], outputs, hidden)
         )
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        cotangent = fisher_direction(logits.detach(), noise) * scale
         outputs_seen = [output for _, output, _ in self._seen.values()]
         made = [output for output, _ in self._queries.values()]
-        gradients = torch.autograd.grad(logits, [*outputs_seen, *made], cotangent.to(logits.dtype))
+        half = any(each.dtype == torch.float16 for each in (values, *outputs_seen, *made))
+        scale = FP16_SCALE if half else 1.0
+        cotangent = self.objective.direction(values.detach(), noise) * scale
+        gradients = torch.autograd.grad(values, [*outputs_seen, *made], cotangent.to(values.dtype))
         for site, gradient in zip(self._pairs, gradients[len(outputs_seen) :], strict=True):
             self._add_pairs_(site, gradient, images, scale)
         seen = zip(self._seen.items(), gradients[: len(outputs_seen)], strict=True)

@@ -14,6 +14,7 @@ from vbp.runtime.forward import copy_model, logits_of
 from vbp.runtime.processes import Processes
 from vbp.sites.site import Site, weight_slices
 from vbp.statistics.batches import class_numbers, labelled_for
+from vbp.statistics.objective import check_classifier
 
 # Images that go forward and backward at a time: the sum does not depend on it, the memory does.
 _IMAGES = 32
@@ -35,7 +36,13 @@ class GradientSum:
         self._images = 0
 
     def add_(self, pixels: Tensor, labels: Tensor) -> None:
-        """Take in labelled images; in the model's own precision, for half precision loses small gradients."""
+        """Take in labelled images; in the model's own precision, for half precision loses small gradients.
+
+        Raises:
+            InputError: The model returns features, or a label is no class of it.
+        """
+        if not self._images:
+            check_classifier(self._model, pixels[:1].to(self._device), "gradients by labels")
         with torch.enable_grad(), torch.autocast(self._device.type, enabled=False):
             for start in range(0, labels.shape[0], _IMAGES):
                 images, given = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))

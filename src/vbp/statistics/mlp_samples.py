@@ -17,10 +17,10 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from vbp.errors import InputError
-from vbp.method.fisher import FP16_SCALE, fisher_direction
+from vbp.method.fisher import FP16_SCALE
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes, priority_sample
-from vbp.runtime.forward import call_values, evaluation_mode, frozen, hooked, logits_of
+from vbp.runtime.forward import call_values, evaluation_mode, frozen, hooked
 from vbp.runtime.memory import out_of_memory
 from vbp.runtime.precision import in_float32
 from vbp.runtime.processes import Processes
@@ -30,6 +30,7 @@ from vbp.sites.mlp import check_mlps
 from vbp.sites.site import Site
 from vbp.statistics.batches import images_for
 from vbp.statistics.images import ImageSource, in_pieces
+from vbp.statistics.objective import Objective
 
 _FIRST = RandomProbes()
 _log = logging.getLogger(__name__)
@@ -56,10 +57,12 @@ class MLPSamples:
         *,
         probes: RandomProbes = _FIRST,
         session: Session = ALONE,
+        objective: Objective | None = None,
     ) -> None:
         """Run the dense model forward and backward over all images once; all processes of the session do.
 
         No batch is allowed where another process has some; `probes` are the random numbers of this process's images.
+        By default the objective is what the model returns for one image says.
 
         Raises:
             InputError: There is no image, no site has a plain hidden layer, or values are not finite.
@@ -67,6 +70,7 @@ class MLPSamples:
         self.session, processes = session, session.processes
         self.mlps = check_mlps(dense, example, sites)
         self._probes = probes
+        self._objective = objective or Objective.of(dense, [example])
         parts: dict[str, list[Positions]] = {mlp.site.name: [] for mlp in self.mlps}
         metrics: dict[str, Tensor] = {}
         images = 0
@@ -84,7 +88,14 @@ class MLPSamples:
 
     @classmethod
     def read(
-        cls, dense: nn.Module, sites: Sequence[Site], example: Tensor, images: ImageSource, places: range, views: int
+        cls,
+        dense: nn.Module,
+        sites: Sequence[Site],
+        example: Tensor,
+        images: ImageSource,
+        places: range,
+        views: int,
+        objective: Objective | None = None,
     ) -> MLPSamples:
         """Sample calibration images at some places, in so many views of each; all processes call it.
 
@@ -94,7 +105,9 @@ class MLPSamples:
         pixels = images.pixels(places, "hidden layers", views)
         with out_of_memory("calibration"):
             pieces = in_pieces(pixels, next(dense.parameters()).device)
-            samples = cls(dense, sites, example, pieces, probes=pixels.probes, session=images.session)
+            samples = cls(
+                dense, sites, example, pieces, probes=pixels.probes, session=images.session, objective=objective
+            )
         _log.info("hidden layers: samples of %d MLPs, %.0f MB on the host", len(samples.mlps), samples.nbytes / 1e6)
         return samples
 
@@ -128,11 +141,12 @@ class MLPSamples:
         consumers = [(dense.get_submodule(site.consumer), partial(after, site.name)) for site in sites]
         with hooked(consumers, before=producers), torch.enable_grad(), self.session.precision.autocast():
             # A tensor of its own: the caller's images are not to learn.
-            logits = logits_of(dense(pixels.detach().requires_grad_()))
-        noise, _, _ = self._probes.of(start, len(pixels), logits.shape[1], 0, 0)
-        scale = FP16_SCALE if logits.dtype == torch.float16 else 1.0
-        cotangent = fisher_direction(logits.detach(), noise.to(logits.device)) * scale
-        gradients = torch.autograd.grad(logits, list(given.values()), cotangent.to(logits.dtype))
+            read_out = self._objective.read(dense(pixels.detach().requires_grad_()))
+        noise, _, _ = self._probes.of(start, len(pixels), read_out.shape[1], 0, 0)
+        half = any(each.dtype == torch.float16 for each in (read_out, *given.values()))
+        scale = FP16_SCALE if half else 1.0
+        cotangent = self._objective.direction(read_out.detach(), noise.to(read_out.device)) * scale
+        gradients = torch.autograd.grad(read_out, list(given.values()), cotangent.to(read_out.dtype))
         slopes = dict(zip(given, gradients, strict=True))
         seen = []
         for mlp in self.mlps:

@@ -49,8 +49,8 @@ def draw_pareto(report: SweepReport) -> Figure:
             factor = dense.macs / scale if cost == "macs" else 100
             front = report.front(cost)
             steps = [(factor * place.left, place.top1.mean) for place in _places(report, front, cost)]
-            if not steps or dense.top1 > steps[-1][1]:
-                steps.append((factor, dense.top1))
+            if not steps or dense.score > steps[-1][1]:
+                steps.append((factor, dense.score))
             axes.step(
                 *zip(*steps, strict=True), where="post", color=GREY, linewidth=1.4, zorder=1, label="Pareto front"
             )
@@ -58,8 +58,8 @@ def draw_pareto(report: SweepReport) -> Figure:
                 colour, style = styles[place.group.setting.method]
                 axes.plot([factor * place.left], [place.top1.mean], **style | {"linestyle": "none"})
                 _bars(axes, factor * place.left, place.top1, 1.0, colour)
-            axes.plot([factor], [dense.top1], "*", color=INK, markersize=11, linestyle="none", label="dense")
-            error_bars(axes, [factor], [dense.top1], [dense.top1_error])
+            axes.plot([factor], [dense.score], "*", color=INK, markersize=11, linestyle="none", label="dense")
+            error_bars(axes, [factor], [dense.score], [dense.top1_error])
             axes.set_xlabel(f"MACs of one image ({unit})".replace(" ()", "") if cost == "macs" else _PANELS[cost])
         panels[0].set_ylabel("top-1 (%)")
         _legend(figure, panels)
@@ -140,13 +140,13 @@ def _curve(
     axes: Axes, report: SweepReport, method: str, style: tuple[str, dict[str, Any]], stage: Stage, cost: Cost
 ) -> None:
     """Draw one method, the cheapest model first; horizontal lines are the quartiles of the latency."""
-    if not report.dense.top1:
+    if not report.dense.score:
         return
     groups = [group for group in report.settings if group.setting.method == method]
     places = sorted(_places(report, groups, cost, stage), key=lambda place: (place.left, place.top1.mean))
     if not places:
         return
-    scale, (colour, drawn) = 100 / report.dense.top1, style
+    scale, (colour, drawn) = 100 / report.dense.score, style
     left, heights = [100 * place.left for place in places], [scale * place.top1.mean for place in places]
     axes.plot(left, heights, **drawn)
     for place, x, height in zip(places, left, heights, strict=True):
@@ -166,7 +166,7 @@ def _bars(axes: Axes, x: float, top1: OverSeeds, scale: float, colour: str) -> N
 
 
 def _dense_point(axes: Axes, report: SweepReport) -> None:
-    error, top1 = report.dense.top1_error, report.dense.top1
+    error, top1 = report.dense.top1_error, report.dense.score
     if top1:
         axes.plot([100], [100], "*", color=INK, markersize=11, linestyle="none", label="dense", zorder=4)
         error_bars(axes, [100], [100], [None if error is None else 100 * error / top1])

@@ -49,7 +49,7 @@ def _key_figures(report: SweepReport) -> list[tuple[str, str, str]]:
     front = report.front("macs")
     if front:
         keys.append(_key("Most accurate on the front", front[-1]))
-    near = [group for group in front if group.final_top1.mean >= dense.top1 - (dense.top1_error or 0.0)]
+    near = [group for group in front if group.final_top1.mean >= dense.score - (dense.top1_error or 0.0)]
     if near:
         label, text, remark = _key("Cheapest within one standard error", near[0])
         keys.append((label, text, f"of the dense top-1: {remark}"))

@@ -54,7 +54,7 @@ class SweepReport:
         """Return what is left of a dense model's `top1`, `macs`, `params` and `latency`, as shares of 1."""
         dense, pruned = self.dense, row.measured
         return {
-            "top1": pruned.top1 / dense.top1 if dense.top1 else None,
+            "top1": pruned.score / dense.score if dense.score else None,
             "macs": pruned.macs / dense.macs,
             "params": pruned.params / dense.params,
             "latency": None if row.latency is None else 1 / row.latency.speedup.median,
@@ -69,7 +69,7 @@ class SweepReport:
         front, best = list[SettingRows](), -1.0
         for left, group in sorted(known, key=lambda place: (place[0], -place[1].final_top1.mean)):
             top1 = group.final_top1.mean
-            if top1 > best and (left < 1 or top1 > self.dense.top1):
+            if top1 > best and (left < 1 or top1 > self.dense.score):
                 front.append(group)
                 best = top1
         return tuple(front)
@@ -110,8 +110,8 @@ class SweepReport:
         writer.writerow({"criterion": "dense", "keep_ratio": 1.0, **plain(self.dense), **shares})
         for row in self.rows:
             shared = {f"{name}_share": value for name, value in self.share(row).items()}
-            if row.tuned is not None and self.dense.top1:
-                shared["tuned_top1_share"] = row.tuned.top1 / self.dense.top1
+            if row.tuned is not None and self.dense.score:
+                shared["tuned_top1_share"] = row.tuned.score / self.dense.score
             writer.writerow({**row.to_dict(), **_tuned(row.tuned), **_timing(row.latency), **shared})
         return text.getvalue()
 
@@ -144,7 +144,7 @@ class SweepReport:
             if top1 is None:
                 cells += ["", *([""] if seeds else []), ""]
             else:
-                share = f"{top1.mean / self.dense.top1:.3f}" if self.dense.top1 else ""
+                share = f"{top1.mean / self.dense.score:.3f}" if self.dense.score else ""
                 cells += [top1.text, *([top1.deviation_text] if seeds else []), share]
             if stage == "pruned":
                 cells.append(OverSeeds.of(group.models("pruned"), "top5").text)
@@ -193,7 +193,7 @@ class SweepReport:
         ratios = sorted({row.setting.keep_ratio for row in self.rows}, reverse=True)
         methods: dict[str, dict[float, str]] = {}
         for group in self.settings:
-            share = f"{group.final_top1.mean / self.dense.top1:.3f}" if self.dense.top1 else ""
+            share = f"{group.final_top1.mean / self.dense.score:.3f}" if self.dense.score else ""
             methods.setdefault(group.setting.method, {})[group.setting.keep_ratio] = share
         rows = [[method, *(cells.get(ratio, "") for ratio in ratios)] for method, cells in methods.items()]
         return [["method", *(f"{ratio:g}" for ratio in ratios)], *rows]
@@ -204,7 +204,7 @@ def _tuned(model: Measured | None) -> dict[str, Any]:
     names = ("tuned_top1", "tuned_top1_error", "tuned_top5", "tuned_epoch")
     if model is None:
         return dict.fromkeys(names)
-    return dict(zip(names, (model.top1, model.top1_error, model.top5, model.epoch), strict=True))
+    return dict(zip(names, (model.score, model.top1_error, model.top5, model.epoch), strict=True))
 
 
 def _timing(timed: LatencyComparison | None) -> dict[str, Any]:

@@ -68,7 +68,11 @@ def dry_step(trainer: Trainer, image: tuple[int, ...], *, batch_size: int, val_b
             trainer.train_epoch(_Blank(trainer, image, batch_size), epoch=1)
         with out_of_memory("evaluation"):
             blank = torch.zeros(val_batch_size, *image), torch.zeros(val_batch_size, dtype=torch.int64)
-            evaluate(trainer.predictor, [blank], trainer.device, precision=trainer.precision)
+            if trainer.settings.objective is None:
+                evaluate(trainer.predictor, [blank], trainer.device, precision=trainer.precision)
+            else:
+                with evaluation_mode(trainer.predictor), torch.no_grad(), trainer.precision.autocast():
+                    trainer.predictor(blank[0].to(trainer.device))
     finally:
         trainer.optimizer.zero_grad(set_to_none=True)
         trainer.load_state_dict(shared, own)

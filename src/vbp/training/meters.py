@@ -64,12 +64,13 @@ class EpochMeter:
         self.learning_rate, self.seconds = learning_rate, 0.0
         self._values.zero_()
 
-    def add(self, loss: Tensor, logits: Tensor, labels: Tensor) -> None:
-        """Count a batch; of mixed images the class with the largest share counts as right."""
+    def add(self, loss: Tensor, logits: Tensor | None, labels: Tensor) -> None:
+        """Count a batch; of mixed images the class with the largest share counts as right; without logits none."""
         right = labels.argmax(1) if labels.is_floating_point() else labels
         count = len(labels)
         self._values[_LOSS] += loss.detach().double() * count
-        self._values[_CORRECT] += (logits.detach().argmax(1) == right).sum()
+        if logits is not None:
+            self._values[_CORRECT] += (logits.detach().argmax(1) == right).sum()
         self._values[_IMAGES] += count
 
     def add_norm(self, norm: Tensor) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -94,3 +94,16 @@ def layer_groups(model: nn.Module, learning_rate: float, factor: float, weight_d
         model, weight_decay, weight_decay_exclude_1d=False, layer_decay=factor
     )
     return [group | {"lr": learning_rate * group["lr_scale"]} for group in groups]
+
+
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, *, layer_decay: float = 1.0, decay_all: bool = True
+) -> Iterable[Any]:
+    """Return what the optimizer changes, in groups where rates or decay differ.
+
+    Raises:
+        InputError: The model does not say what its layers are, where their rates differ.
+    """
+    if layer_decay != 1:
+        return layer_groups(model, learning_rate, layer_decay, weight_decay)
+    return model.parameters() if decay_all else matrices_decayed(model, weight_decay)

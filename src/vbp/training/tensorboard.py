@@ -58,11 +58,10 @@ class Tracker(AbstractContextManager["Tracker"]):
             return
         curves = {
             "train/loss": row["train_loss"],
-            "train/top1": row["train_top1"],
             "train/learning_rate": row["lr"],
             "train/images_per_second": result.images_per_second,
-            "val/top1": row["top1"],
-            "val/top5": row["top5"],
+            **{f"val/{name}": row[name] for name in ("top1", "top5", "cosine", "neighbours") if name in row},
+            **({"train/top1": row["train_top1"]} if "train_top1" in row else {}),
         }
         if result.gradient_norm is not None:
             curves["train/gradient_norm"] = result.gradient_norm

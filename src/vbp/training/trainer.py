@@ -24,11 +24,12 @@ from vbp.runtime.forward import logits_of
 from vbp.runtime.precision import Precision, in_float32, move_
 from vbp.runtime.processes import Processes
 from vbp.runtime.random_state import random_state, set_random_state_
+from vbp.statistics.objective import Objective
 from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
 from vbp.training.mixup import Mixup
-from vbp.training.optim import layer_groups, make_ema, make_schedule, matrices_decayed
+from vbp.training.optim import make_ema, make_schedule, parameter_groups
 
 _OFF, _ALONE = Precision(), Processes()
 
@@ -68,6 +69,8 @@ class TrainerSettings:
         mixup: Mixes the images of each batch, for student and teacher alike.
         fixed_statistics: Keep dropout off and the running statistics of BatchNorms as they are.
         measure_gradients: Report the norm of the gradients.
+        objective: What is distilled from the teacher in the place of `loss`, without labels: features, or
+            similarities with texts.
 
     Raises:
         InputError: A value is out of range.
@@ -92,6 +95,7 @@ class TrainerSettings:
     mixup: Mixup | None = None
     fixed_statistics: bool = False
     measure_gradients: bool = False
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         """Check the values that nothing else checks."""
@@ -141,14 +145,17 @@ class Trainer:
         Raises:
             InputError: A value is out of range.
         """
+        if settings.objective is not None and teacher is None:
+            raise InputError("an objective is distilled from a teacher, got none; give the dense model as teacher")
         self.student, self.teacher = move_(student, device), teacher
         if teacher is not None:
             move_(teacher, device).eval().requires_grad_(False)
         self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
+        rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = AdamW(
-            _parameters(student, settings),
-            lr=settings.learning_rate,
-            weight_decay=settings.weight_decay,
+            parameter_groups(student, rate, decay, layer_decay=settings.layer_decay, decay_all=settings.decay_all),
+            lr=rate,
+            weight_decay=decay,
             fused=True if device.type == "cuda" else None,
         )
         self.scheduler = make_schedule(self.optimizer, settings.steps, settings.warmup_steps)
@@ -256,8 +263,10 @@ class Trainer:
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
         self._meter.add(loss, logits, classes)
 
-    def _loss(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits, the classes that count as right (the teacher's where there are no labels), and the loss."""
+    def _loss(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return logits, if any, the classes that count as right (without labels the teacher's), and the loss."""
+        if self.settings.objective is not None:
+            return None, pixels.new_zeros(len(pixels)).long(), self._distance(self.settings.objective, pixels)
         with self.precision.autocast():
             logits = logits_of(self._student(pixels))
             if self._teacher is not None:
@@ -270,6 +279,15 @@ class Trainer:
             return logits, labels, self.settings.loss.cross_entropy(logits, labels)
         loss = self.settings.loss(logits, in_float32(target), labels)
         return logits, target.argmax(1) if labels is None else labels, loss
+
+    def _distance(self, objective: Objective, pixels: Tensor) -> Tensor:
+        """Return the mean error of the objective: the student's against the teacher's."""
+        assert self._teacher is not None
+        with self.precision.autocast():
+            values = objective.read(self._student(pixels))
+            with torch.no_grad():
+                target = objective.target(objective.read(self._teacher(pixels)))
+        return objective.loss(values, target) / len(pixels)
 
     def _step(self) -> None:
         if self.settings.clip_grad is not None or self.settings.measure_gradients:
@@ -336,10 +354,3 @@ class Trainer:
         )
         self._meter.load_state_dict(own)
         set_random_state_(own["random"], self.device)
-
-
-def _parameters(student: nn.Module, settings: TrainerSettings) -> Iterable[Any]:
-    """Return what the optimizer changes, in groups where rates or decay differ."""
-    if settings.layer_decay != 1:
-        return layer_groups(student, settings.learning_rate, settings.layer_decay, settings.weight_decay)
-    return student.parameters() if settings.decay_all else matrices_decayed(student, settings.weight_decay)

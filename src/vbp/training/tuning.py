@@ -25,6 +25,7 @@ from vbp.runtime.forward import evaluation_mode, frozen
 from vbp.runtime.memory import gib, out_of_memory, peak_memory
 from vbp.runtime.precision import Precision, move_
 from vbp.statistics.images import ImageSource
+from vbp.statistics.objective import Objective
 from vbp.statistics.training_images import UnlabelledLoader, training_images
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import DivergedError, EpochResult, steps_per_epoch
@@ -95,6 +96,7 @@ class Tuner:
         settings: TunerSettings,
         *,
         precision: Precision,
+        objective: Objective | None = None,
         state: Mapping[str, Any] | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> None:
@@ -106,6 +108,7 @@ class Tuner:
             images: Calibration images, at least 8.
             settings: How.
             precision: Of the training passes; models are compared in that of the session.
+            objective: What the student learns of the teacher, and is judged by; by default what the teacher returns.
             state: What `state_dict` returned, to go on from there.
             own: With it, what `process_state` returned on the process with this rank.
         """
@@ -115,7 +118,7 @@ class Tuner:
         check_tuning_images(len(images))
         held_out = held_out_places(len(images))
         move_(teacher, self._device)  # as training does: another layout in memory changes the last bits
-        self._reference = DenseReference.held_out(teacher, images, held_out)
+        self._reference = DenseReference.held_out(teacher, images, held_out, objective)
         self.trainer: Trainer | None = None
         self._going_on = None if state is None or own is None else (state["trainer"], own)
         if state is None:
@@ -239,6 +242,7 @@ class Tuner:
             ema_decay=1 - 1 / steps,  # over about an epoch
             compile=settings.compile,
             fixed_statistics=True,
+            objective=None if self._reference.objective.kind == "logits" else self._reference.objective,
         )
         return Trainer(
             copy.deepcopy(self._pruned), trainer, device=self._device, teacher=self._teacher,

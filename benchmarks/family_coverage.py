@@ -95,10 +95,10 @@ def main(options: Options) -> None:
     results = [Result(**json.loads(line)) for line in records.read_text().splitlines()] if records.exists() else []
     known = {(result.library, result.family) for result in results}
     for library in options.libraries:
-        for family, name in smallest(library, options.families):
+        for family, chosen in smallest(library, options.families):
             if (library, family) in known:
                 continue
-            results.append(in_process(library, family, name(), options.limit))
+            results.append(in_process(library, family, chosen(), options.limit))
             with records.open("a") as file:
                 file.write(json.dumps(asdict(results[-1])) + "\n")
             print(library, family, results[-1].name, results[-1].verdict, results[-1].steps, flush=True)
@@ -228,7 +228,7 @@ class Case:
         pruned, _, _ = self._pruned(self.sites)
         names = []
         for model in (self.model, pruned):
-            logits_of(model(self.pixels)).square().sum().backward()
+            logits_of(model(self.pixels)).square().sum().backward()  # type: ignore[no-untyped-call]
             names.append({name for name, parameter in model.named_parameters() if parameter.grad is not None})
             model.zero_grad(set_to_none=True)
         _expect(names[0] <= names[1], f"no gradient in {sorted(names[0] - names[1])[:3]}")

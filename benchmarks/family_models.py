@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +77,7 @@ def build(library: str, name: str, size: int | None = None) -> nn.Module:
     if library == "timm":
         import timm
 
-        arguments = {} if size is None else {"img_size": size}
+        arguments: dict[str, Any] = {} if size is None else {"img_size": size}
         try:
             model: nn.Module = timm.create_model(name, num_classes=CLASSES, **arguments)
         except TypeError:
@@ -122,7 +122,7 @@ def runnable(library: str, name: str) -> tuple[int, Callable[[], nn.Module]]:
             except Exception as error:  # noqa: BLE001 (of any library, for any reason)
                 reason = first_line(error)
                 continue
-            return size, lambda asked=asked: build(library, name, asked)  # type: ignore[misc]
+            return size, lambda asked=asked: build(library, name, asked)
     raise RuntimeError(f"it runs on no image: {reason}")
 
 
@@ -130,5 +130,7 @@ def _own_size(library: str, name: str) -> int:
     if library == "timm":
         import timm
 
-        return int(timm.get_pretrained_cfg(name, allow_unregistered=True).input_size[-1])
+        config = timm.get_pretrained_cfg(name, allow_unregistered=True)
+        assert config is not None
+        return int(config.input_size[-1])
     return 299 if "inception" in name else 224

@@ -162,7 +162,7 @@ def _write_run(folder: Path) -> None:
     _write_plan(folder)
     _write_statistics(folder)
     plan = PruningPlan.load(folder / "plan.json")
-    dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
+    dense: dict[str, Any] = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
     small = {**dense, "macs": 7 * 10**8, "epoch": 1}
     summary = {
         "base": dense, "pruned": small, "best": small, "final": small, "keep_ratio": plan.kept / plan.total,
@@ -186,7 +186,7 @@ def _sweep(folder: Path) -> SweepConfig:
 
 
 def _swept() -> tuple[SweepState, list[SweepRow]]:
-    dense = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
+    dense: dict[str, Any] = {"top1": 70.0, "top5": 90.0, "macs": 10**9, "params": 5 * 10**6, "images": 500}
     row = {"criterion": "variance", "compensation": "mean", "scope": "global", "keep_ratio": 0.5}
     row |= {**dense, "kept": 5, "total": 10, "latency": _latency()}
     rows = [SweepRow.from_dict(one) for one in (row, {**row, "keep_ratio": 0.4})]

@@ -163,7 +163,7 @@ def measured_run(options: Options, point: Point) -> Row:
     report = vbp.run(run_config(options, point))
     stage = "tune" if point.part == "tune" else "finetune"
     # The last epoch of fine-tuning, not the best: that would be chosen on the images that judge.
-    return _row(point, report.final.top1, report.base.top1, report.images["val"], report.seconds.get(stage, 0.0))
+    return _row(point, report.final.score, report.base.score, report.images["val"], report.seconds.get(stage, 0.0))
 
 
 def _row(point: Point, top1: float, dense: float, images: int, seconds: float) -> Row:
@@ -191,7 +191,7 @@ class Shuffled:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         generator = torch.Generator().manual_seed(1000 * self._seed + self._epoch)
         order = torch.randperm(len(self._images.labels), generator=generator)
-        for places in list(order.split(_BATCH))[self._start :]:
+        for places in list(torch.split(order, _BATCH))[self._start :]:
             yield self._images.pixels[places], self._images.labels[places]
 
 
@@ -222,8 +222,13 @@ class Small:
     def _start(self, point: Point, dense: nn.Module) -> nn.Module:
         key = (point.model, point.start, point.ratio, point.seed)
         if key not in self._starts:
-            batches = self.train.pixels.split(_BATCH)
-            settings = {"keep_ratio": point.ratio, "calib_samples": 0, "seed": point.seed, "progress": False}
+            batches = torch.split(self.train.pixels, _BATCH)
+            settings: dict[str, Any] = {
+                "keep_ratio": point.ratio,
+                "calib_samples": 0,
+                "seed": point.seed,
+                "progress": False,
+            }
             self._starts = {key: vbp.prune(dense, batches, **settings, **STARTS[point.start]).model}
         return self._starts[key]
 

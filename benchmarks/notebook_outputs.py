@@ -18,17 +18,17 @@ NOTEBOOK = Path(__file__).resolve().parent.parent / "examples/tutorial.ipynb"
 
 def main() -> None:
     """Run it in an empty folder, and write it."""
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    notebook = nbformat.read(NOTEBOOK, as_version=4)  # type: ignore[no-untyped-call]
     metadata = dict(notebook.metadata)
     with tempfile.TemporaryDirectory() as folder:
         resources = {"metadata": {"path": folder}}
         NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources).execute()
-    notebook.metadata = nbformat.from_dict(metadata)
+    notebook.metadata = nbformat.from_dict(metadata)  # type: ignore[no-untyped-call]
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         if cell.cell_type == "code":
             cell.outputs = joined(cell.outputs)
-    nbformat.write(notebook, NOTEBOOK)
+    nbformat.write(notebook, NOTEBOOK)  # type: ignore[no-untyped-call]
 
 
 def joined(outputs: list[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:

@@ -17,6 +17,7 @@ from vbp.cost.widths import recommended_round_to
 from vbp.errors import InputError
 from vbp.pruning.make_plan import PlanRules, shares_budget
 from vbp.pruning.plan import PruningPlan
+from vbp.pruning.surgery import check_prunable
 from vbp.recipes.config import PruneConfig
 from vbp.runtime.choices import Scope
 from vbp.runtime.session import Session
@@ -48,7 +49,8 @@ def sites_of(config: PruneConfig, model: nn.Module, example: Tensor) -> tuple[Si
     """Return the sites that the configuration asks for: attention too where it shares the budget and can be cut.
 
     Raises:
-        InputError: There is none, a pattern fits none, or attention is asked for and cannot be pruned.
+        InputError: There is none, a pattern fits none, the model does not run with fewer channels in them, or
+            attention is asked for and cannot be pruned.
     """
     asked = config.bottleneck or (config.shares_budget and config.attention == "on")
     try:
@@ -59,11 +61,23 @@ def sites_of(config: PruneConfig, model: nn.Module, example: Tensor) -> tuple[Si
         found = find_sites(model, example, convolutions=config.convolutions)
         _log.info("attention stays whole: %s", error)
     if not config.bottleneck:
-        whole = [unit for unit in units_of(found) if not shares_budget(unit)]
-        for unit in whole:
-            _log.info("the attention of %s stays whole: its heads do not allow any basis", unit[0].name)
-        found = tuple(site for site in found if not any(site in unit for unit in whole))
-    return select_sites(found, config.include, config.exclude)
+        whole = [site for unit in units_of(found) if not shares_budget(unit) for site in unit]
+        layers = {name for site in whole for name in site.producers}
+        for site in whole:
+            _log.info("%s of attention %s stay whole: its heads do not allow any basis", site.kind, site.name)
+        # Rows of one layer are cut together, or not at all.
+        found = tuple(site for site in found if site not in whole and not layers & set(site.producers))
+    sites = select_sites(found, config.include, config.exclude)
+    try:
+        check_prunable(model, sites, example)
+    except InputError as error:
+        mlps = tuple(site for site in sites if site.kind == "mlp")
+        if asked or not mlps or len(mlps) == len(sites):
+            raise
+        check_prunable(model, mlps, example)
+        _log.info("attention stays whole: %s", error)
+        return mlps
+    return sites
 
 
 def comparison_by_main(

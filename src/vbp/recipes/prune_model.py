@@ -18,7 +18,6 @@ from vbp.errors import InputError
 from vbp.models.classifier import Classifier
 from vbp.models.split_attention import with_split_attention
 from vbp.pruning.make_plan import check_ratios
-from vbp.pruning.surgery import check_prunable
 from vbp.recipes.checks import check_pruning
 from vbp.recipes.config import PruneConfig
 from vbp.recipes.planning import find_target, plan_rules, sites_of
@@ -189,7 +188,6 @@ def _prepare(config: PruneConfig, dense: nn.Module, batches: list[Any], seed: in
     noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(0))
     example = noise.to(like)
     sites = sites_of(config, dense, example)
-    check_prunable(dense, sites, example)
     rules = plan_rules(config, session, sites)
     batch = latency_batch(dense, example, at_most=_GPU_BATCH, size=config.latency_batch)
     target = find_target(config, session, dense, sites, example, batch, rules)

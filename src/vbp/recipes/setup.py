@@ -26,7 +26,6 @@ from vbp.models.classifier import Classifier
 from vbp.models.split_attention import split_attention_
 from vbp.pruning.make_plan import PlanRules, check_ratios
 from vbp.pruning.plan import PruningPlan
-from vbp.pruning.surgery import check_prunable
 from vbp.recipes.checks import check_without_labels
 from vbp.recipes.config import PruneConfig, RunConfig
 from vbp.recipes.options import ModelOptions
@@ -191,7 +190,6 @@ def prepare(config: RunConfig, session: Session, needs: Collection[Need] = ()) -
         given.check_holds(
             sites, config.stats_path, covariance="covariance" in needs, sensitivity="sensitivity" in needs
         )
-    check_prunable(model, sites, example)
     check_drop_path(config.drop_path, model)
     check_layer_decay(config.layer_decay, model)
     rules = plan_rules(config, session, sites)

@@ -337,7 +337,7 @@ def test_a_run_that_goes_on_is_not_timed_again(quick: RunConfig, monkeypatch: py
     def no_times(*_: object, **__: object) -> None:
         raise AssertionError("the layers were timed again")
 
-    monkeypatch.setattr("vbp.recipes.setup.measure_layer_times", no_times)
+    monkeypatch.setattr("vbp.recipes.planning.measure_layer_times", no_times)
     again = run(dataclasses.replace(tuned, resume="auto"))
     assert again.sites == first.sites
     assert again.budget == first.budget

@@ -343,7 +343,8 @@ DECIDING_A_SWEEP = (
     "matmul_precision "
     "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views "
     "epochs_ft hflip crop_scale train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay "
-    "warmup_epochs clip_grad label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing"
+    "warmup_epochs clip_grad label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing "
+    "auto_augment reprob drop_path layer_decay"
 )
 
 

@@ -181,7 +181,7 @@ def test_attention_stays_whole_where_it_cannot_be_cut(plain: nn.Module, pixels: 
     assert vbp.prune(plain, [pixels], target_macs=0.7).plan.attention_share is None
 
 
-def test_rotary_attention_stays_whole_and_is_named(caplog: pytest.LogCaptureFixture) -> None:
+def test_of_rotary_attention_the_values_alone_share_a_budget(caplog: pytest.LogCaptureFixture) -> None:
     import timm
 
     torch.manual_seed(0)
@@ -190,8 +190,8 @@ def test_rotary_attention_stays_whole_and_is_named(caplog: pytest.LogCaptureFixt
     )
     with caplog.at_level("INFO", "vbp"):
         found = vbp.prune(rotary, [torch.randn(8, 3, 28, 28)], target_macs=0.8)
-    assert found.plan.attention_share is None
-    assert "stays whole" in caplog.text
+    assert {entry.site.kind for entry in found.plan.sites} == {"mlp", "value"}
+    assert "queries and keys of the attention behind" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -42,6 +42,7 @@ from vbp.recipes.run import run
 from vbp.recipes.setup import Job, prepare
 from vbp.runtime.decode import to_json
 from vbp.runtime.files import folder_lock
+from vbp.runtime.processes import command_line
 from vbp.runtime.session import Session
 from vbp.training.checkpoints import latest_checkpoint, read_checkpoint
 
@@ -74,7 +75,7 @@ def test_a_run_leaves_every_file(config: RunConfig, report: RunReport) -> None:
     assert summary["config"] == config.to_dict() == json.loads((config.save_dir / "config.json").read_text())
     assert datetime.fromisoformat(report.date).tzinfo is not None
     assert report.hardware == machine(torch.device("cpu"))
-    assert report.command
+    assert report.command == command_line()
     assert report.changed is not None
     assert {"model_name", "data_path", "epochs_ft"} <= {*report.changed} < {*config.to_dict()}
     assert not report.imagenet

@@ -181,7 +181,7 @@ def test_one_call_prunes_and_tunes_without_labels(demo_folder: Path) -> None:
     assert result.tuning is not None
     assert result.tuning.after < result.tuning.before
     assert result.untuned_accuracy is not None
-    assert [line.split()[0] for line in result.table().splitlines()[1:5]] == ["dense", "pruned", "tuned", "budget"]
+    assert [line.split()[0] for line in result.table().splitlines()[1:5]] == ["dense", "pruned", "tuned", "tuning"]
     assert result.figures()["tuning"]["sentence"] == result.tuning.sentence()
     assert result.settings["tune"] == 2
     assert all(value.equal(before[name]) for name, value in classifier.model.state_dict().items())

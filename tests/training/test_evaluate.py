@@ -104,7 +104,8 @@ def test_no_image_is_an_error_and_leaves_the_training_flag(batches: list[Batch])
 
 
 @pytest.mark.parametrize(
-    "output", [(torch.zeros(1, 2),), {"logits": torch.zeros(1, 2)}, SimpleNamespace(logits=None)]
+    "output",
+    [(torch.zeros(1, 2),), {"logits": torch.zeros(1, 2), "boxes": torch.zeros(1, 4)}, SimpleNamespace(logits=None)],
 )
 def test_an_output_without_logits_is_an_error(output: Any) -> None:
     with pytest.raises(InputError, match=f"return a tensor or an output with .logits, got {type(output).__name__}"):

@@ -25,7 +25,7 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "compensations": "COMPENSATION...", "global_pruning": "", "scopes": "SCOPE...", "norm_per_layer": "",
         "equal_widths": "", "cost_aware": "", "round_to": "N", "min_keep_ratio": "SHARE", "attention": "",
         "bottleneck": "", "attn_keep_ratio": "SHARE", "convolutions": "", "include": "PATTERN...",
-        "exclude": "PATTERN...",
+        "exclude": "PATTERN...", "objective": "", "text_embeddings": "FILE",
     },
     "budget": {
         "keep_ratio": "SHARE", "keep_ratios": "SHARE...", "target_macs": "COUNT|SHARE",
@@ -37,6 +37,7 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "refit_head": "", "refit_views": "N",
     },
     "fine-tuning": {
+        "tune": "off|auto|EPOCHS|TIME",
         "epochs_ft": "N", "train_batch_size": "N", "grad_accum": "N", "lr_ft": "RATE", "layer_decay": "FACTOR",
         "warmup_epochs": "EPOCHS", "weight_decay": "RATE", "clip_grad": "NORM", "use_kd": "", "kd_alpha": "WEIGHT",
         "kd_beta": "WEIGHT", "kd_T": "TEMPERATURE", "teacher": "source|MODEL", "label_smoothing": "SHARE",
@@ -48,13 +49,14 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "warmup": "N", "budget_s": "SECONDS",
     },
     "export": {
-        "to": "", "dtype": "", "tolerance": "SHARE",
+        "to": "", "dtype": "", "opset": "N", "reduce_range": "", "tolerance": "SHARE",
     },
     "speed": {
         "device": "DEVICE", "amp": "", "matmul_precision": "", "num_workers": "N", "prefetch": "N",
         "stats_path": "FILE", "compile": "", "grad_checkpointing": "",
     },
     "long runs": {
+        "point": "K/N", "seeds": "N",
         "resume": "auto|PATH", "checkpoint_minutes": "MINUTES", "processes": "N", "disable_ddp": "",
         "timeout_minutes": "MINUTES", "local_rank": "N",
     },

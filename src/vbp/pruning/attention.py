@@ -19,8 +19,8 @@ from vbp.method.ridge import as_matrix
 from vbp.pruning.plan import SitePlan
 from vbp.statistics.statistics import KEY, QUERY
 
-# Share of a head's largest variance that rounding may leave of none.
-_ROUNDING = 1e-12
+# Share of a head's largest variance that rounding may leave of none: moments are sums of products in float32.
+_ROUNDING = 1e-6
 
 Means = Mapping[str, Tensor]
 Covariances = Mapping[str, ChannelCovariance]
@@ -49,12 +49,12 @@ def rotate_(
             continue
         if entry.site.kind == "value":
             change = _rotate_values_(model, entry, covariances)
-            new[entry.site.name] = _changed(covariances[entry.site.name], change)
+            new[entry.site.name] = changed_covariance(covariances[entry.site.name], change)
             if means is not None:
                 new_means[entry.site.name] = _by_heads(change, means[entry.site.name].to(change))
         else:
             for name, change in zip((QUERY, KEY), _rotate_queries_and_keys_(model, entry, covariances), strict=True):
-                new[entry.site.name + name] = _changed(covariances[entry.site.name + name], change)
+                new[entry.site.name + name] = changed_covariance(covariances[entry.site.name + name], change)
     return None if means is None else new_means, new
 
 
@@ -107,7 +107,7 @@ def _finite(name: str, covariances: Covariances) -> ChannelCovariance:
     return found
 
 
-def _changed(covariance: ChannelCovariance, change: Float[Tensor, "heads size size"]) -> ChannelCovariance:
+def changed_covariance(covariance: ChannelCovariance, change: Float[Tensor, "heads size size"]) -> ChannelCovariance:
     there = covariance.to(change.device)
     m2 = _by_heads(change, _by_heads(change, there.m2).T)
     # Of a direction without variance nothing but rounding is left, which may be negative.

@@ -23,6 +23,7 @@ from vbp.method.covariance import ChannelCovariance
 from vbp.method.elimination import strictly_rising
 from vbp.method.principal import head_blocks, query_key_basis, value_basis
 from vbp.method.ridge import RIDGE, as_matrix, reconstruction, ridge_coefficients
+from vbp.pruning.attention import changed_covariance
 from vbp.sites.site import Site
 from vbp.statistics.statistics import KEY, QUERY, Statistics
 
@@ -73,8 +74,7 @@ def _values(
     covariance = metrics[site.name].to(device).covariance
     by_head = as_matrix(weight).unflatten(1, (heads, -1)).movedim(1, 0)  # type: ignore[no-untyped-call]
     basis = value_basis(head_blocks(covariance, heads), by_head)
-    change = torch.block_diag(*basis.value)  # type: ignore[no-untyped-call]
-    turned = change @ covariance @ change.T
+    turned = changed_covariance(metrics[site.name].to(device), basis.value).covariance
     columns = basis.columns.movedim(0, 1).flatten(1)
     plain, sensitivity = statistics.covariances[site.name].to(device), statistics.sensitivities[site.name].to(device)
     out, hidden, *kernel = weight.shape

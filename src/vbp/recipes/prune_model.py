@@ -121,7 +121,7 @@ def prune(
     before = _accuracy(job, dense, val if classifies else None, "dense")
     pruned = prune_copy(job, refits)
     pruned.model.eval()
-    untuned = _accuracy(job, pruned.model, val, "pruned")
+    untuned = _accuracy(job, pruned.model, val if classifies else None, "pruned")
     tuning = _tune(job, pruned.model)
     return PruneResult(
         pruned.model,

@@ -135,7 +135,7 @@ def _finish(job: Job, pruned: nn.Module, plan: PruningPlan, report: RunReport, t
     report = tune(job, pruned, plan, report, teacher=teacher)
     if job.resumed is not None and TUNE in job.resumed.state:
         job = replace(job, resumed=None)  # fine-tuning begins
-    report = finetune(job, pruned, plan, report, teacher=teacher if job.config.use_kd else None)
+    report = finetune(job, pruned, plan, report, teacher=teacher if job.config.use_kd or not job.labelled else None)
     report = replace(report, **circumstances(job))
     if job.session.processes.is_main:
         _write_results(job.config, report)

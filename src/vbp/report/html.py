@@ -37,8 +37,8 @@ _SHORT_NAME: Final = 28
 
 # For what to take each file with weights.
 _TAKE: Final = {
-    ARTIFACT: "To use or to publish: it has the highest validation top-1 of all epochs, epoch 0 (untuned) included. "
-    "A folder of safetensors and JSON, with the preprocessing, and the class names where they are known.",
+    ARTIFACT: "To use or to publish: it is the best of all epochs on the validation images, epoch 0 (untuned) "
+    "included. A folder of safetensors and JSON, with the preprocessing, and the class names where they are known.",
     BEST: "The same weights in one file.",
     FINAL: "To compare with published results: the last epoch was not chosen by the validation images.",
 }

@@ -11,7 +11,6 @@ are timed beside the dense one by PyTorch and ONNX Runtime, in one run for each 
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import itertools
 import json
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import tyro
 
 import vbp
 from vbp.cli.latency import run_latency
@@ -35,26 +35,35 @@ from vbp.runtime.tables import markdown_table
 BOTH, MLPS = "MLPs and attention", "MLPs alone"
 
 
-def parse() -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data_path", required=True)
-    parser.add_argument("--model_name", required=True)
-    parser.add_argument("--checkpoint", type=Path)
-    parser.add_argument("--calib_samples", type=int, default=1000)
-    parser.add_argument("--targets", nargs="*", default=["0.8", "0.72", "0.6", "0.5"])
-    parser.add_argument("--ranks", nargs="*", type=float, default=[0.75, 0.5])
-    parser.add_argument("--save_dir", type=Path, default=Path("output/whole_block"))
-    parser.add_argument("--latency", nargs="*", default=[], metavar="TARGET")
-    parser.add_argument("--cost", action="store_true")
-    return parser.parse_args()
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Compare one budget for MLPs and attention with MLPs alone."""
+
+    data_path: str
+    """Folder with train and val, each with one folder for each class."""
+    model_name: str
+    """A timm model, or as for vbp run."""
+    checkpoint: Path | None = None
+    """Its weights."""
+    calib_samples: int = 1000
+    """Calibration images."""
+    targets: tuple[str, ...] = ("0.8", "0.72", "0.6", "0.5")
+    """Shares of the MACs."""
+    ranks: tuple[float, ...] = (0.75, 0.5)
+    """Shares of every head that stay where attention alone is cut."""
+    save_dir: Path = Path("output/whole_block")
+    """Where the runs go."""
+    latency: tuple[str, ...] = ()
+    """Of these targets the pruned models are timed."""
+    cost: bool = False
+    """Compare the stages of a run with a bare pass over its images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """The runs of one model, in folders of their own."""
 
-    options: argparse.Namespace
+    options: Options
 
     def row(self, label: str, **settings: Any) -> dict[str, Any]:
         """Return the summary of a run, which is made where there is none yet."""
@@ -116,9 +125,9 @@ class Bench:
                 ]  # fmt: skip
 
 
-def main() -> None:
+def main(options: Options) -> None:
     """Print the tables as Markdown."""
-    bench = Bench(parse())
+    bench = Bench(options)
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
@@ -142,4 +151,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    main(tyro.cli(Options, config=(tyro.conf.OmitArgPrefixes,)))

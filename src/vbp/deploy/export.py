@@ -7,7 +7,6 @@ torch alone), OpenVINO (a folder with two files) or ExecuTorch (`.pte`, for phon
 from __future__ import annotations
 
 import itertools
-import logging
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -35,12 +34,9 @@ from vbp.deploy.settings import ExportFormat, ExportPrecision
 from vbp.errors import InputError, printable
 from vbp.runtime.choices import Toggle
 from vbp.runtime.files import check_path, write_atomically
-from vbp.runtime.log_file import log_lines
 from vbp.runtime.tables import with_error
 from vbp.statistics.batches import images_for
 from vbp.training.evaluate import evaluate
-
-_log = logging.getLogger(__name__)
 
 # Greatest difference of two logits, as a share of the model's greatest logit.
 TOLERANCES: dict[ExportPrecision, float] = {"float32": 1e-4, "float16": 0.01, "bfloat16": 0.1, "int8": 0.25}
@@ -198,9 +194,7 @@ def export_model(
         written = opset_of(draft) if to == "onnx" else None
         size = sum(file.stat().st_size for file in draft.parent.iterdir())
         file = _put(draft, path, to)
-    report = ExportReport(file, to, dtype, size, parity, allowed, top1, count, written, reduced)
-    log_lines(_log, report.table())
-    return report
+    return ExportReport(file, to, dtype, size, parity, allowed, top1, count, written, reduced)
 
 
 def _put(draft: Path, path: Path, to: ExportFormat) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -24,11 +23,8 @@ from vbp.models.classifier import ModelSource
 from vbp.models.load import build_model
 from vbp.models.weights import load_weights_, mismatch
 from vbp.pruning.plan import PruningPlan
-from vbp.runtime.log_file import log_lines
 from vbp.sites.layers import input_channels, output_channels
 from vbp.sites.site import Site
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -169,9 +165,7 @@ def export_native(
 
     write_folder(target, write_and_check)
     size = sum(file.stat().st_size for file in target.iterdir())
-    report = NativeReport(target, source.library, arguments, size, parities[0], allowed)
-    log_lines(_log, report.table())
-    return report
+    return NativeReport(target, source.library, arguments, size, parities[0], allowed)
 
 
 def _checkpoint(

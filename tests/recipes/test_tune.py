@@ -19,6 +19,7 @@ from vbp.errors import Interrupted
 from vbp.recipes.config import FinetuneConfig
 from vbp.recipes.demo import load_demo
 from vbp.recipes.run import run_finetune
+from vbp.statistics.statistics import Statistics
 from vbp.training.tuning import Tuner
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -58,7 +59,11 @@ def test_a_run_reports_the_tuned_model_and_ships_it(tuned: RunConfig, caplog: py
     assert not {"tuned", "tuning"} & set(plain.to_dict())
     first, second = (load_pruned(folder / "artifact")(images) for folder in (tuned.save_dir, plain_folder(plain)))
     assert not torch.equal(first, second)
-    assert report.pruned == plain.pruned
+    # The images that judge are new to the statistics too.
+    counts = [
+        Statistics.load(folder / "statistics.safetensors").images for folder in (tuned.save_dir, plain_folder(plain))
+    ]
+    assert counts == [30, 40]
 
 
 def plain_folder(report: RunReport) -> Path:

@@ -124,12 +124,14 @@ def calibrate(
     processes: Processes,
     *,
     auto: bool = False,
+    first: int = 0,
 ) -> tuple[Statistics, Convergence]:
     """Collect statistics in stages until the images run out or, with `auto`, until the plan has converged.
 
     All processes must call this, and all get the same. They meet at the ends of stages alone. `collect` returns the
     statistics of this process's share of the images at these places, in an order of which every beginning represents
-    the whole, None if its share is empty; `plan_of` makes the plan whose changes are measured.
+    the whole, None if its share is empty; `plan_of` makes the plan whose changes are measured. Images before the
+    place `first` are left out.
 
     Returns:
         Statistics of all images seen, as one pass over them would have, and how the plan changed on the way.
@@ -137,14 +139,15 @@ def calibrate(
     Raises:
         InputError: There is no image.
     """
-    if total < 1:
+    if total <= first:
         raise InputError(f"calibration needs at least one image, got {total}; check the training images")
     statistics: Statistics | None = None
     plan: PruningPlan | None = None
     stages: list[Stage] = []
     start = 0
+    total -= first
     for end in stage_ends(total):
-        new = merge_across(collect(range(start, end)), processes)
+        new = merge_across(collect(range(first + start, first + end)), processes)
         statistics = new if statistics is None else statistics.merge(new)
         before, plan, start = plan, plan_of(statistics), end
         # The value of the first process, so that all stop together even if their last bits differ.

@@ -19,6 +19,7 @@ from vbp.pruning.auto import AutoSearch
 from vbp.pruning.competition import per_saving
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
+from vbp.pruning.divergence import held_out_places
 from vbp.pruning.plan import PlanChoice, PruningPlan
 from vbp.pruning.surgery import prune_
 from vbp.recipes.planning import comparison_by_main
@@ -85,7 +86,13 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
     if statistics is not None:
         _log.info("statistics of %d images from %s", statistics.images, config.stats_path)
         needs &= {"gradients"}
-    convergence = None
+    convergence, first = None, 0
+    if config.tune != "off":
+        # Images of which the statistics were made would flatter the model that tuning is compared with.
+        first = len(held_out_places(len(job.calibration)))
+        _log.info("%d images are held out: statistics and refits do without them", first)
+        if statistics is not None:
+            _log.warning("statistics from a file may be of these images too; then tuning has to gain more to be kept")
     with session.timed("calibration"):
         reader = EvidenceReader(
             job.dense, job.sites, job.calibration, needs,
@@ -99,11 +106,12 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
                 lambda collected: _plan(job, variance_scores(collected, norm_per_layer=config.norm_per_layer)),
                 processes=session.processes,
                 auto=stop_early,
+                first=first,
             )
             _log.info("statistics of %d sites over %d images", len(job.sites), statistics.images)
             log_lines(_log, convergence.table())
         elif needs:
-            reader.read(range(len(job.calibration)))
+            reader.read(range(first, len(job.calibration)))
         gradients = reader.gradients()
     return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 

@@ -32,6 +32,7 @@ from vbp.runtime.session import Session
 from vbp.statistics.batches import check_repeatable, images_for, part_of, pixels_of
 from vbp.statistics.images import GivenImages
 from vbp.statistics.objective import Objective
+from vbp.statistics.stream_target import StreamTarget
 from vbp.statistics.text_embeddings import TextEmbeddings
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.retrieval import Retrieval, compare_embeddings, embed
@@ -216,7 +217,9 @@ def _tune(job: PruneJob, pruned: nn.Module) -> TuningReport | None:
         # A copy teaches: training brings its layout in memory to what suits the device.
         settings = TunerSettings(length)
         dense = copy_model(job.dense)
-        return Tuner(pruned, dense, images, settings, precision=precision, objective=job.objective).tune_()
+        stream = StreamTarget.find(dense, pruned, job.sites, job.example, images)
+        tuner = Tuner(pruned, dense, images, settings, precision=precision, objective=job.objective, stream=stream)
+        return tuner.tune_()
 
 
 def _accuracy(job: PruneJob, model: nn.Module, val: Iterable[Any] | None, label: str) -> Accuracy | None:

@@ -16,6 +16,7 @@ from vbp.recipes.setup import Job
 from vbp.report.run_report import RunReport
 from vbp.runtime.precision import Precision
 from vbp.runtime.signals import Interruption
+from vbp.statistics.stream_target import StreamTarget
 from vbp.training.checkpoints import checked_content, save_checkpoint
 from vbp.training.tuning import LARGEST_BATCH, Tuner, TunerSettings
 from vbp.training.tuning_length import TuningLength
@@ -76,11 +77,13 @@ def _tuner(job: Job, pruned: nn.Module, length: TuningLength, teacher: nn.Module
     )
     precision = Precision.for_tuning(config.amp, job.session.device)
     known = pruned, teacher, job.calibration, settings
+    stream = StreamTarget.find(teacher, pruned, job.sites, job.example, job.calibration)
+    more: dict[str, Any] = {"precision": precision, "objective": job.objective, "stream": stream}
     if resumed is None:
-        return Tuner(*known, precision=precision, objective=job.objective)
+        return Tuner(*known, **more)
     with checked_content(resumed.path):
         state, own = resumed.state[TUNE], resumed.state["processes"][job.session.processes.rank]
-        return Tuner(*known, precision=precision, objective=job.objective, state=state, own=own)
+        return Tuner(*known, **more, state=state, own=own)
 
 
 def _save(

@@ -25,6 +25,7 @@ from vbp.runtime.precision import Precision, in_float32, move_
 from vbp.runtime.processes import Processes
 from vbp.runtime.random_state import random_state, set_random_state_
 from vbp.statistics.objective import Objective
+from vbp.statistics.stream_target import StreamTarget
 from vbp.training.compile import Compiled, compile_errors
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import EpochMeter, EpochResult
@@ -71,6 +72,8 @@ class TrainerSettings:
         measure_gradients: Report the norm of the gradients.
         objective: What is distilled from the teacher in the place of `loss`, without labels: features, or
             similarities with texts.
+        stream: With a teacher, also brings the student's residual stream to the teacher's.
+        stream_weight: Of its error, beside the rest of the loss.
 
     Raises:
         InputError: A value is out of range.
@@ -96,6 +99,8 @@ class TrainerSettings:
     fixed_statistics: bool = False
     measure_gradients: bool = False
     objective: Objective | None = None
+    stream: StreamTarget | None = None
+    stream_weight: float = 1.0
 
     def __post_init__(self) -> None:
         """Check the values that nothing else checks."""
@@ -145,7 +150,7 @@ class Trainer:
         Raises:
             InputError: A value is out of range.
         """
-        if settings.objective is not None and teacher is None:
+        if teacher is None and (settings.objective is not None or settings.stream is not None):
             raise InputError("an objective is distilled from a teacher, got none; give the dense model as teacher")
         self.student, self.teacher = move_(student, device), teacher
         if teacher is not None:
@@ -168,6 +173,8 @@ class Trainer:
         called = self._ddp or student
         self._student = Compiled(called) if settings.compile else called
         self._teacher = Compiled(teacher) if settings.compile and teacher is not None else teacher
+        stream = settings.stream
+        self._stream = None if stream is None or teacher is None else stream.watch(student, teacher)
         self._scaler: GradScaler = precision.scaler()
         self._dtype = next((each.dtype for each in student.parameters() if each.is_floating_point()), torch.float32)
         self._meter = EpochMeter(device)
@@ -258,10 +265,17 @@ class Trainer:
         if self._ddp is not None and not ends_step:
             exchange = self._ddp.no_sync()
         with exchange, compile_errors() if self.settings.compile else nullcontext():
-            logits, classes, loss = self._loss(pixels, labels)
+            logits, classes, loss = self._loss_with_stream(pixels, labels)
             weighted = loss if weight == 1 else loss * weight
             self._scaler.scale(weighted).backward()  # type: ignore[no-untyped-call]
         self._meter.add(loss, logits, classes)
+
+    def _loss_with_stream(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
+        if self._stream is None:
+            return self._loss(pixels, labels)
+        with self._stream.watching():
+            logits, classes, loss = self._loss(pixels, labels)
+            return logits, classes, loss + self.settings.stream_weight * self._stream.loss()
 
     def _loss(self, pixels: Tensor, labels: Tensor | None) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return logits, if any, the classes that count as right (without labels the teacher's), and the loss."""

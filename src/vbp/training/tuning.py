@@ -26,6 +26,7 @@ from vbp.runtime.memory import gib, out_of_memory, peak_memory
 from vbp.runtime.precision import Precision, move_
 from vbp.statistics.images import ImageSource
 from vbp.statistics.objective import Objective
+from vbp.statistics.stream_target import StreamTarget
 from vbp.statistics.training_images import UnlabelledLoader, training_images
 from vbp.training.losses import DistillationLoss
 from vbp.training.meters import DivergedError, EpochResult, steps_per_epoch
@@ -41,6 +42,9 @@ _ENOUGH: Final = 0.5
 
 # Share of the steps over which the rate rises: the first ones of AdamW know little of the size of gradients.
 _WARMUP: Final = 0.1
+
+# Of the error of the residual stream, beside that of the answers.
+_STREAM_WEIGHT: Final = 8.0
 
 # Images in a batch of a process: a thousand images make few steps an epoch as it is.
 LARGEST_BATCH: Final = 32
@@ -97,6 +101,7 @@ class Tuner:
         *,
         precision: Precision,
         objective: Objective | None = None,
+        stream: StreamTarget | None = None,
         state: Mapping[str, Any] | None = None,
         own: Mapping[str, Any] | None = None,
     ) -> None:
@@ -109,11 +114,12 @@ class Tuner:
             settings: How.
             precision: Of the training passes; models are compared in that of the session.
             objective: What the student learns of the teacher, and is judged by; by default what the teacher returns.
+            stream: What the student learns of the teacher's residual stream, beside its answers.
             state: What `state_dict` returned, to go on from there.
             own: With it, what `process_state` returned on the process with this rank.
         """
         self._pruned, self._teacher, self._images, self._settings = pruned, teacher, images, settings
-        self._precision, self._session = precision, images.session
+        self._precision, self._session, self._stream = precision, images.session, stream
         self._device = next(pruned.parameters()).device
         check_tuning_images(len(images))
         held_out = held_out_places(len(images))
@@ -143,6 +149,10 @@ class Tuner:
             "images, KL %.4f; amp %s", schedule.images, schedule.epochs, schedule.trial_epochs,
             ", ".join(f"{rate:g}" for rate in RATES), self._reference.images, state.before, self._precision.name,
         )  # fmt: skip
+        if self._stream is None:
+            _log.info("the answers of the dense model are learnt; both models have no residual stream in common")
+        else:
+            _log.info("the answers are learnt, and the residual stream after %d blocks", len(self._stream.modules))
         with evaluation_mode(self._teacher), frozen(self._teacher), out_of_memory():
             while state.phase < len(phases):
                 if state.phase == len(RATES) and not self._ended:
@@ -243,6 +253,8 @@ class Tuner:
             compile=settings.compile,
             fixed_statistics=True,
             objective=None if self._reference.objective.kind == "logits" else self._reference.objective,
+            stream=self._stream,
+            stream_weight=_STREAM_WEIGHT,
         )
         return Trainer(
             copy.deepcopy(self._pruned), trainer, device=self._device, teacher=self._teacher,

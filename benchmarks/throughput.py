@@ -32,8 +32,10 @@ from vbp import Trainer, TrainerSettings, collect_statistics, evaluate, find_sit
 from vbp.runtime.precision import Precision, move_, set_matmul_precision
 from vbp.runtime.processes import Processes, process_group
 from vbp.statistics.images import GivenImages
+from vbp.statistics.stream_target import StreamTarget
 from vbp.statistics.training_images import training_images
 from vbp.training.losses import DistillationLoss
+from vbp.training.tuning import STREAM_WEIGHT
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def variants(
     for precision in dict.fromkeys(Precision.choose(amp, device) for amp in options.amp):  # type: ignore[arg-type]
         found |= _ours(precision, options, dense, student, sites, images, processes, device)
     for precision in dict.fromkeys(Precision.for_tuning(amp, device) for amp in options.amp):  # type: ignore[arg-type]
-        found |= _tuning(precision, options, dense, student, images, processes, device)
+        found |= _tuning(precision, options, dense, student, sites, images, processes, device)
     return found
 
 
@@ -181,6 +183,7 @@ def _tuning(
     options: Options,
     dense: nn.Module,
     student: nn.Module,
+    sites: Any,
     images: Images,
     processes: Processes,
     device: torch.device,
@@ -197,15 +200,16 @@ def _tuning(
             own.zero_grad()
             logits.float().logsumexp(1).sum().backward()
 
+    # Each process has its own images here: one alone deals out its list.
+    given = GivenImages([pixels for pixels, _ in images])
+    stream = StreamTarget.find(teacher, own, sites, images.batches[0][0][:1].to(device), given)
     settings = TrainerSettings(
         steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), decay_all=False, ema_decay=0.95,
-        fixed_statistics=True,
+        fixed_statistics=True, stream=stream, stream_weight=STREAM_WEIGHT,
     )  # fmt: skip
     trainer = Trainer(
         deepcopy(student), settings, device=device, teacher=deepcopy(dense), precision=precision, processes=processes
     )
-    # Each process has its own images here: one alone deals out its list.
-    given = GivenImages([pixels for pixels, _ in images])
     loader = training_images(given, range(len(given)), options.batch_size)
     stage, world = f"tuning, amp {precision.name}", images.world
     return {

@@ -4,9 +4,10 @@
         [--calib_samples 1000] [--targets 0.8 0.72 0.6 0.5] [--ranks 0.75 0.5] [--save_dir output/whole_block]
 
 Each row is a `vbp run` in a folder of its own, whose `summary.json` is read where it is there already, so that a
-benchmark that was stopped goes on. All of them read the statistics of the first. With `--latency` the pruned models
-are timed beside the dense one by PyTorch and ONNX Runtime, in one run for each number of threads and batch size; with
-`--cost` the stages of one more run that reads no statistics are compared with a bare pass over its images.
+benchmark that was stopped goes on. All of them read the statistics of the first that made some. With `--latency` the
+pruned models are timed beside the dense one by PyTorch and ONNX Runtime, in one run for each number of threads and
+batch size; with `--cost` the stages of one more run that reads no statistics are compared with a bare pass over its
+images. `--views` and `--tune` take longer and keep more.
 """
 
 from __future__ import annotations
@@ -51,6 +52,10 @@ class Options:
     """Shares of the MACs."""
     ranks: tuple[float, ...] = (0.75, 0.5)
     """Shares of every head that stay where attention alone is cut."""
+    views: int = 1
+    """Views of each image, for statistics and refits."""
+    tune: str = "off"
+    """As of vbp run: what is tuned without labels after it."""
     save_dir: Path = Path("output/whole_block")
     """Where the runs go."""
     latency: tuple[str, ...] = ()
@@ -69,9 +74,9 @@ class Bench:
         """Return the summary of a run, which is made where there is none yet."""
         folder = self.options.save_dir / label
         if not (folder / "summary.json").is_file():
-            first = self.options.save_dir / "both-0.8" / "statistics.safetensors"
-            given = {"stats_path": first} if first.is_file() and settings.pop("reuse", True) else {}
-            settings.pop("reuse", None)
+            made = sorted(self.options.save_dir.glob("both-*/statistics.safetensors"))
+            again = settings.pop("reuse", True)
+            given: dict[str, Any] = {"stats_path": made[0]} if made and again else {"calib_views": self.options.views}
             run(self._config(save_dir=folder, overwrite=True, **given, **settings))
         summary: dict[str, Any] = json.loads((folder / "summary.json").read_text())
         return summary
@@ -81,7 +86,8 @@ class Bench:
         return vbp.RunConfig(
             data_path=options.data_path, model_type="auto", model_name=options.model_name,
             checkpoint=options.checkpoint, calib_samples=options.calib_samples, epochs_ft=0, round_to=8,
-            criterion="auto", compensation="refit", batchnorm="auto", num_workers=2, **settings,
+            criterion="auto", compensation="refit", batchnorm="auto", num_workers=2, tune=options.tune,
+            refit_views="auto" if options.views == 1 else options.views, **settings,
         )  # fmt: skip
 
     def rows(self) -> Iterator[tuple[str, str, dict[str, Any]]]:
@@ -131,14 +137,26 @@ def main(options: Options) -> None:
     print(
         f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     )
-    heading = ["what is cut", "target", "MACs", "MLP channels", "heads", "dense top-1", "pruned top-1", "share", "KL"]
+    heading = [
+        "what is cut",
+        "target",
+        "MACs",
+        "MLP channels",
+        "heads",
+        "dense top-1",
+        "pruned",
+        "tuned",
+        "share",
+        "KL",
+    ]
     cells = []
     for what, target, summary in bench.rows():
-        base, pruned = summary["base"], summary["pruned"]
+        base, pruned, tuned = summary["base"], summary["pruned"], summary.get("tuned")
         heads = "all" if summary["attention"] is None else f"{summary['attention']:.1%}"
         cells.append([
             what, target, f"{pruned['macs'] / base['macs']:.3f}", f"{summary['keep_ratio']:.1%}", heads,
-            f"{base['top1']:.2f}", f"{pruned['top1']:.2f}", f"{pruned['top1'] / base['top1']:.3f}",
+            f"{base['top1']:.2f}", f"{pruned['top1']:.2f}", "-" if tuned is None else f"{tuned['top1']:.2f}",
+            f"{(tuned or pruned)['top1'] / base['top1']:.3f}",
             f"{min(one['divergence'] for one in summary['candidates']):.4f}",
         ])  # fmt: skip
         print(f"| {' | '.join(cells[-1])} |", flush=True)

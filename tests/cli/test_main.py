@@ -50,6 +50,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "target_latency_ms": (None, ["12.5"], 12.5),
     "target_speedup": (None, ["1.2"], 1.2),
     "latency_batch": (None, ["8"], 8),
+    "calib_views": (1, ["2"], 2),
     "covariance_tokens": (0.2, ["0.5"], 0.5),
     "refit_producers": ("auto", ["off"], "off"),
     "refit_stream": ("auto", ["off"], "off"),

@@ -218,6 +218,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         {"refit_views": 2, "refit_producers": "off", "refit_stream": "off", "refit_head": "off"},
         "refit_views changes nothing where nothing is refitted after surgery, got 2",
     ),
+    ({"calib_views": 0}, "calib_views must be at least 1, got 0"),
+    (
+        {"calib_views": 2, "stats_path": Path("s.safetensors")},
+        r"calib_views changes nothing where statistics come from a file, got 2 with stats_path s\.safetensors",
+    ),
     ({"refit_views": 0}, "refit_views must be at least 1 or auto, got 0"),
     ({"criterion": "magnitude"}, "criterion must be one of .*, got 'magnitude'"),
     ({"covariance_tokens": 0.0}, r"share of tokens must be in \(0, 1\], got 0.0"),
@@ -341,7 +346,7 @@ INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effo
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
     "matmul_precision "
-    "latency covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views "
+    "latency calib_views covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views "
     "epochs_ft hflip crop_scale train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay "
     "warmup_epochs clip_grad label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing "
     "auto_augment reprob drop_path layer_decay"

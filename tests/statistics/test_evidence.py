@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,7 @@ from vbp.pruning.divergence import DenseReference
 from vbp.recipes.demo import PREPROCESSING_OVERRIDES
 from vbp.runtime.processes import Processes
 from vbp.runtime.session import Session
+from vbp.statistics.collect import collect_statistics
 from vbp.statistics.evidence import EvidenceReader, Need
 from vbp.statistics.images import CalibrationImages, GivenImages, default_views
 
@@ -209,6 +211,23 @@ def test_views_of_an_image_follow_it_whoever_reads_them(case: Case, world: int) 
     plain = torch.cat([one for one, _ in single])
     same = (pixels == plain.repeat_interleave(views, 0)).flatten(1).all(1)
     assert 3 < int(same.sum()) < 20
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_statistics_of_views_are_those_of_so_many_images(case: Case, world: int) -> None:
+    crop = dataclasses.replace(case, images=replace(case.images, views=3))
+    one, many = _read(case, ALL, [range(12)], [36], 1), _read(crop, ALL, [range(12)], [9], world)
+    assert (one.images, many.images) == (12, 36)
+    # The same numbers for any number of processes, whose batches are of the same size.
+    again = _read(crop, ALL, [range(12)], [9], 1)
+    name = case.sites[0].name
+    _close(many.covariances[name].m2, again.covariances[name].m2)
+    _close(many.sensitivities[name].inputs, again.sensitivities[name].inputs)
+    # The values are those of the views, which the loader gives.
+    seen = torch.cat([pixels for pixels, _ in replace(crop.images, batch_size=9).parts(range(12), "", labels=True)])
+    mean = collect_statistics(case.model, case.sites, [seen]).means[name]
+    _close(many.means[name], mean)
+    assert not torch.allclose(mean, one.means[name])
 
 
 def test_a_gpu_reads_four_views_and_a_cpu_one() -> None:

@@ -33,8 +33,8 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
         "latency_batch": "N",
     },
     "refit": {
-        "covariance_tokens": "SHARE", "ridge": "SHARE", "batchnorm": "", "refit_producers": "", "refit_stream": "",
-        "refit_head": "", "refit_views": "N",
+        "calib_views": "N", "covariance_tokens": "SHARE", "ridge": "SHARE", "batchnorm": "",
+        "refit_producers": "", "refit_stream": "", "refit_head": "", "refit_views": "N",
     },
     "fine-tuning": {
         "tune": "off|auto|EPOCHS|TIME",

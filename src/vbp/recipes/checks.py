@@ -85,6 +85,13 @@ def check_pruning(config: PruneConfig) -> None:
     TokenSample(config.covariance_tokens)
     check_ridge(config.ridge)
     TuningLength.of(config.tune)
+    if config.calib_views < 1:
+        raise InputError(f"calib_views must be at least 1, got {config.calib_views}; 1 reads each image once")
+    if config.calib_views > 1 and config.stats_path is not None:
+        raise InputError(
+            f"calib_views changes nothing where statistics come from a file, got {config.calib_views} with "
+            f"stats_path {config.stats_path}; leave one of them out"
+        )
     if config.refit_views != "auto" and config.refit_views < 1:
         raise InputError(f"refit_views must be at least 1 or auto, got {config.refit_views}; 1 reads images once")
     if config.latency_batch is not None and config.latency_batch < 1:

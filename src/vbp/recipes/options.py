@@ -156,6 +156,9 @@ class DataOptions(LoadingOptions):
 class RefitOptions:
     """What stands in for removed channels beyond the mean shift."""
 
+    calib_views: Result[int] = 1
+    """Views of each image of which the statistics are made, one in so many as for evaluation, the others random
+    crops: so many times as long, and nearer to what other images would say."""
     covariance_tokens: Result[float] = COVARIANCE_TOKENS
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE

@@ -43,7 +43,7 @@ from vbp.training.tuning_report import TuningReport
 _log = logging.getLogger(__name__)
 
 # They are of runs: from a file, from images that are prepared in several ways, for the exit code.
-_OF_RUNS: Final = ("stats_path", "refit_views", "best_effort")
+_OF_RUNS: Final = ("stats_path", "calib_views", "refit_views", "best_effort")
 
 # Images in the batch by which a GPU is timed, as in a run.
 _GPU_BATCH: Final = 128

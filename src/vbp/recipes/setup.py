@@ -225,6 +225,7 @@ def calibration_images(
         hflip=config.hflip,
         crop_scale=config.crop_scale,
         max_pixels=config.max_pixels,
+        views=config.calib_views,
     )
 
 

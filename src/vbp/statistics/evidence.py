@@ -121,7 +121,7 @@ class EvidenceReader:
         # Batch b of the part is that of process b mod world.
         numbers = {
             "seed": self._images.seed,
-            "first": part.start + processes.rank * block,
+            "first": part.start * self._images.views + processes.rank * block,
             "step": processes.world * block,
             "block": block,
         }

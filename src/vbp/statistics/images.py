@@ -53,7 +53,8 @@ class CalibrationImages:
 
     The seed is that of the order and of all random numbers that belong to the images; `prefetch` the batches that
     each worker reads ahead. Every second view is mirrored with `hflip`, and shows a share of the image in
-    `crop_scale`. An image with more than `max_pixels` counts as unreadable.
+    `crop_scale`. Statistics are made of so many `views` of each image. An image with more than `max_pixels` counts as
+    unreadable.
     """
 
     images: Images
@@ -66,6 +67,7 @@ class CalibrationImages:
     hflip: bool = True
     crop_scale: tuple[float, float] = (LEAST_CROP, 1.0)
     max_pixels: int = MAX_PIXELS
+    views: int = 1
 
     def __len__(self) -> int:
         return len(self.images)
@@ -89,12 +91,19 @@ class CalibrationImages:
         Returns:
             Small batches, so that every process has one; None if there are fewer images than processes.
         """
-        indices = [index for index in self.order[places.start : places.stop] for _ in range(views)]
+        indices = self._indices(places, views)
         size = min(self.batch_size, -(-len(indices) // self.session.processes.world))
+        return self.load(indices, size, self._view(views))
+
+    def _indices(self, places: range, views: int) -> list[int]:
+        return [index for index in self.order[places.start : places.stop] for _ in range(views)]
+
+    def _view(self, views: int) -> Transform | None:
+        if views == 1:
+            return None
         low, high = self.crop_scale
         scale = (min(max(low, LEAST_CROP), high), high)
-        transform = ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale) if views != 1 else None
-        return self.load(indices, size, transform)
+        return ViewTransform(self.preprocessing, views, hflip=self.hflip, scale=scale)
 
     def load(self, indices: Sequence[int], size: int, transform: Transform | None = None) -> ImageLoader | None:
         """Load this process's share of some images of the list, as for evaluation by default; None if it has none."""
@@ -125,8 +134,11 @@ class CalibrationImages:
         )
 
     def parts(self, places: range, label: str, *, labels: bool) -> Iterable[Any] | None:
-        """Load this process's share of the images at some places, in whole batches, with labels in any case."""
-        loader = self.load(self.order[places.start : places.stop], self.batch_size)
+        """Load this process's share of the images at some places, in whole batches, with labels in any case.
+
+        There are so many `views` of each, as in `share`.
+        """
+        loader = self.load(self._indices(places, self.views), self.batch_size, self._view(self.views))
         return None if loader is None else self.session.progress(loader, label)
 
     def pixels(self, places: range, label: str, views: int = 1) -> Pixels:
@@ -158,6 +170,7 @@ class GivenImages:
     # They are numbered one by one, and a file of statistics says nothing about them.
     batch_size: ClassVar[int] = 1
     fingerprint: ClassVar[str] = ""
+    views: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         """Raise InputError for an iterator, which can be gone through only once."""

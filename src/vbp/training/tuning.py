@@ -44,7 +44,7 @@ _ENOUGH: Final = 0.5
 _WARMUP: Final = 0.1
 
 # Of the error of the residual stream, beside that of the answers.
-_STREAM_WEIGHT: Final = 8.0
+STREAM_WEIGHT: Final = 8.0
 
 # Images in a batch of a process: a thousand images make few steps an epoch as it is.
 LARGEST_BATCH: Final = 32
@@ -254,7 +254,7 @@ class Tuner:
             fixed_statistics=True,
             objective=None if self._reference.objective.kind == "logits" else self._reference.objective,
             stream=self._stream,
-            stream_weight=_STREAM_WEIGHT,
+            stream_weight=STREAM_WEIGHT,
         )
         return Trainer(
             copy.deepcopy(self._pruned), trainer, device=self._device, teacher=self._teacher,

@@ -61,7 +61,8 @@ def test_eliminations_plan_what_they_promise() -> None:
         assert removed == entry.site.hidden // 2
         assert sorted(found[name].order[:removed].tolist()) == list(entry.removed)
         change = model.get_submodule(entry.site.consumer).weight.detach() - weights[name][:, entry.keep]
-        share = ridge_penalty(statistics.covariances[name].covariance, RIDGE)[list(entry.keep)]
+        measured = statistics.covariances[name]
+        share = ridge_penalty(measured.covariance, measured.ridge(RIDGE))[list(entry.keep)]
         paid = float((change.square() * share).sum())
         assert errors[name].refit + paid == pytest.approx(float(found[name].cost[removed]), rel=1e-8)
         assert errors[name].refit < worse[name].refit

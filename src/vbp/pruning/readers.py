@@ -18,6 +18,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import as_matrix, block_diagonal
 from vbp.sites.layers import groups_of, in_groups, without_groups
 from vbp.sites.site import Reader, Site
@@ -57,6 +58,11 @@ def metric_of(
     """Return a covariance without what a grouped convolution cannot use: that between channels of two groups."""
     groups = groups_of(model.get_submodule(reader.layer))
     return covariance if groups == 1 else block_diagonal(covariance, groups)
+
+
+def ridge_of(model: nn.Module, reader: Reader, measured: ChannelCovariance, least: float) -> float:
+    """Return the penalty of a layer's refit: at least that which so many samples of its channels ask for."""
+    return measured.ridge(least, groups_of(model.get_submodule(reader.layer)))
 
 
 def joint_matrix(

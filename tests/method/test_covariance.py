@@ -240,7 +240,7 @@ def test_few_samples_predict_new_ones_best_with_that_penalty() -> None:
     """Within a fifth of the best of many penalties, for a signal as strong as the noise, over many draws."""
     generator = torch.Generator().manual_seed(0)
     hidden, count, penalties = 40, 80, [0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
-    errors = {penalty: 0.0 for penalty in [*penalties, "rule"]}
+    errors = dict.fromkeys([*penalties, "rule"], 0.0)
     for _ in range(20):
         truth = torch.randn(hidden, generator=generator, dtype=torch.float64) / hidden**0.5
         read = torch.randn(count, hidden, generator=generator, dtype=torch.float64)

@@ -20,6 +20,7 @@ from vbp.pruning.competition import per_saving
 from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.plan import PlanChoice, PruningPlan
+from vbp.pruning.readers import few_samples
 from vbp.pruning.surgery import prune_
 from vbp.recipes.planning import comparison_by_main
 from vbp.recipes.setup import PruneJob
@@ -105,6 +106,8 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
         elif needs:
             reader.read(range(len(job.calibration)))
         gradients = reader.gradients()
+    if statistics is not None and (sentence := few_samples(job.dense, job.sites, statistics, config.ridge)):
+        _log.info("%s", sentence)
     return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 
 

@@ -225,3 +225,31 @@ def test_overflow_in_the_products_alone_is_an_error() -> None:
     images = torch.eye(2) * 1e30
     with pytest.raises(InputError, match="must be finite, got NaN or infinity in"):
         collect_statistics(model, find_sites(model, images), [images], covariance=True)
+
+
+def test_a_regression_on_few_samples_is_regularised_as_they_ask_for() -> None:
+    """Channels over samples, between the least penalty and the channels' own variance."""
+    moments = lambda count: ChannelCovariance(count, torch.zeros(40), torch.eye(40))  # noqa: E731
+    assert moments(10**6).ridge(0.01) == 0.01
+    assert moments(1000).ridge(0.01) == 0.04
+    assert moments(1000).ridge(0.01, groups=2) == 0.02
+    assert moments(20).ridge(0.01) == 1.0
+
+
+def test_few_samples_predict_new_ones_best_with_that_penalty() -> None:
+    """Within a fifth of the best of many penalties, for a signal as strong as the noise, over many draws."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, count, penalties = 40, 80, [0.01, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0]
+    errors = dict.fromkeys([*penalties, "rule"], 0.0)
+    for _ in range(20):
+        truth = torch.randn(hidden, generator=generator, dtype=torch.float64) / hidden**0.5
+        read = torch.randn(count, hidden, generator=generator, dtype=torch.float64)
+        wanted = read @ truth + torch.randn(count, generator=generator, dtype=torch.float64)
+        gram, mean = read.T @ read / count, read.T @ wanted / count
+        rule = ChannelCovariance(count, torch.zeros(hidden), gram).ridge(0.01)
+        for name in errors:
+            penalty = rule if name == "rule" else float(name)
+            found = torch.linalg.solve(gram + penalty * torch.eye(hidden, dtype=torch.float64), mean)
+            errors[name] += float((found - truth).square().sum())
+    assert errors["rule"] <= 1.02 * min(errors.values())
+    assert errors["rule"] < 0.7 * errors[0.01]

@@ -38,13 +38,13 @@ from vbp.method.ridge import (
 )
 
 
-def least_squares(rows: Tensor, keep: list[int], removed: list[int]) -> tuple[Tensor, Tensor]:
+def least_squares(rows: Tensor, keep: list[int], removed: list[int], ridge: float = RIDGE) -> tuple[Tensor, Tensor]:
     """Fit the removed columns to the kept ones and a constant with numpy, the ridge as further equations.
 
     Gives the slopes and the constants.
     """
     values = rows.numpy()
-    weight = np.sqrt(ridge_penalty(torch.cov(rows.T), RIDGE).numpy()[keep] * (len(values) - 1))
+    weight = np.sqrt(ridge_penalty(torch.cov(rows.T), ridge).numpy()[keep] * (len(values) - 1))
     features = np.vstack([np.c_[values[:, keep], np.ones(len(values))], np.c_[np.diag(weight), np.zeros(len(keep))]])
     targets = np.vstack([values[:, removed], np.zeros((len(keep), len(removed)))])
     solution = np.linalg.lstsq(features, targets, rcond=None)[0]
@@ -64,7 +64,8 @@ def predicted_logits(model: nn.Module, plan: PruningPlan, images: Tensor, rows: 
         if not entry.site.consumer or not entry.removed:
             continue
         keep, removed = list(entry.keep), list(entry.removed)
-        fit = least_squares(rows[entry.site.name], keep, removed)
+        seen = rows[entry.site.name]
+        fit = least_squares(seen, keep, removed, max(RIDGE, min(1.0, seen.shape[1] / len(seen))))
 
         def replace(module: nn.Module, args: tuple[Tensor], keep=keep, removed=removed, fit=fit) -> tuple[Tensor]:  # type: ignore[no-untyped-def]
             dim = 1 if isinstance(module, nn.Conv2d) else -1

@@ -42,7 +42,7 @@ def setting(name: str, *, attention: bool = False, images: int = 8) -> Setting:
 
 @pytest.mark.parametrize("name", ["timm-vit", "timm-swin", "timm-convnext-conv"])
 def test_the_best_candidate_wins_and_keeps_the_count(name: str) -> None:
-    model, sites, statistics, images = setting(name)
+    model, sites, statistics, images = setting(name, images=32)
     held_out = DenseReference(model, [images])
     found = auto_plan(model, sites, statistics, held_out, keep_ratio=0.5)
     names = [one.name for one in found.tried]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, randomise_
-from oracles import hidden_values
+from oracles import as_of_many, hidden_values
 from torch import Tensor, nn
 
 from vbp import (
@@ -151,7 +151,8 @@ def test_values_are_compensated_by_their_mean_and_refitted_over_all_heads() -> N
     rotate_(turned, plan.sites[:1], statistics.means, statistics.covariances)
     kept = hidden_values(turned, name, pixels).flatten(0, 1)[:, list(plan.sites[0].keep)]
     pruned = copy.deepcopy(model)
-    (error,) = prune_(pruned, replace(plan, sites=plan.sites), statistics.means, statistics.covariances, ridge=1e-9)
+    covariances = {name: as_of_many(covariance) for name, covariance in statistics.covariances.items()}
+    (error,) = prune_(pruned, replace(plan, sites=plan.sites), statistics.means, covariances, ridge=1e-9)
     layer = pruned.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     features = torch.cat([kept, torch.ones(len(kept), 1, dtype=torch.float64)], 1)

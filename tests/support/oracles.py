@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from vbp import (
     PruningPlan,
 )
+from vbp.method.covariance import ChannelCovariance
 from vbp.runtime.forward import call_values, logits_of
 
 
@@ -23,6 +24,11 @@ def hidden_values(model: nn.Module, consumer: str, images: Tensor) -> Tensor:
     handle.remove()
     last = seen[0].movedim(1, -1) if isinstance(layer, nn.Conv2d) else seen[0]
     return last.reshape(len(images), -1, last.shape[-1])
+
+
+def as_of_many(covariance: ChannelCovariance, samples: int = 10**12) -> ChannelCovariance:
+    """Return moments with the same mean and covariance as if of so many samples: any ridge may then be as small."""
+    return ChannelCovariance(samples, covariance.mean, covariance.covariance * (samples - 1))
 
 
 def made_values(model: nn.Module, name: str, images: Tensor) -> Tensor:

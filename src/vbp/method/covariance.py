@@ -45,6 +45,18 @@ class ChannelCovariance:
             raise InputError(f"a covariance needs at least 2 samples, got {self.count}; give more images or tokens")
         return self.m2 / (self.count - 1)
 
+    def ridge(self, least: float, groups: int = 1) -> float:
+        """Return the penalty of a regression on all channels of a group, as a share of each one's variance.
+
+        It is channels over samples, where that is above `least`, and at most 1. With few samples for so many channels
+        some combinations of channels hardly vary in them, by chance, and a regression on these follows the chance:
+        with a true noise as large as the signal, spread evenly over the channels, the least error on new samples is
+        that with this penalty.
+
+        Source: Hoerl, Kennard, Baldwin (1975), the ridge constant, for a ratio of signal to noise of 1.
+        """
+        return max(least, min(1.0, len(self.mean) / (groups * self.count)))
+
     def merge(self, other: ChannelCovariance) -> ChannelCovariance:
         """Return the second moments of both sets of samples together.
 

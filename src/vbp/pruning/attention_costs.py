@@ -84,7 +84,7 @@ def _values(
     found = []
     for rank in ranks:
         keep, removed = everything[:, :rank].flatten(), everything[:, rank:].flatten()
-        coefficients = ridge_coefficients(turned, keep, removed, ridge)
+        coefficients = ridge_coefficients(turned, keep, removed, metrics[site.name].ridge(ridge))
         found.append(reconstruction(site.name, turned, weighed, coefficients, keep, removed).refit)
     return _between(ranks, found)
 

@@ -25,7 +25,7 @@ from vbp.pruning.competition import PlanCompetition, Sizing
 from vbp.pruning.divergence import HELD_OUT_IMAGES, DenseReference
 from vbp.pruning.make_plan import PlanRules, shares_budget
 from vbp.pruning.plan import PlanChoice, PruningPlan
-from vbp.pruning.readers import joint_matrix, metric_of
+from vbp.pruning.readers import joint_matrix, metric_of, ridge_of
 from vbp.runtime.fingerprints import json_fingerprint
 from vbp.sites.site import Reader, Site, units_of
 from vbp.statistics.images import ImageSource
@@ -81,9 +81,12 @@ def sensitivity_eliminations(
         if site.kind != "mlp":
             continue
         weighed = joint_matrix(model, site, statistics, in_nats)
-        metric = metric_of(model, site.readers[0], metrics[site.name].to(weighed.device).covariance)
+        measured = metrics[site.name].to(weighed.device)
+        metric = metric_of(model, site.readers[0], measured.covariance)
         try:
-            orders[site.name] = eliminate(metric, weighed, ridge=ridge, heads=site.heads).to("cpu")
+            orders[site.name] = eliminate(
+                metric, weighed, ridge=ridge_of(model, site.readers[0], measured, ridge), heads=site.heads
+            ).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
     return orders

@@ -14,7 +14,7 @@ from vbp.method.mean_shift import mean_shift
 from vbp.method.query_key import LogitRefit, logit_refit
 from vbp.method.ridge import Reconstruction, fold_into_weight, reconstruction, ridge_coefficients
 from vbp.pruning.plan import SitePlan
-from vbp.pruning.readers import columns, metric_of, set_columns_
+from vbp.pruning.readers import columns, metric_of, ridge_of, set_columns_
 from vbp.sites.site import Reader, Site
 from vbp.statistics.statistics import KEY, QUERY
 
@@ -70,8 +70,9 @@ def _solve(
     keep = torch.tensor(entry.keep, dtype=torch.long, device=weight.device)
     removed = torch.tensor(entry.removed, device=weight.device)
     try:
-        covariance = metric_of(model, reader, covariances[name].to(weight.device).covariance)
-        coefficients = ridge_coefficients(covariance, keep, removed, ridge)
+        measured = covariances[name].to(weight.device)
+        covariance = metric_of(model, reader, measured.covariance)
+        coefficients = ridge_coefficients(covariance, keep, removed, ridge_of(model, reader, measured, ridge))
     except InputError as error:
         raise InputError(f"site {name}: {error}") from error
     fitted = fold_into_weight(weight, coefficients, keep, removed)

@@ -18,7 +18,7 @@ from vbp.method.elimination import Elimination, eliminate, strictly_rising
 from vbp.method.ridge import RIDGE, as_matrix
 from vbp.method.scores import mean_normalised
 from vbp.pruning.baselines import lamp_scores, magnitude_scores, random_scores, snip_scores, taylor_scores
-from vbp.pruning.readers import columns, joint_matrix, metric_of
+from vbp.pruning.readers import columns, joint_matrix, metric_of, ridge_of
 from vbp.sites.site import READ, Site
 from vbp.statistics.evidence import Evidence, Need
 from vbp.statistics.statistics import KEY, QUERY, Statistics
@@ -100,10 +100,12 @@ def eliminations(
                 "covariance=True"
             )
         weight = joint_matrix(model, site, statistics)
-        covariance = statistics.covariances[site.name].to(weight.device).covariance
-        covariance = metric_of(model, site.readers[0], covariance)
+        measured = statistics.covariances[site.name].to(weight.device)
+        covariance = metric_of(model, site.readers[0], measured.covariance)
         try:
-            orders[site.name] = eliminate(covariance, weight, ridge=ridge, heads=site.heads).to("cpu")
+            orders[site.name] = eliminate(
+                covariance, weight, ridge=ridge_of(model, site.readers[0], measured, ridge), heads=site.heads
+            ).to("cpu")
         except InputError as error:
             raise InputError(f"site {site.name}: {error}") from error
     return orders

@@ -12,12 +12,13 @@ channel alone costs what it should, and correlations are taken to be those at th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from vbp.method.covariance import ChannelCovariance
 from vbp.method.ridge import as_matrix, block_diagonal
 from vbp.sites.layers import groups_of, in_groups, without_groups
 from vbp.sites.site import Reader, Site
@@ -57,6 +58,30 @@ def metric_of(
     """Return a covariance without what a grouped convolution cannot use: that between channels of two groups."""
     groups = groups_of(model.get_submodule(reader.layer))
     return covariance if groups == 1 else block_diagonal(covariance, groups)
+
+
+def ridge_of(model: nn.Module, reader: Reader, measured: ChannelCovariance, least: float) -> float:
+    """Return the penalty of a layer's refit: at least that which so many samples of its channels ask for."""
+    return measured.ridge(least, groups_of(model.get_submodule(reader.layer)))
+
+
+def few_samples(model: nn.Module, sites: Sequence[Site], statistics: Statistics, least: float) -> str:
+    """Return a sentence about the refits whose penalty few samples raise above the least; empty if there are none."""
+    raised = {}
+    for site in sites:
+        for reader in site.readers:
+            if (measured := statistics.covariances.get(reader.key)) is not None:
+                ridge = ridge_of(model, reader, measured, least)
+                if ridge > least:
+                    raised[reader.key] = ridge
+    if not raised:
+        return ""
+    name = max(raised, key=lambda key: raised[key])
+    measured = statistics.covariances[name]
+    return (
+        f"the refits of {len(raised)} layers have a ridge above {least:g}, up to {raised[name]:.3g} at {name}, which "
+        f"has {len(measured.mean)} channels and {measured.count} samples; more images lower it"
+    )
 
 
 def joint_matrix(

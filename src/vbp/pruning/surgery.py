@@ -43,7 +43,8 @@ def prune_(
             refitted to predict what the removed ones would have contributed, and the queries of an attention
             that loses query/key channels. They need means, too. From them come the directions of heads that a plan
             cuts in the principal basis; without means nothing but these is changed.
-        ridge: How much the refit is regularised, as a share of each kept channel's variance.
+        ridge: How much the refit is regularised at least, as a share of each kept channel's variance. Where the
+            covariance has few samples, it is regularised by channels over samples (`ChannelCovariance.ridge`).
 
     Returns:
         With covariances, the error at each site's consumer that mean shift would have left and that the refit leaves,

@@ -162,7 +162,8 @@ class RefitOptions:
     covariance_tokens: Result[float] = COVARIANCE_TOKENS
     """With refit: share of the tokens of each image that count for the covariance, in (0, 1]."""
     ridge: Result[float] = RIDGE
-    """How much the refit is regularised, as a share of each kept channel's variance."""
+    """How much the refit is regularised at least, as a share of each kept channel's variance: by channels over
+    samples where that is more."""
     batchnorm: Result[BatchNormChoice] = "auto"
     """Running statistics of BatchNorms after surgery: estimated anew in the pruned model (recalibrate), moved by the
     difference of both models (match), left (keep), or what held-out images prefer (auto)."""

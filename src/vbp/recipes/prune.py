@@ -21,6 +21,7 @@ from vbp.pruning.convergence import Convergence, calibrate
 from vbp.pruning.criteria import criterion_scores, variance_scores
 from vbp.pruning.divergence import held_out_places
 from vbp.pruning.plan import PlanChoice, PruningPlan
+from vbp.pruning.readers import few_samples
 from vbp.pruning.surgery import prune_
 from vbp.recipes.planning import comparison_by_main
 from vbp.recipes.setup import PruneJob
@@ -113,6 +114,8 @@ def collect_evidence(job: PruneJob, *, stop_early: bool) -> tuple[Evidence, Conv
         elif needs:
             reader.read(range(first, len(job.calibration)))
         gradients = reader.gradients()
+    if statistics is not None and (sentence := few_samples(job.dense, job.sites, statistics, config.ridge)):
+        _log.info("%s", sentence)
     return Evidence(statistics, gradients, job.calibration.seed, config.ridge), convergence
 
 

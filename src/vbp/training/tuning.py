@@ -43,7 +43,7 @@ _ENOUGH: Final = 0.5
 # Share of the steps over which the rate rises: the first ones of AdamW know little of the size of gradients.
 _WARMUP: Final = 0.1
 
-# Of the error of the residual stream, beside that of the answers.
+# Of the error of the residual stream, beside that of the predictions.
 STREAM_WEIGHT: Final = 8.0
 
 # Images in a batch of a process: a thousand images make few steps an epoch as it is.
@@ -150,9 +150,9 @@ class Tuner:
             ", ".join(f"{rate:g}" for rate in RATES), self._reference.images, state.before, self._precision.name,
         )  # fmt: skip
         if self._stream is None:
-            _log.info("the answers of the dense model are learnt; both models have no residual stream in common")
+            _log.info("the predictions of the dense model are learnt; both models have no residual stream in common")
         else:
-            _log.info("the answers are learnt, and the residual stream after %d blocks", len(self._stream.modules))
+            _log.info("the predictions are learnt, and the residual stream after %d blocks", len(self._stream.modules))
         with evaluation_mode(self._teacher), frozen(self._teacher), out_of_memory():
             while state.phase < len(phases):
                 if state.phase == len(RATES) and not self._ended:

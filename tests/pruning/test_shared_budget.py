@@ -23,7 +23,7 @@ from vbp.method.sampling import RandomProbes
 from vbp.pruning.attention_costs import direction_costs
 from vbp.pruning.auto import AutoSearch, refit_metrics
 from vbp.pruning.competition import unit_savings
-from vbp.pruning.divergence import DenseReference
+from vbp.pruning.divergence import DenseReference, cost_multipliers
 from vbp.pruning.make_plan import PlanRules, shared_plan
 from vbp.pruning.plan import PlanChoice, SitePlan, first_of_heads
 from vbp.pruning.site_errors import erring_units, errors_added
@@ -235,6 +235,29 @@ def test_what_each_attention_adds_to_the_divergence_is_measured() -> None:
 
     slope = (divergence(1 + 1e-4) - divergence(1 - 1e-4)) / 2e-4
     assert shares[name] == pytest.approx(slope / 2, rel=1e-4)
+
+
+def test_an_attention_whose_module_is_never_called_keeps_its_costs(caplog: pytest.LogCaptureFixture) -> None:
+    model, sites, statistics, images = setting("timm-vit")
+    plan = shared_plan(sites, scores_for(sites), unit_savings(sites, {site.name: 1.0 for site in sites}), share=0.5)
+    pruned = copy.deepcopy(model)
+    prune_(pruned, plan, statistics.means, statistics.covariances)
+    name, block = "blocks.0.attn.proj", model.get_submodule("blocks.0")
+    attention, forward = type(block.get_submodule("attn")), type(block).forward
+
+    def past_the_module(x: Tensor) -> Tensor:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(attention, "__call__", lambda self, *args, **more: self.forward(*args, **more))
+            out: Tensor = forward(block, x)
+        return out
+
+    block.forward = past_the_module  # type: ignore[method-assign]
+    with caplog.at_level("INFO"):
+        shares = DenseReference(model, [images]).site_contributions(pruned, plan)
+    assert name not in shares
+    assert f"what {name} add to the divergence is not known" in caplog.text
+    asked = cost_multipliers(dict.fromkeys([*shares, name], 1.0), shares)
+    assert asked[name] == 1.0
 
 
 def test_plans_that_cost_too_much_are_no_candidates() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
@@ -19,6 +20,8 @@ from vbp.runtime.session import ALONE, Session
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import ImageSource, in_pieces
 from vbp.statistics.objective import SCALE_IMAGES, Objective
+
+_log = logging.getLogger(__name__)
 
 # A share is measured on some hundred images, and near zero for a site that has lost little.
 _CLIP = 4.0
@@ -125,7 +128,7 @@ class DenseReference:
 
         The error of each is put into the dense model with an amplitude a. The share is half of dD/da at a = 1:
         where the divergence is quadratic in the errors, the shares of all add up to it. An attention that is whole
-        is left out.
+        is left out, and so is one whose module is never called, of which the log has a line.
 
         Args:
             pruned: The dense model, pruned by the plan.
@@ -139,15 +142,25 @@ class DenseReference:
             evaluation_mode(pruned),
             frozen(self.model),
             frozen(pruned),
-            errors_added(self.model, pruned, plan, amplitudes),
+            errors_added(self.model, pruned, plan, amplitudes) as reached,
             torch.enable_grad(),
         ):
             for batch, expected in zip(self.batches, self.targets, strict=True):
                 loss = self._loss(self.model, batch, expected)
-                (gradient,) = torch.autograd.grad(loss, amplitudes)
-                total += gradient.double()
+                if loss.requires_grad:
+                    (gradient,) = torch.autograd.grad(loss, amplitudes)
+                    total += gradient.double()
         shares = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
-        return {unit[0].site.name: share for unit, share in zip(units, shares, strict=True)}
+        named = {unit[0].site.name: share for unit, share in zip(units, shares, strict=True)}
+        whole = [unit[0].site.name for unit in units if unit[0].site.kind != "mlp" or not unit[0].keep]
+        # A process without images has called nothing.
+        missed = [name for name in whole if not any(self.session.processes.all_gather(name in reached))]
+        if missed:
+            _log.info(
+                "what %s add to the divergence is not known, for their modules are never called: their costs stay as "
+                "they are", ", ".join(missed),
+            )  # fmt: skip
+        return {name: share for name, share in named.items() if name not in missed}
 
     def _loss(self, model: nn.Module, batch: Tensor, expected: Tensor) -> Tensor:
         return self.objective.loss(self._read(model, batch), expected)
@@ -162,7 +175,7 @@ def cost_multipliers(costs: Mapping[str, float], shares: Mapping[str, float]) ->
 
     `costs` are the divergences predicted for what the sites lost, `shares` come from `site_contributions`.
     """
-    ratios = {name: max(shares[name], 0.0) / cost for name, cost in costs.items() if cost > 0}
+    ratios = {name: max(shares[name], 0.0) / cost for name, cost in costs.items() if cost > 0 and name in shares}
     middle = sorted(ratios.values())[len(ratios) // 2] if ratios else 0.0
     if not middle > 0:
         return dict.fromkeys(costs, 1.0)

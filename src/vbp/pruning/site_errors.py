@@ -39,8 +39,13 @@ def erring_units(plan: PruningPlan) -> list[Unit]:
 @contextmanager
 def errors_added(
     dense: nn.Module, pruned: nn.Module, plan: PruningPlan, amplitudes: Float[Tensor, "units"]
-) -> Iterator[None]:
-    """Add to the dense model the errors of the pruned model's `erring_units`, times the amplitudes."""
+) -> Iterator[set[str]]:
+    """Add to the dense model the errors of the pruned model's `erring_units`, times the amplitudes.
+
+    Yields the names of the attentions and removed branches whose error was added: the code of a model may take the
+    layers of a module, and never call the module itself.
+    """
+    reached: set[str] = set()
     gone: dict[str, set[int]] = defaultdict(set)
     lost: dict[str, set[int]] = defaultdict(set)
     for entry in plan.sites:
@@ -55,7 +60,7 @@ def errors_added(
         if unit[0].site.kind != "mlp" or not unit[0].keep:
             home = home_of(dense, [entry.site for entry in unit])
             calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-            before.append((dense.get_submodule(home), partial(_note, calls)))
+            before.append((dense.get_submodule(home), partial(_note, calls, reached, unit[0].site.name)))
             small = pruned.get_submodule(home)
             after.append((dense.get_submodule(home), partial(_add_module, small, calls, amplitude)))
             continue
@@ -70,16 +75,19 @@ def errors_added(
         columns = [column for column in range(input_channels(layer)) if column not in lost[name]]
         after.append((layer, _ErrorOfLayer(small, rows, columns, read)))
     with hooked(after, before=before):
-        yield
+        yield reached
 
 
 def _note(
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]],
+    reached: set[str],
+    name: str,
     module: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
 ) -> None:
     calls.append((args, kwargs))
+    reached.add(name)
 
 
 def _add_module(

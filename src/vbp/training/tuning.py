@@ -150,9 +150,9 @@ class Tuner:
             ", ".join(f"{rate:g}" for rate in RATES), self._reference.images, state.before, self._precision.name,
         )  # fmt: skip
         if self._stream is None:
-            _log.info("the predictions of the dense model are learnt; both models have no residual stream in common")
+            _log.info("what is learnt: the predictions; the models have no residual stream in common")
         else:
-            _log.info("the predictions are learnt, and the residual stream after %d blocks", len(self._stream.modules))
+            _log.info("what is learnt: the predictions, and the stream after %d blocks", len(self._stream.modules))
         with evaluation_mode(self._teacher), frozen(self._teacher), out_of_memory():
             while state.phase < len(phases):
                 if state.phase == len(RATES) and not self._ended:

@@ -22,6 +22,8 @@ from vbp.runtime.precision import Precision
 from vbp.runtime.processes import Processes
 from vbp.runtime.session import Session
 from vbp.statistics.images import CalibrationImages
+from vbp.statistics.objective import Objective
+from vbp.statistics.stream_target import Outputs, StreamTarget
 from vbp.training.evaluate import Accuracy, evaluate
 from vbp.training.memory import dry_step
 from vbp.training.tuning import Tuner, TunerSettings
@@ -187,7 +189,9 @@ def two_tune_as_one(mine: Processes) -> None:
             pruned[1].weight *= 0.9
         images = CalibrationImages(Noise(tuple(range(41))), preprocessing, Session(processes), hflip=False)
         settings = TunerSettings(TuningLength(epochs=2), batch_size=batch_size)
-        return Tuner(pruned, teacher, images, settings, precision=Precision()).tune_(), pruned
+        between = Objective.of(Outputs(teacher, ("1",)), images.first(41), "features")
+        stream = StreamTarget(("1",), between)
+        return Tuner(pruned, teacher, images, settings, precision=Precision(), stream=stream).tune_(), pruned
 
     torch.manual_seed(0)
     preprocessing = Preprocessing((8, 8), 1.0, "bilinear", (0.5,) * 3, (0.25,) * 3)

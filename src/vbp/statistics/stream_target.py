@@ -1,11 +1,11 @@
-"""The residual stream of a teacher as a second target of training, beside its answers; without labels.
+"""The residual stream of a teacher as a second target of training, beside its predictions; without labels.
 
-    1/B sum_b 1/2 (mean_tj (z_btj - z'_btj)^2 / v_tj + mean_j (zbar_bj - zbar'_bj)^2 / v_j)
+    1/B sum_b 1/2 (mean_tj (z_btj - z'_btj)^2 / v_bj + mean_j (m_bj - m'_bj)^2 / w_bj)
 
 over the modules b after which a branch was added to the stream: z are its values at position t and channel j in the
-teacher, z' those of the student, zbar their means over the positions, and v their variances over images. An answer
-is one row of numbers for an image; the stream says at each position, and after each block, what went wrong. So few
-images, and few epochs, teach more.
+teacher, z' those of the student, m and m' their means over the positions, v the variance of z over images and
+positions, and w that of m over images. A prediction is one row of numbers for an image; the stream says at each
+position, and after each block, what went wrong. So few images, and few epochs, teach more.
 
 Source: FitNets (Romero et al. 2015) for hints between layers; the stream needs no layer to translate between both.
 """
@@ -37,6 +37,11 @@ class StreamTarget:
     Attributes:
         modules: Names, in teacher and student, of the modules whose outputs are compared.
         objective: Standardised squared errors of these outputs.
+
+    Example:
+        >>> stream = StreamTarget.find(dense, pruned, sites, example, GivenImages(batches))
+        >>> stream.modules[:2]
+        ('blocks.0', 'blocks.1')
     """
 
     modules: tuple[str, ...]
@@ -69,7 +74,7 @@ class StreamTarget:
         modules = tuple(name for name in names if name in shapes[0] and shapes[0][name] == shapes[1].get(name))
         if not modules:
             return None
-        objective = Objective.of(_Stream(teacher, modules), images.first(SCALE_IMAGES), "features")
+        objective = Objective.of(Outputs(teacher, modules), images.first(SCALE_IMAGES), "features")
         # Sums in another order could differ by a bit: all take what the first process measured.
         return StreamTarget(modules, images.session.processes.all_gather(objective)[0])
 
@@ -104,14 +109,16 @@ class StreamWatch:
         return self._objective.loss(self._objective.read(self._student), target) / len(target)
 
 
-class _Stream(nn.Module):
-    """A model whose output is its stream, by the names of the modules."""
+class Outputs(nn.Module):
+    """A model that returns the outputs of some of its modules, by their names."""
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
+        """Take a model as it is."""
         super().__init__()
         self.model, self._names = model, names
 
     def forward(self, pixels: Tensor) -> dict[str, Tensor]:
+        """Return them, without gradients."""
         return _seen(self.model, self._names, pixels)
 
 

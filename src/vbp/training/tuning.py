@@ -114,7 +114,7 @@ class Tuner:
             settings: How.
             precision: Of the training passes; models are compared in that of the session.
             objective: What the student learns of the teacher, and is judged by; by default what the teacher returns.
-            stream: What the student learns of the teacher's residual stream, beside its answers.
+            stream: What the student learns of the teacher's residual stream, beside its predictions.
             state: What `state_dict` returned, to go on from there.
             own: With it, what `process_state` returned on the process with this rank.
         """

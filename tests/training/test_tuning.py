@@ -152,13 +152,19 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     assert all(value.equal(start[name]) for name, value in model.state_dict().items())
 
 
-def test_a_high_rate_is_taken_if_its_trial_gained_half_as_much(images: GivenImages) -> None:
+@pytest.mark.parametrize(("trials", "chosen"), [((0.9, 1.02, 1.04), 1), ((1.1, 1.05, 1.2), 1), ((1.0, 0.5, 1.03), 2)])
+def test_a_high_rate_is_taken_if_its_trial_lost_little(
+    images: GivenImages, monkeypatch: pytest.MonkeyPatch, trials: tuple[float, ...], chosen: int
+) -> None:
+    # What the trials and the training after them come to, as shares of the divergence before.
     teacher = dense()
-    report = tuner(shaken(teacher), teacher, images, TuningLength(epochs=2)).tune_()
-    gains = {row.learning_rate: report.before - row.best for row in report.rows[:3]}
-    chosen = report.rows[3].learning_rate
-    assert gains[chosen] >= max(gains.values()) / 2
-    assert all(gain < max(gains.values()) / 2 for rate, gain in gains.items() if rate > chosen)
+    job = tuner(shaken(teacher), teacher, images, TuningLength(epochs=2))
+    before = job._state.before
+    shares = iter([share for trial in (*trials, 0.8, 0.7) for share in (trial, 2.0)])
+    monkeypatch.setattr(job._reference, "divergence", lambda model: next(shares) * before)
+    report = job.tune_()
+    assert [row.learning_rate for row in report.rows] == [*RATES, RATES[chosen], RATES[chosen]]
+    assert report.after == pytest.approx(min(0.7, *trials) * before)
 
 
 def test_a_time_limit_is_kept_and_too_few_images_are_refused(images: GivenImages) -> None:

@@ -36,9 +36,10 @@ from vbp.training.tuning_report import TunedEpoch, TuningReport
 
 _log = logging.getLogger(__name__)
 
-# The highest rate is taken whose trial gained at least this share of the largest gain: the training that follows is
-# longer, and gains more from a higher rate than a trial does.
-_ENOUGH: Final = 0.5
+# The highest rate is taken whose trial lost no more than this share: the training that follows is longer, and what a
+# high rate loses in the first epoch comes back. Of DeiT-tiny at keep 0.5 and at 72 % of the MACs, 1e-4 stood at -2
+# and +2 % after its trial, 3e-4 at +4 and +13 %.
+_LOSS_ALLOWED: Final = 0.03
 
 # Share of the steps over which the rate rises: the first ones of AdamW know little of the size of gradients.
 _WARMUP: Final = 0.1
@@ -225,12 +226,9 @@ class Tuner:
         """Return the rate of the phase: of a trial its own, then the one that the trials favour."""
         if self._state.phase < len(RATES):
             return RATES[self._state.phase]
+        allowed = (1 + _LOSS_ALLOWED) * self._state.before
         nearest = min(self._ended, key=lambda row: row.best)
-        gain = self._state.before - nearest.best
-        if gain <= 0:
-            return nearest.learning_rate
-        enough = self._state.before - _ENOUGH * gain
-        return max(row.learning_rate for row in self._ended if row.best <= enough)
+        return max(row.learning_rate for row in self._ended if row is nearest or row.best <= allowed)
 
     @property
     def _ended(self) -> list[TunedEpoch]:

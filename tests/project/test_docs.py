@@ -73,7 +73,7 @@ def test_commands_parse_and_fit_together(document: str, words: list[str]) -> Non
         while words[1].startswith("--n") or words[1].startswith("--ma"):
             del words[1]
         del words[:1]
-    elif words[0] == "python":
+    elif words[0] in ("python", "sh"):
         del words[:1]
     elif words[0] == "vbp":
         flags = words[2:]

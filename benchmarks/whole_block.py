@@ -30,6 +30,7 @@ from vbp.cli.options import LatencyConfig
 from vbp.deploy.settings import Backend
 from vbp.recipes.run import run
 from vbp.recipes.setup import open_session, prepare
+from vbp.report.run_report import STATISTICS
 from vbp.runtime.tables import markdown_table
 
 # What a fixed budget leaves to choose.
@@ -74,7 +75,8 @@ class Bench:
         """Return the summary of a run, which is made where there is none yet."""
         folder = self.options.save_dir / label
         if not (folder / "summary.json").is_file():
-            made = sorted(self.options.save_dir.glob("both-*/statistics.safetensors"))
+            # Not those of a run that was stopped here: the run that is to read them begins with an empty folder.
+            made = sorted(set(self.options.save_dir.glob("both-*/statistics.safetensors")) - {folder / STATISTICS})
             again = settings.pop("reuse", True)
             given: dict[str, Any] = {"stats_path": made[0]} if made and again else {"calib_views": self.options.views}
             run(self._config(save_dir=folder, overwrite=True, **given, **settings))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+import vbp
 from vbp.errors import first_line
 from vbp.runtime.forward import logits_of
 
 Library = Literal["timm", "torchvision", "transformers"]
 CLASSES = 10
+
+# A language model of billions of parameters, and a class that holds models of timm.
+_NOT_OF_IMAGES = {"shieldgemma2", "timm_wrapper"}
 
 # Edges of images, in pixels, of which the first is taken that a model runs on; then its own.
 _SIZES = (64, 96, 128, 160, 192, 224, 256)
@@ -22,37 +26,38 @@ _SMALL = "test atto femto pico nano xxs xxt tiny lite0 xs 050 mini small b0 18".
 _CANDIDATES = 12
 
 
-def smallest(library: str, families: tuple[str, ...]) -> Iterator[tuple[str, Callable[[], str]]]:
-    """Return each family with a function that finds its smallest model."""
-
-    def wanted(family: str) -> bool:
-        return not families or any(part in family for part in families)
-
+def members(library: str) -> dict[str, list[str]]:
+    """Return the names of the models of each family."""
     if library == "timm":
         import timm
 
-        for family in timm.list_modules():
-            names = timm.list_models(module=family)
-            if names and wanted(family):
-                yield family, lambda names=names: _fewest_parameters(names)  # type: ignore[misc]
-    elif library == "torchvision":
+        found = {family: timm.list_models(module=family) for family in timm.list_modules()}
+        return {family: names for family, names in found.items() if names}
+    if library == "torchvision":
         import torchvision
 
         modules: dict[str, list[str]] = {}
         for name in torchvision.models.list_models(module=torchvision.models):
-            modules.setdefault(torchvision.models.get_model_builder(name).__module__.rpartition(".")[2], []).append(
-                name
-            )
-        for family, names in modules.items():
-            if wanted(family):
-                size = lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"]  # noqa: E731
-                yield family, lambda names=names, size=size: min(names, key=size)  # type: ignore[misc]
-    else:
-        from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+            family = torchvision.models.get_model_builder(name).__module__.rpartition(".")[2]
+            modules.setdefault(family, []).append(name)
+        return modules
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
-        for family, classes in MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items():
-            if wanted(family):
-                yield family, lambda classes=classes: classes if isinstance(classes, str) else classes[0]  # type: ignore[misc]
+    classes = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.items()
+    found = {family: [names] if isinstance(names, str) else list(names) for family, names in classes}
+    return {family: names for family, names in found.items() if family not in _NOT_OF_IMAGES}
+
+
+def smallest(library: str, family: str) -> str:
+    """Return the name of the smallest model of a family."""
+    names = members(library)[family]
+    if library == "timm":
+        return _fewest_parameters(names)
+    if library == "torchvision":
+        import torchvision
+
+        return min(names, key=lambda name: torchvision.models.get_model_weights(name).DEFAULT.meta["num_params"])
+    return names[0]
 
 
 def _fewest_parameters(names: list[str]) -> str:
@@ -90,7 +95,7 @@ def build(library: str, name: str, size: int | None = None) -> nn.Module:
         import transformers
 
         kind = getattr(transformers, name)
-        model = kind(kind.config_class(num_labels=CLASSES))
+        model = kind(kind.config_class(num_labels=CLASSES, **_shallow(kind.config_class())))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -98,6 +103,14 @@ def build(library: str, name: str, size: int | None = None) -> nn.Module:
             if parameter.ndim <= 1 and parameter.is_floating_point():
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.double().eval()
+
+
+def _shallow(config: Any) -> dict[str, Any]:
+    """Return the settings that leave two of a stack of many layers, which are all alike."""
+    if config.model_type in {"clip", "metaclip_2", "siglip", "siglip2"}:
+        return {"vision_config": _shallow(config.vision_config)}
+    depth = getattr(config, "num_hidden_layers", None)
+    return {"num_hidden_layers": 2} if isinstance(depth, int) and 12 <= depth <= 24 else {}
 
 
 def images(count: int, size: int) -> Tensor:
@@ -110,7 +123,7 @@ def runnable(library: str, name: str) -> tuple[int, Callable[[], nn.Module]]:
     """Return the smallest size of images that the model runs on, and how it is built for it.
 
     Raises:
-        RuntimeError: It runs on none.
+        InputError: It runs on none.
     """
     own, reason = _own_size(library, name), ""
     for size in (*(size for size in _SIZES if size < own), own):
@@ -123,7 +136,7 @@ def runnable(library: str, name: str) -> tuple[int, Callable[[], nn.Module]]:
                 reason = first_line(error)
                 continue
             return size, lambda asked=asked: build(library, name, asked)
-    raise RuntimeError(f"it runs on no image: {reason}")
+    raise vbp.InputError(f"it runs on no image: {reason}")
 
 
 def _own_size(library: str, name: str) -> int:

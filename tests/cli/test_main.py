@@ -52,6 +52,7 @@ VALUES: dict[str, tuple[Any, list[str], Any]] = {
     "latency_batch": (None, ["8"], 8),
     "calib_views": (1, ["2"], 2),
     "covariance_tokens": (0.2, ["0.5"], 0.5),
+    "refit_kernels": ("auto", ["off"], "off"),
     "refit_producers": ("auto", ["off"], "off"),
     "refit_stream": ("auto", ["off"], "off"),
     "refit_head": ("auto", ["off"], "off"),

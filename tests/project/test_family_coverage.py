@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-_FOLDER = Path(__file__).parents[2] / "benchmarks"
-
 
 @pytest.fixture(scope="module")
-def coverage() -> ModuleType:
-    for name in ("family_models", "family_coverage"):
-        spec = importlib.util.spec_from_file_location(name, _FOLDER / f"{name}.py")
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # dataclasses look there
-        spec.loader.exec_module(module)
-    return module
+def coverage() -> Iterator[ModuleType]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(
+            str(Path(__file__).parents[2] / "benchmarks")
+        )  # the processes of the models look there, too
+        yield importlib.import_module("family_coverage")
 
 
 @pytest.mark.parametrize(
@@ -38,6 +33,11 @@ def test_a_model_works_in_every_step(coverage: ModuleType, library: str, name: s
 
 def test_what_does_not_run_is_an_error_and_the_smallest_model_is_taken(coverage: ModuleType) -> None:
     assert coverage.check("timm", "no_such_model").verdict == "error"
-    ((family, name),) = coverage.smallest("torchvision", ("squeezenet",))
-    assert (family, name()) == ("squeezenet", "squeezenet1_1")
-    assert coverage.in_process("timm", "vit", "test_vit", 0.01).steps == {"find": "error: not done in 0.01 s"}
+    assert coverage.smallest("torchvision", "squeezenet") == "squeezenet1_1"
+
+
+def test_a_model_has_a_process_and_a_limit_of_its_own(coverage: ModuleType) -> None:
+    assert coverage.in_process("torchvision", "squeezenet", 0.01).steps == {"find": "error: not done in 0.01 s"}
+    assert coverage.in_process("torchvision", "no_family", 60).steps == {"find": "error: the process ended with 1"}
+    result = coverage.in_process("torchvision", "squeezenet", 60)
+    assert (result.family, result.name, result.verdict) == ("squeezenet", "squeezenet1_1", "works")

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vbp import InputError, RunConfig, run
 from vbp.recipes.checks import check_config
-from vbp.recipes.options import Role, fields_with, roles_of
+from vbp.recipes.options import REFITS, Role, fields_with, roles_of
 from vbp.sweeps.config import SweepConfig
 
 PUBLISHED: dict[str, Any] = {
@@ -46,6 +46,7 @@ PUBLISHED: dict[str, Any] = {
     "target_latency_ms": None,
     "target_speedup": None,
     "ridge": 0.01,
+    "refit_kernels": "auto",
     "refit_producers": "auto",
     "refit_stream": "auto",
     "refit_head": "auto",
@@ -215,7 +216,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
         "refit_views changes nothing without the refit, got 2 with compensation mean",
     ),
     (
-        {"refit_views": 2, "refit_producers": "off", "refit_stream": "off", "refit_head": "off"},
+        {"refit_views": 2, **dict.fromkeys(REFITS, "off")},
         "refit_views changes nothing where nothing is refitted after surgery, got 2",
     ),
     ({"calib_views": 0}, "calib_views must be at least 1, got 0"),
@@ -346,7 +347,8 @@ INCIDENTAL = "save_dir overwrite resume log_dir local_rank push_to_hub best_effo
 DECIDING_A_SWEEP = (
     "round_to min_keep_ratio bottleneck convolutions include exclude seed limit_val max_pixels val_batch_size "
     "matmul_precision "
-    "latency calib_views covariance_tokens ridge batchnorm refit_producers refit_stream refit_head refit_views "
+    "latency calib_views covariance_tokens ridge batchnorm refit_kernels refit_producers refit_stream refit_head "
+    "refit_views "
     "epochs_ft hflip crop_scale train_batch_size lr_ft use_kd kd_alpha kd_beta kd_T grad_accum weight_decay "
     "warmup_epochs clip_grad label_smoothing mixup cutmix ema ema_decay compile grad_checkpointing "
     "auto_augment reprob drop_path layer_decay"

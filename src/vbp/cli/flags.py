@@ -34,7 +34,7 @@ GROUPS: Final[Mapping[str, Mapping[str, str]]] = {
     },
     "refit": {
         "calib_views": "N", "covariance_tokens": "SHARE", "ridge": "SHARE", "batchnorm": "",
-        "refit_producers": "", "refit_stream": "", "refit_head": "", "refit_views": "N",
+        "refit_kernels": "", "refit_producers": "", "refit_stream": "", "refit_head": "", "refit_views": "N",
     },
     "fine-tuning": {
         "tune": "off|auto|EPOCHS|TIME",

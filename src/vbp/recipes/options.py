@@ -69,7 +69,7 @@ def fields_with(kind: type, *roles: Role) -> tuple[str, ...]:
 
 
 # Flags of what is refitted after surgery, in the order in which it is.
-REFITS: Final = ("refit_producers", "refit_stream", "refit_head")
+REFITS: Final = ("refit_kernels", "refit_producers", "refit_stream", "refit_head")
 
 # With more the statistics pass of DeiT-tiny on a CPU would take over 1.3 times the bare forward pass
 # (benchmarks/results).
@@ -167,6 +167,9 @@ class RefitOptions:
     batchnorm: Result[BatchNormChoice] = "auto"
     """Running statistics of BatchNorms after surgery: estimated anew in the pruned model (recalibrate), moved by the
     difference of both models (match), left (keep), or what held-out images prefer (auto)."""
+    refit_kernels: Result[Toggle] = "auto"
+    """With refit: also refit the convolutions with larger kernels from the patches that they read, where there is
+    one (auto), always (on) or never (off)."""
     refit_producers: Result[Toggle] = "auto"
     """With refit: also refit the layers that make the hidden channels, by a Gauss-Newton step in each MLP, where
     there is one of two layers with a known activation between them (auto), always (on) or never (off)."""

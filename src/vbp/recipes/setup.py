@@ -233,15 +233,15 @@ def make_refits(job: PruneJob) -> Refits | None:
     """Return what is refitted after surgery; without the refit at most BatchNorms, None where nothing is."""
     config, known = job.config, (job.dense, job.sites, job.example, job.calibration)
     if config.compensation != "refit":
-        off: dict[str, Any] = dict.fromkeys(("producers", "stream", "head"), "off")
+        off: dict[str, Any] = dict.fromkeys(("kernels", "producers", "stream", "head"), "off")
         refits = Refits(*known, **off, batchnorm=config.batchnorm, objective=job.objective)
         return refits if refits.wanted else None
     views = config.refit_views
     if views == "auto":
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
-        *known, producers=config.refit_producers, stream=config.refit_stream, head=config.refit_head,
-        batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off", objective=job.objective,
+        *known, kernels=config.refit_kernels, producers=config.refit_producers, stream=config.refit_stream,
+        head=config.refit_head, batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off", objective=job.objective,
     )  # fmt: skip
 
 

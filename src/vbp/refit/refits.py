@@ -1,4 +1,4 @@
-"""What is refitted after surgery, without labels, and to which images: BatchNorms, producers, stream, last layer."""
+"""What is refitted after surgery, to which images without labels: BatchNorms, kernels, producers, stream, head."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from vbp.pruning.divergence import ONE_IN, DenseReference, held_out_places
 from vbp.pruning.plan import PruningPlan
 from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, check_norms, refit_batchnorm_, running_norms
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
+from vbp.refit.kernels import KernelRefit, check_kernels, kernel_readers, refit_kernels_
 from vbp.refit.producers import ProducerRefit, refit_producers_
 from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
 from vbp.runtime.choices import BatchNormChoice, Toggle
@@ -28,7 +29,7 @@ from vbp.statistics.mlp_samples import MLPSamples
 from vbp.statistics.objective import Objective
 
 _log = logging.getLogger(__name__)
-Refit = Literal["batchnorm", "producers", "stream", "head"]
+Refit = Literal["batchnorm", "kernels", "producers", "stream", "head"]
 
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
@@ -36,6 +37,7 @@ REFIT_IMAGES: Final = 1000
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
     "batchnorm": "no BatchNorm is estimated anew",
+    "kernels": "the larger kernels stay as they are",
     "producers": "the producers stay as they are",
     "stream": "the residual stream stays as it is",
     "head": "the last layer stays as it is",
@@ -50,6 +52,7 @@ class RefitReport:
     stream: StreamRefit | None = None
     head: HeadRefit | None = None
     batchnorm: BatchNormRefit | None = None
+    kernels: KernelRefit | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return each as plain JSON data, with a sentence; the strength of a head that was left as it was is None."""
@@ -64,8 +67,9 @@ class RefitReport:
 class Refits:
     """Refit pruned models to one dense model. What does not depend on the pruned model is computed once.
 
-    The first images, a quarter and no more than 256, judge the refit of the stream and the BatchNorms; producers and
-    stream are refitted to the 1,000 that follow, BatchNorms to the first of these, the last layer to the first 1,000.
+    The first images, a quarter and no more than 256, judge the refits of kernels and stream and the BatchNorms;
+    kernels, producers and stream are refitted to the 1,000 that follow, BatchNorms to the first of these, the last
+    layer to the first 1,000.
     """
 
     def __init__(
@@ -79,6 +83,7 @@ class Refits:
         stream: Toggle = "auto",
         head: Toggle = "auto",
         batchnorm: BatchNormChoice = "keep",
+        kernels: Toggle = "auto",
         views: int = 1,
         keep_apart: bool = False,
         objective: Objective | None = None,
@@ -89,14 +94,15 @@ class Refits:
         is not fitted to the images that judge either: they are to judge what follows.
 
         Raises:
-            InputError: What is `on` has no such MLP, stream or last layer, or too few images.
+            InputError: What is `on` has no such kernel, MLP, stream or last layer, or too few images.
         """
         self._dense, self._sites, self._example, self._images, self._views = dense, sites, example, images, views
         self._given_objective = objective
         toggles: dict[Refit, Toggle] = {"producers": producers, "stream": stream, "head": head}
-        # Most models have no BatchNorm, and nobody asked for it by name.
+        # Most models have no BatchNorm and no larger kernel, and nobody asked for them by name.
         left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
         toggles["batchnorm"] = "off" if left else "auto" if batchnorm == "auto" else "on"
+        toggles["kernels"] = "off" if kernels == "auto" and not kernel_readers(dense, sites) else kernels
         self._batchnorm, self._keep_apart = batchnorm, keep_apart
         self.wanted = frozenset(name for name, toggle in toggles.items() if self._possible(name, toggle))
         if self.wanted - {"batchnorm"}:
@@ -107,15 +113,19 @@ class Refits:
     ) -> RefitReport:
         """Refit a pruned model in place, on the dense model's device, as far as is wanted, possible and in `only`.
 
-        BatchNorms need the plan, and come first; once more if producers or the stream have changed, which changes
-        what they read. The last layer comes last.
+        BatchNorms and kernels need the plan. BatchNorms come first; once more if other layers have changed, which
+        changes what they read. The last layer comes last.
 
         Raises:
             InputError: No image can be read, or a value is not finite.
         """
-        producers, stream, head, wanted = None, None, None, self.wanted & {*only}
+        kernels, producers, stream, head, wanted = None, None, None, None, self.wanted & {*only}
         with out_of_memory("calibration"):
             batchnorm = self._estimate_(pruned, plan) if "batchnorm" in wanted else None
+            if "kernels" in wanted and plan is not None:
+                pixels = self._images.pixels(self._fitted, "larger kernels", self._views)
+                kernels = refit_kernels_(pruned, plan, pixels, self._judge, probes=pixels.probes)
+                _log.info("%s", kernels.sentence())
             if "producers" in wanted:
                 producers = refit_producers_(pruned, self._samples)
                 _log.info("%s", producers.sentence())
@@ -123,13 +133,13 @@ class Refits:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
                 stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
                 _log.info("%s", stream.sentence())
-            changed = producers is not None or (stream is not None and stream.sites)
+            changed = producers is not None or (stream and stream.sites) or (kernels and kernels.layers)
             if changed and batchnorm is not None:
                 batchnorm = self._estimate_(pruned, plan)
             if "head" in wanted:
                 head = refit_head_(pruned, self._reference)
                 _log.info("%s", head.sentence())
-        return RefitReport(producers, stream, head, batchnorm)
+        return RefitReport(producers, stream, head, batchnorm, kernels)
 
     def _estimate_(self, pruned: nn.Module, plan: PruningPlan | None) -> BatchNormRefit:
         assert plan is not None
@@ -188,6 +198,10 @@ class Refits:
             check_images(images)
             last_linear(self._dense, self._example, self._objective)
             return
+        if name == "kernels":
+            _check_enough("larger kernels", images)
+            check_kernels(self._dense, self._sites)
+            return
         what, find = ("producers", check_mlps) if name == "producers" else ("residual stream", residual_adds)
         _check_enough(what, images)
         find(self._dense, self._example, self._sites)
@@ -210,7 +224,7 @@ def refit_(
 ) -> RefitReport:
     """Refit a pruned model to the dense one, in place, without labels, as `vbp run` does after surgery.
 
-    BatchNorms keep their running statistics: `vbp.refit.batchnorm.refit_batchnorm_` needs the plan besides.
+    Without the plan, BatchNorms keep their running statistics, and layers with larger kernels stay as they are.
 
     What the model does not have (MLPs with a plain activation, a residual stream, a last linear layer), or has too
     few images for, is left as it is: the log says why, and the report has None in its place.

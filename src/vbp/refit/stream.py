@@ -16,10 +16,8 @@ closer to the dense model's, the model stays as it is.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +29,7 @@ from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
-from vbp.refit.producers import add_step_, step_of
+from vbp.refit.producers import add_step_, restored_unless_kept, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32
@@ -108,7 +106,7 @@ def refit_stream_(
     work = _Work(pruned, dense, probes, session)
     before = judge.divergence(pruned)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
-    with _restored_unless_kept(pruned, layers) as keep:
+    with restored_unless_kept(pruned, layers) as keep:
         images, changed = 0, []
         with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
             for add in adds:
@@ -138,21 +136,6 @@ def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> t
             f"{type(model).__name__}, where none is; leave the stream as it is"
         )
     return adds
-
-
-@contextmanager
-def _restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
-    """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
-    saved = {
-        (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
-        for layer in layers
-        for name in ("weight", "bias")
-    }
-    try:
-        yield saved.clear
-    finally:
-        for (layer, name), parameter in saved.items():
-            model.get_submodule(layer).register_parameter(name, parameter)
 
 
 @dataclass(frozen=True)

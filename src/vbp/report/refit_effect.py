@@ -25,6 +25,8 @@ def refit_rows(run: RunReport) -> tuple[tuple[str, ...], ...]:
     if run.batchnorm and "keep" in run.batchnorm["divergences"]:
         tried = run.batchnorm["divergences"]
         rows.append(_row("BatchNorms", _DIVERGENCE, tried["keep"], tried[run.batchnorm["chosen"]]))
+    if run.kernels:
+        rows.append(_row("larger kernels", _DIVERGENCE, run.kernels["before"], run.kernels["after"]))
     if run.producers and run.producers["errors"]:
         errors = run.producers["errors"].values()
         before, after = (sum(both[place] for both in errors) / len(errors) for place in range(2))

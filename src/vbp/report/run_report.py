@@ -113,6 +113,7 @@ class RunReport:
         stream: The same of the refit of the residual stream, `StreamRefit`.
         head: The same of the refit of the last layer, `HeadRefit`.
         batchnorm: The same of the running statistics of BatchNorms, `BatchNormRefit`.
+        kernels: The same of the refit of layers with larger kernels, `KernelRefit`.
         attention: Share of the channels, or directions, of heads that was kept; None where attention is no part.
         date: When the report was made: date, time and time zone.
         command: The command that made it; empty in a notebook.
@@ -152,6 +153,7 @@ class RunReport:
     stream: Mapping[str, Any] | None = None
     head: Mapping[str, Any] | None = None
     batchnorm: Mapping[str, Any] | None = None
+    kernels: Mapping[str, Any] | None = None
     attention: float | None = None
     date: str = ""
     command: str = ""
@@ -228,7 +230,7 @@ class RunReport:
 
     @property
     def _refits(self) -> tuple[Mapping[str, Any] | None, ...]:
-        return self.batchnorm, self.producers, self.stream, self.head, self.tuning
+        return self.batchnorm, self.kernels, self.producers, self.stream, self.head, self.tuning
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plain JSON data of `summary.json`; of a model, what was not measured is left out.

@@ -30,7 +30,7 @@ from typing import Any, Final, Literal
 
 import torch
 import tyro
-from small_training import RECIPES, Images, load, trained
+from small_training import Images, load, trained
 from torch import Tensor, nn
 
 import vbp
@@ -73,7 +73,7 @@ class Options:
     """Numbers of epochs, each with its own schedule."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Of subsets, order, augmentation and random channels."""
-    models: tuple[str, ...] = tuple(RECIPES)
+    models: tuple[str, ...] = ("vit", "vit_deep", "vit_massive", "convnext", "swin")
     """Which small models."""
     calib_samples: int = 1000
     """Calibration images of DeiT-tiny."""

@@ -49,7 +49,7 @@ _SHIFT: Final = 2
 class Options:
     """Train small models and compare training-free rules on them."""
 
-    models: tuple[str, ...] = tuple(RECIPES)
+    models: tuple[str, ...] = ("vit", "vit_deep", "vit_massive", "convnext", "swin")
     """Which of them."""
     ratios: tuple[float, ...] = (0.95, 0.8, 0.65, 0.5, 0.4, 0.3, 0.15)
     """Shares of the hidden channels to keep."""
@@ -74,11 +74,11 @@ def bordered(images: Images) -> list[tuple[Tensor, Tensor]]:
 class Bench:
     """A dense model, its statistics, and the rules that are compared."""
 
-    def __init__(self, model: nn.Module, train: Images, val: Images, seed: int) -> None:
+    def __init__(self, model: nn.Module, train: Images, val: Images, seed: int, *, convolutions: bool) -> None:
         """Collect what the rules need, over all training images."""
         self.model = model
         self.batches = _batches(train.pixels)
-        self.sites = vbp.find_sites(model, train.pixels[:1])
+        self.sites = vbp.find_sites(model, train.pixels[:1], convolutions=convolutions)
         self.statistics = vbp.collect_statistics(
             model, self.sites, self.batches, covariance=True,
             tokens=TokenSample(COVARIANCE_TOKENS, seed=seed), sensitivity=RandomProbes(seed=seed),
@@ -120,7 +120,7 @@ class Bench:
         )
         model = copy.deepcopy(self.model)
         vbp.prune_(model, found.plan, found.means, found.covariances)
-        self.refits.refit_(model)
+        self.refits.refit_(model, plan=found.plan)
         return model
 
 
@@ -152,7 +152,8 @@ Results = dict[tuple[str, float], Cell]
 def compared(name: str, train: Images, val: Images, options: Options) -> Results:
     """Train a model, prune it by all rules at all ratios, and say what came of it."""
     label = RECIPES[name].label
-    bench = Bench(trained(name, train, options.save, options.seed), train, val, options.seed)
+    dense = trained(name, train, options.save, options.seed)
+    bench = Bench(dense, train, val, options.seed, convolutions=RECIPES[name].convolutions)
     print(f"{label}: dense top-1 {bench.judge.accuracy:.2%}, {int(bench.judge.right.sum())} right", flush=True)
     found: Results = {}
     for ratio in options.ratios:

@@ -38,6 +38,7 @@ class Recipe:
         steps: Of AdamW, with 64 images each.
         lr: Peak learning rate; a short warm-up before it, a cosine to 0 after it.
         weight_decay: Of AdamW.
+        convolutions: Its sites lie between larger kernels.
         planted: Make one channel of the residual stream massive after training, and repair the model by distillation.
     """
 
@@ -48,6 +49,7 @@ class Recipe:
     lr: float = 1e-3
     weight_decay: float = 0.05
     planted: bool = False
+    convolutions: bool = False
 
 
 _VIT: Final = {"img_size": 32, "patch_size": 8, "num_heads": 2, "weight_init": "jax"}
@@ -80,6 +82,8 @@ RECIPES: Final = {
             "num_heads": (2, 4, 8), "weight_init": "jax",
         },
     ),
+    "mobilenet": Recipe("MobileNetV2", "mobilenetv2_050", {}, lr=2e-3),
+    "resnet": Recipe("ResNet", "resnet18", {"channels": (16, 32, 64, 128)}, lr=2e-3, convolutions=True),
 }  # fmt: skip
 
 

@@ -194,6 +194,23 @@ def test_of_rotary_attention_the_values_alone_share_a_budget(caplog: pytest.LogC
     assert "queries and keys of the attention behind" in caplog.text
 
 
+def test_layers_without_effect_on_the_output_go_first() -> None:
+    from transformers import SiglipConfig, SiglipForImageClassification
+
+    torch.manual_seed(0)
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = SiglipConfig(vision_config={**vision, "image_size": 32, "patch_size": 8}, num_labels=5)
+    model = SiglipForImageClassification(config).eval()  # reads the tokens; its pooling runs for nothing
+    batches = [torch.randn(16, 3, 32, 32) for _ in range(2)]
+    halved = vbp.prune(model, batches, keep_ratio=0.5, progress=False)
+    kept = {entry.site.name: len(entry.keep) for entry in halved.plan.sites}
+    assert kept["vision_model.head.mlp.fc1"] == 2  # the least share of 64
+    assert min(kept[f"vision_model.encoder.layers.{layer}.mlp.fc1"] for layer in range(2)) > 16
+    whole = vbp.prune(model, batches, target_macs=0.6, progress=False)
+    kept = {entry.site.name: len(entry.keep) / entry.site.hidden for entry in whole.plan.sites}
+    assert min(kept, key=lambda name: kept[name]) == "vision_model.head.attention.out_proj"
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [

@@ -148,7 +148,7 @@ class DenseReference:
             for batch, expected in zip(self.batches, self.targets, strict=True):
                 loss = self._loss(self.model, batch, expected)
                 if loss.requires_grad:
-                    (gradient,) = torch.autograd.grad(loss, amplitudes)
+                    (gradient,) = torch.autograd.grad(loss, amplitudes, materialize_grads=True)
                     total += gradient.double()
         shares = (self.session.processes.all_reduce_sum_(total) / (2 * self.images)).tolist()
         named = {unit[0].site.name: share for unit, share in zip(units, shares, strict=True)}

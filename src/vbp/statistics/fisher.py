@@ -84,7 +84,9 @@ class FisherCollector:
         half = any(each.dtype == torch.float16 for each in (values, *outputs_seen, *made))
         scale = FP16_SCALE if half else 1.0
         cotangent = self.objective.direction(values.detach(), noise) * scale
-        gradients = torch.autograd.grad(values, [*outputs_seen, *made], cotangent.to(values.dtype))
+        cotangent = cotangent.to(values.dtype)
+        # What runs without effect on the values, as the pooling of an encoder whose tokens are classified, costs 0.
+        gradients = torch.autograd.grad(values, [*outputs_seen, *made], cotangent, materialize_grads=True)
         for site, gradient in zip(self._pairs, gradients[len(outputs_seen) :], strict=True):
             self._add_pairs_(site, gradient, images, scale)
         seen = zip(self._seen.items(), gradients[: len(outputs_seen)], strict=True)

@@ -48,7 +48,8 @@ class GradientSum:
                 images, given = (part[start : start + _IMAGES].to(self._device) for part in (pixels, labels))
                 logits = logits_of(self._model(images))
                 loss = F.cross_entropy(logits, class_numbers(given, *logits.shape), reduction="sum")
-                gradients = torch.autograd.grad(loss, list(self._weights.values()))
+                # What runs without effect on the logits has a gradient of 0.
+                gradients = torch.autograd.grad(loss, list(self._weights.values()), materialize_grads=True)
                 for running, gradient in zip(self._sums.values(), gradients, strict=True):
                     running += gradient
         self._images += labels.shape[0]

@@ -146,7 +146,9 @@ class MLPSamples:
         half = any(each.dtype == torch.float16 for each in (read_out, *given.values()))
         scale = FP16_SCALE if half else 1.0
         cotangent = self._objective.direction(read_out.detach(), noise.to(read_out.device)) * scale
-        gradients = torch.autograd.grad(read_out, list(given.values()), cotangent.to(read_out.dtype))
+        cotangent = cotangent.to(read_out.dtype)
+        # What runs without effect on the values has a gradient of 0.
+        gradients = torch.autograd.grad(read_out, list(given.values()), cotangent, materialize_grads=True)
         slopes = dict(zip(given, gradients, strict=True))
         seen = []
         for mlp in self.mlps:

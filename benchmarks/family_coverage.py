@@ -53,7 +53,7 @@ from vbp.statistics.images import GivenImages
 
 KEEP_RATIO = 0.65
 STEPS = ("find", "prune", "oracle", "backward", "load", "refit")
-MEMORY = 9 * 2**30
+MEMORY = 14 * 2**30
 # What the process imports once from which those of the models are forked.
 PRELOADED = ("torch", "torchvision", "timm", "transformers", "tyro", "vbp")
 

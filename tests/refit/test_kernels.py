@@ -71,6 +71,29 @@ def test_the_output_comes_closer_on_other_images(shape: dict[str, Any]) -> None:
     assert not any(module._forward_hooks for module in model.modules())
 
 
+def test_a_layer_that_loses_outputs_too_is_fitted_to_those_that_are_left() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 12, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(12, 8, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(128, 5),
+    ).eval()  # fmt: skip
+    sites = find_sites(model, IMAGES[:1], convolutions=True)
+    statistics = collect_statistics(model, sites, [FITTED], covariance=True)
+    plan = make_plan(sites[:2], variance_scores(statistics), keep_ratio=0.5, scope="per_layer")
+    pruned = copy.deepcopy(model)
+    prune_(pruned, plan, statistics.means, statistics.covariances)
+    report = refit_kernels_(pruned, plan, FITTED.split(32), DenseReference(model, [OTHERS]))
+    assert report.layers == ("2", "4")
+    assert pruned[2].weight.shape == (6, 8, 3, 3)
+    assert all(after < before for before, after in report.errors.values())
+    # The first of the two reads what the dense model's kept channels are.
+    keep = list(plan.sites[1].keep)
+    with torch.no_grad():
+        wanted, found = model[:3](OTHERS)[:, keep], pruned[:3](OTHERS)
+    share = (wanted - found).square().sum() / (wanted - wanted.mean((0, 2, 3), keepdim=True)).square().sum()
+    assert float(share) == pytest.approx(report.errors["2"][1], rel=0.25)
+
+
 def test_the_weights_are_those_of_least_squares_over_unfolded_patches() -> None:
     model, pruned, plan = networks()
     before = copy.deepcopy(pruned)

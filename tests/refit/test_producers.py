@@ -232,3 +232,16 @@ def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
     done = refit_producers_(same, MLPSamples(model, sites, images[:1], [images]))
     assert done.errors == {}
     assert all(torch.equal(value, model.state_dict()[key]) for key, value in same.state_dict().items())
+
+
+def test_a_convolution_of_one_position_may_be_read_by_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)
+    ).eval()  # fmt: skip
+    images = torch.randn(16, 3, 8, 8)
+    (site,) = find_sites(model, images[:1])
+    sample = MLPSamples(model, [site], images[:1], [images]).samples[site.name]
+    with torch.no_grad():
+        torch.testing.assert_close(sample.inputs, model[:3](images).flatten(1))
+        torch.testing.assert_close(sample.outputs, model(images))

@@ -241,7 +241,8 @@ def make_refits(job: PruneJob) -> Refits | None:
         views = default_views(job.session.device) if isinstance(job.calibration, CalibrationImages) else 1
     return Refits(
         *known, kernels=config.refit_kernels, producers=config.refit_producers, stream=config.refit_stream,
-        head=config.refit_head, batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off", objective=job.objective,
+        head=config.refit_head, batchnorm=config.batchnorm, views=views, keep_apart=config.tune != "off",
+        objective=job.objective,
     )  # fmt: skip
 
 

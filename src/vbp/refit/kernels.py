@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32
 from vbp.runtime.processes import Processes
 from vbp.sites.branches import has_layer
-from vbp.sites.layers import channel_dim, groups_of, is_depthwise, reads, rows
+from vbp.sites.layers import channel_dim, groups_of, input_channels, is_depthwise, output_channels, reads, rows
 from vbp.sites.site import Site
 from vbp.statistics.batches import ImagesFor
 from vbp.statistics.images import in_pieces
@@ -128,6 +128,13 @@ def refit_kernels_(
     return KernelRefit(changed, images, judge.images, errors, before, after, judge.objective.measure)
 
 
+class _Kept(NamedTuple):
+    """Hold the channels of a dense layer that the pruned one still reads, and still makes."""
+
+    read: list[int]
+    made: list[int]
+
+
 @dataclass(frozen=True)
 class _Work:
     """Hold both models, and which channels the pruned one has."""
@@ -137,21 +144,25 @@ class _Work:
     judge: DenseReference
     probes: RandomProbes
 
-    def layers(self) -> dict[str, list[int]]:
-        """Return the layers that lost channels and have some left, with the dense channels that they read."""
-        dense, gone = self.judge.model, dict[str, set[int]]()
+    def layers(self) -> dict[str, _Kept]:
+        """Return the layers that lost channels that they read and have some left, with what they read and make."""
+        dense, read, made = self.judge.model, dict[str, set[int]](), dict[str, set[int]]()
         for entry in self.plan.sites:
             for reader in entry.site.readers:
-                gone.setdefault(reader.layer, set()).update(reader.first + channel for channel in entry.removed)
+                read.setdefault(reader.layer, set()).update(reader.first + channel for channel in entry.removed)
+            for producer, rows_of in entry.site.places:
+                made.setdefault(producer, set()).update(rows_of[channel] for channel in entry.removed)
         kept = {}
         for name in kernel_readers(dense, [entry.site for entry in self.plan.sites]):
             layer = dense.get_submodule(name)
-            assert isinstance(layer, nn.Conv2d)
-            if gone[name] and has_layer(self.pruned, name):
-                kept[name] = [channel for channel in range(layer.in_channels) if channel not in gone[name]]
+            if read[name] and has_layer(self.pruned, name):
+                kept[name] = _Kept(
+                    [channel for channel in range(input_channels(layer)) if channel not in read[name]],
+                    [channel for channel in range(output_channels(layer)) if channel not in made.get(name, ())],
+                )
         return kept
 
-    def fits(self, layers: Mapping[str, list[int]], batches: Iterable[Any]) -> tuple[int, dict[str, list[PatchFit]]]:
+    def fits(self, layers: Mapping[str, _Kept], batches: Iterable[Any]) -> tuple[int, dict[str, list[PatchFit]]]:
         """Run the dense model on all images; return their number, and a fit for each group of each layer."""
         dense, session = self.judge.model, self.judge.session
         device = next(dense.parameters()).device
@@ -177,11 +188,11 @@ class _Work:
 class _Layer:
     """Add up what one layer of the dense model reads of the kept channels, and what it returns."""
 
-    def __init__(self, dense: nn.Module, pruned: nn.Module, name: str, kept: list[int], probes: RandomProbes) -> None:
+    def __init__(self, dense: nn.Module, pruned: nn.Module, name: str, kept: _Kept, probes: RandomProbes) -> None:
         self.name, self._probes, self._images = name, probes, 0
         self._weights = _matrices(pruned.get_submodule(name))
         device = self._weights[0].device
-        self._kept = torch.tensor(kept, device=device)
+        self._read, self._made = (torch.tensor(channels, device=device) for channels in kept)
         self._sums = [(PatchMoments.zero(weight), PatchMoments.zero(weight)) for weight in self._weights]
 
     @property
@@ -192,9 +203,9 @@ class _Layer:
     def see(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
         """Take in a batch, as a hook after the layer of the dense model."""
         images, dim = len(output), channel_dim(module)
-        wanted = rows(output, dim, images)
+        wanted = rows(output.index_select(dim, self._made), dim, images)
         drawn = self._positions(*wanted.shape[:2]).to(output.device)
-        values = args[0].index_select(dim, self._kept)
+        values = args[0].index_select(dim, self._read)
         read = [rows(part, dim, images).take_along_dim(drawn, 1) for part in reads(module, values, output)]
         numbers = torch.tensor([self._probes.number(self._images + image) for image in range(images)])
         held_out = (numbers % _HELD_OUT_EVERY == 0).to(output.device)

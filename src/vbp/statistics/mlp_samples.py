@@ -152,11 +152,17 @@ class MLPSamples:
         slopes = dict(zip(given, gradients, strict=True))
         seen = []
         for mlp in self.mlps:
-            name, dim = mlp.site.name, channel_dim(dense.get_submodule(mlp.site.consumer))
+            name = mlp.site.name
+            # A convolution of one position may be read by a linear layer.
+            first, last = (
+                channel_dim(dense.get_submodule(layer)) for layer in (mlp.site.producers[0], mlp.site.consumer)
+            )
             inputs, outputs, slope = (
                 in_float32(rows(one, dim, len(pixels)))
-                for one in (read[name], values[name], in_float32(slopes[name]) / scale)
-            )
+                for one, dim in (
+                    (read[name], first), (values[name], last), (in_float32(slopes[name]) / scale, last),
+                )
+            )  # fmt: skip
             seen.append((name, inputs, outputs, slope))
         return seen
 

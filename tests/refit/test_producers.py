@@ -237,7 +237,8 @@ def test_a_model_that_lost_nothing_stays_as_it_is() -> None:
 def test_a_convolution_of_one_position_may_be_read_by_a_linear_layer() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 12, 1), nn.ReLU(), nn.Flatten(), nn.Linear(12, 5)
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 12, 1), nn.ReLU(), nn.Flatten(),
+        nn.Linear(12, 5),
     ).eval()  # fmt: skip
     images = torch.randn(16, 3, 8, 8)
     (site,) = find_sites(model, images[:1])

@@ -109,6 +109,24 @@ def test_a_norm_behind_the_consumer_is_no_join(inside: bool) -> None:
         refit_stream_(copy.deepcopy(model), sites, [images], judge)
 
 
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Conv2d(4, 8, 3, padding=1), nn.Conv2d(8, 4, 3, padding=1)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return values + self.down(self.up(values).relu())
+
+
+def test_a_layer_with_a_larger_kernel_writes_into_a_stream_and_is_not_refitted() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), Branch(), Branch(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = torch.randn(2, 3, 8, 8)
+    sites = find_sites(model, images[:1], convolutions=True)
+    assert [add.site.consumer for add in find_residual_adds(model, images, sites)] == ["1.down", "2.down"]
+    with pytest.raises(InputError, match="needs an MLP whose output is added to a stream, got Sequential"):
+        module.residual_adds(model, images, sites)
+
+
 def test_the_streams_come_nearer_and_more_images_bring_them_nearest() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     joins = find_residual_adds(model, images[:1], sites)

@@ -35,7 +35,7 @@ from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32
 from vbp.runtime.session import Session
 from vbp.sites.branches import has_layer
-from vbp.sites.layers import channel_dim, first_tensor, rows
+from vbp.sites.layers import channel_dim, first_tensor, maps_positions, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
 from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
@@ -128,8 +128,9 @@ def refit_stream_(
 
 
 def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
-    """Return where MLPs write into a residual stream; raise InputError if none does."""
-    adds = find_residual_adds(model, example, sites)
+    """Return where layers that read single positions write into a residual stream; raise InputError if none does."""
+    found = find_residual_adds(model, example, sites)
+    adds = tuple(add for add in found if maps_positions(model.get_submodule(add.site.consumer)))
     if not adds:
         raise InputError(
             f"the refit of the residual stream needs an MLP whose output is added to a stream, got "

@@ -26,6 +26,13 @@ def mixes_channels(module: nn.Module, *, convolutions: bool) -> bool:
     return isinstance(module, nn.Linear)
 
 
+def maps_positions(module: nn.Module) -> bool:
+    """Return whether a module is a linear map of all channels that reads one position for each that it makes."""
+    if isinstance(module, nn.Conv2d) and (module.stride != (1, 1) or module.padding not in {(0, 0), "valid", "same"}):
+        return False
+    return mixes_channels(module, convolutions=False)
+
+
 def is_depthwise(module: nn.Module) -> bool:
     """Return whether a module is a convolution of every channel by itself."""
     return isinstance(module, nn.Conv2d) and 1 < module.groups == module.in_channels == module.out_channels

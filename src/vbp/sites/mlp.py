@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.activations import Activation, find_activation
 from vbp.runtime.forward import evaluation_mode, hooked
-from vbp.sites.layers import channel_dim, mixes_channels, output_channels, rows
+from vbp.sites.layers import channel_dim, maps_positions, output_channels, rows
 from vbp.sites.site import Site
 
 
@@ -78,7 +78,4 @@ def _is_plain(model: nn.Module, site: Site) -> bool:
     if site.kind != "mlp" or len(site.producers) != 1 or site.inner or site.parameters or site.others or site.columns:
         return False
     producer, consumer = (model.get_submodule(name) for name in (site.producers[0], site.consumer))
-    return (
-        all(mixes_channels(layer, convolutions=False) for layer in (producer, consumer))
-        and output_channels(producer) == site.hidden
-    )
+    return all(maps_positions(layer) for layer in (producer, consumer)) and output_channels(producer) == site.hidden

@@ -52,7 +52,7 @@ COMPARISONS: Final[Mapping[Comparison, Pair]] = {
             "by cost": {"cost_aware": "off", "attention": "off"},
             "by cost over MACs": {"cost_aware": "on", "attention": "off"},
         },
-        ("convnext", "swin", "mobilenet", "resnet"),
+        ("convnext", "swin", "mobilevit", "mobilenet", "resnet"),
     ),
     "kernels": Pair({"refit by channels": {"refit_kernels": "off"}, "and from patches": {}}, ("resnet",)),
 }

@@ -82,7 +82,8 @@ RECIPES: Final = {
             "num_heads": (2, 4, 8), "weight_init": "jax",
         },
     ),
-    "mobilenet": Recipe("MobileNetV2", "mobilenetv2_050", {}, lr=2e-3),
+    "mobilenet": Recipe("MobileNetV2", "mobilenetv2_050", {}, steps=600, lr=2e-3),
+    "mobilevit": Recipe("MobileViT", "mobilevit_xxs", {}, steps=600, lr=2e-3),
     "resnet": Recipe("ResNet", "resnet18", {"channels": (16, 32, 64, 128)}, lr=2e-3, convolutions=True),
 }  # fmt: skip
 

@@ -111,12 +111,17 @@ def main(options: Options) -> None:
     every = [(library, family) for library in options.libraries for family in members(library)]
     asked = [one for one in every if one not in known and any(part in one[1] for part in parts)]
     with ThreadPoolExecutor(options.jobs) as pool:
-        for done in as_completed([pool.submit(in_process, *family, options.limit) for family in asked]):
-            result = done.result()
-            results.append(result)
-            with records.open("a") as file:
-                file.write(json.dumps(asdict(result)) + "\n")
-            print(result.library, result.family, result.name, result.verdict, result.steps, flush=True)
+        waiting = [pool.submit(in_process, *family, options.limit) for family in asked]
+        try:
+            for done in as_completed(waiting):
+                result = done.result()
+                results.append(result)
+                with records.open("a") as file:
+                    file.write(json.dumps(asdict(result)) + "\n")
+                print(result.library, result.family, result.name, result.verdict, result.steps, flush=True)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     options.output.write_text(table(results), encoding="utf-8")
 
 

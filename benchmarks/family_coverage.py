@@ -2,9 +2,9 @@
 
     python benchmarks/family_coverage.py --output coverage.md
 
-Random weights, float64, a CPU without network; of a transformer of transformers that is a stack of many layers two
-are taken. Each model has a process of its own, with limits of time and memory: what one does harms no other. A line
-says for each step `ok`, what was refused and why, or an error:
+Random weights, float64, a CPU without network; of the transformers of transformers that are stacks of many layers,
+and of the largest of timm, two layers are taken. Each model has a process of its own, with limits of time and memory:
+what one does harms no other. A line says for each step `ok`, what was refused and why, or an error:
 
 - *1x1*, *all*: sites that are found, and the share of the MACs of the layers at them, without and with
   `--convolutions`; the steps that follow have the sites of the second, all of them and at keep ratio 0.65;

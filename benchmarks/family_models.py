@@ -18,6 +18,9 @@ CLASSES = 10
 # A language model of billions of parameters, and a class that holds models of timm.
 _NOT_OF_IMAGES = {"shieldgemma2", "timm_wrapper"}
 
+# The only size of their family, of hundreds of millions of parameters in a stack of layers that are all alike.
+_DEEP = {"deepseek_vit_412m"}
+
 # Edges of images, in pixels, of which the first is taken that a model runs on; then its own.
 _SIZES = (64, 96, 128, 160, 192, 224, 256)
 
@@ -83,6 +86,8 @@ def build(library: str, name: str, size: int | None = None) -> nn.Module:
         import timm
 
         arguments: dict[str, Any] = {} if size is None else {"img_size": size}
+        if name in _DEEP:
+            arguments["depth"] = 2
         try:
             model: nn.Module = timm.create_model(name, num_classes=CLASSES, **arguments)
         except TypeError:

@@ -151,4 +151,9 @@ def _own_size(library: str, name: str) -> int:
         config = timm.get_pretrained_cfg(name, allow_unregistered=True)
         assert config is not None
         return int(config.input_size[-1])
-    return 299 if "inception" in name else 224
+    if library == "torchvision":
+        return 299 if "inception" in name else 224
+    import transformers
+
+    size = getattr(getattr(transformers, name).config_class(), "image_size", None)
+    return size if isinstance(size, int) else 224

@@ -51,6 +51,10 @@ def test_larger_kernels_are_looked_at_on_request_alone() -> None:
     with pytest.raises(InputError, match=r"no prunable site in ResNet.*convolutions=True"):
         find_sites(model, IMAGES)
     sites = find_sites(model, IMAGES, convolutions=True)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double()
+    with pytest.raises(InputError, match=r"looked for a Linear or Conv2d layer, of a kernel of any size") as refused:
+        find_sites(plain, IMAGES, convolutions=True)
+    assert "--convolutions" not in str(refused.value)  # it would not help
     # The stem, which a block and its shortcut read, and two sites a block: between the 1x1 and the 3x3 kernel, and
     # between the 3x3 and the second 1x1.
     assert len(sites) == 9

@@ -92,12 +92,18 @@ def find_sites(
     if not sites and unusual:
         raise InputError(f"no prunable site in {type(model).__name__}: {'; '.join(unusual[:3])}")
     if not sites:
+        layers, remedy = "Linear or 1x1 Conv2d layer", "give a model that has such layers"
+        if convolutions:
+            layers = "Linear or Conv2d layer, of a kernel of any size,"
+        elif _larger_kernels(model):
+            remedy += (
+                ", or look between larger kernels too, as in a ResNet: --convolutions, in Python "
+                "find_sites(..., convolutions=True)"
+            )
         raise InputError(
-            f"no prunable site in {type(model).__name__}: looked for a Linear or 1x1 Conv2d layer whose output "
-            "passes through an activation (GELU, ReLU, SiLU, ...) and then into other such layers alone, as "
-            "in the MLP of a ViT, DeiT, Swin or ConvNeXt block; give a model that has such layers, or look between "
-            "larger kernels too, as in a ResNet: --convolutions, in Python find_sites(..., convolutions=True)"
-            f"{_reasons(finder.rejected[:3])}"
+            f"no prunable site in {type(model).__name__}: looked for a {layers} whose output passes through an "
+            "activation (GELU, ReLU, SiLU, ...) and then into other such layers alone, as in the MLP of a ViT, DeiT, "
+            f"Swin or ConvNeXt block; {remedy}{_reasons(finder.rejected[:3])}"
         )
     return tuple(sites)
 

@@ -114,6 +114,8 @@ def _shallow(config: Any) -> dict[str, Any]:
     """Return the settings that leave two of a stack of many layers, which are all alike."""
     if config.model_type in {"clip", "metaclip_2", "siglip", "siglip2"}:
         return {"vision_config": _shallow(config.vision_config)}
+    if config.model_type == "perceiver":
+        return {"num_blocks": 1, "num_self_attends_per_block": 2}
     depth = getattr(config, "num_hidden_layers", None)
     return {"num_hidden_layers": 2} if isinstance(depth, int) and 12 <= depth <= 24 else {}
 

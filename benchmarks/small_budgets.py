@@ -112,7 +112,7 @@ def main(options: Options) -> None:
                 share, error = judge.difference(other, one)
                 below.append(f"{recipe.label} at {target} by {-share:.5f} ± {error:.5f} of the dense top-1")
         for rule, verdicts in found.items():
-            cells = ("-" if one is None else f"{one.relative:.3f} ({one.divergence:.4f})" for one in verdicts)
+            cells = ("-" if one is None else f"{one.relative:.3f} ({one.divergence:.5f})" for one in verdicts)
             print(f"| {recipe.label} | {rule} | {' | '.join(cells)} |", flush=True)
     print(f"\n{second} below {first}, in answers: {'; '.join(below) or 'nowhere'}")
 

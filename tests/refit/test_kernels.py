@@ -62,7 +62,7 @@ def test_the_output_comes_closer_on_other_images(shape: dict[str, Any]) -> None:
     before, dense = off(model, pruned), copy.deepcopy(model.state_dict())
     report = refit_kernels_(pruned, plan, FITTED.split(32), DenseReference(model, [OTHERS]))
     assert report.layers == ("2",)
-    assert report.images, report.judged == (128, 32)
+    assert (report.images, report.judged) == (128, 32)
     assert report.after < report.before
     # An eighth of the images, held out, tells what others do.
     assert report.errors["2"] == (pytest.approx(before, rel=0.25), pytest.approx(off(model, pruned), rel=0.25))
@@ -151,14 +151,20 @@ def test_it_is_part_of_the_refits_of_a_run(caplog: pytest.LogCaptureFixture) -> 
     model, pruned, plan = networks()
     sites = [entry.site for entry in plan.sites]
     known = model, sites, IMAGES[:1], GivenImages([OTHERS, FITTED])
-    with caplog.at_level("INFO", "vbp"):
-        report = Refits(*known).refit_(copy.deepcopy(pruned), plan=plan)
+    caplog.set_level("INFO", "vbp")
+    report = Refits(*known).refit_(copy.deepcopy(pruned), plan=plan)
     assert report.kernels is not None
     assert report.kernels.layers == ("2",)
     assert report.to_dict()["kernels"]["sentence"] in caplog.text
     assert "larger kernels: moments of the patches of 1 layers, 0 MB" in caplog.text
     assert Refits(*known, kernels="off").refit_(copy.deepcopy(pruned), plan=plan).kernels is None
-    assert Refits(*known).refit_(copy.deepcopy(pruned)).kernels is None  # which channels are gone is not known
+    # Without the plan it is not known which channels are gone.
+    assert Refits(*known).refit_(copy.deepcopy(pruned)).kernels is None
+    assert "the larger kernels stay as they are: their refit needs the plan" in caplog.text
+    before = copy.deepcopy(pruned.state_dict())
+    with pytest.raises(InputError, match="the refit of larger kernels needs the plan, got none"):
+        Refits(*known, kernels="on").refit_(pruned)
+    assert all(torch.equal(value, before[name]) for name, value in pruned.state_dict().items())
 
 
 def test_models_without_such_a_layer_and_runs_without_images() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -141,3 +143,18 @@ def add_in_float64_(values: Tensor, shift: Tensor) -> None:
     """Add to a parameter or buffer with one rounding to its own precision, not two."""
     with torch.no_grad():
         values.copy_((values.double() + shift.to(values.device)).to(values.dtype))
+
+
+@contextmanager
+def restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
+    """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
+    saved = {
+        (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
+        for layer in layers
+        for name in ("weight", "bias")
+    }
+    try:
+        yield saved.clear
+    finally:
+        for (layer, name), parameter in saved.items():
+            model.get_submodule(layer).register_parameter(name, parameter)

@@ -20,10 +20,9 @@ from vbp.errors import InputError
 from vbp.method.gauss_newton import HELD_OUT_SHARE
 from vbp.method.patch_fit import PatchFit, PatchMoments, fit_patches
 from vbp.method.sampling import RandomProbes
-from vbp.pruning.compensate import add_in_float64_, add_to_bias_
+from vbp.pruning.compensate import add_in_float64_, add_to_bias_, restored_unless_kept
 from vbp.pruning.divergence import DenseReference
 from vbp.pruning.plan import PruningPlan
-from vbp.refit.producers import restored_unless_kept
 from vbp.runtime.forward import evaluation_mode, hooked
 from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32

@@ -12,10 +12,8 @@ could, and look better on them than on new ones.
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -130,21 +128,6 @@ def add_step_(model: nn.Module, site: Site, step: HiddenFit) -> None:
     if step.layers.hidden is not None:
         _add_(model.get_submodule(site.producers[0]), step.layers.hidden)
     _add_(model.get_submodule(site.consumer), step.layers.consumer)
-
-
-@contextmanager
-def restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
-    """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
-    saved = {
-        (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
-        for layer in layers
-        for name in ("weight", "bias")
-    }
-    try:
-        yield saved.clear
-    finally:
-        for (layer, name), parameter in saved.items():
-            model.get_submodule(layer).register_parameter(name, parameter)
 
 
 def _same(values: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ class Refits:
         left = batchnorm == "keep" or (batchnorm == "auto" and not running_norms(dense))
         toggles["batchnorm"] = "off" if left else "auto" if batchnorm == "auto" else "on"
         toggles["kernels"] = "off" if kernels == "auto" and not kernel_readers(dense, sites) else kernels
-        self._batchnorm, self._keep_apart = batchnorm, keep_apart
+        self._batchnorm, self._kernels, self._keep_apart = batchnorm, kernels, keep_apart
         self.wanted = frozenset(name for name, toggle in toggles.items() if self._possible(name, toggle))
         if self.wanted - {"batchnorm"}:
             _log.info("the refits after surgery read %d view%s of each image", views, "" if views == 1 else "s")
@@ -117,8 +117,12 @@ class Refits:
         changes what they read. The last layer comes last.
 
         Raises:
-            InputError: No image can be read, or a value is not finite.
+            InputError: Kernels are `on` and there is no plan, no image can be read, or a value is not finite.
         """
+        if plan is None and "kernels" in self.wanted & {*only}:
+            if self._kernels == "on":
+                raise InputError("the refit of larger kernels needs the plan, got none; pass it, or leave them out")
+            _log.info("%s: their refit needs the plan", _LEFT_OUT["kernels"])
         kernels, producers, stream, head, wanted = None, None, None, None, self.wanted & {*only}
         with out_of_memory("calibration"):
             batchnorm = self._estimate_(pruned, plan) if "batchnorm" in wanted else None

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
+from vbp.pruning.compensate import restored_unless_kept
 from vbp.pruning.divergence import DenseReference
-from vbp.refit.producers import add_step_, restored_unless_kept, step_of
+from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32

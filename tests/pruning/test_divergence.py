@@ -10,7 +10,7 @@ from families import FAMILIES, randomise_
 from torch import Tensor, nn
 
 from vbp import InputError, PruningPlan, collect_statistics, find_sites, make_plan, prune_, variance_scores
-from vbp.pruning.divergence import DenseReference, cost_multipliers, mean_multipliers
+from vbp.pruning.divergence import DenseReference, cost_multipliers, held_out_places, mean_multipliers
 from vbp.runtime.forward import logits_of
 
 
@@ -92,6 +92,13 @@ def test_rounds_are_averaged_by_their_logarithms() -> None:
     assert mean_multipliers([{"a": 4.0, "b": 2.0}, {"a": 0.25, "b": 64.0}]) == pytest.approx({"a": 1.0, "b": 8.0})
     many = mean_multipliers([{"a": 3.0}] * 1000)
     assert many["a"] == pytest.approx(3.0, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("images", "judging"), [(3, 0), (4, 1), (100, 25), (256, 64), (400, 64), (1000, 125), (2048, 256), (50_000, 256)]
+)
+def test_few_images_judge_and_most_are_fitted_to(images: int, judging: int) -> None:
+    assert held_out_places(images) == range(judging)
 
 
 def test_no_image_is_an_error() -> None:

@@ -192,10 +192,16 @@ def mean_multipliers(rounds: Sequence[Mapping[str, float]]) -> dict[str, float]:
 # Calibration images by which `auto` compares its plans.
 HELD_OUT_IMAGES: Final = 256
 
-# One image in this many, and no more than the plans of `auto` are compared by, judges what is fitted to the others.
+# One image in this many judges what is fitted to the others while there are few; one in `_ONE_IN_OF_MANY` once these
+# are `_ENOUGH`. Each image that judges is missing where models are fitted: a thousand keep 875.
 ONE_IN: Final = 4
+_ONE_IN_OF_MANY: Final = 8
+_ENOUGH: Final = 64
 
 
 def held_out_places(images: int) -> range:
-    """Return the places of the calibration images that judge what is fitted to those that follow."""
-    return range(min(HELD_OUT_IMAGES, images // ONE_IN))
+    """Return the places of the calibration images that judge what is fitted to those that follow.
+
+    A quarter of up to 256 images, then 64 until these are an eighth, then an eighth, and 256 at most.
+    """
+    return range(min(HELD_OUT_IMAGES, max(images // _ONE_IN_OF_MANY, min(images // ONE_IN, _ENOUGH))))

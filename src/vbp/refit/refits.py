@@ -67,9 +67,9 @@ class RefitReport:
 class Refits:
     """Refit pruned models to one dense model. What does not depend on the pruned model is computed once.
 
-    The first images, a quarter and no more than 256, judge the refits of kernels and stream and the BatchNorms;
-    kernels, producers and stream are refitted to the 1,000 that follow, BatchNorms to the first of these, the last
-    layer to the first 1,000.
+    The first images, see `held_out_places`, judge the refits of kernels and stream and the BatchNorms; kernels,
+    producers and stream are refitted to the 1,000 that follow, BatchNorms to the first of these, the last layer to
+    the first 1,000.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from vbp import InputError, RunConfig, run
 from vbp.recipes.checks import check_config
 from vbp.recipes.options import REFITS, Role, fields_with, roles_of
+from vbp.runtime.choices import Criterion, Toggle
 from vbp.sweeps.config import SweepConfig
 
 PUBLISHED: dict[str, Any] = {
@@ -307,6 +308,24 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_bad_values_and_flags_without_effect_are_named(changed: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         check_config(RunConfig(DATA, **changed))
+
+
+@pytest.mark.parametrize(
+    ("criterion", "cost_aware", "divided"),
+    [
+        ("auto", "auto", True),
+        ("auto", "off", False),
+        ("elimination", "auto", False),  # not in nats: the small Swin loses by it
+        ("variance", "auto", False),
+        ("variance", "on", True),
+    ],
+)
+def test_costs_in_nats_are_divided_by_savings_and_others_when_asked(
+    criterion: Criterion, cost_aware: Toggle, divided: bool
+) -> None:
+    config = RunConfig("data", criterion=criterion, cost_aware=cost_aware, target_macs="0.7", global_pruning=True)
+    assert config.ranks_by_cost is divided
+    assert not dataclasses.replace(config, target_macs=None).ranks_by_cost
 
 
 @pytest.mark.parametrize(

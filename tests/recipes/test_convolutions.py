@@ -60,8 +60,8 @@ def test_a_budget_in_macs_takes_channels_where_they_save_most(small: RunConfig) 
         small, criterion="l2", compensation="none", global_pruning=True, keep_ratio=0.65, target_macs="0.7",
         refit_stream="auto", refit_head="auto",
     )  # fmt: skip
-    aware = run(paper)
-    plain = run(dataclasses.replace(paper, cost_aware="off", save_dir=small.save_dir / "off"))
+    aware = run(dataclasses.replace(paper, cost_aware="on", save_dir=small.save_dir / "on"))
+    plain = run(dataclasses.replace(paper, save_dir=small.save_dir / "auto"))
     assert aware.budget["met"]
     assert plain.budget["met"]
     assert aware.keep_ratio > plain.keep_ratio

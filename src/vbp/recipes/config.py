@@ -64,7 +64,7 @@ class PlanOptions:
     """Let layers of one width keep equally many channels, as checkpoints without vbp need them."""
     cost_aware: Result[Toggle] = "auto"
     """With a target: divide the score of a channel by what it saves of the target's quantity, where layers are ranked
-    together: with every criterion but variance (auto), always (on) or never (off)."""
+    together: with --criterion auto, whose scores are costs in nats (auto), with every criterion (on), never (off)."""
     norm_per_layer: Result[bool] = False
     """With --criterion variance: divide the variances of a layer by their mean before ranking."""
     compensation: Result[Compensation] = "refit"
@@ -116,7 +116,7 @@ class PruneConfig(LabelFreeOptions, WidthOptions, RefitOptions, PlanOptions):
         """Return whether the score of a channel is divided by what it saves."""
         if self.budget.quantity == "keep_ratio":
             return False
-        return self.cost_aware == "on" or (self.cost_aware == "auto" and self.criterion != "variance")
+        return self.cost_aware == "on" or (self.cost_aware == "auto" and self.criterion == "auto")
 
     @property
     def shares_budget(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from concurrent.futures import ThreadPoolExecutor
 from threading import Barrier
 from typing import Any
@@ -63,6 +64,18 @@ def test_views_of_an_image_are_left_out_together() -> None:
     # The same images twice tell nothing more.
     assert doubled.cross_validated(0.1, views=2) == pytest.approx(given.cross_validated(0.1), rel=1e-4)
     assert doubled.cross_validated(0.1) < 0.99 * given.cross_validated(0.1)
+
+
+def test_one_fold_is_enough_to_see_that_nothing_can_be_gained(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, layer, features = problem(40)
+    same = HeadProblem.of(layer, features, layer(features).log_softmax(-1).detach())
+    fits: list[float] = []
+    fit = HeadProblem.fit
+    monkeypatch.setattr(HeadProblem, "fit", lambda self, strength: fits.append(strength) or fit(self, strength))
+    assert same.cross_validated(0.1) == math.inf
+    assert fits == [0.1]
+    assert math.isfinite(given.cross_validated(0.1))
+    assert fits == [0.1] * 5
 
 
 def test_folding_gives_the_answers_of_the_change() -> None:

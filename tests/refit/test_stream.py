@@ -18,7 +18,7 @@ from vbp import InputError, find_sites
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
-from vbp.refit.stream import refit_stream_
+from vbp.refit.stream import StreamRefit, refit_stream_
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim
 from vbp.sites.residual import ResidualAdd, find_residual_adds
@@ -218,6 +218,34 @@ def test_a_consumer_without_bias_gains_one_and_loses_it_if_nothing_helps() -> No
     assert (done.sites, done.before, done.after) == ((), 1.0, 1.0)
     assert bare.blocks[0].mlp.fc2.bias is None  # type: ignore[union-attr, index]
     assert "stays as it is" in done.sentence()
+
+
+class Judge(DenseReference):
+    """Gives one divergence after the other."""
+
+    def __init__(self, model: nn.Module, images: Tensor, *divergences: float) -> None:
+        super().__init__(model, [images])
+        self.divergences = list(divergences)
+
+    def divergence(self, pruned: nn.Module) -> float:
+        return self.divergences.pop(0)
+
+
+def test_a_hopeless_trial_ends_the_refit_and_another_changes_nothing() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    hopeless, tried, without = (copy.deepcopy(pruned) for _ in range(3))
+
+    def refit(model_: nn.Module, *divergences: float, trial: list[Tensor] | None) -> StreamRefit:
+        return refit_stream_(model_, sites, [images] * 20, Judge(model, images, *divergences), trial=trial)
+
+    done = refit(hopeless, 1.0, 1.02, trial=[images[:4]])
+    assert done == StreamRefit((), 4, 32, 1.0, 1.0)
+    assert done.sentence() == "the residual stream stays as it is: the refit to 4 images did not help"
+    assert all(torch.equal(value, pruned.state_dict()[key]) for key, value in hopeless.state_dict().items())
+    done = refit(tried, 1.0, 1.005, 0.9, trial=[images[:4]])
+    assert done == refit(without, 1.0, 0.9, trial=None)
+    assert done.sites
+    assert all(torch.equal(value, without.state_dict()[key]) for key, value in tried.state_dict().items())
 
 
 def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:

@@ -12,6 +12,7 @@ the sum over outputs j of w_j (z_j - dense_j)^2 stands in the place of the KL.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -72,13 +73,21 @@ class HeadProblem:
         return replace(self, features=features, inputs=inputs, target=target)
 
     def cross_validated(self, strength: float, views: int = 1) -> float:
-        """Return the mean KL on images left out of the fit, with all their `views`, which are neighbours."""
+        """Return the mean KL on images left out of the fit, with all their `views`, which are neighbours.
+
+        Where that of the first fold is no better than without a change, it is infinite: the other folds are not
+        tried.
+        """
         images = len(self.features)
         fold = torch.arange(images) // views % FOLDS
         divergence = 0.0
         for number in range(FOLDS):
             out = fold == number
-            divergence += float(out.sum()) / images * self.rows(out).divergence(self.rows(~out).fit(strength))
+            left_out = self.rows(out)
+            found = left_out.divergence(self.rows(~out).fit(strength))
+            if number == 0 and not found < left_out.divergence(None):
+                return math.inf
+            divergence += float(out.sum()) / images * found
         return divergence
 
     def fit(self, strength: float) -> Float[Tensor, "features_and_one features"]:

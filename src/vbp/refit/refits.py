@@ -34,6 +34,9 @@ Refit = Literal["batchnorm", "kernels", "producers", "stream", "head"]
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 
+# One in this many is enough to see that the refit of the stream is hopeless.
+_TRIED_IN: Final = 4
+
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
     "batchnorm": "no BatchNorm is estimated anew",
@@ -135,7 +138,8 @@ class Refits:
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
-                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
+                trial = self._images.pixels(self._tried, "residual stream, trial")
+                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes, trial=trial)
                 _log.info("%s", stream.sentence())
             changed = producers is not None or (stream and stream.sites) or (kernels and kernels.layers)
             if changed and batchnorm is not None:
@@ -179,6 +183,11 @@ class Refits:
     def _fitted(self) -> range:
         judging = len(held_out_places(len(self._images)))
         return range(judging, judging + REFIT_IMAGES)
+
+    @property
+    def _tried(self) -> range:
+        """Return the places of the images that tell whether a refit to all is hopeless, in one view."""
+        return self._fitted[: max(1, min(REFIT_IMAGES, len(self._images) - self._fitted.start) // _TRIED_IN)]
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
         if toggle == "off":

@@ -11,14 +11,15 @@ without a backward pass. Where the hidden layer is not a plain one, the consumer
 after the other, since each changes what those behind it read.
 
 Few images say little of so many coefficients. So other images decide: if the predictions on them do not come
-closer to the dense model's, the model stays as it is.
+closer to the dense model's, the model stays as it is. Where a trial with a quarter of the images takes the
+predictions away from the dense model's, all of them would too, and nothing more is tried.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,6 +52,10 @@ _FIRST = RandomProbes()
 # Where the stream is mended: after these parts of the sites that write into it.
 DEPTHS = (0.25, 0.5, 0.75)
 
+# A trial that raises the error by more than this share ends the refit. On EfficientNet-Lite0 with a quarter of 875
+# images it rose by 2 % where all images raised it too, by 0.2 % where they lowered it.
+_HOPELESS = 0.01
+
 # Ridge and damping, times the number of images: more of them can tell more coefficients.
 PENALTY_TIMES_IMAGES = 1_000.0
 
@@ -73,7 +78,7 @@ class StreamRefit:
     def sentence(self) -> str:
         """Return in words what became of the model."""
         if not self.sites:
-            return f"the residual stream stays as it is: no refit to {self.images} images helped"
+            return f"the residual stream stays as it is: the refit to {self.images} images did not help"
         return (
             f"the residual stream is refitted to {self.images} images at {', '.join(self.sites)}: {self.measure} "
             f"{self.before:.4f} -> {self.after:.4f} (on {self.judged} others)"
@@ -88,8 +93,12 @@ def refit_stream_(
     judge: DenseReference,
     *,
     probes: RandomProbes = _FIRST,
+    trial: Iterable[Any] | None = None,
 ) -> StreamRefit:
     """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
+
+    With `trial`, the first of these images, some of them are tried first, and all of them only where that does not
+    look hopeless.
 
     Same result on all processes of `judge`, which holds the dense model and its predictions for the other images; all
     must call it. Batches can be gone through several times; none is allowed where another process has some. `probes`
@@ -98,34 +107,27 @@ def refit_stream_(
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
-    dense, session, example = judge.model, judge.session, judge.example()
-    pixels = ImagesFor(dense, batches)
+    dense, example = judge.model, judge.example()
     every = [add for add in residual_adds(dense, example, sites) if has_layer(pruned, add.site.consumer)]
     depths = dict.fromkeys(int(len(every) * depth) for depth in DEPTHS) if every else ()
     adds = [every[place] for place in depths]
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, probes, session)
+    work = _Work(pruned, dense, adds, plain, probes, judge.session)
     before = judge.divergence(pruned)
+    unchanged = StreamRefit((), 0, judge.images, before, before, judge.objective.measure)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
+    if trial is not None:
+        with restored_unless_kept(pruned, layers):
+            images, _ = work.refit_(ImagesFor(dense, trial))
+            if judge.divergence(pruned) > (1 + _HOPELESS) * before:
+                return replace(unchanged, images=images)
     with restored_unless_kept(pruned, layers) as keep:
-        images, changed = 0, []
-        with evaluation_mode(dense), evaluation_mode(pruned), torch.no_grad():
-            for add in adds:
-                mlp = plain.get(add.site)
-                sample, images = work.sample(add, mlp, pixels)
-                penalty = PENALTY_TIMES_IMAGES / images
-                activation = None if mlp is None else mlp.activation
-                # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
-                step = session.processes.all_gather(step)[0]
-                if step.better:
-                    add_step_(pruned, add.site, step)
-                    changed.append(add.site.name)
+        images, changed = work.refit_(ImagesFor(dense, batches))
         after = judge.divergence(pruned)
         if not changed or not after < before:
-            return StreamRefit((), images, judge.images, before, before, judge.objective.measure)
+            return replace(unchanged, images=images)
         keep()
-    return StreamRefit(tuple(changed), images, judge.images, before, after, judge.objective.measure)
+    return replace(unchanged, sites=changed, images=images, after=after)
 
 
 def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:
@@ -142,12 +144,31 @@ def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> t
 
 @dataclass(frozen=True)
 class _Work:
-    """Hold both models, and how they are run."""
+    """Hold both models, the depths, and how the models are run."""
 
     pruned: nn.Module
     dense: nn.Module
+    adds: Sequence[ResidualAdd]
+    plain: Mapping[Site, FoundMLP]
     probes: RandomProbes
     session: Session
+
+    def refit_(self, batches: Iterable[Tensor]) -> tuple[int, tuple[str, ...]]:
+        """Refit at one depth after the other; return the images of all processes, and the sites that changed."""
+        images, changed = 0, []
+        with evaluation_mode(self.dense), evaluation_mode(self.pruned), torch.no_grad():
+            for add in self.adds:
+                mlp = self.plain.get(add.site)
+                sample, images = self.sample(add, mlp, batches)
+                penalty = PENALTY_TIMES_IMAGES / images
+                activation = None if mlp is None else mlp.activation
+                # Another machine's sums could differ by a bit: all take what the first process found.
+                step = step_of(self.pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
+                step = self.session.processes.all_gather(step)[0]
+                if step.better:
+                    add_step_(self.pruned, add.site, step)
+                    changed.append(add.site.name)
+        return images, tuple(changed)
 
     def sample(self, add: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
         """Run both models as far as the add on all images; return the sample, and the images of all processes."""

@@ -246,6 +246,12 @@ def test_a_hopeless_trial_ends_the_refit_and_another_changes_nothing() -> None:
     assert done == refit(without, 1.0, 0.9, trial=None)
     assert done.sites
     assert all(torch.equal(value, without.state_dict()[key]) for key, value in tried.state_dict().items())
+    # Fewer images may be nearer than all.
+    few, alone = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    done = refit(few, 1.0, 0.8, 0.9, trial=[images[:4]])
+    assert (done.images, done.after) == (4, 0.8)
+    assert done == refit_stream_(alone, sites, [images[:4]], Judge(model, images, 1.0, 0.8))
+    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in few.state_dict().items())
 
 
 def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -148,13 +149,23 @@ def add_in_float64_(values: Tensor, shift: Tensor) -> None:
 @contextmanager
 def restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Callable[[], None]]:
     """Restore the weights of layers in the end, whatever happened, unless the yielded function was called."""
-    saved = {
-        (layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name))
-        for layer in layers
-        for name in ("weight", "bias")
-    }
+    saved = copied_weights(model, layers)
     try:
         yield saved.clear
     finally:
-        for (layer, name), parameter in saved.items():
-            model.get_submodule(layer).register_parameter(name, parameter)
+        put_weights_(model, saved)
+
+
+Weights = dict[tuple[str, str], nn.Parameter | None]
+
+
+def copied_weights(model: nn.Module, layers: Iterable[str]) -> Weights:
+    """Return copies of weight and bias of some layers."""
+    names = itertools.product(layers, ("weight", "bias"))
+    return {(layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name)) for layer, name in names}
+
+
+def put_weights_(model: nn.Module, weights: Weights) -> None:
+    """Put what `copied_weights` returned into a model."""
+    for (layer, name), parameter in weights.items():
+        model.get_submodule(layer).register_parameter(name, parameter)

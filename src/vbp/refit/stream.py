@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
-from vbp.pruning.compensate import restored_unless_kept
+from vbp.pruning.compensate import Weights, copied_weights, put_weights_, restored_unless_kept
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
@@ -98,7 +98,7 @@ def refit_stream_(
     """Bring the pruned model's residual stream closer to the dense model's, if that helps on other images.
 
     With `trial`, the first of these images, some of them are tried first, and all of them only where that does not
-    look hopeless.
+    look hopeless; what brings the predictions closest is kept.
 
     Same result on all processes of `judge`, which holds the dense model and its predictions for the other images; all
     must call it. Batches can be gone through several times; none is allowed where another process has some. `probes`
@@ -114,20 +114,21 @@ def refit_stream_(
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
     work = _Work(pruned, dense, adds, plain, probes, judge.session)
     before = judge.divergence(pruned)
-    unchanged = StreamRefit((), 0, judge.images, before, before, judge.objective.measure)
+    unchanged = best = StreamRefit((), 0, judge.images, before, before, judge.objective.measure)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
-    if trial is not None:
+    weights: Weights = {}
+    images = 0
+    for tried in (batches,) if trial is None else (trial, batches):
         with restored_unless_kept(pruned, layers):
-            images, _ = work.refit_(ImagesFor(dense, trial))
-            if judge.divergence(pruned) > (1 + _HOPELESS) * before:
-                return replace(unchanged, images=images)
-    with restored_unless_kept(pruned, layers) as keep:
-        images, changed = work.refit_(ImagesFor(dense, batches))
-        after = judge.divergence(pruned)
-        if not changed or not after < before:
-            return replace(unchanged, images=images)
-        keep()
-    return replace(unchanged, sites=changed, images=images, after=after)
+            images, changed = work.refit_(ImagesFor(dense, tried))
+            after = judge.divergence(pruned)
+            if changed and after < best.after:
+                best = replace(unchanged, sites=changed, images=images, after=after)
+                weights = copied_weights(pruned, layers)
+        if after > (1 + _HOPELESS) * before:
+            break
+    put_weights_(pruned, weights)
+    return best if best.sites else replace(unchanged, images=images)
 
 
 def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:

@@ -16,7 +16,7 @@ from torch.optim import AdamW
 from vbp import DenseReference, DistillationLoss, InputError, Trainer, TrainerSettings
 from vbp.runtime.precision import Precision
 from vbp.statistics.images import GivenImages
-from vbp.training.tuning import Tuner, TunerSettings
+from vbp.training.tuning import Tuner, TunerSettings, _half_way
 from vbp.training.tuning_length import RATES, Schedule, TuningLength
 from vbp.training.tuning_report import TuningReport
 
@@ -93,7 +93,7 @@ def test_trials_are_short_and_a_run_of_their_length_needs_no_other() -> None:
 @pytest.mark.parametrize("seconds", [1.0, 20.0, 300.0, 3600.0])
 def test_a_schedule_fits_into_its_time(seconds: float) -> None:
     found = Schedule.within(seconds, 0.01, 750, 250, least=8)
-    judged = 2 * 250 / 4
+    judged = 3 * 250 / 4
     taken = 0.01 * sum(found.phases) * (found.images + judged)
     assert taken <= seconds or found.images == 8
     longer = Schedule(found.images, found.epochs + 1)
@@ -152,19 +152,30 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     assert all(value.equal(start[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("trials", "chosen"), [((0.9, 1.02, 1.04), 1), ((1.1, 1.05, 1.2), 1), ((1.0, 0.5, 1.03), 2)])
-def test_a_high_rate_is_taken_if_its_trial_lost_little(
+@pytest.mark.parametrize(("trials", "chosen"), [((0.9, 0.99, 1.04), 1), ((1.1, 1.05, 1.2), 1), ((1.0, 0.5, 0.95), 2)])
+def test_the_highest_rate_is_taken_whose_trial_lost_nothing(
     images: GivenImages, monkeypatch: pytest.MonkeyPatch, trials: tuple[float, ...], chosen: int
 ) -> None:
     # What the trials and the training after them come to, as shares of the divergence before.
     teacher = dense()
     job = tuner(shaken(teacher), teacher, images, TuningLength(epochs=2))
     before = job._state.before
-    shares = iter([share for trial in (*trials, 0.8, 0.7) for share in (trial, 2.0)])
+    shares = iter([share for trial in (*trials, 0.8, 0.7) for share in (2.0, 3.0, trial)])
     monkeypatch.setattr(job._reference, "divergence", lambda model: next(shares) * before)
     report = job.tune_()
     assert [row.learning_rate for row in report.rows] == [*RATES, RATES[chosen], RATES[chosen]]
     assert report.after == pytest.approx(min(0.7, *trials) * before)
+    assert report.weights == "half way"
+    assert "half way to the averaged weights)" in report.sentence()
+
+
+def test_half_way_is_the_mean_of_all_weights() -> None:
+    start, end = dense(), shaken(dense())
+    middle = _half_way(start, end)
+    for name, value in middle.named_parameters():
+        expected = (start.get_parameter(name) + end.get_parameter(name)) / 2
+        torch.testing.assert_close(value, expected)
+    assert not any(mine is other for mine, other in zip(middle.parameters(), end.parameters(), strict=True))
 
 
 def test_a_time_limit_is_kept_and_too_few_images_are_refused(images: GivenImages) -> None:

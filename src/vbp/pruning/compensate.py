@@ -156,16 +156,16 @@ def restored_unless_kept(model: nn.Module, layers: Iterable[str]) -> Iterator[Ca
         put_weights_(model, saved)
 
 
-Weights = dict[tuple[str, str], nn.Parameter | None]
+LayerWeights = dict[tuple[str, str], nn.Parameter | None]
 
 
-def copied_weights(model: nn.Module, layers: Iterable[str]) -> Weights:
+def copied_weights(model: nn.Module, layers: Iterable[str]) -> LayerWeights:
     """Return copies of weight and bias of some layers."""
     names = itertools.product(layers, ("weight", "bias"))
     return {(layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name)) for layer, name in names}
 
 
-def put_weights_(model: nn.Module, weights: Weights) -> None:
+def put_weights_(model: nn.Module, weights: LayerWeights) -> None:
     """Put what `copied_weights` returned into a model."""
     for (layer, name), parameter in weights.items():
         model.get_submodule(layer).register_parameter(name, parameter)

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from vbp.errors import InputError
 from vbp.method.gauss_newton import MLPSample
 from vbp.method.sampling import RandomProbes
-from vbp.pruning.compensate import Weights, copied_weights, put_weights_, restored_unless_kept
+from vbp.pruning.compensate import LayerWeights, copied_weights, put_weights_, restored_unless_kept
 from vbp.pruning.divergence import DenseReference
 from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
@@ -116,7 +116,7 @@ def refit_stream_(
     before = judge.divergence(pruned)
     unchanged = best = StreamRefit((), 0, judge.images, before, before, judge.objective.measure)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
-    weights: Weights = {}
+    weights: LayerWeights = {}
     images = 0
     for tried in (batches,) if trial is None else (trial, batches):
         with restored_unless_kept(pruned, layers):

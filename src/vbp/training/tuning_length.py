@@ -76,11 +76,11 @@ class Schedule:
             seconds: In all.
             an_image: Seconds that a training image takes.
             images: To train on, at most.
-            held_out: Images on which two models are compared after each epoch.
+            held_out: Images on which three models are compared after each epoch.
             least: Images to train on, at least.
         """
         limit = _PLANNED * seconds / an_image  # in training images
-        judging = 2 * _FORWARD * held_out
+        judging = 3 * _FORWARD * held_out
         epochs = 1
         while sum(Schedule(images, epochs + 1).phases) * (images + judging) <= limit:
             epochs += 1

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from vbp.runtime.decode import to_json
+
+# Weights that are compared after an epoch.
+Weights = Literal["trained", "averaged", "half way"]
 
 
 @dataclass(frozen=True)
@@ -18,21 +22,25 @@ class TunedEpoch:
         epoch: Counted from 1.
         epochs: That the trial or training has.
         loss: Mean divergence on the training images.
-        divergence: Of the model.
-        averaged: Of the moving average of its weights.
+        divergences: Of the model as trained, of the moving average of its weights, and of weights half way from the
+            pruned model to that average.
     """
 
     learning_rate: float
     epoch: int
     epochs: int
     loss: float
-    divergence: float
-    averaged: float
+    divergences: Mapping[Weights, float]
+
+    @property
+    def nearest(self) -> Weights:
+        """Return which weights have the smallest divergence."""
+        return min(self.divergences, key=self.divergences.__getitem__)
 
     @property
     def best(self) -> float:
-        """Return the smaller divergence."""
-        return min(self.divergence, self.averaged)
+        """Return the smallest divergence."""
+        return self.divergences[self.nearest]
 
 
 @dataclass(frozen=True)
@@ -46,7 +54,7 @@ class TuningReport:
         after: Of the model that was kept.
         learning_rate: Its peak learning rate; None if the model stayed as it was.
         epoch: Its epoch; 0 likewise.
-        averaged: Whether it is the moving average of the weights.
+        weights: Which of that epoch's weights it has.
         precision: Of the training passes: off, bf16 or fp16.
         rows: All epochs, in their order: those of the trials first.
         peak_before: Most memory in bytes that the process had held before.
@@ -59,7 +67,7 @@ class TuningReport:
     after: float
     learning_rate: float | None = None
     epoch: int = 0
-    averaged: bool = False
+    weights: Weights = "trained"
     precision: str = "off"
     rows: tuple[TunedEpoch, ...] = ()
     peak_before: int = 0
@@ -74,10 +82,10 @@ class TuningReport:
                 f"tuning without labels: no epoch was better than none {judged} (KL {self.before:.4f}, at best "
                 f"{nearest:.4f} after training): the pruned model stays as it was"
             )
-        weights = ", averaged weights" if self.averaged else ""
+        weights = {"trained": "", "averaged": ", averaged weights", "half way": ", half way to the averaged weights"}
         return (
             f"tuning without labels: KL {self.before:.4f} -> {self.after:.4f} {judged} (epoch {self.epoch} at peak "
-            f"learning rate {self.learning_rate:g}{weights})"
+            f"learning rate {self.learning_rate:g}{weights[self.weights]})"
         )
 
     def to_dict(self) -> dict[str, Any]:

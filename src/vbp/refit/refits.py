@@ -34,8 +34,9 @@ Refit = Literal["batchnorm", "kernels", "producers", "stream", "head"]
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 
-# One in this many is enough to see that the refit of the stream is hopeless.
+# One image in this many, and no fewer than these, can tell that the refit of the stream is hopeless.
 _TRIED_IN: Final = 4
+_FEWEST_TRIED: Final = 64
 
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
@@ -138,7 +139,7 @@ class Refits:
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
-                trial = self._images.pixels(self._tried, "residual stream, trial")
+                trial = self._images.pixels(self._tried, "residual stream, trial") if self._tried else None
                 stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes, trial=trial)
                 _log.info("%s", stream.sentence())
             changed = producers is not None or (stream and stream.sites) or (kernels and kernels.layers)
@@ -186,8 +187,9 @@ class Refits:
 
     @property
     def _tried(self) -> range:
-        """Return the places of the images that tell whether a refit to all is hopeless, in one view."""
-        return self._fitted[: max(1, min(REFIT_IMAGES, len(self._images) - self._fitted.start) // _TRIED_IN)]
+        """Return the places of the images that tell whether a refit to all is hopeless; none where all are few."""
+        tried = min(REFIT_IMAGES, len(self._images) - self._fitted.start) // _TRIED_IN
+        return self._fitted[: tried if tried >= _FEWEST_TRIED else 0]
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
         if toggle == "off":

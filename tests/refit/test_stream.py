@@ -18,7 +18,7 @@ from vbp import InputError, find_sites
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
-from vbp.refit.stream import StreamRefit, refit_stream_
+from vbp.refit.stream import refit_stream_
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim
 from vbp.sites.residual import ResidualAdd, find_residual_adds
@@ -164,6 +164,7 @@ class Pleased(DenseReference):
 def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PENALTY_TIMES_IMAGES", 1e-9)
     monkeypatch.setattr(module, "DEPTHS", (0.0,))
+    monkeypatch.setattr(module, "_SHARES", (1.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
     monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
     monkeypatch.setattr("vbp.method.gauss_newton.HELD_OUT_SHARE", 1 / 16)
@@ -231,27 +232,18 @@ class Judge(DenseReference):
         return self.divergences.pop(0)
 
 
-def test_a_hopeless_trial_ends_the_refit_and_another_changes_nothing() -> None:
+def test_half_of_the_step_is_taken_where_that_is_better() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
-    hopeless, tried, without = (copy.deepcopy(pruned) for _ in range(3))
-
-    def refit(model_: nn.Module, *divergences: float, trial: list[Tensor] | None) -> StreamRefit:
-        return refit_stream_(model_, sites, [images] * 20, Judge(model, images, *divergences), trial=trial)
-
-    done = refit(hopeless, 1.0, 1.02, trial=[images[:4]])
-    assert done == StreamRefit((), 4, 32, 1.0, 1.0)
-    assert done.sentence() == "the residual stream stays as it is: the refit to 4 images did not help"
-    assert all(torch.equal(value, pruned.state_dict()[key]) for key, value in hopeless.state_dict().items())
-    done = refit(tried, 1.0, 1.005, 0.9, trial=[images[:4]])
-    assert done == refit(without, 1.0, 0.9, trial=None)
-    assert done.sites
-    assert all(torch.equal(value, without.state_dict()[key]) for key, value in tried.state_dict().items())
-    # Fewer images may be nearer than all.
-    few, alone = copy.deepcopy(pruned), copy.deepcopy(pruned)
-    done = refit(few, 1.0, 0.8, 0.9, trial=[images[:4]])
-    assert (done.images, done.after) == (4, 0.8)
-    assert done == refit_stream_(alone, sites, [images[:4]], Judge(model, images, 1.0, 0.8))
-    assert all(torch.equal(value, alone.state_dict()[key]) for key, value in few.state_dict().items())
+    pruned.blocks[0].mlp.fc2.bias = None  # type: ignore[union-attr, index]
+    whole, half = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    done = refit_stream_(whole, sites, [images], Judge(model, images, 1.0, 0.8, 0.9))
+    assert (done.after, done.share) == (0.8, 1.0)
+    halved = refit_stream_(half, sites, [images], Judge(model, images, 1.0, 1.2, 0.9))
+    assert (halved.sites, halved.after, halved.share) == (done.sites, 0.9, 0.5)
+    assert "50% of the step: mean KL" in halved.sentence()
+    first, last = pruned.state_dict(), whole.state_dict()
+    for name, value in half.state_dict().items():
+        torch.testing.assert_close(value, (first.get(name, torch.zeros_like(value)) + last[name]) / 2)
 
 
 def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:

@@ -165,6 +165,18 @@ def copied_weights(model: nn.Module, layers: Iterable[str]) -> LayerWeights:
     return {(layer, name): copy.deepcopy(getattr(model.get_submodule(layer), name)) for layer, name in names}
 
 
+def weights_between(start: LayerWeights, end: LayerWeights, share: float) -> LayerWeights:
+    """Return weights that lie at a share of the way between two; a bias that is only in the end begins at 0."""
+    between: LayerWeights = {}
+    for place, last in end.items():
+        first = start[place]
+        if last is not None:
+            moved = last.lerp(last.new_zeros(()).expand_as(last) if first is None else first, 1 - share)
+            last = nn.Parameter(moved.detach(), requires_grad=last.requires_grad)
+        between[place] = last
+    return between
+
+
 def put_weights_(model: nn.Module, weights: LayerWeights) -> None:
     """Put what `copied_weights` returned into a model."""
     for (layer, name), parameter in weights.items():

@@ -34,10 +34,6 @@ Refit = Literal["batchnorm", "kernels", "producers", "stream", "head"]
 # Calibration images to which each of them is refitted.
 REFIT_IMAGES: Final = 1000
 
-# One image in this many, and no fewer than these, can tell that the refit of the stream is hopeless.
-_TRIED_IN: Final = 4
-_FEWEST_TRIED: Final = 64
-
 # What is said of a refit that is not possible.
 _LEFT_OUT: Final[Mapping[Refit, str]] = {
     "batchnorm": "no BatchNorm is estimated anew",
@@ -139,8 +135,7 @@ class Refits:
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
                 others = self._images.pixels(self._fitted, "residual stream", self._views)
-                trial = self._images.pixels(self._tried, "residual stream, trial") if self._tried else None
-                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes, trial=trial)
+                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
                 _log.info("%s", stream.sentence())
             changed = producers is not None or (stream and stream.sites) or (kernels and kernels.layers)
             if changed and batchnorm is not None:
@@ -184,12 +179,6 @@ class Refits:
     def _fitted(self) -> range:
         judging = len(held_out_places(len(self._images)))
         return range(judging, judging + REFIT_IMAGES)
-
-    @property
-    def _tried(self) -> range:
-        """Return the places of the images that tell whether a refit to all is hopeless; none where all are few."""
-        tried = min(REFIT_IMAGES, len(self._images) - self._fitted.start) // _TRIED_IN
-        return self._fitted[: tried if tried >= _FEWEST_TRIED else 0]
 
     def _possible(self, name: Refit, toggle: Toggle) -> bool:
         if toggle == "off":

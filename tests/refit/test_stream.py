@@ -164,7 +164,6 @@ class Pleased(DenseReference):
 def test_the_consumers_fit_is_the_minimum(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "PENALTY_TIMES_IMAGES", 1e-9)
     monkeypatch.setattr(module, "DEPTHS", (0.0,))
-    monkeypatch.setattr(module, "_SHARES", (1.0,))
     monkeypatch.setattr(module, "find_mlps", lambda *_: ())  # the consumer alone
     monkeypatch.setattr("vbp.statistics.mlp_samples.POSITIONS", 10**6)
     monkeypatch.setattr("vbp.method.gauss_newton.HELD_OUT_SHARE", 1 / 16)
@@ -232,11 +231,11 @@ class Judge(DenseReference):
         return self.divergences.pop(0)
 
 
-def test_half_of_the_step_is_taken_where_that_is_better() -> None:
+def test_half_of_the_step_is_taken_where_the_whole_does_not_help() -> None:
     model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
     pruned.blocks[0].mlp.fc2.bias = None  # type: ignore[union-attr, index]
     whole, half = copy.deepcopy(pruned), copy.deepcopy(pruned)
-    done = refit_stream_(whole, sites, [images], Judge(model, images, 1.0, 0.8, 0.9))
+    done = refit_stream_(whole, sites, [images], Judge(model, images, 1.0, 0.8))
     assert (done.after, done.share) == (0.8, 1.0)
     halved = refit_stream_(half, sites, [images], Judge(model, images, 1.0, 1.2, 0.9))
     assert (halved.sites, halved.after, halved.share) == (done.sites, 0.9, 0.5)

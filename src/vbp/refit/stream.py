@@ -10,9 +10,10 @@ by one step of `vbp.method.gauss_newton` at random positions of all images, stro
 without a backward pass. Where the hidden layer is not a plain one, the consumer alone takes part. The depths come one
 after the other, since each changes what those behind it read.
 
-Few images say little of so many coefficients. So other images decide whether the whole step or half of it is taken,
-for half of a noisy step is often better; if neither brings the predictions on them closer to the dense model's, the
-model stays as it is.
+Few images say little of so many coefficients. So other images decide: if the predictions on them do not come closer
+to the dense model's, half of the step is tried, which takes a quarter of its noise, and if that does not help either,
+the model stays as it is. Half is no rival of a whole step that helps: the images that decide may have been among
+those of the statistics, and then they favour what changes little.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ _FIRST = RandomProbes()
 # Where the stream is mended: after these parts of the sites that write into it.
 DEPTHS = (0.25, 0.5, 0.75)
 
-# Shares of the step that are compared.
+# Shares of the step, the first of which that helps is taken.
 _SHARES = (1.0, 0.5)
 
 # Ridge and damping, times the number of images: more of them can tell more coefficients.
@@ -120,8 +121,9 @@ def refit_stream_(
         for share in _SHARES if changed else ():
             put_weights_(pruned, weights_between(start, end, share))
             after = judge.divergence(pruned)
-            if after < best.after:
+            if after < before:
                 best = replace(unchanged, sites=changed, after=after, share=share)
+                break
     put_weights_(pruned, weights_between(start, end, best.share) if best.sites else start)
     return replace(best, images=images)
 

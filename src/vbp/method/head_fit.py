@@ -69,9 +69,7 @@ class HeadProblem:
         logits = self.logits
         if change is not None:
             logits = logits + self.inputs @ change @ self.weight.T
-        if self.weights is None:
-            return F.kl_div(logits.log_softmax(-1), self.target, log_target=True, reduction="none").sum(1)
-        return (logits - self.target).square() @ self.weights
+        return self._errors(logits)
 
     def rows(self, chosen: Tensor) -> HeadProblem:
         """Return the problem of some of the images, in the same coordinates."""
@@ -110,7 +108,7 @@ class HeadProblem:
         def loss() -> Tensor:
             optimizer.zero_grad()
             logits = start + self.inputs @ change @ self.weight.T
-            value = self._error(logits) + (penalty * change.square()).sum()
+            value = self._errors(logits).mean() + (penalty * change.square()).sum()
             value.backward()  # type: ignore[no-untyped-call]
             return value
 
@@ -133,7 +131,7 @@ class HeadProblem:
         move = (change[:-1] / self.scale.double()[:, None]).T
         return weight + weight @ move, self.bias.double() + weight @ (change[-1] - move @ self.mean.double())
 
-    def _error(self, logits: Tensor) -> Tensor:
+    def _errors(self, logits: Tensor) -> Float[Tensor, "images"]:
         if self.weights is None:
-            return F.kl_div(logits.log_softmax(-1), self.target, log_target=True, reduction="batchmean")
-        return (logits - self.target).square().mean(0) @ self.weights
+            return F.kl_div(logits.log_softmax(-1), self.target, log_target=True, reduction="none").sum(1)
+        return (logits - self.target).square() @ self.weights

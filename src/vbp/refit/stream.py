@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -112,9 +112,9 @@ def refit_stream_(
     plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
     work = _Work(pruned, dense, adds, plain, probes, judge.session)
     before = judge.divergence(pruned)
-    unchanged = best = StreamRefit((), 0, judge.images, before, before, judge.objective.measure)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
-    with restored_unless_kept(pruned, layers):
+    measure = judge.objective.measure
+    with restored_unless_kept(pruned, layers) as keep:
         start = copied_weights(pruned, layers)
         images, changed = work.refit_(ImagesFor(dense, batches))
         end = copied_weights(pruned, layers)
@@ -122,10 +122,9 @@ def refit_stream_(
             put_weights_(pruned, weights_between(start, end, share))
             after = judge.divergence(pruned)
             if after < before:
-                best = replace(unchanged, sites=changed, after=after, share=share)
-                break
-    put_weights_(pruned, weights_between(start, end, best.share) if best.sites else start)
-    return replace(best, images=images)
+                keep()
+                return StreamRefit(changed, images, judge.images, before, after, measure, share)
+    return StreamRefit((), images, judge.images, before, before, measure)
 
 
 def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> tuple[ResidualAdd, ...]:

@@ -249,6 +249,17 @@ def test_no_worker_outlives_a_killed_process() -> None:
         process.stdout.close()
 
 
+@pytest.mark.parametrize(("use", "status"), [("list(all)", 0), ("next(iter(all))", 0), ("next(begun); 1 / 0", 1)])
+def test_a_program_ends_while_processes_read_for_it(use: str, status: int) -> None:
+    script = f"from pixels import Pixels, loader\nall = loader(Pixels(8), 1, workers=2)\nbegun = iter(all)\n{use}"
+    ended = subprocess.run(
+        [sys.executable, "-c", script], check=False, timeout=120, capture_output=True, text=True,
+        cwd=Path(__file__).parents[1] / "support", env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert ended.returncode == status
+    assert ("ZeroDivisionError" in ended.stderr) == (status == 1)
+
+
 def test_no_more_processes_read_than_there_are_cores_and_it_is_told_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

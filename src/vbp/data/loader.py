@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from functools import cache
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Float, Int
@@ -153,6 +155,23 @@ class PlannedBatches:
         return min(together, self.count - batch * together)
 
 
+# What the processes that read images belong to: loaders, and iterations that have begun.
+_loaders: WeakSet[ImageLoader] = WeakSet()
+_iterations: WeakSet[Generator[object]] = WeakSet()
+
+
+@atexit.register
+def _end_readers() -> None:
+    """End the processes that read images, as PyTorch does for a loader that nothing refers to.
+
+    Python would send them SIGTERM, which they leave to this process (`leave_signals_to_parent`), and wait for ever.
+    """
+    for iteration in [*_iterations]:
+        iteration.close()
+    for loader in [*_loaders]:
+        del loader._loader
+
+
 class ImageLoader:
     """Iterates over `(images, labels)` batches; made by `make_loader`.
 
@@ -166,6 +185,7 @@ class ImageLoader:
         self._loader = loader
         self._batches = batches
         self._allowed = allowed
+        _loaders.add(self)
 
     def set_epoch(self, epoch: int, start: int = 0) -> None:
         """Choose the order and the random transforms of the iterations to come; they start at epoch 0.
@@ -190,6 +210,11 @@ class ImageLoader:
 
     def __iter__(self) -> Iterator[tuple[Float[Tensor, "batch channels height width"], Int[Tensor, " batch"]]]:
         """Yield one epoch, from the batch on that `set_epoch` chose; stop if too many images cannot be read."""
+        iteration = self._read()
+        _iterations.add(iteration)
+        return iteration
+
+    def _read(self) -> Generator[tuple[Tensor, Tensor]]:
         # All images of a small share may be unreadable, those of the whole list may not.
         whole = self._batches.world == 1 and self._batches.start == 0
         empty = True

@@ -18,7 +18,7 @@ from vbp import InputError, find_sites
 from vbp.method.sampling import RandomProbes
 from vbp.pruning.divergence import DenseReference
 from vbp.refit import stream as module
-from vbp.refit.stream import refit_stream_
+from vbp.refit.stream import DenseStream, refit_stream_, refit_to_stream_
 from vbp.runtime.session import Session
 from vbp.sites.layers import channel_dim
 from vbp.sites.residual import ResidualAdd, find_residual_adds
@@ -243,6 +243,25 @@ def test_half_of_the_step_is_taken_where_the_whole_does_not_help() -> None:
     first, last = pruned.state_dict(), whole.state_dict()
     for name, value in half.state_dict().items():
         torch.testing.assert_close(value, (first.get(name, torch.zeros_like(value)) + last[name]) / 2)
+
+
+def test_the_dense_model_runs_over_a_batch_once_for_all_depths_and_models() -> None:
+    model, pruned, sites, images = pruned_pair(FAMILIES["timm-vit"])
+    judge, batches = DenseReference(model, [images]), [images[:20], images[20:]]
+    fresh, other = copy.deepcopy(pruned), copy.deepcopy(pruned)
+    with torch.no_grad():
+        other.blocks[0].mlp.fc2.weight.mul_(0.9)  # type: ignore[index, union-attr]
+    expected = [refit_stream_(copy.deepcopy(one), sites, batches, judge) for one in (pruned, other)]
+    stream, runs = DenseStream(model, sites, images[:1], batches), 0
+
+    def count(*_: Any) -> None:
+        nonlocal runs
+        runs += 1
+
+    model.patch_embed.register_forward_hook(count)  # type: ignore[union-attr, operator]
+    assert [refit_to_stream_(one, stream, judge) for one in (fresh, other)] == expected
+    assert len(expected[0].sites) > 1
+    assert runs == len(batches)
 
 
 def test_where_nothing_is_lacking_the_model_stays_as_it_is() -> None:

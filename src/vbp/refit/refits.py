@@ -18,7 +18,7 @@ from vbp.refit.batchnorm import BATCHNORM_IMAGES, BatchNormRefit, check_norms, r
 from vbp.refit.head import HeadRefit, check_images, last_linear, refit_head_
 from vbp.refit.kernels import KernelRefit, check_kernels, kernel_readers, refit_kernels_
 from vbp.refit.producers import ProducerRefit, refit_producers_
-from vbp.refit.stream import StreamRefit, refit_stream_, residual_adds
+from vbp.refit.stream import DenseStream, StreamRefit, refit_to_stream_, residual_adds
 from vbp.runtime.choices import BatchNormChoice, Toggle
 from vbp.runtime.decode import to_json
 from vbp.runtime.memory import out_of_memory
@@ -134,8 +134,7 @@ class Refits:
                 producers = refit_producers_(pruned, self._samples)
                 _log.info("%s", producers.sentence())
             if "stream" in wanted:
-                others = self._images.pixels(self._fitted, "residual stream", self._views)
-                stream = refit_stream_(pruned, self._sites, others, self._judge, probes=others.probes)
+                stream = refit_to_stream_(pruned, self._stream, self._judge)
                 _log.info("%s", stream.sentence())
             changed = producers is not None or (stream and stream.sites) or (kernels and kernels.layers)
             if changed and batchnorm is not None:
@@ -166,6 +165,12 @@ class Refits:
         # The images that judge the stream must be new to the producers too.
         known = self._dense, self._sites, self._example, self._images, self._fitted, self._views
         return MLPSamples.read(*known, self._objective)
+
+    @cached_property
+    def _stream(self) -> DenseStream:
+        pixels = self._images.pixels(self._fitted, "residual stream", self._views)
+        known = self._dense, self._sites, self._judge.example(), pixels
+        return DenseStream(*known, probes=pixels.probes, session=self._images.session)
 
     @cached_property
     def _reference(self) -> DenseReference:

@@ -19,8 +19,10 @@ those of the statistics, and then they favour what changes little.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,14 +38,14 @@ from vbp.refit.producers import add_step_, step_of
 from vbp.runtime.forward import call_values, evaluation_mode, hooked
 from vbp.runtime.log_file import told_if_slow
 from vbp.runtime.precision import in_float32
-from vbp.runtime.session import Session
+from vbp.runtime.session import ALONE, Session
 from vbp.sites.branches import has_layer
 from vbp.sites.layers import channel_dim, first_tensor, maps_positions, rows
 from vbp.sites.mlp import FoundMLP, find_mlps
 from vbp.sites.residual import ResidualAdd, find_residual_adds
 from vbp.sites.site import Site
 from vbp.statistics.batches import ImagesFor
-from vbp.statistics.mlp_samples import gather_sample, sample_positions
+from vbp.statistics.mlp_samples import Positions, even_places, gather_sample
 from vbp.statistics.objective import KL
 
 _log = logging.getLogger(__name__)
@@ -87,7 +89,66 @@ class StreamRefit:
         )
 
 
-@told_if_slow(_log, "refitting the residual stream")
+class DenseStream:
+    """The dense model's residual stream at the sampled positions of images, in the memory of the host.
+
+    The dense model runs over a batch once, for all depths and all pruned models that are brought to it.
+    """
+
+    def __init__(
+        self,
+        dense: nn.Module,
+        sites: Sequence[Site],
+        example: Tensor,
+        batches: Iterable[Any],
+        *,
+        probes: RandomProbes = _FIRST,
+        session: Session = ALONE,
+    ) -> None:
+        """Find where the stream is; batches can be gone through several times, `probes` are those of their images.
+
+        Raises:
+            InputError: No layer that reads single positions writes into a stream.
+        """
+        self.adds = residual_adds(dense, example, sites)
+        self.plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
+        self.probes, self.session = probes, session
+        self._dense, self._batches = dense, ImagesFor(dense, batches)
+        self._sampled: dict[tuple[int, str], Tensor] = {}
+
+    def batches(
+        self, add: ResidualAdd, others: Sequence[ResidualAdd]
+    ) -> Iterator[tuple[Tensor, Float[Tensor, "images positions channels"]]]:
+        """Return each batch of images, and the stream after an add at the sampled positions.
+
+        Where a batch has to go through the dense model for it, what `others` need is noted as well.
+        """
+        first = 0
+        for number, pixels in enumerate(self._batches):
+            if (number, add.module) not in self._sampled:
+                self._run(number, {each.module: each.dim for each in (add, *others)}, pixels, first)
+            yield pixels, self._sampled[number, add.module]
+            first += len(pixels)
+
+    def _run(self, number: int, dims: Mapping[str, int], pixels: Tensor, first: int) -> None:
+        left = dict(dims)
+
+        def sample(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            stream = first_tensor(output)
+            assert stream is not None
+            if (dim := left.pop(name, None)) is not None:
+                values = in_float32(rows(stream, dim, len(pixels)))
+                places, _ = even_places(values, self.probes, first)
+                self._sampled[number, name] = values.take_along_dim(places[..., None], 1).cpu()
+            if not left:
+                raise _ReachedError
+
+        after = [(self._dense.get_submodule(name), partial(sample, name)) for name in dims]
+        with hooked(after), self.session.precision.autocast(), suppress(_ReachedError):
+            self._dense(pixels)
+        assert not left, f"{', '.join(left)} did not run"
+
+
 def refit_stream_(
     pruned: nn.Module,
     sites: Sequence[Site],
@@ -105,18 +166,24 @@ def refit_stream_(
     Raises:
         InputError: There is no image, no residual stream, or what is read is not finite.
     """
-    dense, example = judge.model, judge.example()
-    every = [add for add in residual_adds(dense, example, sites) if has_layer(pruned, add.site.consumer)]
+    stream = DenseStream(judge.model, sites, judge.example(), batches, probes=probes, session=judge.session)
+    return refit_to_stream_(pruned, stream, judge)
+
+
+@told_if_slow(_log, "refitting the residual stream")
+def refit_to_stream_(pruned: nn.Module, stream: DenseStream, judge: DenseReference) -> StreamRefit:
+    """Refit as `refit_stream_` does, to a stream that may have served other pruned models."""
+    every = [add for add in stream.adds if has_layer(pruned, add.site.consumer)]
     depths = dict.fromkeys(int(len(every) * depth) for depth in DEPTHS) if every else ()
     adds = [every[place] for place in depths]
-    plain = {mlp.site: mlp for mlp in find_mlps(dense, example, sites)}
-    work = _Work(pruned, dense, adds, plain, probes, judge.session)
+    work = _Work(pruned, stream, adds)
     before = judge.divergence(pruned)
     layers = {name for add in adds for name in (*add.site.producers, add.site.consumer)}
     measure = judge.objective.measure
     with restored_unless_kept(pruned, layers) as keep:
         start = copied_weights(pruned, layers)
-        images, changed = work.refit_(ImagesFor(dense, batches))
+        with evaluation_mode(judge.model), evaluation_mode(pruned), torch.no_grad():
+            images, changed = work.refit_()
         end = copied_weights(pruned, layers)
         for share in _SHARES if changed else ():
             put_weights_(pruned, weights_between(start, end, share))
@@ -141,52 +208,50 @@ def residual_adds(model: nn.Module, example: Tensor, sites: Sequence[Site]) -> t
 
 @dataclass(frozen=True)
 class _Work:
-    """Hold both models, the depths, and how the models are run."""
+    """Hold the pruned model, the stream that it is brought to, and the depths."""
 
     pruned: nn.Module
-    dense: nn.Module
+    stream: DenseStream
     adds: Sequence[ResidualAdd]
-    plain: Mapping[Site, FoundMLP]
-    probes: RandomProbes
-    session: Session
 
-    def refit_(self, batches: Iterable[Tensor]) -> tuple[int, tuple[str, ...]]:
+    def refit_(self) -> tuple[int, tuple[str, ...]]:
         """Refit at one depth after the other; return the images of all processes, and the sites that changed."""
         images, changed = 0, []
-        with evaluation_mode(self.dense), evaluation_mode(self.pruned), torch.no_grad():
-            for add in self.adds:
-                mlp = self.plain.get(add.site)
-                sample, images = self.sample(add, mlp, batches)
-                penalty = PENALTY_TIMES_IMAGES / images
-                activation = None if mlp is None else mlp.activation
-                # Another machine's sums could differ by a bit: all take what the first process found.
-                step = step_of(self.pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
-                step = self.session.processes.all_gather(step)[0]
-                if step.better:
-                    add_step_(self.pruned, add.site, step)
-                    changed.append(add.site.name)
+        for add in self.adds:
+            mlp = self.stream.plain.get(add.site)
+            sample, images = self.sample(add, mlp)
+            penalty = PENALTY_TIMES_IMAGES / images
+            activation = None if mlp is None else mlp.activation
+            # Another machine's sums could differ by a bit: all take what the first process found.
+            step = step_of(self.pruned, add.site, activation, sample, ridge=penalty, damping=penalty)
+            step = self.stream.session.processes.all_gather(step)[0]
+            if step.better:
+                add_step_(self.pruned, add.site, step)
+                changed.append(add.site.name)
         return images, tuple(changed)
 
-    def sample(self, add: ResidualAdd, mlp: FoundMLP | None, batches: Iterable[Tensor]) -> tuple[MLPSample, int]:
-        """Run both models as far as the add on all images; return the sample, and the images of all processes."""
-        parts, images = [], 0
+    def sample(self, add: ResidualAdd, mlp: FoundMLP | None) -> tuple[MLPSample, int]:
+        """Run the pruned model as far as the add; return the sample, and the images of all processes."""
+        parts, images = list[Positions](), 0
         reader = add.site.consumer if mlp is None else add.site.producers[0]
+        processes = self.stream.session.processes
         # Squares of the stream count, not of what the consumer returns.
         metric = add.gain.square().diag()
         gain = torch.where(add.gain == 0, torch.inf, add.gain)
-        for pixels in batches:
-            _, _, wanted = self._run(self.dense, add, reader, pixels)
-            read, returned, stream = self._run(self.pruned, add, reader, pixels)
-            target = returned + (wanted - stream) / gain.to(returned)
-            parts.append(sample_positions(read, target, torch.ones_like(read[..., 0]), self.probes, images))
+        for pixels, wanted in self.stream.batches(add, self.adds):
+            read, returned, stream = self._run(add, reader, pixels)
+            places, weights = even_places(read, self.stream.probes, images)
+            read, returned, stream = (one.take_along_dim(places[..., None], 1) for one in (read, returned, stream))
+            target = returned + (wanted.to(stream) - stream) / gain.to(returned)
+            parts.append(Positions.of(self.stream.probes, images, read, target, weights))
             images += len(pixels)
-        total = sum(self.session.processes.all_gather(images))
+        total = sum(processes.all_gather(images))
         if not total:
             raise InputError("the refit of the residual stream needs at least one image, got none on any process")
-        return gather_sample(add.site.name, parts, metric, self.session.processes), total
+        return gather_sample(add.site.name, parts, metric, processes), total
 
     def _run(
-        self, model: nn.Module, add: ResidualAdd, reader: str, pixels: Tensor
+        self, add: ResidualAdd, reader: str, pixels: Tensor
     ) -> tuple[Tensor, Tensor, Float[Tensor, "images positions out"]]:
         """Return what the reader reads, what the consumer returns, and the stream after it; then stop."""
         seen: dict[str, Tensor] = {}
@@ -203,10 +268,11 @@ class _Work:
             seen["stream"] = rows(stream, add.dim, len(pixels))
             raise _ReachedError
 
-        after = [(model.get_submodule(add.site.consumer), given), (model.get_submodule(add.module), stop)]
+        layer = self.pruned.get_submodule
+        after = [(layer(add.site.consumer), given), (layer(add.module), stop)]
         try:
-            with hooked(after, before=[(model.get_submodule(reader), read)]), self.session.precision.autocast():
-                model(pixels)
+            with hooked(after, before=[(layer(reader), read)]), self.stream.session.precision.autocast():
+                self.pruned(pixels)
         except _ReachedError:
             return in_float32(seen["read"]), in_float32(seen["given"]), in_float32(seen["stream"])
         raise AssertionError(f"{add.module} did not run")

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from vbp.errors import InputError
@@ -182,6 +182,20 @@ class Positions:
     outputs: Tensor
     weights: Tensor
 
+    @staticmethod
+    def of(probes: RandomProbes, start: int, inputs: Tensor, outputs: Tensor, weights: Tensor) -> Positions:
+        """Take those of images from place `start` on, among those of this process."""
+        numbers = tuple(map(probes.number, range(start, start + len(inputs))))
+        return Positions(numbers, inputs.cpu(), outputs.cpu(), weights.cpu())
+
+
+def even_places(
+    values: Float[Tensor, "images positions channels"], probes: RandomProbes, start: int
+) -> tuple[Int[Tensor, "images sampled"], Float[Tensor, "images sampled"]]:
+    """Draw positions of each image that all matter alike; return their places, and what each counts for."""
+    sizes = torch.ones_like(values[..., 0])
+    return priority_sample(sizes, probes.uniform(start, *sizes.shape).to(sizes), POSITIONS)
+
 
 def sample_positions(
     read: Float[Tensor, "images positions in"],
@@ -196,8 +210,8 @@ def sample_positions(
     """
     uniform = probes.uniform(start, *sizes.shape).to(sizes)
     places, weights = priority_sample(sizes, uniform, POSITIONS)
-    inputs, outputs = (one.take_along_dim(places[..., None], 1).cpu() for one in (read, wanted))
-    return Positions(tuple(map(probes.number, range(start, start + len(sizes)))), inputs, outputs, weights.cpu())
+    inputs, outputs = (one.take_along_dim(places[..., None], 1) for one in (read, wanted))
+    return Positions.of(probes, start, inputs, outputs, weights)
 
 
 def gather_sample(name: str, parts: Sequence[Positions], metric: Tensor | None, processes: Processes) -> MLPSample:

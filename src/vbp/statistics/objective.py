@@ -191,17 +191,11 @@ class Objective:
         values = in_float32(values)
         return values if self.kind == "features" else values.log_softmax(-1)
 
-    def errors(
-        self, values: Float[Tensor, "images values"], target: Float[Tensor, "images values"]
-    ) -> Float[Tensor, "images"]:
-        """Return the error of each image, of other values than the target's."""
-        if self.kind == "features":
-            return (in_float32(values) - target).square().sum(1)
-        return F.kl_div(in_float32(values).log_softmax(-1), target, log_target=True, reduction="none").sum(1)
-
     def loss(self, values: Float[Tensor, "images values"], target: Float[Tensor, "images values"]) -> Tensor:
         """Return the sum over images of the error of other values."""
-        return self.errors(values, target).sum()
+        if self.kind == "features":
+            return (in_float32(values) - target).square().sum()
+        return F.kl_div(in_float32(values).log_softmax(-1), target, log_target=True, reduction="sum")
 
     def direction(
         self, values: Float[Tensor, "images values"], noise: Float[Tensor, "images values"]

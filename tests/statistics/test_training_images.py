@@ -88,6 +88,9 @@ def test_two_processes_share_out_the_mixtures_of_one(digits: Path) -> None:
 def test_mixtures_lie_between_two_images_or_have_a_rectangle_of_another() -> None:
     ones, zeros = torch.ones(30, 3, 8, 8), torch.zeros(30, 3, 8, 8)
     mixtures = torch.cat(epoch(training_images(GivenImages([ones, zeros]), range(60), 60), 1))
+    # One in two is no mixture, and one in four is of two images that are alike.
+    plain = sum(bool((one.round(decimals=5) == one.flatten()[0].round()).all()) for one in mixtures)
+    assert 30 < plain < 58
     even = [float(one.flatten()[0]) for one in mixtures if one.std() < 1e-6]
     cut = [one for one in mixtures if one.std() >= 1e-6]
     assert any(0.05 < value < 0.95 for value in even)

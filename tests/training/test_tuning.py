@@ -152,8 +152,8 @@ def test_a_rate_at_which_training_diverges_is_left_out(
     assert all(value.equal(start[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("trials", "chosen"), [((0.9, 0.99, 1.04), 1), ((1.1, 1.05, 1.2), 1), ((1.0, 0.5, 0.95), 2)])
-def test_the_highest_rate_is_taken_whose_trial_lost_nothing(
+@pytest.mark.parametrize(("trials", "chosen"), [((0.9, 0.99, 1.04), 0), ((1.1, 1.05, 1.2), 1), ((1.0, 0.95, 0.5), 2)])
+def test_the_rate_of_the_nearest_trial_is_taken(
     images: GivenImages, monkeypatch: pytest.MonkeyPatch, trials: tuple[float, ...], chosen: int
 ) -> None:
     # What the trials and the training after them come to, as shares of the divergence before.
@@ -274,16 +274,16 @@ def test_without_labels_the_teacher_says_which_class_is_right() -> None:
         Trainer(dense(), TrainerSettings(4, 1e-3), device=torch.device("cpu")).train_epoch(Unlabelled(), 1)
 
 
-def test_biases_and_norms_are_not_decayed() -> None:
+def test_biases_and_norms_have_a_rate_of_their_own_and_no_decay() -> None:
     model = dense()
-    trainer = Trainer(model, TrainerSettings(4, 1e-3, decay_all=False), device=torch.device("cpu"))
-    decayed = {
-        id(each): group["weight_decay"] for group in trainer.optimizer.param_groups for each in group["params"]
-    }
+    trainer = Trainer(model, TrainerSettings(4, 1e-3, vector_rate=10.0), device=torch.device("cpu"))
+    groups = {id(each): group for group in trainer.optimizer.param_groups for each in group["params"]}
     assert isinstance(trainer.optimizer, AdamW)
-    assert {name: decayed[id(each)] for name, each in model.named_parameters()} == {
-        "0.weight": 0.01, "0.bias": 0.0, "1.weight": 0.0, "1.bias": 0.0, "5.weight": 0.01, "5.bias": 0.0,
-    }  # fmt: skip
+    found = [(groups[id(each)]["lr"], groups[id(each)]["weight_decay"]) for each in model.parameters()]
+    weight, vector = (1e-3, 0.01), (1e-2, 0.0)
+    assert found == [weight, vector, vector, vector, weight, vector]
+    alone = Trainer(nn.LayerNorm(4), TrainerSettings(4, 1e-3, vector_rate=2.0), device=torch.device("cpu"))
+    assert [group["lr"] for group in alone.optimizer.param_groups] == [2e-3]
 
 
 def test_the_loss_without_labels_is_the_divergence(images: GivenImages) -> None:

@@ -1,4 +1,4 @@
-"""Read calibration images for training without labels: mixtures of random crops, in a new order in each epoch."""
+"""Read calibration images for training without labels: random crops, one in two a mixture, newly drawn each epoch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,10 @@ _SHARE: Final = 0.25
 _RATIO: Final = (3 / 4, 4 / 3)
 
 
+# Share of the images that are mixtures: by mixtures alone a model learns what plain images do not ask of it.
+_MIXED: Final = 0.5
+
+
 class UnlabelledLoader(Protocol):
     """Batches of images for training, with None in the place of labels: this process's share."""
 
@@ -47,8 +51,8 @@ class UnlabelledLoader(Protocol):
 def training_images(images: ImageSource, places: range, batch_size: int) -> UnlabelledLoader:
     """Load the images at some places in batches of so many for each process.
 
-    Each is a random crop, mixed with that of another image by Mixup or CutMix. What is drawn depends on the seed, the
-    epoch and the image alone, so that the images of a step are the same for any number of processes.
+    Each is a random crop, one in two mixed with that of another image by Mixup or CutMix. What is drawn depends on
+    the seed, the epoch and the image alone, so that the images of a step are the same for any number of processes.
 
     Images from files are decoded once, and kept in main memory as far as a quarter of it has space; the log says
     how many bytes they take. Prepared images are cropped as they are, and not mirrored.
@@ -85,7 +89,7 @@ def _load(images: CalibrationImages, places: range, batch_size: int) -> ImageLoa
 
 @dataclass(frozen=True)
 class _Mixing:
-    """Turns an image into a mixture of two random crops: its own, and that of another image of the source.
+    """Turns an image into a random crop, or a mixture of its own and that of another image of the source.
 
     It draws from torch's default generator. Where the other image cannot be read, nothing is mixed in.
     """
@@ -96,6 +100,8 @@ class _Mixing:
 
     def __call__(self, image: Image.Image, /) -> Float[Tensor, "channels height width"]:
         own = self.crop(image)
+        if torch.rand(()) >= _MIXED:
+            return own
         other = decoded(self.images, int(torch.randint(len(self.images), ())), self.max_pixels)
         return own if other is None else _mixed(own, self.crop(other))
 
@@ -120,7 +126,7 @@ class _FromFiles:
 
 
 class _PreparedImages:
-    """Mixtures of random crops of prepared images of one process, resized to the size of each."""
+    """Random crops, and mixtures of them, of prepared images of one process, resized to the size of each."""
 
     def __init__(self, images: GivenImages, places: range, batch_size: int) -> None:
         batches = images.parts(places, "tuning", labels=False)
@@ -148,6 +154,8 @@ class _PreparedImages:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mixed_seed(self._seed, self._epoch, place))
             own = _crop(self._images[place])
+            if torch.rand(()) >= _MIXED:
+                return own
             other = self._images[int(torch.randint(len(self._images), ()))]
             return _mixed(own, _crop(other)) if other.shape == own.shape else own
 

@@ -33,12 +33,15 @@ def make_ema(model: nn.Module, decay: float) -> AveragedModel:
     return averaged
 
 
-def matrices_decayed(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return the parameters in two groups: weights with weight decay, and biases and norms without it."""
+def vectors_apart(model: nn.Module, learning_rate: float, factor: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Return weights, and biases and norms with `factor` times the rate and no decay, as two groups."""
     parameters = list(model.parameters())
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = ({"params": matrices, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0})
+    weights = [parameter for parameter in parameters if parameter.ndim > 1]
+    vectors = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = (
+        {"params": weights, "lr": learning_rate, "weight_decay": weight_decay},
+        {"params": vectors, "lr": factor * learning_rate, "weight_decay": 0.0},
+    )
     return [group for group in groups if group["params"]]
 
 
@@ -97,7 +100,12 @@ def layer_groups(model: nn.Module, learning_rate: float, factor: float, weight_d
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, *, layer_decay: float = 1.0, decay_all: bool = True
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    *,
+    layer_decay: float = 1.0,
+    vector_rate: float | None = None,
 ) -> Iterable[Any]:
     """Return what the optimizer changes, in groups where rates or decay differ.
 
@@ -106,4 +114,6 @@ def parameter_groups(
     """
     if layer_decay != 1:
         return layer_groups(model, learning_rate, layer_decay, weight_decay)
-    return model.parameters() if decay_all else matrices_decayed(model, weight_decay)
+    if vector_rate is None:
+        return model.parameters()
+    return vectors_apart(model, learning_rate, vector_rate, weight_decay)

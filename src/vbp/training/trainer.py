@@ -60,7 +60,7 @@ class TrainerSettings:
         learning_rate: The peak, used as it is, however many processes and batches make a step.
         layer_decay: Factor of the learning rate from each layer to the one before it, as `layer_groups` has them.
         weight_decay: Of all parameters, or of weights alone.
-        decay_all: Also decay biases and the parameters of norms.
+        vector_rate: Factor of the learning rate for biases and parameters of norms, which then have no weight decay.
         warmup_steps: Of the `steps`.
         loss: With a teacher; without one the loss is the cross-entropy alone, with the same label smoothing.
         accumulate: Batches whose gradients make one step.
@@ -88,7 +88,7 @@ class TrainerSettings:
     learning_rate: float
     layer_decay: float = 1.0
     weight_decay: float = 0.01
-    decay_all: bool = True
+    vector_rate: float | None = None
     warmup_steps: int = 0
     loss: DistillationLoss = field(default_factory=DistillationLoss)
     accumulate: int = 1
@@ -158,7 +158,9 @@ class Trainer:
         self.settings, self.device, self.precision, self.processes = settings, device, precision, processes
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = AdamW(
-            parameter_groups(student, rate, decay, layer_decay=settings.layer_decay, decay_all=settings.decay_all),
+            parameter_groups(
+                student, rate, decay, layer_decay=settings.layer_decay, vector_rate=settings.vector_rate
+            ),
             lr=rate,
             weight_decay=decay,
             fused=True if device.type == "cuda" else None,

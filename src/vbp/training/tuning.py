@@ -47,6 +47,10 @@ _WARMUP: Final = 0.1
 # Of the error of the residual stream, beside that of the predictions.
 STREAM_WEIGHT: Final = 8.0
 
+# Of biases and the parameters of norms, as a multiple of the rate of weights: so few numbers do not learn single
+# images by heart.
+VECTOR_RATE: Final = 30.0
+
 # Images in a batch of a process: a thousand images make few steps an epoch as it is.
 LARGEST_BATCH: Final = 32
 
@@ -227,12 +231,10 @@ class Tuner:
         )  # fmt: skip
 
     def _rate(self) -> float:
-        """Return the rate of the phase: of a trial its own, then the one that the trials favour."""
+        """Return the rate of the phase: of a trial its own, then that of the trial that came nearest."""
         if self._state.phase < len(RATES):
             return RATES[self._state.phase]
-        # The training that follows is longer, which favours high rates.
-        nearest = min(self._ended, key=lambda row: row.best)
-        return max(row.learning_rate for row in self._ended if row is nearest or row.best <= self._state.before)
+        return min(self._ended, key=lambda row: row.best).learning_rate
 
     @property
     def _ended(self) -> list[TunedEpoch]:
@@ -246,7 +248,7 @@ class Tuner:
             steps=epochs * steps,
             learning_rate=rate,
             weight_decay=settings.weight_decay,
-            decay_all=False,
+            vector_rate=VECTOR_RATE,
             warmup_steps=int(_WARMUP * epochs * steps),
             loss=DistillationLoss(alpha=0.0, beta=1.0, temperature=1.0),
             accumulate=settings.accumulate,

@@ -10,7 +10,7 @@ from typing import Final
 from vbp.errors import InputError
 
 # Peak learning rates that are tried. Which of them is best depends on how the dense model was trained.
-RATES: Final = (3e-5, 1e-4, 3e-4)
+RATES: Final = (1e-5, 3e-5, 1e-4)
 
 # One epoch of each trial for so many of the training that follows.
 _TRIAL_SHARE: Final = 8

@@ -45,6 +45,11 @@ def test_a_run_folder_stands_for_its_pruned_model(finished: Path, digits: Path, 
     assert (tmp_path / "model.pt2").is_file()
 
 
+def test_attention_is_listed_beside_the_mlps_where_a_run_to_a_budget_finds_it() -> None:
+    sites = run_inspect(InspectConfig("eva02_tiny_patch14_224")).sites  # its weights are passed to a function
+    assert [sum(site.kind == kind for site in sites) for kind in ("mlp", "value")] == [12, 12]
+
+
 def test_a_run_that_has_not_ended_says_what_is_there(finished: Path, tmp_path: Path) -> None:
     for name in ("config.json", "vbp_best.pth"):
         (tmp_path / name).write_bytes((finished / name).read_bytes())

@@ -26,8 +26,7 @@ def run_inspect(config: InspectConfig) -> Inspection:
             )
         image = artifact.preprocessing.example_input()
         model, plans = load_pruned(config.model), artifact.plans
-    if config.attention:
-        split_attention_(model)
+    split_attention_(model)  # as a run to a budget does
     return inspect_model(
         model, image, attention=config.attention, convolutions=config.convolutions, include=config.include,
         exclude=config.exclude, plans=plans,

@@ -125,7 +125,8 @@ class DenseStream:
         """
         first = 0
         for number, pixels in enumerate(self._batches):
-            if (number, add.module) not in self._sampled:
+            # A file that could not be read the first time may be readable now.
+            if len(self._sampled.get((number, add.module), ())) != len(pixels):
                 self._run(number, {each.module: each.dim for each in (add, *others)}, pixels, first)
             yield pixels, self._sampled[number, add.module]
             first += len(pixels)

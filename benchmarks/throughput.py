@@ -35,7 +35,7 @@ from vbp.statistics.images import GivenImages
 from vbp.statistics.stream_target import StreamTarget
 from vbp.statistics.training_images import training_images
 from vbp.training.losses import DistillationLoss
-from vbp.training.tuning import STREAM_WEIGHT
+from vbp.training.tuning import STREAM_WEIGHT, VECTOR_RATE
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ def _tuning(
     given = GivenImages([pixels for pixels, _ in images])
     stream = StreamTarget.find(teacher, own, sites, images.batches[0][0][:1].to(device), given)
     settings = TrainerSettings(
-        steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), decay_all=False, ema_decay=0.95,
+        steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), vector_rate=VECTOR_RATE, ema_decay=0.95,
         fixed_statistics=True, stream=stream, stream_weight=STREAM_WEIGHT,
     )  # fmt: skip
     trainer = Trainer(

@@ -125,8 +125,9 @@ class DenseStream:
         """
         first = 0
         for number, pixels in enumerate(self._batches):
+            known = self._sampled.get((number, add.module))
             # A file that could not be read the first time may be readable now.
-            if len(self._sampled.get((number, add.module), ())) != len(pixels):
+            if known is None or len(known) != len(pixels):
                 self._run(number, {each.module: each.dim for each in (add, *others)}, pixels, first)
             yield pixels, self._sampled[number, add.module]
             first += len(pixels)

@@ -204,8 +204,8 @@ def _tuning(
     given = GivenImages([pixels for pixels, _ in images])
     stream = StreamTarget.find(teacher, own, sites, images.batches[0][0][:1].to(device), given)
     settings = TrainerSettings(
-        steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), vector_rate=VECTOR_RATE, ema_decay=0.95,
-        fixed_statistics=True, stream=stream, stream_weight=STREAM_WEIGHT,
+        steps=1_000_000, learning_rate=1e-5, loss=DistillationLoss(0.0, 1.0, 1.0), vector_rate=VECTOR_RATE,
+        ema_decay=0.95, fixed_statistics=True, stream=stream, stream_weight=STREAM_WEIGHT,
     )  # fmt: skip
     trainer = Trainer(
         deepcopy(student), settings, device=device, teacher=deepcopy(dense), precision=precision, processes=processes
